@@ -1,0 +1,43 @@
+# `make demo` and `make test` need nothing but git, make and Python 3.10 to 3.12: each builds .venv first if it is not there.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN     = $(VENV)/bin
+STAMP   = $(VENV)/.installed
+
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: help install demo test test-all lint format clean
+
+help:  ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+
+install: $(STAMP)  ## .venv with the tested versions
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if (3, 10) <= v[:2] <= (3, 12) else \
+		"fusedalign is tested on Python 3.10 to 3.12, $(PYTHON) is %d.%d: choose one with make PYTHON=python3.12" % v[:2])'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[trl,dev]'
+	@touch $@
+
+demo: $(STAMP)  ## SFT, then DPO with stock TRL and with fusedalign: one table and one picture
+	$(BIN)/fusedalign demo
+
+test: $(STAMP)  ## what CI runs
+	$(BIN)/python -m pytest -q -m 'not slow'
+
+test-all: $(STAMP)  ## the slow tests too
+	$(BIN)/python -m pytest -q
+
+lint: $(STAMP)  ## ruff (lint and format) and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP)  ## let ruff rewrite what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## remove .venv, runs/ and caches
+	rm -rf $(VENV) runs .pytest_cache .ruff_cache .mypy_cache .hypothesis build dist

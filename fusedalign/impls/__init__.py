@@ -1,0 +1,90 @@
+"""The table of impls, and the one place that chooses among them.
+
+An impl is a module with what `Impl` lists. It is imported when it is first considered, so that a package which it needs
+and which is missing or broken costs nobody else anything.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import NamedTuple, Protocol, cast
+
+from torch import Tensor
+
+from fusedalign.problem import Problem, TokenLogps, TokenLoss
+
+
+class Impl(Protocol):
+    """What `ops` calls."""
+
+    ABOUT: str
+
+    def supports(self, problem: Problem) -> str | None:
+        """None where the impl serves `problem` exactly as asked, else the reason why not."""
+
+    def token_logps(self, problem: Problem) -> TokenLogps:
+        """The [N] outputs that `problem.outputs` names, and `logps`."""
+
+    def token_loss_sum(self, problem: Problem, token_loss: TokenLoss) -> Tensor:
+        """The scalar sum of `token_loss(logps, lse)` over the tokens."""
+
+
+class Verdict(NamedTuple):
+    """One row of `explain()`."""
+
+    impl: str
+    about: str
+    reason: str | None
+    """None: can serve. Else why it cannot."""
+    auto: bool
+    """Whether `impl="auto"` considers it."""
+
+
+#: Impl -> module, and the order in which "auto" tries them.
+MODULES = {"pytorch": "fusedalign.impls.pytorch", "reference": "fusedalign.impls.reference"}
+AUTO = ("pytorch",)
+
+
+def load(name: str) -> Impl:
+    """The impl's module.
+
+    Raises:
+        ValueError: no impl has this name.
+        Exception: whatever the import of a missing or broken package raises.
+    """
+    if name not in MODULES:
+        raise ValueError(f"impl must be one of {', '.join(['auto', *MODULES])}, got {name!r}")
+    return cast(Impl, importlib.import_module(MODULES[name]))
+
+
+def explain(problem: Problem | None = None) -> list[Verdict]:
+    """Every impl and why it can or cannot run here or, with a problem, serve that problem."""
+    return [_judge(name, problem) for name in MODULES]
+
+
+def resolve(name: str, problem: Problem) -> Impl:
+    """The impl to use: the named one or nothing; for "auto" the first of `AUTO` that supports the problem.
+
+    Raises:
+        ValueError: unknown name, or what was asked for cannot be done; says why and which impl can.
+    """
+    if name != "auto" and name not in MODULES:
+        load(name)  # raises, naming the valid names
+    for candidate in AUTO if name == "auto" else (name,):
+        if _judge(candidate, problem).reason is None:
+            return load(candidate)
+    verdicts = explain(problem)
+    if name == "auto":
+        reasons = "; ".join(f"{v.impl}: {v.reason}" for v in verdicts if v.auto)
+        raise ValueError(f"impl='auto' found no impl for this ({reasons})")
+    reason = next(v.reason for v in verdicts if v.impl == name)
+    able = [v.impl for v in verdicts if v.reason is None]
+    raise ValueError(f"impl={name!r} cannot do this: {reason}; impls that can: {', '.join(able) or 'none'}")
+
+
+def _judge(name: str, problem: Problem | None) -> Verdict:
+    try:
+        impl = load(name)
+    except Exception as error:  # a broken optional package can raise anything on import
+        return Verdict(name, "", f"cannot be imported ({type(error).__name__}: {error})", name in AUTO)
+    return Verdict(name, impl.ABOUT, None if problem is None else impl.supports(problem), name in AUTO)

@@ -1,0 +1,553 @@
+"""Tiles of logits in plain PyTorch: any device, no Triton, never the `[N, V]` logits.
+
+Costs in units of U = 2*N*D*V FLOPs, one product of all hidden states with the head:
+
+* no gradient: one sweep folds every tile into running softmax sums, 1U;
+* frozen head: the same sweep keeps J = d logps / d hidden, `[N, D]`; the backward is `grad[:, None] * J`, 2U in all;
+* a sum over tokens (`token_loss_sum`): the logits of a few tokens at a time become gradients at once, 3U;
+* anything else: the backward recomputes the tiles vocabulary-major and writes each tile of dW once, 4U.
+
+Logits, their sums and the accumulated products are fp32 (fp64 for fp64 operands). What enters a product: on CUDA the
+half-precision operands themselves, with an fp32 result; on other devices, whose half-precision products round their
+result, a tile's operands are widened to fp32 first.
+
+The workspace holds at most three tiles of `[tokens, vocab]` (logits, exponentials, the derivative of the softcap), a
+half-precision copy of one, and `[vocab, D]` and `[tokens, D]` slices of the operands and gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fusedalign.problem import DEFAULT_WORKSPACE, OUTPUTS, Problem, TokenLogps, TokenLoss
+
+ABOUT = "tiles in plain PyTorch, any device"
+
+#: exp() of this is 0 in every dtype; standing in for -inf it keeps 0 * log 0 at 0. NaN passes a clamp unchanged.
+_LOG_ZERO = -1e4
+
+
+def supports(problem: Problem) -> str | None:
+    """None, or why this impl cannot serve `problem`."""
+    if problem.filter_eps is not None:
+        return "its gradients are always dense (filter_eps must be None)"
+    return None
+
+
+def token_logps(problem: Problem) -> TokenLogps:
+    """`TokenLogps` of [N] tokens, by the cheapest of the paths above that gives the gradients which are needed."""
+    if not _needs_grad(problem):
+        return _sweep(problem, keep_jacobian=False)[0].results(problem)
+    return TokenLogps(*_TokenLogps.apply(problem.hidden, problem.weight, problem.bias, problem))
+
+
+def token_loss_sum(problem: Problem, token_loss: TokenLoss) -> Tensor:
+    """Sum over [N] tokens of `token_loss(logps, lse)`, a scalar: one pass where its buffers fit the workspace.
+
+    The gradient of a half-precision head summed over several token chunks needs its low-order half beside it while it
+    is summed, `[V, D]` in the head's dtype. Where the workspace has no room for that, the two-pass path serves.
+    """
+    plan = _plan_one_pass(problem) if _needs_grad(problem) else None
+    if plan is None:
+        out = token_logps(problem)
+        assert out.lse is not None  # ops always asks for it here
+        return token_loss(out.logps, out.lse).sum()
+    return _OnePass.apply(problem.hidden, problem.weight, problem.bias, problem, plan, token_loss)
+
+
+# ---------------------------------------------------------------------------------------------------------------- tiles
+
+
+@dataclass(frozen=True)
+class _Plan:
+    tokens: int
+    """tokens a tile"""
+    vocab: int
+    """vocabulary columns a tile"""
+
+    def token_tiles(self, problem: Problem) -> Iterator[slice]:
+        return _tiles(problem.hidden.shape[0], self.tokens)
+
+    def vocab_tiles(self, problem: Problem) -> Iterator[slice]:
+        return _tiles(problem.weight.shape[0], self.vocab)
+
+
+def _tiles(size: int, step: int) -> Iterator[slice]:
+    return (slice(start, min(start + step, size)) for start in range(0, size, step))
+
+
+def _plan(problem: Problem) -> _Plan:
+    """Tiles that fit the workspace; never the whole vocabulary at once unless the caller says so."""
+    (n, d), v = problem.hidden.shape, problem.weight.shape[0]
+    wish, item = problem.tiling, problem.logit_dtype.itemsize
+    budget = wish.workspace or DEFAULT_WORKSPACE
+    vocab = wish.vocab_chunk or min(8192, -(-v // 2), budget // (8 * item * d))
+    vocab = max(1, min(vocab, v))
+    tokens = wish.token_chunk or (budget - 2 * item * vocab * d) // (_bytes_per_logit(problem) * vocab + 2 * item * d)
+    return _Plan(max(1, min(tokens, n)), vocab)
+
+
+def _plan_one_pass(problem: Problem) -> _Plan | None:
+    """Tiles of whole rows of logits for a few tokens, or None where the workspace has no room for enough of them."""
+    plan = _plan(problem)
+    if problem.tiling.token_chunk:
+        return plan
+    (n, d), v = problem.hidden.shape, problem.weight.shape[0]
+    wanted = max(1, -(-n // 4))  # never all rows at once, which would be the logits after all
+    item = problem.logit_dtype.itemsize
+    budget = (problem.tiling.workspace or DEFAULT_WORKSPACE) - 3 * item * plan.vocab * d
+    if _needs_compensation(problem):
+        budget -= v * d * problem.weight.dtype.itemsize
+    rows = budget // (item * v + _bytes_per_logit(problem) * plan.vocab + 2 * item * d)
+    return replace(plan, tokens=min(rows, wanted)) if rows >= min(wanted, 256) else None
+
+
+def _bytes_per_logit(problem: Problem) -> int:
+    return 3 * problem.logit_dtype.itemsize + 2
+
+
+def _needs_compensation(problem: Problem) -> bool:
+    return problem.weight.requires_grad and problem.weight.dtype.itemsize < problem.logit_dtype.itemsize
+
+
+def _operand(x: Tensor, problem: Problem) -> Tensor:
+    """A tile as it enters a product."""
+    x = x.to(problem.operand_dtype)
+    return x if _half_products(problem) else x.to(problem.logit_dtype)
+
+
+def _half_products(problem: Problem) -> bool:
+    """Whether products take half-precision operands: only CUDA gives their result in fp32."""
+    return problem.hidden.is_cuda and problem.operand_dtype.itemsize == 2
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """`a @ b` in the logit dtype."""
+    return torch.mm(a, b, out_dtype=torch.float32) if a.dtype.itemsize == 2 else torch.mm(a, b)
+
+
+def _logits(problem: Problem, hidden: Tensor, weight: Tensor, vocab: slice) -> Tensor:
+    """A tile of final logits, [tokens, vocab] in the logit dtype, from operands; a new tensor."""
+    z = _product(hidden, weight.t())
+    if problem.bias is not None:
+        z += problem.bias[vocab].to(z.dtype)
+    if problem.scale != 1.0:
+        z *= problem.scale
+    if problem.softcap is not None:
+        z.div_(problem.softcap).tanh_().mul_(problem.softcap)
+    if problem.temperature != 1.0:
+        z /= problem.temperature
+    return z
+
+
+def _logit_slope(problem: Problem, z: Tensor) -> Tensor | None:
+    """(d final logit / d raw logit) / (scale / temperature) = 1 - tanh**2, from final logits; None where it is 1."""
+    if problem.softcap is None:
+        return None
+    return (z * (problem.temperature / problem.softcap)).square_().neg_().add_(1)
+
+
+# --------------------------------------------------------------------------------------------------------- forward sums
+
+
+class _Sums:
+    """Running softmax sums of N tokens, tile after tile; `max` is the largest logit z so far, e = exp(z - max)."""
+
+    def __init__(self, problem: Problem) -> None:
+        outputs = problem.outputs
+
+        def zeros() -> Tensor:
+            return problem.hidden.new_zeros(len(problem.hidden), dtype=problem.logit_dtype)
+
+        self.max = zeros().fill_(-torch.inf)
+        self.e = zeros()
+        self.target = zeros()
+        self.e_log_e = zeros() if "entropy" in outputs else None
+        self.e_sq = zeros() if "log_sum_sq_probs" in outputs else None
+        self.logit = zeros() if "mean_logit" in outputs else None
+        self.top = torch.full_like(problem.targets, -1) if "is_top1" in outputs else None
+
+    def fold(self, tokens: slice, z: Tensor, targets: Tensor, vocab: slice, *, keep: bool) -> tuple[Tensor, Tensor]:
+        """Add a tile of logits; `keep` leaves `z` as it is, else it becomes scratch.
+
+        Returns:
+            `e` of this tile, [tokens, vocab], and the factor [tokens] by which everything summed before has shrunk.
+        """
+        tile_max, tile_top = z.max(-1)
+        old_max = self.max[tokens]
+        if self.top is not None:
+            self.top[tokens] = torch.where(tile_max > old_max, tile_top + vocab.start, self.top[tokens])
+        if self.logit is not None:
+            self.logit[tokens] += z.sum(-1)
+        index, inside = _locate(targets, vocab)
+        self.target[tokens] = torch.where(inside, z.gather(-1, index[:, None]).squeeze(-1), self.target[tokens])
+
+        new_max = torch.maximum(old_max, tile_max)
+        # Only -inf so far: any finite reference gives e = 0 where the difference of two infinities would give NaN.
+        reference = new_max.masked_fill(new_max == -torch.inf, 0.0)
+        log_shrink = (old_max - reference).clamp_(min=_LOG_ZERO)
+        shrink = log_shrink.exp()
+        log_e = z - reference[:, None] if keep else z.sub_(reference[:, None])
+        second = self.e_log_e is not None or self.e_sq is not None
+        e = log_e.exp() if second else log_e.exp_()
+        if self.e_log_e is not None:
+            # sum e log e moves to the new maximum before the old sum of e does
+            moved = shrink * (self.e_log_e[tokens] + log_shrink * self.e[tokens])
+            self.e_log_e[tokens] = moved + log_e.clamp_(min=_LOG_ZERO).mul_(e).sum(-1)
+        if self.e_sq is not None:
+            self.e_sq[tokens] = shrink.square() * self.e_sq[tokens] + torch.mul(e, e, out=log_e).sum(-1)
+        self.e[tokens] = shrink * self.e[tokens] + e.sum(-1)
+        self.max[tokens] = new_max
+        return e, shrink
+
+    def log_e(self, tokens: slice = slice(None)) -> Tensor:
+        """log sum e; with `max` the two halves of the log-sum-exp, kept apart because their sum rounds more."""
+        return self.e[tokens].log()
+
+    def logps(self, tokens: slice = slice(None)) -> Tensor:
+        """(target - max) <= 0 and log sum e >= 0, so never above 0."""
+        return self.target[tokens] - self.max[tokens] - self.log_e(tokens)
+
+    def lse(self, tokens: slice = slice(None)) -> Tensor:
+        return self.max[tokens] + self.log_e(tokens)
+
+    def entropy(self) -> Tensor:
+        assert self.e_log_e is not None
+        return (self.log_e() - self.e_log_e / self.e).clamp_(min=0)
+
+    def results(self, problem: Problem) -> TokenLogps:
+        outputs, dtype = problem.outputs, problem.result_dtype
+        return TokenLogps(
+            logps=self.logps().to(dtype),
+            entropy=self.entropy().to(dtype) if "entropy" in outputs else None,
+            lse=self.lse().to(dtype) if "lse" in outputs else None,
+            mean_logit=None if self.logit is None else (self.logit / problem.weight.shape[0]).to(dtype),
+            log_sum_sq_probs=None if self.e_sq is None else (self.e_sq.log() - 2 * self.log_e()).to(dtype),
+            is_top1=None if self.top is None else self.top == problem.targets,
+        )
+
+
+def _locate(targets: Tensor, vocab: slice) -> tuple[Tensor, Tensor]:
+    """Each target's column in this tile (clamped into it) and whether it truly lies there; both [tokens]."""
+    local = targets - vocab.start
+    return local.clamp(0, vocab.stop - vocab.start - 1), (local >= 0) & (local < vocab.stop - vocab.start)
+
+
+def _sweep(problem: Problem, *, keep_jacobian: bool) -> tuple[_Sums, Tensor | None]:
+    """The running sums of all tokens and, if asked for, J = d logps / d hidden, [N, D] in hidden's dtype."""
+    plan, sums = _plan(problem), _Sums(problem)
+    jacobian = torch.empty_like(problem.hidden) if keep_jacobian else None
+    for tokens in plan.token_tiles(problem):
+        hidden, targets = _operand(problem.hidden[tokens], problem), problem.targets[tokens]
+        mean_row = hidden.new_zeros(hidden.shape, dtype=problem.logit_dtype) if keep_jacobian else None
+        for vocab in plan.vocab_tiles(problem):
+            weight = _operand(problem.weight[vocab], problem)
+            z = _logits(problem, hidden, weight, vocab)
+            slope = _logit_slope(problem, z) if keep_jacobian else None
+            e, shrink = sums.fold(tokens, z, targets, vocab, keep=False)
+            if mean_row is not None:
+                e = e if slope is None else e.mul_(slope)
+                _add_product(mean_row.mul_(shrink[:, None]), e, weight)
+        if jacobian is not None and mean_row is not None:
+            target_row = _operand(problem.weight.index_select(0, targets), problem).to(problem.logit_dtype)
+            slope = _logit_slope(problem, sums.target[tokens])
+            target_row = target_row if slope is None else target_row * slope[:, None]
+            row = target_row.sub_(mean_row.div_(sums.e[tokens, None])).mul_(problem.scale / problem.temperature)
+            jacobian[tokens] = row.to(jacobian.dtype)
+    return sums, jacobian
+
+
+# ------------------------------------------------------------------------------------------------------------ gradients
+
+
+@dataclass(frozen=True)
+class _TokenGrads:
+    """What the tiles of the gradient need of each token, [N] in the logit dtype; a None gradient is zero."""
+
+    max: Tensor
+    log_e: Tensor
+    logps: Tensor
+    """d loss / d logps"""
+    lse: Tensor | None = None
+    """d loss / d lse"""
+    entropy: tuple[Tensor, Tensor] | None = None
+    """d loss / d entropy, and the entropy"""
+
+    def rows(self, tokens: slice) -> _TokenGrads:
+        return self._map(lambda x: x[tokens])
+
+    def scaled(self, factor: Tensor) -> _TokenGrads:
+        """With every upstream gradient times `factor`."""
+        entropy = None if self.entropy is None else (self.entropy[0] * factor, self.entropy[1])
+        lse = None if self.lse is None else self.lse * factor
+        return replace(self, logps=self.logps * factor, lse=lse, entropy=entropy)
+
+    def largest(self) -> Tensor:
+        upstream = [self.logps, *([] if self.lse is None else [self.lse]), *(self.entropy or ())[:1]]
+        return torch.stack([g.abs().amax() for g in upstream]).amax()
+
+    def _map(self, f: Callable[[Tensor], Tensor]) -> _TokenGrads:
+        entropy = None if self.entropy is None else (f(self.entropy[0]), f(self.entropy[1]))
+        return _TokenGrads(
+            f(self.max), f(self.log_e), f(self.logps), None if self.lse is None else f(self.lse), entropy
+        )
+
+
+def _logit_grad_(problem: Problem, z: Tensor, grads: _TokenGrads, targets: Tensor, vocab: slice) -> Tensor:
+    """d loss / d raw logits of a tile, [tokens, vocab], written over its final logits `z`.
+
+    With p the softmax: d logps = onehot - p, d lse = p, d entropy = -p (log p + entropy); times the logits' slope.
+    """
+    slope = _logit_slope(problem, z)
+    log_p = z.sub_(grads.max[:, None]).sub_(grads.log_e[:, None])
+    of_p = -grads.logps if grads.lse is None else grads.lse - grads.logps
+    if grads.entropy is None:
+        grad = log_p.exp_().mul_(of_p[:, None])
+    else:
+        upstream, entropy = grads.entropy
+        per_p = log_p.clamp(min=_LOG_ZERO).add_(entropy[:, None]).mul_(-upstream[:, None]).add_(of_p[:, None])
+        grad = log_p.exp_().mul_(per_p)
+    index, inside = _locate(targets, vocab)
+    at_target = grad.gather(-1, index[:, None]) + torch.where(inside, grads.logps, 0)[:, None]
+    grad.scatter_(-1, index[:, None], at_target)
+    if slope is not None:
+        grad *= slope
+    factor = problem.scale / problem.temperature
+    return grad if factor == 1.0 else grad.mul_(factor)
+
+
+def _fit_half(problem: Problem, grads: _TokenGrads) -> tuple[_TokenGrads, Tensor | None]:
+    """For fp16 products: upstream gradients brought to where fp16 neither overflows nor loses the small ones.
+
+    |d loss / d logit| <= |scale / temperature| * (1 + 1 + log V + 1) * the largest upstream gradient, so with that
+    product at 2**10 the tile stays below fp16's 65504 and probabilities down to 6e-11 are kept.
+
+    Returns:
+        The gradients and the factor by which every product of them must be multiplied (None: by nothing).
+    """
+    if problem.operand_dtype != torch.float16 or not _half_products(problem) or not len(grads.logps):
+        return grads, None
+    tiny = torch.finfo(grads.logps.dtype).tiny
+    undo = (grads.largest() * max(1.0, abs(problem.scale / problem.temperature)) / 2**10).clamp(min=tiny)
+    return grads.scaled(1 / undo), undo
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """`total += a @ b`, `a` rounded to the operand dtype of `b` first where that is a half precision."""
+    if b.dtype.itemsize == 2:
+        return total.add_(_product(a.to(b.dtype), b))
+    return total.addmm_(a, b)
+
+
+def _two_pass_grads(
+    problem: Problem, grads: _TokenGrads, needs: tuple[bool, bool, bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of hidden, weight, bias (None where not needed); a tile of dW is summed in full, then written once."""
+    plan, dtype = _plan(problem), problem.logit_dtype
+    needs_hidden, needs_weight, needs_bias = needs
+    grads, undo = _fit_half(problem, grads)
+    d_hidden = torch.zeros_like(problem.hidden, dtype=dtype) if needs_hidden else None
+    d_weight = torch.empty_like(problem.weight, memory_format=torch.contiguous_format) if needs_weight else None
+    d_bias = torch.empty_like(problem.bias) if needs_bias and problem.bias is not None else None
+    for vocab in plan.vocab_tiles(problem):
+        weight = _operand(problem.weight[vocab], problem)
+        d_weight_tile = weight.new_zeros(weight.shape, dtype=dtype) if needs_weight else None
+        d_bias_tile = weight.new_zeros(weight.shape[0], dtype=dtype) if needs_bias else None
+        for tokens in plan.token_tiles(problem):
+            hidden, targets = _operand(problem.hidden[tokens], problem), problem.targets[tokens]
+            z = _logits(problem, hidden, weight, vocab)
+            grad = _logit_grad_(problem, z, grads.rows(tokens), targets, vocab)
+            if d_bias_tile is not None:
+                d_bias_tile += grad.sum(0)
+            grad = grad.to(weight.dtype)
+            if d_hidden is not None:
+                _add_product(d_hidden[tokens], grad, weight)
+            if d_weight_tile is not None:
+                _add_product(d_weight_tile, grad.t(), hidden)
+        if d_weight is not None and d_weight_tile is not None:
+            d_weight[vocab] = _times(d_weight_tile, undo)
+        if d_bias is not None and d_bias_tile is not None:
+            d_bias[vocab] = _times(d_bias_tile, undo)
+    return None if d_hidden is None else _times(d_hidden, undo).to(problem.hidden.dtype), d_weight, d_bias
+
+
+def _times(x: Tensor, factor: Tensor | None) -> Tensor:
+    return x if factor is None else x.mul_(factor)
+
+
+class _HeadGrad:
+    """The [V, D] gradient summed over token chunks in its final dtype, beside it the low-order half if that is half.
+
+    Rounding each partial sum to bf16 would add 1.1e-3 of relative error a chunk. High and low half together carry 16
+    bits of mantissa, so that the number of chunks does not matter, at half the size of an fp32 sum.
+    """
+
+    def __init__(self, like: Tensor, compensate: bool) -> None:
+        self.high = torch.zeros_like(like, memory_format=torch.contiguous_format)
+        self.low = torch.zeros_like(self.high) if compensate else None
+
+    def add(self, vocab: slice, part: Tensor) -> None:
+        high = self.high[vocab]
+        if self.low is None:
+            high += part
+            return
+        total = part.add_(high).add_(self.low[vocab])
+        high.copy_(total)
+        self.low[vocab] = total.sub_(high)
+
+
+def _one_pass(
+    problem: Problem, plan: _Plan, token_loss: TokenLoss, needs: tuple[bool, bool, bool]
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """The summed loss, and its gradients by hidden, weight and bias (None where not needed)."""
+    needs_hidden, needs_weight, needs_bias = needs
+    problem = replace(problem, outputs=frozenset())
+    sums = _Sums(problem)
+    loss = problem.hidden.new_zeros((), dtype=problem.result_dtype)
+    d_hidden = torch.empty_like(problem.hidden) if needs_hidden else None
+    several = plan.tokens < problem.hidden.shape[0]
+    d_weight = _HeadGrad(problem.weight, several and _needs_compensation(problem)) if needs_weight else None
+    d_bias = problem.bias.new_zeros(problem.bias.shape, dtype=problem.logit_dtype) if needs_bias else None  # type: ignore
+    for tokens in plan.token_tiles(problem):
+        hidden, targets = _operand(problem.hidden[tokens], problem), problem.targets[tokens]
+        rows = []  # this chunk's whole rows of logits, a tensor a tile
+        for vocab in plan.vocab_tiles(problem):
+            z = _logits(problem, hidden, _operand(problem.weight[vocab], problem), vocab)
+            sums.fold(tokens, z, targets, vocab, keep=True)
+            rows.append(z)
+        chunk_loss, grads = _token_loss_grads(sums, tokens, token_loss, problem.result_dtype)
+        loss += chunk_loss
+        grads, undo = _fit_half(problem, grads)
+
+        d_hidden_rows = hidden.new_zeros(hidden.shape, dtype=problem.logit_dtype) if needs_hidden else None
+        rows.reverse()
+        for vocab in plan.vocab_tiles(problem):
+            grad = _logit_grad_(problem, rows.pop(), grads, targets, vocab)
+            if d_bias is not None:
+                d_bias[vocab] += _times(grad.sum(0), undo)
+            grad = grad.to(hidden.dtype)
+            if d_hidden_rows is not None:
+                _add_product(d_hidden_rows, grad, _operand(problem.weight[vocab], problem))
+            if d_weight is not None:
+                d_weight.add(vocab, _times(_product(grad.t(), hidden), undo))
+        if d_hidden is not None and d_hidden_rows is not None:
+            d_hidden[tokens] = _times(d_hidden_rows, undo).to(d_hidden.dtype)
+    d_bias = None if d_bias is None else d_bias.to(problem.bias.dtype)  # type: ignore
+    return loss, d_hidden, None if d_weight is None else d_weight.high, d_bias
+
+
+def _token_loss_grads(
+    sums: _Sums, tokens: slice, token_loss: TokenLoss, dtype: torch.dtype
+) -> tuple[Tensor, _TokenGrads]:
+    """The summed loss of some tokens and its gradients by their logps and lse, from `token_loss` itself."""
+    with torch.enable_grad():
+        logps = sums.logps(tokens).to(dtype).requires_grad_()
+        lse = sums.lse(tokens).to(dtype).requires_grad_()
+        loss = token_loss(logps, lse).sum()
+        d_logps, d_lse = torch.autograd.grad(loss, (logps, lse), allow_unused=True)
+    logit_dtype = sums.max.dtype
+    d_logps = torch.zeros_like(logps) if d_logps is None else d_logps
+    d_lse = None if d_lse is None else d_lse.to(logit_dtype)
+    return loss.detach(), _TokenGrads(sums.max[tokens], sums.log_e(tokens), d_logps.to(logit_dtype), d_lse)
+
+
+# ------------------------------------------------------------------------------------------------------------- autograd
+
+
+class _TokenLogps(torch.autograd.Function):
+    """`TokenLogps` as a tuple: kept Jacobian where only hidden needs a gradient, else two passes."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, problem: Problem) -> tuple:
+        ctx.set_materialize_grads(False)
+        needs_hidden, needs_weight, needs_bias, _ = ctx.needs_input_grad
+        sums, jacobian = _sweep(problem, keep_jacobian=needs_hidden and not (needs_weight or needs_bias))
+        out = sums.results(problem)
+        ctx.mark_non_differentiable(*(x for x in out[3:] if x is not None))
+        ctx.problem = _without_tensors(problem)
+        entropy = sums.entropy() if out.entropy is not None else None
+        # A kept Jacobian answers for logps alone; only entropy and lse, if asked for, can call for more.
+        recomputes = jacobian is None or out.entropy is not None or out.lse is not None
+        state = (hidden, weight, bias, problem.targets, sums.max, sums.log_e(), entropy) if recomputes else ()
+        ctx.save_for_backward(jacobian, *state)
+        return tuple(out)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_logps: Tensor | None, d_entropy: Tensor | None, d_lse: Tensor | None, *_: None) -> tuple:
+        jacobian, *state = ctx.saved_tensors
+        d_hidden = None
+        if jacobian is not None and d_logps is not None:
+            d_hidden = torch.mul(jacobian, d_logps[:, None], out=torch.empty_like(jacobian))
+            d_logps = None
+        if d_logps is None and d_entropy is None and d_lse is None:
+            return d_hidden, None, None, None
+        problem, (maximum, log_e, entropy) = _with_tensors(ctx.problem, *state[:4]), state[4:]
+        dtype = problem.logit_dtype
+        grads = _TokenGrads(
+            max=maximum,
+            log_e=log_e,
+            logps=torch.zeros_like(log_e) if d_logps is None else d_logps.to(dtype),
+            lse=None if d_lse is None else d_lse.to(dtype),
+            entropy=None if d_entropy is None else (d_entropy.to(dtype), entropy),
+        )
+        with torch.autocast(problem.hidden.device.type, enabled=False):
+            more, d_weight, d_bias = _two_pass_grads(problem, grads, ctx.needs_input_grad[:3])
+        d_hidden = more if d_hidden is None or more is None else d_hidden.add_(more)
+        return d_hidden, d_weight, d_bias, None
+
+
+class _OnePass(torch.autograd.Function):
+    """A scalar whose gradients are made in the forward; the backward scales them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        problem: Problem,
+        plan: _Plan,
+        token_loss: TokenLoss,
+    ) -> Tensor:
+        loss, *grads = _one_pass(problem, plan, token_loss, ctx.needs_input_grad[:3])
+        ctx.save_for_backward(*grads)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple:
+        # In place, since a second copy of the head's gradient could be the memory peak; not where the graph is kept for
+        # another backward, which will need the gradients unscaled.
+        kept = _graph_is_kept()
+        scaled = [g if g is None else g * upstream if kept else g.mul_(upstream) for g in ctx.saved_tensors]
+        return *scaled, None, None, None
+
+
+def _needs_grad(problem: Problem) -> bool:
+    tensors = (problem.hidden, problem.weight, problem.bias)
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
+def _graph_is_kept() -> bool:
+    """Whether the backward that is running keeps the graph for another one; True where PyTorch does not tell."""
+    ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return ask is None or ask()
+
+
+def _without_tensors(problem: Problem) -> Problem:
+    """What ctx may hold: tensors go through save_for_backward."""
+    return replace(problem, hidden=None, weight=None, bias=None, targets=None)  # type: ignore[arg-type]
+
+
+def _with_tensors(problem: Problem, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Problem:
+    return replace(problem, hidden=hidden, weight=weight, bias=bias, targets=targets)
+
+
+assert TokenLogps._fields[1:] == OUTPUTS  # the autograd function returns them in this order

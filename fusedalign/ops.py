@@ -1,0 +1,257 @@
+"""From hidden states and an LM head to log-probabilities: check, choose an impl, compact, call, scatter back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusedalign.impls import resolve
+from fusedalign.losses.sft import token_loss
+from fusedalign.problem import OUTPUTS, Problem, Tiling, TokenLogps
+
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def linear_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    outputs: Iterable[str] = (),
+    impl: str = "auto",
+    filter_eps: float | None = None,
+    workspace: int | None = None,
+    token_chunk: int | None = None,
+    vocab_chunk: int | None = None,
+) -> TokenLogps:
+    """Per-token log-probabilities of `targets` under an LM head, without the `[tokens, vocab]` logits.
+
+    logits = softcap * tanh(scale * (hidden @ weight.T + bias) / softcap) / temperature, in that order; logits are fp32
+    (fp64 for fp64 inputs) whatever the inputs' dtype, gradients are dense. Only tokens that are not ignored are
+    projected. Under autocast the product's operands take autocast's dtype, as in `torch.nn.functional.linear`.
+
+    Args:
+        hidden: [..., D] fp64/fp32/bf16/fp16, the input of the LM head.
+        weight: [V, D], the head; may differ from `hidden` in dtype, the product then takes the wider one.
+        targets: [...] int64, aligned with `hidden`: `hidden[..., t, :]` predicts `targets[..., t]`. See
+            `fusedalign.sequence.shift_labels` for unshifted labels.
+        bias: [V] or None.
+        scale: factor of the raw logits (Cohere's logit_scale, 1 / logits_scaling of Granite).
+        softcap: > 0 or None (Gemma 2's final_logit_softcapping).
+        temperature: > 0.
+        ignore_index: targets of this value take no part; every output is exactly 0 there.
+        outputs: what to compute beside `logps`, among "entropy", "lse", "mean_logit", "log_sum_sq_probs", "is_top1".
+        impl: "auto", or the name of one impl, which then serves or raises. See `fusedalign.explain`.
+        filter_eps: None for exact gradients; gradients of probabilities below it may be dropped by an impl that can.
+        workspace: bytes that the tiles may take beyond inputs, results and what the backward keeps; default 256 MiB.
+        token_chunk: tokens a tile, instead of what `workspace` gives.
+        vocab_chunk: vocabulary columns a tile, likewise.
+
+    Returns:
+        `TokenLogps` of [...] tensors; `logps`, `entropy` and `lse` are differentiable (once) by hidden, weight, bias.
+
+    Raises:
+        ValueError: a shape, device, target, option or name that does not fit; one line with what was expected and came.
+        TypeError: a dtype that does not fit.
+
+    Example:
+        >>> import torch
+        >>> hidden, weight = torch.zeros(2, 3, 8), torch.randn(50, 8)
+        >>> out = linear_logps(hidden, weight, torch.tensor([[1, 2, -100], [4, 5, 6]]), outputs=["entropy"])
+        >>> out.logps.shape, round(out.entropy[0, 0].exp().item())
+        (torch.Size([2, 3]), 50)
+    """
+    problem, scatter = _prepare(
+        hidden,
+        weight,
+        targets,
+        ignore_index=ignore_index,
+        bias=bias,
+        scale=scale,
+        softcap=softcap,
+        temperature=temperature,
+        outputs=_check_outputs(outputs),
+        filter_eps=filter_eps,
+        tiling=_check_tiling(workspace=workspace, token_chunk=token_chunk, vocab_chunk=vocab_chunk),
+    )
+    with torch.autocast(hidden.device.type, enabled=False):
+        compact = resolve(impl, problem).token_logps(problem)
+    return TokenLogps(*(None if x is None else scatter(x) for x in compact))  # type: ignore[arg-type]
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    loss_type: str = "nll",
+    z_loss: float = 0.0,
+    reduction: str = "mean",
+    num_items: int | Tensor | None = None,
+    impl: str = "auto",
+    filter_eps: float | None = None,
+    workspace: int | None = None,
+    token_chunk: int | None = None,
+    vocab_chunk: int | None = None,
+) -> Tensor:
+    """The scalar training loss of an LM head, its gradients made in the forward where that is cheaper.
+
+    Equal to `sft_loss` of `linear_logps`, plus z_loss * lse**2 for each token, in 3 products of the head's size instead
+    of 4: nothing is recomputed in the backward, which only scales. With a bf16 or fp16 head that needs a gradient this
+    takes a workspace with room for one more tensor of the head's size (the low-order half of its gradient while that is
+    summed); with less, the 4-product path serves.
+
+    Args:
+        hidden, weight, targets, bias, scale, softcap, temperature, ignore_index, impl, filter_eps, workspace,
+            token_chunk, vocab_chunk: as in `linear_logps`.
+        loss_type: "nll" or "dft", see `fusedalign.losses.sft_loss`.
+        z_loss: >= 0, weight of the squared log-sum-exp of each token.
+        reduction: "mean" or "sum" over the tokens that are not ignored.
+        num_items: what "mean" divides by, instead of the number of these tokens; for gradient accumulation and data
+            parallelism, the number in the whole window.
+
+    Returns:
+        A scalar in fp32 (fp64 where hidden is); 0, still connected to the graph, where every token is ignored.
+        Differentiable (once) by hidden, weight and bias.
+
+    Raises:
+        ValueError, TypeError: as `linear_logps`, and for an unknown loss_type or reduction.
+
+    Source:
+        z-loss: Chowdhery et al. 2022 (PaLM), arXiv:2204.02311, section 5. dft: arXiv:2508.05629, equation 9.
+
+    Example:
+        >>> import torch
+        >>> hidden, weight = torch.zeros(2, 3, 8), torch.randn(50, 8)
+        >>> loss = linear_cross_entropy(hidden, weight, torch.ones(2, 3, dtype=torch.int64))
+        >>> round(loss.exp().item())
+        50
+    """
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"reduction must be 'mean' or 'sum' (per-token values: linear_logps), got {reduction!r}")
+    if reduction == "sum" and num_items is not None:
+        raise ValueError(f"num_items must be None with reduction='sum', which divides by nothing, got {num_items}")
+    if not z_loss >= 0:
+        raise ValueError(f"z_loss must be >= 0, got {z_loss}")
+    problem, _ = _prepare(
+        hidden,
+        weight,
+        targets,
+        ignore_index=ignore_index,
+        bias=bias,
+        scale=scale,
+        softcap=softcap,
+        temperature=temperature,
+        outputs=frozenset(["lse"]),
+        filter_eps=filter_eps,
+        tiling=_check_tiling(workspace=workspace, token_chunk=token_chunk, vocab_chunk=vocab_chunk),
+    )
+
+    def per_token(logps: Tensor, lse: Tensor) -> Tensor:
+        loss = token_loss(logps, loss_type=loss_type)
+        return loss + z_loss * lse.square() if z_loss else loss
+
+    with torch.autocast(hidden.device.type, enabled=False):
+        total = resolve(impl, problem).token_loss_sum(problem, per_token)
+    if reduction == "sum":
+        return total
+    count = len(problem.targets) if num_items is None else num_items
+    return total / torch.as_tensor(count, device=total.device).clamp(min=1)
+
+
+def _prepare(
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, ignore_index: int, **options: Any
+) -> tuple[Problem, Callable[[Tensor], Tensor]]:
+    """The checked problem of the tokens that count, and the function that puts an impl's [N] result back in place."""
+    _check_tensors(hidden, weight, targets, options["bias"])
+    _check_head(options["scale"], options["softcap"], options["temperature"])
+    rows, flat = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+    index = (flat != ignore_index).nonzero().squeeze(-1)
+    everything = len(index) == len(flat)
+    if not everything:
+        rows, flat = rows.index_select(0, index), flat.index_select(0, index)
+    _check_range(flat, weight.shape[0], ignore_index)
+    problem = Problem(rows, weight, flat, operand_dtype=_operand_dtype(hidden, weight), **options)
+
+    def scatter(x: Tensor) -> Tensor:
+        if not everything:
+            x = x.new_zeros(targets.numel()).index_copy(0, index, x)
+        return x.reshape(targets.shape)
+
+    return problem, scatter
+
+
+def _operand_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    wider = torch.promote_types(hidden.dtype, weight.dtype)
+    device = hidden.device.type
+    if wider != torch.float64 and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return wider
+
+
+def _check_tensors(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None) -> None:
+    named = {"hidden": hidden, "weight": weight, "targets": targets} | ({} if bias is None else {"bias": bias})
+    for name, x in named.items():
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+        if name == "targets" and x.dtype != torch.int64:
+            raise TypeError(f"targets must be int64, got {x.dtype}")
+        if name != "targets" and x.dtype not in _FLOATS:
+            raise TypeError(f"{name} must be float64, float32, bfloat16 or float16, got {x.dtype}")
+        if x.device != hidden.device:
+            raise ValueError(f"{name} must be on {hidden.device} like hidden, got {x.device}")
+    if hidden.ndim < 1 or hidden.shape[-1] == 0:
+        raise ValueError(f"hidden must have shape [..., D] with D > 0, got {tuple(hidden.shape)}")
+    if weight.ndim != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] == 0:
+        raise ValueError(f"weight must have shape [V, {hidden.shape[-1]}] to match hidden, got {tuple(weight.shape)}")
+    if targets.shape != hidden.shape[:-1]:
+        expected = tuple(hidden.shape[:-1])
+        raise ValueError(f"targets must have shape {expected} to match hidden, got {tuple(targets.shape)}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias must have shape ({weight.shape[0]},) to match weight, got {tuple(bias.shape)}")
+
+
+def _check_head(scale: float, softcap: float | None, temperature: float) -> None:
+    if not math.isfinite(scale):
+        raise ValueError(f"scale must be finite, got {scale}")
+    if softcap is not None and not (softcap > 0 and math.isfinite(softcap)):
+        raise ValueError(f"softcap must be > 0 or None, got {softcap}")
+    if not (temperature > 0 and math.isfinite(temperature)):
+        raise ValueError(f"temperature must be > 0, got {temperature}")
+
+
+def _check_range(targets: Tensor, vocab: int, ignore_index: int) -> None:
+    """One more wait for the device, right after the one that counting the tokens took."""
+    wrong = (targets < 0) | (targets >= vocab)
+    if wrong.any():
+        came = targets[wrong][0].item()
+        raise ValueError(f"targets must be in [0, {vocab}) or ignore_index={ignore_index}, got {came}")
+
+
+def _check_outputs(outputs: Iterable[str]) -> frozenset[str]:
+    names = [outputs] if isinstance(outputs, str) else list(outputs)
+    for name in names:
+        if name not in OUTPUTS:
+            raise ValueError(f"outputs must be among {', '.join(OUTPUTS)}, got {name!r}")
+    return frozenset(names)
+
+
+def _check_tiling(**wishes: int | None) -> Tiling:
+    for name, value in wishes.items():
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise ValueError(f"{name} must be a positive integer or None, got {value!r}")
+    return Tiling(**wishes)

@@ -1,0 +1,87 @@
+"""The records that pass between `ops` and every implementation: a checked `Problem` goes in, `TokenLogps` comes out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+#: The optional per-token outputs, in the order in which `TokenLogps` holds them after `logps`.
+OUTPUTS = ("entropy", "lse", "mean_logit", "log_sum_sq_probs", "is_top1")
+
+#: Bytes that an impl may use for its tiles beyond inputs, results and saved tensors, when the caller names no number.
+DEFAULT_WORKSPACE = 256 * 2**20
+
+#: (logps [N], lse [N]) -> losses [N]: a loss summed over tokens, so that its gradient can be taken in the forward.
+TokenLoss = Callable[[Tensor, Tensor], Tensor]
+
+
+class TokenLogps(NamedTuple):
+    """Per-token results of the head; every field has the shape of `targets`, those not asked for are None.
+
+    `p` is the softmax of the final logits (after bias, scale, softcap and temperature), V the vocabulary size. Floating
+    fields are fp32, or fp64 where `hidden` is. At ignored positions every field is exactly 0 (False).
+    """
+
+    logps: Tensor
+    """log p(target), nats, <= 0; differentiable."""
+    entropy: Tensor | None = None
+    """-sum_v p_v log p_v, nats; differentiable."""
+    lse: Tensor | None = None
+    """log sum_v exp(logit_v); differentiable (z-loss)."""
+    mean_logit: Tensor | None = None
+    """mean_v logit_v; no gradient."""
+    log_sum_sq_probs: Tensor | None = None
+    """log sum_v p_v**2, nats; no gradient."""
+    is_top1: Tensor | None = None
+    """bool: whether the target is the first of the largest logits; no gradient."""
+
+
+class Tiling(NamedTuple):
+    """What the caller wishes of the tiles, None: as the impl sees fit. No wish changes a result beyond rounding."""
+
+    workspace: int | None = None
+    """bytes"""
+    token_chunk: int | None = None
+    """tokens a tile"""
+    vocab_chunk: int | None = None
+    """vocabulary columns a tile"""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One head and N tokens that all count: checked by `ops`, without ignored positions, ready for an impl.
+
+    logits = softcap * tanh(scale * (hidden @ weight.T + bias) / softcap) / temperature; no tanh where softcap is None.
+    """
+
+    hidden: Tensor
+    """[N, D] fp64/fp32/bf16/fp16"""
+    weight: Tensor
+    """[V, D], any of these dtypes"""
+    targets: Tensor
+    """[N] int64 in [0, V)"""
+    operand_dtype: torch.dtype
+    """What enters the head's product: autocast's dtype where that is on, else the wider of hidden's and weight's."""
+    bias: Tensor | None = None
+    """[V]"""
+    scale: float = 1.0
+    softcap: float | None = None
+    temperature: float = 1.0
+    outputs: frozenset[str] = frozenset()
+    filter_eps: float | None = None
+    """None asks for dense, exact gradients."""
+    tiling: Tiling = Tiling()  # noqa: RUF009 (immutable)
+
+    @property
+    def logit_dtype(self) -> torch.dtype:
+        """The dtype of logits and of every sum over them: fp32, or fp64 for fp64 operands; never a half precision."""
+        return torch.float64 if self.operand_dtype == torch.float64 else torch.float32
+
+    @property
+    def result_dtype(self) -> torch.dtype:
+        """The dtype of `TokenLogps`: fp64 where hidden is, else fp32."""
+        return torch.float64 if self.hidden.dtype == torch.float64 else torch.float32
