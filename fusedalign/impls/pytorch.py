@@ -83,14 +83,14 @@ def _tiles(size: int, step: int) -> Iterator[slice]:
 
 
 def _plan(problem: Problem) -> _Plan:
-    """Tiles that fit the workspace; never the whole vocabulary at once unless the caller says so."""
+    """Tiles that fit the workspace, and small problems cut too: what runs in a test is what runs at full size."""
     (n, d), v = problem.hidden.shape, problem.weight.shape[0]
     wish, item = problem.tiling, problem.logit_dtype.itemsize
     budget = wish.workspace or DEFAULT_WORKSPACE
-    vocab = wish.vocab_chunk or min(8192, -(-v // 2), budget // (8 * item * d))
+    vocab = wish.vocab_chunk or min(8192, -(-v // 4), budget // (8 * item * d))
     vocab = max(1, min(vocab, v))
     tokens = wish.token_chunk or (budget - 2 * item * vocab * d) // (_bytes_per_logit(problem) * vocab + 2 * item * d)
-    return _Plan(max(1, min(tokens, n)), vocab)
+    return _Plan(max(1, min(tokens, n if wish.token_chunk else -(-n // 2))), vocab)
 
 
 def _plan_one_pass(problem: Problem) -> _Plan | None:
@@ -342,7 +342,7 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """`total += a @ b`, `a` rounded to the operand dtype of `b` first where that is a half precision."""
     if b.dtype.itemsize == 2:
         return total.add_(_product(a.to(b.dtype), b))
-    return total.addmm_(a, b)
+    return torch.addmm(total, a, b, out=total)
 
 
 def _two_pass_grads(

@@ -33,9 +33,8 @@ def token_logps(problem: Problem) -> TokenLogps:
     logps = all_logps.gather(-1, p.targets[:, None]).squeeze(-1)
     entropy = lse = mean_logit = log_sum_sq_probs = is_top1 = None
     if "entropy" in outputs:
-        # A column masked by a bias of -inf has p = 0: clamped, it contributes 0 * finite instead of 0 * -inf.
-        finite = all_logps.clamp(min=torch.finfo(all_logps.dtype).min)
-        entropy = -(all_logps.exp() * finite).sum(-1).to(p.result_dtype)
+        # A column masked by a bias of -inf has p = 0: clamped, it contributes 0 * -1e4 instead of 0 * -inf.
+        entropy = -(all_logps.exp() * all_logps.clamp(min=-1e4)).sum(-1).to(p.result_dtype)
     if "lse" in outputs:
         lse = logits.logsumexp(-1).to(p.result_dtype)
     if "mean_logit" in outputs:

@@ -1,0 +1,241 @@
+"""Read the LM head of a Hugging Face model: what turns its hidden states into logits, without calling it.
+
+Configurations keep names that the forward of their family never reads (Aya Vision's text model has a `logit_scale`
+that the vision model leaves out), so a name counts only where the forward that calls the head mentions it. What cannot
+be read with certainty is refused.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+import re
+import sys
+from types import CodeType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+#: Every name under which a forward reads a transform of its logits, and what it does with the value.
+_TRANSFORMS = {
+    "final_logit_softcapping": "softcap",  # Gemma 2 and later, NanoChat, Muse
+    "logits_soft_cap": "softcap",  # RecurrentGemma
+    "output_logit_soft_cap": "softcap",  # xLSTM
+    "logit_scale": "logits *",  # Cohere
+    "output_multiplier": "logits *",  # Muse
+    "lm_head_multiplier": "logits *",  # Falcon-H1
+    "logits_scaling": "by family",  # the only name that families use in opposite ways, see below
+    "logits_mup_width_multiplier": "hidden /",  # Inkling
+    "unpadded_vocab_size": "vocabulary",  # Inkling drops the columns beyond it
+}
+#: `logits_scaling`, by the start of the model type.
+_LOGITS_SCALING = {"granite": "logits /", "hyperclovax": "logits *", "minicpm3": "hidden /"}
+
+#: Model types that compute more than a head, in a way that shows in no name.
+_REFUSED = {
+    "chameleon": "its forward overwrites the logits of image tokens",
+    "prophetnet": "its logits come from an n-gram stream, not from the last hidden state",
+}
+
+#: What a forward mentions when it does something to logits, ...
+_SUSPECT = re.compile(r"logit|soft_?cap|tanh|multiplier|mup|scal|dim_model_base|finfo|temperature|padded_vocab")
+#: ... unless it is one of these, ...
+_HARMLESS = re.compile(r"logits|skip_logits|shift_logits|\w*logits_to_keep|\w*router_logits|\w+_with_logits")
+#: ... or the helpers of a softcap that is known.
+_SOFTCAP_HELPERS = {"tanh", "soft_cap"}
+#: Configuration names with "logit" in them that are not about the LM head.
+_NOT_THE_HEAD = re.compile(r"to_keep|att(e)?n|router|moe|_init_value|ratio|time_logit")
+
+_MISSING = object()
+_CANNOT = "expected logits that weight, bias, scale and softcap describe"
+
+
+class LMHead(NamedTuple):
+    """logits = softcap * tanh(scale * (hidden @ weight.T + bias) / softcap); no tanh where softcap is None.
+
+    `hidden` is the last hidden state that the backbone returns.
+    """
+
+    weight: Tensor
+    """[V, D]; the model's own parameter, shared with the embedding where they are tied"""
+    bias: Tensor | None = None
+    """[V]; the model's own parameter"""
+    scale: float = 1.0
+    softcap: float | None = None
+
+
+def lm_head(model: nn.Module) -> LMHead:
+    """The head of `model` as it is now: adapters, FSDP and users replace heads, so ask again at every step.
+
+    `model` is a causal LM of transformers, text or vision, bare or inside of DDP, FSDP, DeepSpeed, `torch.compile` or
+    PEFT. With PEFT's `modules_to_save` on the head, the copy of the active adapter is taken. Forward hooks on the head
+    are not looked at.
+
+    Raises:
+        TypeError: `model` is not a decoder-only causal LM with a plain linear head: encoder-decoder models, heads that
+            are quantised or carry an adapter, layers between backbone and head.
+        ValueError: its forward or its configuration transforms the logits in a way that `LMHead` cannot express.
+    """
+    outer = _unwrap(model)
+    head = outer.get_output_embeddings()
+    if head is None:
+        raise TypeError(f"expected a causal LM with output embeddings, got {_name(outer)}, which has none")
+    _refuse_encoder_decoder(outer)
+    owner, attribute = _owner(outer, head)
+    _refuse_encoder_decoder(owner)
+    model_type = getattr(owner.config, "model_type", "")
+    if model_type in _REFUSED:
+        raise ValueError(f"{_CANNOT}, got {_name(owner)}: {_REFUSED[model_type]}")
+
+    names = _forward_names(type(owner))
+    if attribute not in names:
+        raise TypeError(f"expected the forward of {_name(owner)} to call self.{attribute}, but it does not mention it")
+    layers = sorted(names & owner._modules.keys() - {attribute})
+    if len(layers) > 1:
+        raise TypeError(
+            f"expected {_name(owner)} to have one backbone below self.{attribute}, its forward uses {layers}"
+        )
+
+    linear = _plain_linear(head, f"{_name(owner)}.{attribute}")
+    backbone = owner._modules[layers[0]] if layers else None
+    scale, softcap = _transforms(owner, backbone, linear, names)
+    if outer is not owner:  # its forward returns the inner model's logits: it must leave them alone
+        _refuse_unknown(outer, _forward_names(type(outer)), set())
+    return LMHead(linear.weight, linear.bias, scale, softcap)
+
+
+def _unwrap(model: Any) -> Any:
+    """`model` without DDP, FSDP, DeepSpeed, torch.compile and PEFT, down to the class that defines a head."""
+    came = _name(model)
+    while not hasattr(type(model), "get_output_embeddings"):
+        if hasattr(type(model), "get_base_model"):
+            model = model.get_base_model()
+            continue
+        inside = [getattr(model, name, None) for name in ("module", "_orig_mod")]
+        model = next((module for module in inside if isinstance(module, nn.Module)), None)
+        if model is None:
+            raise TypeError(f"expected a causal LM with get_output_embeddings(), got {came}")
+    return model
+
+
+def _owner(model: Any, head: nn.Module) -> tuple[Any, str]:
+    """The module that holds `head`, and under which name: some vision models keep a whole causal LM inside."""
+    for parent in model.modules():  # the model itself comes first, so this is short for nearly all
+        for name, child in parent._modules.items():
+            if child is head:
+                if hasattr(type(parent), "get_output_embeddings") and hasattr(parent, "config"):
+                    return parent, name
+                raise TypeError(f"expected the head to sit in a causal LM itself, got one inside {_name(parent)}")
+    raise TypeError(f"expected the output embeddings to be a layer of {_name(model)}, got {_name(head)} from elsewhere")
+
+
+def _plain_linear(head: Any, where: str) -> nn.Linear:
+    """`head` as an nn.Linear that does nothing else; PEFT's modules_to_save resolved."""
+    copies = getattr(head, "modules_to_save", None)
+    if isinstance(copies, nn.ModuleDict) and hasattr(head, "original_module"):
+        active = list(head.active_adapters)
+        use_copy = active and not head.disable_adapters and all(adapter in copies for adapter in active)
+        head = copies[active[0]] if use_copy else head.original_module
+    own_forward = "forward" in vars(head) and not hasattr(head, "_hf_hook")  # accelerate's hooks only move tensors
+    if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward or own_forward:
+        came = f"{type(head).__module__}.{_name(head)}" + (" with a forward of its own" if own_forward else "")
+        raise TypeError(f"expected {where} to be a plain nn.Linear, got {came}")
+    for kind, tensor in (("weight", head.weight), ("bias", head.bias)):
+        if tensor is None:
+            continue
+        dtensor = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", ())
+        plain = type(tensor) in (Tensor, nn.Parameter) or isinstance(tensor, dtensor)
+        if not plain or tensor.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+            got = f"{type(tensor).__name__} of {tensor.dtype}"
+            raise TypeError(f"expected the {kind} of {where} to be a floating-point tensor, got {got}")
+    return head
+
+
+def _transforms(owner: Any, backbone: Any, linear: nn.Linear, names: set[str]) -> tuple[float, float | None]:
+    """Scale and softcap that the forward of `owner` applies, as the model has them now."""
+    config = _config(owner, text=bool(names & {"text_config", "get_text_config"}))
+    scale, softcap = 1.0, None
+    for name in sorted(names & _TRANSFORMS.keys()):
+        values = (getattr(holder, name, _MISSING) for holder in (owner, backbone, config))
+        value = next((v for v in values if v is not _MISSING), None if "getattr" in names else _MISSING)
+        how = _TRANSFORMS[name]
+        if how == "by family":
+            family = str(getattr(owner.config, "model_type", ""))
+            how = next((h for start, h in _LOGITS_SCALING.items() if family.startswith(start)), "")
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            got = "nothing" if value is _MISSING else repr(value)
+            raise ValueError(f"expected {name} of {_name(owner)} to be a finite number or None, got {got}")
+        if how == "softcap" and value > 0 and softcap is None:
+            softcap = float(value)
+        elif how == "logits *":
+            scale *= value
+        elif (how == "logits /" or (how == "hidden /" and linear.bias is None)) and value != 0:
+            scale /= value
+        elif how != "vocabulary" or value < linear.out_features:  # also a softcap of 0, a division by 0, a second cap
+            raise ValueError(f"{_CANNOT}, got {_name(owner)} with {name}={value}")
+    read = names & _TRANSFORMS.keys()
+    helpers = _SOFTCAP_HELPERS if any(_TRANSFORMS[name] == "softcap" for name in read) else set()
+    _refuse_unknown(owner, names, read | helpers)
+    return float(scale), softcap
+
+
+def _refuse_encoder_decoder(model: Any) -> None:
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise TypeError(f"expected a decoder-only causal LM, got the encoder-decoder {_name(model)}")
+
+
+def _refuse_unknown(model: Any, names: set[str], known: set[str]) -> None:
+    """Refuse what may change the logits beyond `known`, in the names of the forward and in the configuration."""
+    for name in sorted(names - known):
+        if _SUSPECT.search(name) and not _HARMLESS.fullmatch(name):
+            raise ValueError(f"expected a known transform of the logits, the forward of {_name(model)} uses {name!r}")
+    # transformers' own forwards leave known names unread on purpose; in others a helper may read them for the forward
+    module = inspect.unwrap(type(model).forward).__module__
+    unread: set[str] = set() if module.startswith("transformers.models.") else _TRANSFORMS.keys() - known
+    for config in (model.config, _config(model, text=True)):
+        for name, value in vars(config).items():
+            number = isinstance(value, (int, float)) and not isinstance(value, bool) and value not in (0, 1)
+            unknown = "logit" in name and name not in _TRANSFORMS and not _NOT_THE_HEAD.search(name)
+            if number and (unknown or name in unread):
+                raise ValueError(
+                    f"expected logit transforms that the forward reads, {_name(config)} has {name}={value}"
+                )
+
+
+def _config(model: Any, *, text: bool) -> Any:
+    get_text_config = getattr(model.config, "get_text_config", None)
+    return get_text_config(decoder=True) if text and get_text_config is not None else model.config
+
+
+def _forward_names(cls: type) -> set[str]:
+    """Attributes and globals that the forward of `cls` mentions, with those of the forwards it reaches by super().
+
+    The class is asked, not the instance, whose forward accelerate, TRL and others wrap without changing the logits.
+    """
+    names: set[str] = set()
+    for base in cls.__mro__:
+        if "forward" in vars(base):
+            code = getattr(inspect.unwrap(vars(base)["forward"]), "__code__", None)
+            names |= _code_names(code) if code is not None else set()
+            if "super" not in names:
+                break
+    return names
+
+
+@functools.lru_cache(maxsize=64)
+def _code_names(code: CodeType) -> frozenset[str]:
+    names = set(code.co_names)
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):  # a comprehension or an inner function
+            names |= _code_names(constant)
+        elif isinstance(constant, str) and constant.isidentifier():  # getattr(config, "name")
+            names.add(constant)
+    return frozenset(names)
+
+
+def _name(thing: object) -> str:
+    return type(thing).__name__

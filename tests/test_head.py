@@ -1,0 +1,491 @@
+"""`lm_head` against the models' own logits, family by family, and the heads that it must refuse."""
+
+import copy
+import functools
+
+import pytest
+import torch
+from torch import nn
+
+from fusedalign.head import LMHead, lm_head
+
+transformers = pytest.importorskip("transformers")
+
+V, D = 61, 32
+SMALL = {
+    "vocab_size": V,
+    "hidden_size": D,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+MOE = {**SMALL, "num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+GPT2 = {
+    "vocab_size": V,
+    "n_embd": D,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 32,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+BLOOM = {"vocab_size": V, "hidden_size": D, "n_layer": 2, "n_head": 4, "bos_token_id": 1, "eos_token_id": 2}
+MPT = {"vocab_size": V, "d_model": D, "n_layers": 2, "n_heads": 4}
+OPT = {**SMALL, "model_type": "opt", "ffn_dim": 48, "word_embed_proj_dim": 16, "max_position_embeddings": 32}
+BART = {"vocab_size": V, "d_model": D, "decoder_layers": 1, "decoder_attention_heads": 2, "decoder_ffn_dim": 16}
+GRIFFIN = {**SMALL, "num_hidden_layers": 3, "lru_width": D, "block_types": ["recurrent", "recurrent", "attention"]}
+XLSTM = {"vocab_size": V, "hidden_size": D, "num_heads": 2, "num_blocks": 2, "num_hidden_layers": 2}
+MAMBA2 = {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1}
+MLA = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
+MINICPM3 = {**SMALL, **MLA, "num_key_value_heads": 4}
+GEMMA4 = {**SMALL, "hidden_size_per_layer_input": 4, "vocab_size_per_layer_input": V}
+ENCODER = {"vocab_size": V, "hidden_size": D, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+VIT = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 8,
+    "patch_size": 4,
+}
+SIGLIP = {**VIT, "model_type": "siglip_vision_model", "projection_dim": D}
+LLAMA4_VIT = {**VIT, "vision_output_dim": 16, "projector_input_dim": 16, "projector_output_dim": 16}
+QWEN_VIT = {"depth": 1, "hidden_size": 16, "num_heads": 2, "out_hidden_size": D, "intermediate_size": 16}
+MROPE = {"rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}}
+QFORMER = {**ENCODER, "hidden_size": 16, "encoder_hidden_size": 16}
+
+
+def vlm(text, vision=SIGLIP, **rest):
+    return {"text_config": text, "vision_config": vision, **rest}
+
+
+# model class, arguments of its configuration, (scale, softcap) or None where they depend on the version. Wherever a
+# family has a scale or a cap it is not neutral here, so that a head read without it fails.
+PLAIN = (1.0, None)
+FAMILIES = [
+    ("Qwen3ForCausalLM", {**SMALL, "tie_word_embeddings": False}, PLAIN),
+    ("Qwen3ForCausalLM", {**SMALL, "tie_word_embeddings": True}, PLAIN),
+    ("Qwen3MoeForCausalLM", MOE, PLAIN),
+    ("LlamaForCausalLM", SMALL, PLAIN),
+    ("MistralForCausalLM", SMALL, PLAIN),
+    ("MixtralForCausalLM", MOE, PLAIN),
+    ("Olmo2ForCausalLM", SMALL, PLAIN),
+    ("GptOssForCausalLM", MOE, PLAIN),
+    ("Gemma2ForCausalLM", {**SMALL, "final_logit_softcapping": 1.7}, (1.0, 1.7)),
+    ("Gemma2ForCausalLM", {**SMALL, "final_logit_softcapping": None}, PLAIN),
+    ("Gemma3ForCausalLM", {**SMALL, "final_logit_softcapping": 1.7}, (1.0, 1.7)),
+    ("Gemma4ForCausalLM", {**GEMMA4, "final_logit_softcapping": 1.7}, (1.0, 1.7)),
+    ("VaultGemmaForCausalLM", {**SMALL, "final_logit_softcapping": 1.7}, (1.0, 1.7)),
+    ("NanoChatForCausalLM", {**SMALL, "final_logit_softcapping": 1.7}, (1.0, 1.7)),
+    ("BeamForCausalLM", {**SMALL, "final_logit_softcapping": 1.7}, (1.0, 1.7)),
+    ("RecurrentGemmaForCausalLM", {**GRIFFIN, "logits_soft_cap": 1.7}, (1.0, 1.7)),
+    ("xLSTMForCausalLM", {**XLSTM, "output_logit_soft_cap": 1.7}, (1.0, 1.7)),
+    ("CohereForCausalLM", {**SMALL, "logit_scale": 0.3}, (0.3, None)),
+    ("CohereForCausalLM", {**SMALL, "logit_scale": 0.0}, (0.0, None)),
+    ("Cohere2ForCausalLM", {**SMALL, "logit_scale": 0.3}, (0.3, None)),
+    ("GraniteForCausalLM", {**SMALL, "logits_scaling": 2.5}, (0.4, None)),
+    ("GraniteMoeForCausalLM", {**MOE, "logits_scaling": 2.5}, (0.4, None)),
+    ("GraniteMoeSharedForCausalLM", {**MOE, "logits_scaling": 2.5}, (0.4, None)),
+    ("HyperCLOVAXForCausalLM", {**SMALL, "logits_scaling": 2.5}, (2.5, None)),
+    ("MiniCPM3ForCausalLM", {**MINICPM3, "dim_model_base": 8}, (0.25, None)),
+    ("FalconH1ForCausalLM", {**SMALL, **MAMBA2, "lm_head_multiplier": 0.3}, (0.3, None)),
+    ("PhiForCausalLM", SMALL, PLAIN),
+    ("Phi3ForCausalLM", SMALL, PLAIN),
+    ("GPT2LMHeadModel", GPT2, PLAIN),
+    ("GPTJForCausalLM", {**GPT2, "rotary_dim": 4}, PLAIN),
+    ("GPTNeoXForCausalLM", SMALL, PLAIN),
+    ("BloomForCausalLM", BLOOM, PLAIN),
+    ("MptForCausalLM", {**MPT, "logit_scale": 0.3}, PLAIN),  # its forward does not read logit_scale
+    ("OPTForCausalLM", OPT, PLAIN),  # projects out of its decoder, below the head
+    ("StableLmForCausalLM", SMALL, PLAIN),
+    ("MambaForCausalLM", {**SMALL, "state_size": 4}, PLAIN),
+    ("BartForCausalLM", BART, PLAIN),
+    ("Qwen2_5_VLForConditionalGeneration", vlm({**SMALL, **MROPE}, QWEN_VIT), PLAIN),
+    ("Gemma3ForConditionalGeneration", vlm({**SMALL, "final_logit_softcapping": 1.7}, VIT), PLAIN),  # cap not read
+    ("LlavaForConditionalGeneration", vlm({**SMALL, "model_type": "gemma2"}), PLAIN),  # nor here
+    ("AyaVisionForConditionalGeneration", vlm({**SMALL, "model_type": "cohere2", "logit_scale": 0.3}), PLAIN),
+    (
+        "PaliGemmaForConditionalGeneration",
+        vlm({**SMALL, "model_type": "gemma2", "final_logit_softcapping": 1.7}, projection_dim=D),
+        None,  # later transformers read the cap, 5.17 did not: as the logits say
+    ),
+    ("PaliGemmaForConditionalGeneration", vlm({**SMALL, "model_type": "gemma"}, projection_dim=D), PLAIN),
+    (
+        "MuseGlimmerForConditionalGeneration",
+        vlm({**SMALL, "final_logit_softcapping": 1.7, "output_multiplier": 0.6}, VIT),
+        (0.6, 1.7),
+    ),
+    ("Llama4ForConditionalGeneration", vlm({**MOE, "intermediate_size_mlp": 32}, LLAMA4_VIT), PLAIN),
+]
+IDS = [f"{name}-{number}" for number, (name, _, _) in enumerate(FAMILIES)]
+
+
+def build(name, config):
+    if not hasattr(transformers, name):
+        pytest.skip(f"this transformers has no {name}")
+    torch.manual_seed(0)
+    cls = getattr(transformers, name)
+    model = cls(cls.config_class(**copy.deepcopy(config))).eval()
+    head = model.get_output_embeddings()
+    if isinstance(head, nn.Linear):
+        nn.init.normal_(head.weight, std=0.3)  # large enough for a softcap to bend the logits
+        if head.bias is not None:
+            nn.init.normal_(head.bias)
+    return model
+
+
+def qwen3(**config):
+    return build("Qwen3ForCausalLM", {**SMALL, **config})
+
+
+def last_hidden_and_logits(model):
+    """What the backbone returns and what the model makes of it, in one forward."""
+    causal_lm = getattr(model, "language_model", model)  # Llama 4 for images keeps a causal LM inside
+    backbone = causal_lm.model if causal_lm.base_model is causal_lm else causal_lm.base_model
+    backbone = getattr(backbone, "decoder", backbone)
+    kept = []
+    handle = backbone.register_forward_hook(lambda module, args, out: kept.append(out[0]))
+    logits = model(input_ids=torch.randint(6, V, (3, 5)), use_cache=False).logits
+    handle.remove()
+    return kept[-1], logits
+
+
+def logits_of(hidden, head):
+    logits = head.scale * nn.functional.linear(hidden, head.weight, head.bias)
+    return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
+
+
+@pytest.mark.parametrize(("name", "config", "expected"), FAMILIES, ids=IDS)
+def test_gives_the_models_own_logits_and_gradients(name, config, expected):
+    model = build(name, config)
+    head = lm_head(model)
+    if expected is not None:
+        assert (head.scale, head.softcap) == pytest.approx(expected)
+
+    hidden, logits = last_hidden_and_logits(model)
+    torch.testing.assert_close(logits_of(hidden, head), logits, rtol=1e-5, atol=1e-5)
+
+    linear = model.get_output_embeddings()
+    assert head.weight is linear.weight
+    assert head.bias is linear.bias
+    parameters = [parameter for parameter in (head.weight, head.bias) if parameter is not None]
+    upstream = torch.randn(logits.shape)
+    # the backbone's part is the same on both sides; cut it off, as a tied weight is in it too
+    ours = torch.autograd.grad(logits_of(hidden.detach(), head), parameters, upstream)
+    whole = torch.autograd.grad(logits, hidden, upstream, retain_graph=True)[0]
+    through = torch.autograd.grad(hidden, parameters, whole, retain_graph=True, allow_unused=True)
+    theirs = torch.autograd.grad(logits, parameters, upstream)
+    for our, other, total in zip(ours, through, theirs, strict=True):
+        torch.testing.assert_close(our if other is None else our + other, total, rtol=1e-4, atol=1e-4)
+
+
+NOT_NEUTRAL = [
+    (family, field)
+    for family in FAMILIES
+    for field, value, neutral in zip(("scale", "softcap"), family[2] or PLAIN, PLAIN, strict=True)
+    if value != neutral
+]
+
+
+@pytest.mark.parametrize(("family", "field"), NOT_NEUTRAL, ids=[f"{f[0]}-{field}" for f, field in NOT_NEUTRAL])
+def test_the_comparison_notices_a_head_without_its_transform(family, field):
+    name, config, _ = family
+    model = build(name, config)
+    hidden, logits = last_hidden_and_logits(model)
+    head = lm_head(model)
+    wrong = head._replace(scale=1.0) if field == "scale" else head._replace(softcap=None)
+    assert (logits_of(hidden, wrong) - logits).abs().max() > 0.1
+
+
+def test_tied_embeddings_give_the_shared_parameter():
+    model = qwen3(tie_word_embeddings=True)
+    assert lm_head(model).weight is model.get_input_embeddings().weight
+
+
+def test_is_read_at_call_time():
+    model = build("Gemma2ForCausalLM", SMALL)
+    model.config.final_logit_softcapping = 5.0
+    assert lm_head(model).softcap == 5.0
+    model.set_output_embeddings(nn.Linear(D, V, bias=True))
+    assert lm_head(model)[:2] == (model.lm_head.weight, model.lm_head.bias)
+
+
+def test_the_model_object_goes_before_the_configuration():
+    model = build("CohereForCausalLM", {**SMALL, "logit_scale": 0.3})
+    model.config.logit_scale = 7.0  # the forward reads the copy that it took when it was built
+    assert lm_head(model).scale == 0.3
+    model.logit_scale = None
+    assert lm_head(model).scale == 1.0
+
+
+def test_a_causal_lm_inside_of_another_model():
+    config = vlm(OPT, VIT, qformer_config=QFORMER, num_query_tokens=2)
+    model = build("Blip2ForConditionalGeneration", config)
+    assert lm_head(model).weight is model.language_model.lm_head.weight
+
+
+class Wrapper(nn.Module):
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+
+def test_wrappers():
+    model = qwen3()
+    for wrapped in (Wrapper(model), Wrapper(Wrapper(model)), torch.compile(model), Wrapper(torch.compile(model))):
+        assert lm_head(wrapped).weight is model.lm_head.weight
+
+
+def test_forwards_wrapped_on_the_instance_and_by_inheritance():
+    class Mine(transformers.Gemma2ForCausalLM):
+        def forward(self, *args, **kwargs):
+            return super().forward(*args, **kwargs)
+
+    config = transformers.Gemma2Config(**SMALL, final_logit_softcapping=1.7)
+    model = Mine(config)
+    model.forward = functools.wraps(model.forward)(lambda *args, **kwargs: None)
+    assert lm_head(model).softcap == 1.7
+
+
+# --- refused ---------------------------------------------------------------------------------------------------------
+
+
+def refused(error, match, model):
+    with pytest.raises(error, match=match) as caught:
+        lm_head(model)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "thing", [nn.Linear(2, 2), Wrapper(nn.Linear(2, 2)), "a name"], ids=["layer", "wrapped", "str"]
+)
+def test_refuses_what_is_no_causal_lm(thing):
+    refused(TypeError, r"expected a causal LM with get_output_embeddings\(\), got", thing)
+
+
+def test_refuses_models_without_a_head():
+    refused(TypeError, "output embeddings, got Qwen3Model", qwen3().model)
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "error", "match"),
+    [
+        (
+            "T5ForConditionalGeneration",
+            {"vocab_size": V, "d_model": D, "num_layers": 1},
+            TypeError,
+            "encoder-decoder T5",
+        ),
+        ("BertLMHeadModel", {**ENCODER, "is_decoder": True}, TypeError, "inside BertLMPredictionHead"),
+        ("RobertaForCausalLM", {**ENCODER, "is_decoder": True}, TypeError, "inside RobertaLMHead"),
+        ("ElectraForCausalLM", {**ENCODER, "is_decoder": True}, TypeError, r"\['electra', 'generator_predictions'\]"),
+        ("ModernBertDecoderForCausalLM", SMALL, TypeError, r"\['lm_head', 'model'\]"),
+        ("ProphetNetForCausalLM", {"vocab_size": V, "num_decoder_layers": 1}, ValueError, "n-gram stream"),
+        (
+            "MusicgenForCausalLM",
+            {"vocab_size": V, "num_hidden_layers": 1},
+            TypeError,
+            "plain nn.Linear, got .*ModuleList",
+        ),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_refuses_families_with_more_than_a_head(name, config, error, match):
+    with torch.device("meta"):
+        cls = getattr(transformers, name)
+        refused(error, match, cls(cls.config_class(**config)))
+
+
+class OwnForward(nn.Linear):
+    def forward(self, hidden):
+        return super().forward(nn.functional.normalize(hidden))
+
+
+class Packed(torch.Tensor):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("head", "match"),
+    [
+        (OwnForward(D, V), "plain nn.Linear, got .*OwnForward"),
+        (nn.Sequential(nn.Linear(D, V)), "plain nn.Linear, got .*Sequential"),
+        (nn.Embedding(V, D), "plain nn.Linear, got .*Embedding"),
+    ],
+)
+def test_refuses_heads_that_are_not_plain(head, match):
+    model = qwen3()
+    model.lm_head = head
+    refused(TypeError, match, model)
+
+
+def test_refuses_a_head_whose_forward_was_replaced():
+    model = qwen3()
+    model.lm_head.forward = lambda hidden: hidden
+    refused(TypeError, "Linear with a forward of its own", model)
+
+
+def test_refuses_packed_weights():
+    model = qwen3()
+    model.lm_head.weight = nn.Parameter(torch.zeros(V, D, dtype=torch.int8), requires_grad=False)
+    refused(TypeError, "weight of .* floating-point tensor, got Parameter of torch.int8", model)
+    model.lm_head.weight = nn.Parameter(torch.zeros(V, D).as_subclass(Packed))
+    refused(TypeError, "floating-point tensor, got Packed of torch.float32", model)
+
+
+def test_refuses_unknown_logit_names_in_the_configuration():
+    model = qwen3()
+    model.config.attn_logit_softcapping = 50.0  # known not to be about the head
+    model.config.num_logits_to_keep = 3
+    lm_head(model)
+    model.config.final_logit_power = 2
+    refused(ValueError, "Qwen3Config has final_logit_power=2", model)
+
+
+class Odd(transformers.Qwen3ForCausalLM):
+    """A forward from elsewhere; the cases below give it different ones."""
+
+
+def scaled_by_an_unknown_name(self, input_ids):
+    return self.lm_head(self.model(input_ids)[0]) * self.config.logit_zoom
+
+
+def capped_by_a_constant(self, input_ids):
+    return torch.tanh(self.lm_head(self.model(input_ids)[0]))
+
+
+def with_a_layer_between(self, input_ids):
+    return self.lm_head(self.extra(self.model(input_ids)[0]))
+
+
+def without_the_head(self, input_ids):
+    return self.compute(self.model(input_ids)[0])
+
+
+def leaves_scale_to_a_helper(self, input_ids):
+    return self.postprocess(self.lm_head(self.model(input_ids)[0]))
+
+
+def scaled_by_a_known_name(self, input_ids):
+    return self.lm_head(self.model(input_ids)[0]) * self.config.logit_scale
+
+
+def scaled_in_either_direction(self, input_ids):
+    return self.lm_head(self.model(input_ids)[0]) / self.config.logits_scaling
+
+
+def capped_by_a_known_name(self, input_ids):
+    return self.lm_head(self.model(input_ids)[0]) / self.config.final_logit_softcapping
+
+
+@pytest.mark.parametrize(
+    ("forward", "config", "error", "match"),
+    [
+        (scaled_by_an_unknown_name, {}, ValueError, "the forward of Odd uses 'logit_zoom'"),
+        (capped_by_a_constant, {}, ValueError, "the forward of Odd uses 'tanh'"),
+        (
+            with_a_layer_between,
+            {},
+            TypeError,
+            r"one backbone below self.lm_head, its forward uses \['extra', 'model'\]",
+        ),
+        (without_the_head, {}, TypeError, "forward of Odd to call self.lm_head"),
+        (leaves_scale_to_a_helper, {"logit_scale": 0.3}, ValueError, "Qwen3Config has logit_scale=0.3"),
+        (scaled_by_a_known_name, {}, ValueError, "logit_scale of Odd to be a finite number or None, got nothing"),
+        (scaled_by_a_known_name, {"logit_scale": "inv_sqrt_d_model"}, ValueError, "got 'inv_sqrt_d_model'"),
+        (scaled_by_a_known_name, {"logit_scale": float("inf")}, ValueError, "got inf"),
+        (scaled_in_either_direction, {"logits_scaling": 2.0}, ValueError, "got Odd with logits_scaling=2.0"),
+        (capped_by_a_known_name, {"final_logit_softcapping": 0.0}, ValueError, "final_logit_softcapping=0.0"),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_refuses_forwards_that_it_cannot_read(forward, config, error, match, monkeypatch):
+    model = Odd(transformers.Qwen3Config(**SMALL))
+    model.extra = nn.Linear(D, D)
+    for name, value in config.items():
+        setattr(model.config, name, value)
+    monkeypatch.setattr(Odd, "forward", forward)
+    refused(error, match, model)
+
+
+def test_refuses_a_bias_under_a_scale_of_the_hidden_states():
+    model = build("MiniCPM3ForCausalLM", {**MINICPM3, "dim_model_base": 8})
+    model.lm_head = nn.Linear(D, V, bias=True)
+    refused(ValueError, "MiniCPM3ForCausalLM with logits_scaling=4", model)
+
+
+def test_refuses_logits_that_lose_columns():
+    if not hasattr(transformers, "InklingForCausalLM"):
+        pytest.skip("this transformers has no Inkling")
+    config = transformers.InklingForCausalLM.config_class(**SMALL, logits_mup_width_multiplier=2.5)
+    with torch.device("meta"):
+        model = transformers.InklingForCausalLM(config)
+    assert lm_head(model).scale == 0.4
+    model.config.unpadded_vocab_size = V - 1
+    refused(ValueError, f"unpadded_vocab_size={V - 1}", model)
+
+
+# --- PEFT ------------------------------------------------------------------------------------------------------------
+
+
+def peft_model(model, adapter="default", **config):
+    peft = pytest.importorskip("peft")
+    defaults = {"r": 2, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
+    return peft.get_peft_model(model, peft.LoraConfig(**{**defaults, **config}), adapter_name=adapter)
+
+
+def test_peft_adapters_elsewhere():
+    model = qwen3()
+    wrapped = peft_model(model)
+    assert lm_head(wrapped) == lm_head(Wrapper(wrapped)) == LMHead(model.lm_head.weight)
+    assert not lm_head(wrapped).weight.requires_grad
+
+
+def test_peft_prompt_learning():
+    peft = pytest.importorskip("peft")
+    model = qwen3()
+    config = peft.PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")
+    assert lm_head(peft.get_peft_model(model, config)).weight is model.lm_head.weight
+
+
+def test_peft_modules_to_save():
+    peft = pytest.importorskip("peft")
+    model = qwen3(tie_word_embeddings=False)
+    original = model.lm_head.weight
+    wrapped = peft_model(model, adapter="first", modules_to_save=["lm_head"])
+    wrapped.add_adapter("second", peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    copies = model.lm_head.modules_to_save
+    for name in ("first", "second"):
+        wrapped.set_adapter(name)
+        assert lm_head(wrapped).weight is copies[name].weight
+        assert lm_head(wrapped).weight.requires_grad
+    with torch.no_grad():
+        copies["second"].weight.add_(1.0)
+    hidden, logits = last_hidden_and_logits(model)
+    torch.testing.assert_close(logits_of(hidden, lm_head(wrapped)), logits, rtol=1e-5, atol=1e-5)
+    with wrapped.disable_adapter():
+        assert lm_head(wrapped).weight is original
+        hidden, logits = last_hidden_and_logits(model)
+        torch.testing.assert_close(logits_of(hidden, lm_head(wrapped)), logits, rtol=1e-5, atol=1e-5)
+
+
+def test_refuses_peft_lora_on_the_head():
+    wrapped = peft_model(qwen3(tie_word_embeddings=False), target_modules=["q_proj", "lm_head"])
+    refused(TypeError, "plain nn.Linear, got peft.tuners.lora.layer.Linear", wrapped)
+    wrapped = peft_model(qwen3(tie_word_embeddings=False), target_parameters=["lm_head.weight"])
+    refused(TypeError, "plain nn.Linear, got peft.tuners.lora.layer.ParamWrapper", wrapped)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_peft_trainable_tokens(tied):
+    model = qwen3(tie_word_embeddings=tied)
+    wrapped = peft_model(model, trainable_token_indices=[3, 4])
+    if tied:
+        refused(TypeError, "plain nn.Linear, got peft.utils.other.TrainableTokensWrapper", wrapped)
+    else:
+        assert lm_head(wrapped).weight is model.lm_head.weight

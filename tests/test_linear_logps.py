@@ -1,0 +1,222 @@
+"""Values and gradients of `linear_logps` against the fp64 reference, within budgets that eager code sets."""
+
+import pytest
+import torch
+from helpers import DEVICES, DIFFERENTIABLE, DTYPES, HEADS, IMPLS, RAGGED, Case, assert_within_budget, make_case, run
+
+from fusedalign import linear_logps
+from fusedalign.problem import OUTPUTS, TokenLogps
+
+pytestmark = [pytest.mark.parametrize("device", DEVICES), pytest.mark.parametrize("impl", IMPLS)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("shape", RAGGED)
+def test_values_and_gradients(impl, device, dtype, head, shape):
+    for seed in (0, 1):
+        case = make_case(*shape, dtype=dtype, device=device, seed=seed, bias=seed == 0, **head)
+        tiles = {"token_chunk": case.targets.numel() // 3, "vocab_chunk": shape[2] // 3} if seed == 1 else {}
+        assert_within_budget(case, run(case, impl=impl, **tiles))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head", HEADS)
+def test_float16_on_cuda(impl, device, head):
+    if device == "cpu":
+        pytest.skip("fp16 products are CUDA's")
+    case = make_case((3, 17), 64, 1003, dtype=torch.float16, device=device, **head)
+    assert_within_budget(case, run(case, impl=impl, vocab_chunk=128))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("names", [("logps",), ("entropy",), ("lse",), ("entropy", "lse")])
+def test_each_output_has_its_own_gradient(impl, device, dtype, names):
+    case = make_case((3, 7), 16, 101, dtype=dtype, device=device, softcap=4.0)
+    assert_within_budget(case, run(case, names, impl=impl, vocab_chunk=32), names)
+
+
+@pytest.mark.parametrize("needs", [(h, w, b) for h in (0, 1) for w in (0, 1) for b in (0, 1)])
+def test_frozen_inputs_get_no_gradient_and_the_others_the_right_one(impl, device, needs):
+    case = make_case((3, 7), 16, 101, dtype=torch.float64, device=device, scale=0.5, softcap=6.0)
+    everything = case.leaves()
+    some = case.leaves(*map(bool, needs))
+    for c in (everything, some):
+        out = c.logps(impl=impl, outputs=("entropy", "lse"), vocab_chunk=13)
+        loss = (out.logps * torch.arange(21, device=device).view(3, 7)).sum() + out.entropy.sum() + 0.3 * out.lse.sum()
+        if loss.requires_grad:
+            loss.backward()
+    for name, needed in zip(("hidden", "weight", "bias"), needs, strict=True):
+        got, exact = some.grads()[name], everything.grads()[name]
+        assert (got is not None) == bool(needed), name
+        if needed:
+            torch.testing.assert_close(got, exact, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("outputs", "names"),
+    [
+        ((), ("logps",)),
+        (("entropy", "lse"), ("logps",)),
+        (("lse",), ("logps", "lse")),
+        (("entropy",), ("logps", "entropy")),
+        (("entropy",), ("entropy",)),
+    ],
+)
+def test_frozen_head(impl, device, dtype, outputs, names):
+    """The kept Jacobian answers for logps, with the other outputs asked for or not, used or not."""
+    case = make_case((4, 9), 24, 203, dtype=dtype, device=device, softcap=3.0, temperature=0.8)
+    frozen = (True, False, False)
+    got = run(case, names, frozen, outputs, impl=impl, vocab_chunk=64)
+    assert "dhidden" in got
+    assert_within_budget(case, got, names)
+
+
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_only_what_is_asked_for(impl, device, name):
+    out = make_case((2, 5), 7, 11, device=device).logps(impl=impl, outputs=[name])
+    assert [k for k in OUTPUTS if getattr(out, k) is not None] == [name]
+    assert isinstance(out, TokenLogps)
+    assert getattr(out, name).shape == (2, 5)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16])
+def test_dtypes_of_results(impl, device, dtype):
+    out = make_case((2, 5), 7, 11, dtype=dtype, device=device).logps(impl=impl, outputs=OUTPUTS)
+    expected = torch.float64 if dtype == torch.float64 else torch.float32
+    assert {x.dtype for x in out[:-1]} == {expected}
+    assert out.is_top1.dtype == torch.bool
+
+
+@pytest.mark.parametrize("hidden_dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("weight_dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_mixed_dtypes_take_the_wider_one(impl, device, hidden_dtype, weight_dtype):
+    case = make_case((3, 9), 24, 203, device=device)
+    case = Case(case.hidden.to(hidden_dtype), case.weight.to(weight_dtype), case.targets, case.bias).leaves()
+    out = case.logps(impl=impl)
+    out.logps.sum().backward()
+    exact = Case(case.hidden.double(), case.weight.double(), case.targets, case.bias.double()).leaves()
+    exact_out = exact.logps(impl="reference")
+    exact_out.logps.sum().backward()
+    assert out.logps.dtype == (torch.float64 if hidden_dtype == torch.float64 else torch.float32)
+    torch.testing.assert_close(out.logps.double(), exact_out.logps, rtol=1e-5, atol=1e-5)
+    for name, got in case.grads().items():
+        assert got.dtype == getattr(case, name).dtype
+        eps = torch.finfo(got.dtype).eps
+        torch.testing.assert_close(got.double(), exact.grads()[name], rtol=2 * eps, atol=2e-6)
+
+
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
+def test_autocast_rounds_the_operands_and_nothing_else(impl, device, weight_dtype):
+    case = make_case((3, 9), 24, 203, device=device, bias=False)
+    case = Case(case.hidden, case.weight.to(weight_dtype), case.targets).leaves()
+    with torch.autocast(device, dtype=torch.bfloat16):
+        out = case.logps(impl=impl)
+        out.logps.sum().backward()  # inside, as some people write it
+    rounded = Case(case.hidden.bfloat16().double(), case.weight.bfloat16().double(), case.targets).leaves()
+    exact = rounded.logps(impl="reference")
+    exact.logps.sum().backward()
+    torch.testing.assert_close(out.logps.double(), exact.logps, rtol=1e-5, atol=1e-5)
+    eps = torch.finfo(torch.bfloat16).eps
+    for name in ("hidden", "weight"):
+        assert case.grads()[name].dtype == getattr(case, name).dtype
+        torch.testing.assert_close(case.grads()[name].double(), rounded.grads()[name], rtol=2 * eps, atol=2 * eps)
+
+
+@pytest.mark.parametrize("n", [0, 1, 2])
+@pytest.mark.parametrize("v", [1, 2, 3])
+def test_tiny(impl, device, n, v):
+    hidden = torch.randn(n, 4, device=device, requires_grad=True)
+    weight = torch.randn(v, 4, device=device, requires_grad=True)
+    out = linear_logps(hidden, weight, torch.zeros(n, dtype=torch.int64, device=device), impl=impl, outputs=OUTPUTS)
+    out.logps.sum().backward()
+    exact = (hidden @ weight.T).log_softmax(-1)[:, 0]
+    torch.testing.assert_close(out.logps, exact)
+    assert hidden.grad.shape == hidden.shape
+    assert weight.grad.shape == weight.shape
+    if v == 1:
+        assert not out.logps.any()
+
+
+def test_one_token_without_leading_dims(impl, device):
+    out = linear_logps(
+        torch.randn(8, device=device), torch.randn(5, 8, device=device), torch.tensor(3, device=device), impl=impl
+    )
+    assert out.logps.shape == ()
+
+
+def test_strided_inputs(impl, device):
+    case = make_case((6, 10), 16, 101, dtype=torch.float64, device=device)
+    base = run(case, impl=impl)
+    strided = Case(
+        case.hidden.transpose(0, 1).contiguous().transpose(0, 1),
+        case.weight.t().contiguous().t(),
+        case.targets.t().contiguous().t(),
+        torch.stack([case.bias, case.bias], 1)[:, 0],
+    )
+    assert not strided.hidden.is_contiguous()
+    assert not strided.weight.is_contiguous()
+    for k, x in run(strided, impl=impl, vocab_chunk=30).items():
+        torch.testing.assert_close(x, base[k], msg=k)
+
+
+def test_everything_ignored_is_a_connected_zero(impl, device):
+    case = make_case((2, 5), 7, 11, device=device)
+    case = Case(case.hidden, case.weight, torch.full_like(case.targets, -100), case.bias).leaves()
+    out = case.logps(impl=impl, outputs=OUTPUTS)
+    for x in out:
+        assert not x.any()
+    (out.logps.sum() + out.entropy.sum() + out.lse.sum()).backward()
+    for name, grad in case.grads().items():
+        assert grad is not None, name
+        assert not grad.any(), name
+
+
+def test_ignored_positions_are_zero_whatever_stands_there(impl, device):
+    case = make_case((3, 9), 16, 101, device=device).leaves()
+    with torch.no_grad():
+        case.hidden[~case.valid] = torch.nan
+    out = case.logps(impl=impl, outputs=OUTPUTS)
+    for x in out:
+        assert not x[~case.valid].any()
+        assert torch.isfinite(x).all()
+    out.logps.sum().backward()
+    assert torch.isfinite(case.hidden.grad).all()
+    assert not case.hidden.grad[~case.valid].any()
+
+
+@pytest.mark.parametrize("ignore_index", [-1, 3])
+def test_another_ignore_index(impl, device, ignore_index):
+    case = make_case((3, 9), 16, 101, device=device)
+    targets = case.targets.masked_fill(case.targets == ignore_index, 5)
+    expected = linear_logps(case.hidden, case.weight, targets, impl=impl).logps
+    marked = targets.masked_fill(targets == -100, ignore_index)
+    got = linear_logps(case.hidden, case.weight, marked, impl=impl, ignore_index=ignore_index).logps
+    torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_backward_twice(impl, device, frozen):
+    case = make_case((3, 9), 16, 101, dtype=torch.bfloat16, device=device).leaves(weight=not frozen, bias=not frozen)
+    loss = case.logps(impl=impl).logps.sum()
+    loss.backward(retain_graph=True)
+    once = {k: g.clone() for k, g in case.grads().items() if g is not None}
+    loss.backward()
+    for k, g in once.items():
+        torch.testing.assert_close(case.grads()[k], 2 * g)
+
+
+def test_a_zero_upstream_gives_zero(impl, device):
+    case = make_case((3, 9), 16, 101, device=device).leaves()
+    (case.logps(impl=impl).logps * 0).sum().backward()
+    for g in case.grads().values():
+        assert not g.any()
+
+
+def test_without_grad_nothing_is_kept(impl, device):
+    case = make_case((3, 9), 16, 101, device=device).leaves()
+    with torch.no_grad():
+        out = case.logps(impl=impl, outputs=DIFFERENTIABLE[1:])
+    assert out.logps.grad_fn is None
+    torch.testing.assert_close(out.logps, case.logps(impl=impl).logps.detach())
