@@ -1,7 +1,7 @@
 """From token ids and masks to targets, and from per-token to per-sequence values. Imports torch alone.
 
-T is the length of a row, B the number of rows. `labels[t]` is the token at t, -100 where it does not count; `targets[t]` is
-what the hidden state at t predicts: the label at t + 1.
+T is the length of a row, B the number of rows. `labels[t]` is the token at t, -100 where it does not count;
+`targets[t]` is what the hidden state at t predicts: the label at t + 1.
 """
 
 from __future__ import annotations

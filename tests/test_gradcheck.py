@@ -1,4 +1,4 @@
-"""fp64 finite differences of every differentiable output, with everything requiring grad and each frozen combination."""
+"""fp64 finite differences of every differentiable output, with everything requiring grad and with parts frozen."""
 
 import itertools
 

@@ -1,10 +1,10 @@
 """`attach(trainer)`: a built TRL trainer computes its log-probabilities with this package; the loss stays TRL's own.
 
-TRL gives every model of these trainers a forward that runs the backbone and hands the hidden states of the last layer to one
+TRL gives every model of these trainers a forward that runs the backbone and hands the last hidden states to one
 autograd function, `trl.trainer.utils._ChunkedLogProbFunction`. Attaching puts a switch in its place. The switch sends a
 call to `linear_logps` while a model of an attached trainer is in its forward, and to TRL's own function otherwise, so
-other trainers in the process are untouched. The gathers of sharded heads, the shift, the masks, mixture-of-experts terms
-and the metrics all stay where TRL has them.
+other trainers in the process are untouched. The gathers of sharded heads, the shift, the masks, mixture-of-experts
+terms and the metrics all stay where TRL has them.
 """
 
 from __future__ import annotations
@@ -69,7 +69,8 @@ def attach(trainer: Any, *, impl: str = "auto") -> Any:
         trainer = DPOTrainer(model="Qwen/Qwen3-0.6B", args=args, train_dataset=dataset)
         attach(trainer).train()
     """
-    if not isinstance(trainer, tuple(getattr(trl, name) for name in SUPPORTED)):
+    supported: tuple[Any, ...] = tuple(getattr(trl, name) for name in SUPPORTED)
+    if not isinstance(trainer, supported):
         raise TypeError(f"trainer must be one of TRL's {', '.join(SUPPORTED)}, got {type(trainer).__name__}")
     if impl != "auto" and impl not in MODULES:
         raise ValueError(f"impl must be one of {', '.join(['auto', *MODULES])}, got {impl!r}")
@@ -111,14 +112,15 @@ def _mark(model: nn.Module, attachment: _Attachment) -> list[RemovableHandle]:
     ]
 
 
-# ------------------------------------------------------------------------------------------------------------ the switch
+# ---------------------------------------------------------------------------------------------------------- the switch
 
 
 class _Switch:
     """Stands in for TRL's autograd function, of which only `apply` is ever used."""
 
-    def __init__(self, original: Any) -> None:
+    def __init__(self, original: Any, use_triton: Any) -> None:
         self.original = original
+        self.use_triton = use_triton
 
     def apply(
         self,
@@ -132,7 +134,7 @@ class _Switch:
         scale: float = 1.0,
         outputs: tuple[str, ...] = (),
     ) -> tuple[Tensor | None, ...]:
-        """TRL's arguments in TRL's order; returns (logps, *the fields of `_OUTPUT_NAMES`), all [N], None if not asked."""
+        """TRL's arguments in TRL's order; returns (logps, *fields of `_OUTPUT_NAMES`), all [N], None if not asked."""
         attachment = _active.get()
         if attachment is None:
             return self.original.apply(hidden, weight, bias, targets, temperature, chunk_size, softcap, scale, outputs)
@@ -149,35 +151,34 @@ class _Switch:
         )
         return (out.logps, *(getattr(out, ours) for ours in _OUTPUT_NAMES.values()))
 
-
-def _use_compact(device: torch.device) -> bool:
-    """Stands in for TRL's question whether to project only the tokens that count: with this package always."""
-    return _active.get() is not None or _trl_use_triton(device)
-
-
-_trl_use_triton = getattr(trl_utils, "_use_triton", None)
+    def project_valid_tokens_only(self, device: torch.device) -> bool:
+        """Stands in for TRL's question whether to leave out ignored tokens before the head: here always."""
+        return _active.get() is not None or self.use_triton(device)
 
 
 def _install_switch() -> None:
-    current = getattr(trl_utils, "_ChunkedLogProbFunction", None)
+    current: Any = getattr(trl_utils, "_ChunkedLogProbFunction", None)
     if isinstance(current, _Switch):
         return
     if current is None:
-        raise RuntimeError(
-            f"fusedalign needs TRL >= 1.15, whose trainers have a fused head; this is TRL {trl.__version__}"
-        )
+        raise RuntimeError(f"expected TRL >= 1.15, whose trainers have a fused head, got TRL {trl.__version__}")
     if not getattr(current, "__module__", "").startswith("trl."):
-        raise RuntimeError(
-            f"TRL's fused head has been replaced by {current.__module__}.{current.__qualname__}; undo that before attach()"
-        )
-    trl_utils._ChunkedLogProbFunction = _Switch(current)
-    if _trl_use_triton is not None:
-        trl_utils._use_triton = _use_compact
+        replacement = f"{current.__module__}.{current.__qualname__}"
+        raise RuntimeError(f"expected TRL's own fused head, got {replacement} in its place: undo that before attach()")
+    # TRL 1.15 always leaves ignored tokens out and asks nothing.
+    switch = _Switch(current, getattr(trl_utils, "_use_triton", None))
+    _patch("_ChunkedLogProbFunction", switch)
+    if switch.use_triton is not None:
+        _patch("_use_triton", switch.project_valid_tokens_only)
 
 
 def _remove_switch() -> None:
-    current = getattr(trl_utils, "_ChunkedLogProbFunction", None)
-    if isinstance(current, _Switch):
-        trl_utils._ChunkedLogProbFunction = current.original
-        if _trl_use_triton is not None:
-            trl_utils._use_triton = _trl_use_triton
+    switch: Any = getattr(trl_utils, "_ChunkedLogProbFunction", None)
+    if isinstance(switch, _Switch):
+        _patch("_ChunkedLogProbFunction", switch.original)
+        if switch.use_triton is not None:
+            _patch("_use_triton", switch.use_triton)
+
+
+def _patch(name: str, value: Any) -> None:
+    setattr(trl_utils, name, value)

@@ -1,0 +1,118 @@
+"""The command `fusedalign`: sft | dpo | env | demo."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+
+import torch
+
+from fusedalign.impls import explain
+
+_USAGE = """\
+usage: fusedalign COMMAND [--debug] [...]
+
+  sft   supervised fine-tuning             fusedalign sft --config recipes/sft.yaml --learning_rate 1e-4
+  dpo   direct preference optimisation     fusedalign dpo --config recipes/dpo.yaml --beta 0.2
+  demo  SFT, then DPO with stock TRL and with fusedalign, on built-in data: a table and a picture
+  env   versions, devices, and which impl can run here
+
+sft and dpo take every field of TRL's configuration as --field VALUE or as a key of the YAML file; flags win.
+fusedalign sft --help lists them. --debug shows the traceback of an error."""
+
+_PACKAGES = ("triton", "transformers", "trl", "datasets", "accelerate", "peft", "liger-kernel", "cut-cross-entropy")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        argv: the words after `fusedalign`; default: those of this process.
+
+    Returns:
+        The exit status: 0, or 2 after an error, which is told in one line on stderr.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    # transformers has a flag of this name too, with a value: that one is passed on.
+    ours = [i for i, word in enumerate(words) if word == "--debug" and "".join(words[i + 1 : i + 2])[:1] in ("", "-")]
+    debug = bool(ours)
+    words = [word for i, word in enumerate(words) if i not in ours]
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(_USAGE)
+        return 0 if words else 2
+    command, *rest = words
+    try:
+        if command not in COMMANDS:
+            raise ValueError(f"command must be one of {', '.join(COMMANDS)}, got {command!r}")
+        COMMANDS[command](rest)
+    except KeyboardInterrupt:
+        print("\nfusedalign: interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:  # whatever it is, a user reads one line first
+        if debug:
+            traceback.print_exc()
+        hint = "" if debug else " (--debug shows the traceback)"
+        print(f"fusedalign: error: {_one_line(error)}{hint}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    if isinstance(error, ModuleNotFoundError):
+        return f"{text}; this command needs: pip install 'fusedalign[trl]'"
+    return text if isinstance(error, (ValueError, TypeError, OSError)) else f"{type(error).__name__}: {text}"
+
+
+def _train(method: str) -> Callable[[list[str]], None]:
+    def command(argv: list[str]) -> None:
+        from fusedalign.trl.train import train
+
+        trainer, written = train(method, argv)
+        if trainer.is_world_process_zero():
+            print(f"model: {written.model}  metrics: {written.metrics}  plot: {written.plot}")
+
+    return command
+
+
+def _demo(argv: list[str]) -> None:
+    from fusedalign.demo import demo
+
+    demo(argv)
+
+
+def _env(argv: list[str]) -> None:
+    if argv:
+        raise ValueError(f"env takes no arguments, got {' '.join(argv)}")
+    rows = [("python", platform.python_version()), ("fusedalign", _version("fusedalign")), ("torch", torch.__version__)]
+    rows += [(name, _version(name)) for name in _PACKAGES]
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    rows.append(("CUDA devices", ", ".join(devices) or "none"))
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        print(f"{name:<{width}}  {value}")
+    print(f"\n{'impl':<{width}}  {'here':<5}  {'auto':<5}  what it is, or why it cannot run")
+    for verdict in explain():
+        here, auto = ("no" if verdict.reason else "yes"), ("yes" if verdict.auto else "no")
+        print(f"{verdict.impl:<{width}}  {here:<5}  {auto:<5}  {verdict.reason or verdict.about}")
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+COMMANDS: dict[str, Callable[[list[str]], None]] = {
+    "sft": _train("sft"),
+    "dpo": _train("dpo"),
+    "demo": _demo,
+    "env": _env,
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

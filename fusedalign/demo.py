@@ -1,0 +1,241 @@
+"""`fusedalign demo`: SFT, then DPO with stock TRL and with fusedalign from the same seed, on the built-in data."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import math
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import trl.trainer.utils as trl_utils
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from fusedalign.embedded import EMBEDDED_NAME, data_directory
+from fusedalign.ops import linear_logps
+from fusedalign.trl.attachment import attach
+from fusedalign.trl.train import build, parse, run, tokenizer_of
+
+PROMPT = "What is the capital of France?"
+OUTPUT = Path("runs/demo")
+
+
+class Run(NamedTuple):
+    """One training of the comparison."""
+
+    name: str
+    history: list[dict[str, float]]
+    """the trainer's log"""
+    largest: int
+    """bytes of the largest tensor that the loss layer made, forward and backward"""
+    full_logits: int
+    """the same of the full-logits reference on the same batch"""
+    seconds: float
+    answer: str
+    """to `PROMPT`, greedy"""
+
+    def last(self, key: str) -> float:
+        """The metric as it was logged last."""
+        return next(row[key] for row in reversed(self.history) if key in row)
+
+
+def demo(argv: list[str]) -> None:
+    """Run everything, print the table, save the picture.
+
+    Raises:
+        ValueError: `argv` is not empty.
+    """
+    if argv:
+        raise ValueError(f"demo takes no arguments, got {' '.join(argv)}")
+    started = time.perf_counter()
+    print("1/3  SFT of a small Qwen3 with random weights", flush=True)
+    sft = _train("sft", "fusedalign", EMBEDDED_NAME)
+    print("2/3  DPO from there with stock TRL", flush=True)
+    model = str(OUTPUT / "sft-fusedalign")
+    stock = _train("dpo", "stock TRL", model)
+    print("3/3  DPO from there with fusedalign, same seed", flush=True)
+    fused = _train("dpo", "fusedalign", model)
+    picture = OUTPUT / "demo.png"
+    _plot(stock, fused, picture)
+    print(_table(stock, fused))
+    print(f"\nPrompt: {PROMPT}\n  after SFT: {sft.answer}\n  after DPO: {fused.answer}")
+    print(
+        f"\nmodel: {OUTPUT / 'dpo-fusedalign'}  metrics: {OUTPUT / 'dpo-fusedalign' / 'metrics.jsonl'}  plot: {picture}"
+    )
+    print(f"{time.perf_counter() - started:.0f} seconds on {_device_name()}")
+
+
+def _train(method: str, name: str, model: str) -> Run:
+    recipe = data_directory().parent / f"{method}.yaml"
+    output = OUTPUT / f"{method}-{name.split()[0].lower()}"
+    flags = [
+        "--config",
+        str(recipe),
+        "--model_name_or_path",
+        model,
+        "--output_dir",
+        str(output),
+        "--disable_tqdm",
+        "true",
+    ]
+    with _quiet():
+        trainer = build(method, parse(method, flags))
+        if name == "fusedalign":
+            attach(trainer)
+        with _Probe() as probe:
+            start = time.perf_counter()
+            run(trainer)
+            seconds = time.perf_counter() - start
+        answer = _answer(trainer)
+    return Run(name, trainer.state.log_history, probe.largest, probe.full_logits, seconds, answer)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without progress bars and logs: what matters is in the table, the rest in metrics.jsonl."""
+    from datasets.utils import logging as datasets_logging
+    from transformers.utils import logging as transformers_logging
+
+    datasets_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def _answer(trainer: Any) -> str:
+    tokenizer = tokenizer_of(trainer)
+    messages, template = [{"role": "user", "content": PROMPT}], tokenizer.apply_chat_template
+    inputs: Any = template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    trainer.model.eval()
+    with torch.no_grad():
+        out = trainer.model.generate(**inputs.to(trainer.model.device), max_new_tokens=60, do_sample=False)
+    return str(tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)).strip()
+
+
+# ----------------------------------------------------------------------------------------------- the loss layer's size
+
+
+class _Largest(TorchDispatchMode):
+    """Bytes of the largest storage that any operation makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        for x in tree_leaves(out):
+            if isinstance(x, Tensor) and x.untyped_storage()._cdata not in given:
+                self.bytes = max(self.bytes, x.untyped_storage().nbytes())
+        return out
+
+
+class _Probe:
+    """Runs the loss layer's first training call once more, forward and backward, and watches what it allocates."""
+
+    def __init__(self) -> None:
+        self.largest = self.full_logits = 0
+
+    def __enter__(self) -> _Probe:
+        self._inner: Any = trl_utils._ChunkedLogProbFunction
+        self._set(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._set(self._inner)
+
+    def apply(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, *rest: Any) -> Any:
+        if not self.largest and torch.is_grad_enabled() and hidden.requires_grad:
+            self.largest = self._measure(self._inner.apply, hidden, weight, bias, targets, *rest)
+            self.full_logits = self._measure(_reference, hidden, weight, bias, targets)
+        return self._inner.apply(hidden, weight, bias, targets, *rest)
+
+    @staticmethod
+    def _measure(function: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> int:
+        leaves = [None if x is None else x.detach().requires_grad_(x.requires_grad) for x in (hidden, weight, bias)]
+        with _Largest() as largest:
+            function(*leaves, *rest)[0].sum().backward()
+        return largest.bytes
+
+    @staticmethod
+    def _set(value: Any) -> None:
+        trl_utils._ChunkedLogProbFunction = value  # type: ignore[misc,assignment]
+
+
+def _reference(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> tuple[Tensor, ...]:
+    return (linear_logps(hidden, weight, targets, bias=bias, impl="reference").logps,)
+
+
+# -------------------------------------------------------------------------------------------------------------- report
+
+
+def largest_difference(a: list[dict[str, float]], b: list[dict[str, float]]) -> float:
+    """Largest |a - b| over all metrics and steps of two logs, times and rates left out.
+
+    Raises:
+        ValueError: the logs do not hold the same metrics at the same steps.
+    """
+    worst = 0.0
+    for x, y in zip(a, b, strict=True):
+        if x.keys() != y.keys():
+            raise ValueError(f"expected the same metrics in both logs, got {sorted(x.keys() ^ y.keys())} in one only")
+        names = [k for k in x if not k.endswith(("_runtime", "_per_second"))]
+        worst = max([worst, *(abs(x[k] - y[k]) if not math.isnan(x[k]) else 0.0 for k in names)])
+    return worst
+
+
+def _table(stock: Run, fused: Run) -> str:
+    mib = 2**20
+    rows = [("", stock.name, fused.name)]
+    for label, key in (
+        ("final loss", "train_loss"),
+        ("held-out loss", "eval_loss"),
+        ("held-out reward accuracy", "eval_rewards/accuracies"),
+        ("held-out reward margin", "eval_rewards/margins"),
+    ):
+        rows.append((label, f"{stock.last(key):.4f}", f"{fused.last(key):.4f}"))
+    difference = f"{largest_difference(stock.history, fused.history):.1e}"
+    rows.append(("largest difference, all metrics and steps", "", difference))
+    rows.append(("largest tensor in the loss layer, MiB", f"{stock.largest / mib:.2f}", f"{fused.largest / mib:.2f}"))
+    rows.append(("seconds", f"{stock.seconds:.1f}", f"{fused.seconds:.1f}"))
+    widths = [max(len(row[i]) for row in rows) for i in range(3)]
+    lines = ["| " + " | ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)) + " |" for row in rows]
+    lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
+    return "\n".join(["", *lines])
+
+
+def _plot(stock: Run, fused: Run, path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 3.8), layout="constrained")
+    curves, bars = figure.subplots(1, 2)
+    for result, style in ((stock, {"linewidth": 5, "alpha": 0.35}), (fused, {"linewidth": 1.5})):
+        points = [(row["step"], row["loss"]) for row in result.history if "loss" in row]
+        curves.plot(*zip(*points, strict=True), label=result.name, **style)
+    curves.set(title="DPO loss", xlabel="step")
+    curves.legend()
+    sizes = {"full logits": stock.full_logits, stock.name: stock.largest, fused.name: fused.largest}
+    drawn = bars.bar(
+        list(sizes), [size / 2**20 for size in sizes.values()], color=["tab:gray", "tab:blue", "tab:orange"]
+    )
+    bars.bar_label(drawn, fmt="%.2f")
+    bars.set(title="largest tensor in the loss layer, MiB")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+
+
+def _device_name() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"

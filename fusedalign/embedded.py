@@ -1,0 +1,118 @@
+"""A small model that needs no download: built from the data in `recipes/data`, on any machine, in seconds.
+
+Users write `model_name_or_path: embedded`. The weights are random, so the first thing to do with it is SFT.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+EMBEDDED_NAME = "embedded"
+
+VOCAB_SIZE = 2048
+MAX_LENGTH = 512
+PAD, START, END = "<|pad|>", "<|im_start|>", "<|im_end|>"
+CHAT_TEMPLATE = """\
+{%- for message in messages %}
+    {{- '<|im_start|>' + message.role + '\\n' }}
+    {%- if message.role == 'assistant' %}
+        {%- generation %}{{- message.content + '<|im_end|>\\n' }}{%- endgeneration %}
+    {%- else %}
+        {{- message.content + '<|im_end|>\\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+{%- endif %}
+"""
+
+
+def data_directory() -> Path:
+    """The directory with the shipped data sets (`preferences/`, `sft/`): of the checkout, else of the installed wheel.
+
+    Raises:
+        FileNotFoundError: when neither is there.
+    """
+    package = Path(__file__).resolve().parent
+    candidates = (package.parent / "recipes" / "data", package / "_recipes" / "data")
+    for candidate in candidates:
+        if (candidate / "sft" / "train.jsonl").is_file():
+            return candidate
+    raise FileNotFoundError(f"the shipped data is in neither {candidates[0]} nor {candidates[1]}: reinstall fusedalign")
+
+
+def build_embedded_model(directory: str | Path, *, seed: int = 0) -> Path:
+    """Write a small Qwen3 causal language model and its tokenizer, both made here and now, into `directory`.
+
+    The tokenizer is a byte-level BPE trained on the shipped training data, with a ChatML chat template whose assistant
+    turns are marked for `assistant_only_loss`. The model (about a million parameters, fp32) is random: the same `seed`
+    gives the same weights. The caller's random state is left as it was.
+
+    Args:
+        directory: where to save; created when missing, files of the same names are overwritten.
+        seed: of the weights.
+
+    Returns:
+        `directory` as a `Path`: pass it to `AutoModelForCausalLM.from_pretrained` or to a trainer.
+    """
+    import torch
+    from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
+
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    tokenizer = _train_tokenizer(_training_texts(data_directory()))
+    special = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=192,
+        intermediate_size=512,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        initializer_range=0.04,  # twice the usual: so small a model learns much faster from it
+        max_position_embeddings=MAX_LENGTH,
+        tie_word_embeddings=True,
+        **special,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Qwen3ForCausalLM(config).float()
+    model.generation_config = GenerationConfig(**special)
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+def _training_texts(data: Path) -> list[str]:
+    texts = []
+    for kind in ("preferences", "sft"):
+        for line in (data / kind / "train.jsonl").read_text(encoding="utf-8").splitlines():
+            texts += [message["content"] for turn in json.loads(line).values() for message in turn]
+    return texts
+
+
+def _train_tokenizer(texts: list[str]):
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE,
+        special_tokens=[PAD, START, END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),  # any byte, hence any text, has a token
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(["user", "assistant", "\n", *texts], trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=END,
+        pad_token=PAD,
+        additional_special_tokens=[START],
+        model_max_length=MAX_LENGTH,
+        clean_up_tokenization_spaces=False,
+        chat_template=CHAT_TEMPLATE,
+    )

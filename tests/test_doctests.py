@@ -1,0 +1,15 @@
+"""The examples in the docstrings run."""
+
+import doctest
+import importlib
+
+import pytest
+
+MODULES = ["ops", "sequence", "losses.dpo", "losses.sft"]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples(name):
+    result = doctest.testmod(importlib.import_module(f"fusedalign.{name}"))
+    assert result.attempted
+    assert not result.failed

@@ -1,0 +1,95 @@
+"""Which module may import which, and what must work where nothing but torch is installed."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "fusedalign"
+#: Rooms from the ground up: a module may import from its own room and from those before it.
+ROOMS = ["problem", "impls", "losses", "sequence", "ops", "head", "embedded", "trl", "demo", "cli"]
+TORCH_ONLY = ["losses", "sequence"]
+OPTIONAL = ["triton", "transformers", "trl", "liger_kernel", "cut_cross_entropy", "datasets", "peft", "accelerate"]
+
+
+def room(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(path: Path, *, top_level_only=False) -> list[str]:
+    tree = ast.parse(path.read_text())
+    nodes = tree.body if top_level_only else ast.walk(tree)
+    found = []
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            found += [f"{node.module}.{alias.name}" for alias in node.names]
+    return found
+
+
+FILES = [p for p in PACKAGE.rglob("*.py") if p.parent != PACKAGE or p.name not in ("__init__.py", "__main__.py")]
+
+
+def test_every_room_is_listed():
+    assert {room(p) for p in FILES} == set(ROOMS)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_point_down(path):
+    for name in imports(path):
+        if name.startswith("fusedalign."):
+            other = name.split(".")[1]
+            assert other in ROOMS, f"{path.name} imports {name}"
+            assert ROOMS.index(other) <= ROOMS.index(room(path)), (
+                f"{path.name} must not import {name}, which lies above it"
+            )
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if room(p) == "impls"], ids=lambda p: p.name)
+def test_impls_do_not_import_one_another(path):
+    if path.name != "__init__.py":
+        assert not [name for name in imports(path) if name.startswith("fusedalign.impls")]
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if room(p) in TORCH_ONLY], ids=lambda p: p.name)
+def test_losses_and_sequence_import_torch_alone(path):
+    allowed = {"torch", "fusedalign", "__future__", *sys.stdlib_module_names}
+    assert {name.split(".")[0] for name in imports(path)} <= allowed
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_only_the_trl_room_and_the_commands_import_trl(path):
+    if room(path) not in ("trl", "demo", "cli"):
+        assert "trl" not in {name.split(".")[0] for name in imports(path)}
+
+
+def test_torch_alone_is_enough():
+    """In a process where the optional packages cannot be imported, the package imports and the PyTorch impl runs."""
+    script = f"""
+import sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {OPTIONAL!r}:
+            raise ImportError(name + " is blocked")
+sys.meta_path.insert(0, Block())
+import torch, fusedalign, fusedalign.sequence, fusedalign.head
+hidden, weight = torch.randn(2, 3, 8, requires_grad=True), torch.randn(20, 8, requires_grad=True)
+targets = torch.randint(0, 20, (2, 3))
+fusedalign.linear_logps(hidden, weight, targets, outputs=["entropy"]).logps.sum().backward()
+fusedalign.linear_cross_entropy(hidden, weight, targets).backward()
+assert fusedalign.explain()
+import fusedalign.cli
+print(fusedalign.cli.main(["env"]))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip().endswith("0")
+
+
+def test_importing_the_package_loads_no_optional_package():
+    script = f"import sys, fusedalign; print([m for m in {OPTIONAL!r} if m in sys.modules and m != 'triton'])"
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout.strip() == "[]"

@@ -1,0 +1,122 @@
+"""Shifts, masks, sums and pairs."""
+
+import re
+
+import pytest
+import torch
+
+from fusedalign import linear_logps
+from fusedalign.sequence import (
+    completion_labels,
+    completion_mask,
+    segment_sum,
+    sequence_mean,
+    sequence_sum,
+    shift_labels,
+    split_pairs,
+)
+
+
+def test_shift_labels_aligns_with_hidden_states():
+    labels = torch.randint(0, 50, (3, 7))
+    targets = shift_labels(labels)
+    assert torch.equal(targets[:, :-1], labels[:, 1:])
+    assert (targets[:, -1] == -100).all()
+    assert torch.equal(shift_labels(labels[0]), targets[0])
+
+
+def test_shifted_targets_score_like_shifted_hidden_states():
+    hidden, weight, labels = torch.randn(3, 7, 8), torch.randn(50, 8), torch.randint(0, 50, (3, 7))
+    whole = linear_logps(hidden, weight, shift_labels(labels)).logps
+    cut = linear_logps(hidden[:, :-1], weight, labels[:, 1:].contiguous()).logps
+    torch.testing.assert_close(whole[:, :-1], cut)
+    assert not whole[:, -1].any()
+
+
+def test_packed_segments_equal_padded_rows():
+    """Three sequences, packed in one row and padded in three: same sums, and no token looks over its segment's edge."""
+    weight, lengths = torch.randn(50, 8), (4, 1, 3)
+    hiddens = [torch.randn(n, 8) for n in lengths]
+    labels = [torch.randint(0, 50, (n,)) for n in lengths]
+    packed_positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    targets = shift_labels(torch.cat(labels)[None], position_ids=packed_positions)
+    packed = linear_logps(torch.cat(hiddens)[None], weight, targets)
+    got = segment_sum(packed.logps, targets != -100, packed_positions)
+    padded_hidden = torch.nn.utils.rnn.pad_sequence(hiddens, batch_first=True)
+    padded_targets = shift_labels(torch.nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-100))
+    padded = linear_logps(padded_hidden, weight, padded_targets)
+    torch.testing.assert_close(got, sequence_sum(padded.logps, padded_targets != -100))
+    assert got[1] == 0  # one token predicts nothing
+
+
+def test_a_new_row_is_a_new_segment():
+    ones = torch.ones(2, 3)
+    positions = torch.tensor([[0, 1, 0], [5, 6, 7]])  # the second row starts in the middle of a longer text
+    assert segment_sum(ones, ones, positions).tolist() == [2, 1, 3]
+
+
+@pytest.mark.parametrize("left", [False, True])
+def test_completion_mask_with_padding_on_either_side(left):
+    attention = torch.tensor([[1, 1, 1, 1, 0], [1, 1, 0, 0, 0], [0, 0, 0, 0, 0]])
+    attention = attention.flip(-1) if left else attention
+    mask = completion_mask(torch.tensor([2, 2, 0]), attention)
+    assert mask.sum(-1).tolist() == [2, 0, 0]
+    assert mask[0].int().tolist() == ([0, 0, 0, 1, 1] if left else [0, 0, 1, 1, 0])
+
+
+def test_completion_labels():
+    ids = torch.tensor([[5, 6, 7], [8, 9, 1]])
+    assert completion_labels(ids, torch.tensor([[False, True, True], [False, False, False]])).tolist() == [
+        [-100, 6, 7],
+        [-100, -100, -100],
+    ]
+
+
+@pytest.mark.parametrize("f", [sequence_sum, sequence_mean])
+def test_masked_values_have_no_influence(f):
+    values = torch.tensor([[1.0, 2.0, torch.nan], [torch.inf, 3.0, 5.0]], requires_grad=True)
+    mask = torch.tensor([[1, 1, 0], [0, 1, 1]])
+    out = f(values, mask)
+    assert out.tolist() == ([3, 8] if f is sequence_sum else [1.5, 4])
+    out.sum().backward()
+    assert torch.isfinite(values.grad).all()
+    assert values.grad[0, 2] == values.grad[1, 0] == 0
+
+
+@pytest.mark.parametrize("f", [sequence_sum, sequence_mean])
+def test_an_empty_completion_is_zero_with_zero_gradient(f):
+    values = torch.randn(2, 3, requires_grad=True)
+    mask = torch.tensor([[False] * 3, [True] * 3])
+    out = f(values, mask)
+    assert out[0] == 0
+    out.sum().backward()
+    assert not values.grad[0].any()
+    assert values.grad[1].all()
+
+
+def test_split_pairs():
+    chosen, rejected = split_pairs(torch.arange(12).view(6, 2))
+    assert chosen.tolist() == [[0, 1], [2, 3], [4, 5]]
+    assert rejected.tolist() == [[6, 7], [8, 9], [10, 11]]
+    assert split_pairs(torch.zeros(0, 3)).rejected.shape == (0, 3)
+
+
+ONES = torch.ones(2, 3)
+BAD = [
+    (lambda: sequence_sum(ONES, ONES[:1]), "mask must have shape (2, 3) to match values, got (1, 3)"),
+    (lambda: sequence_mean(ONES, ONES[:, :1]), "mask must have shape (2, 3) to match values, got (2, 1)"),
+    (lambda: shift_labels(ONES.long(), position_ids=ONES[0]), "position_ids must have shape (2, 3)"),
+    (lambda: completion_labels(ONES.long(), ONES[0]), "completion_mask must have shape (2, 3) to match input_ids"),
+    (
+        lambda: completion_mask(torch.ones(3), ONES),
+        "prompt_lengths must have shape (2,) to match attention_mask, got (3,)",
+    ),
+    (lambda: segment_sum(ONES, ONES, ONES[0]), "position_ids must have shape (2, 3) to match values, got (3,)"),
+    (lambda: split_pairs(torch.zeros(3, 2)), "pairs need an even number of rows"),
+]
+
+
+@pytest.mark.parametrize(("call", "message"), BAD)
+def test_bad_shapes(call, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        call()
