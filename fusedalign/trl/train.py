@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
+import transformers
 import trl
-from transformers import PreTrainedTokenizerBase, TrainerCallback
+import yaml
 
 from fusedalign.embedded import EMBEDDED_NAME, build_embedded_model, data_directory
 from fusedalign.trl.attachment import attach
@@ -65,19 +66,32 @@ def parse(method: str, argv: Sequence[str]) -> Arguments:
         FileNotFoundError: no such configuration file.
     """
     types: Any = (trl.ScriptArguments, getattr(trl, METHODS[method].config), trl.ModelConfig, trl.DatasetMixtureConfig)
-    parser = _Parser(types, prog=f"fusedalign {method}")
-    if "--config" in argv[-1:]:
-        raise ValueError("--config must be followed by a YAML file, got nothing")
-    *parsed, unknown = parser.parse_args_and_config(list(argv), return_remaining_strings=True)
-    for name in unknown:
-        if name.startswith("-"):
-            known = [flag for action in parser._actions for flag in action.option_strings]
+    parser = _Parser(types, prog=f"fusedalign {method}", allow_abbrev=False)
+    # Before TRL looks at any value, so that a misspelt name is not hidden behind another complaint.
+    _check_names(parser, METHODS[method].config, argv)
+    return Arguments(*parser.parse_args_and_config(list(argv)))
+
+
+def _check_names(parser: _Parser, config: str, argv: Sequence[str]) -> None:
+    flags, names = list(argv), []
+    if "--config" in flags:
+        at = flags.index("--config")
+        if at + 1 == len(flags):
+            raise ValueError("--config must be followed by a YAML file, got nothing")
+        fields = yaml.safe_load(Path(flags[at + 1]).read_text(encoding="utf-8"))
+        if not isinstance(fields, dict):
+            raise ValueError(f"--config must name a YAML file of `field: value` lines, got {flags[at + 1]}")
+        names = [f"--{name}" for name in fields if name != "env"]
+        del flags[at : at + 2]
+    names += parser.parse_known_args(flags)[1]
+    known = [flag for action in parser._actions for flag in action.option_strings]
+    for name in names:
+        if not name.startswith("-"):
+            raise ValueError(f"expected --field value pairs, got {name!r}")
+        if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
-            raise ValueError(f"expected fields of TRL's {METHODS[method].config}, got the unknown {name}{hint}")
-    if unknown:
-        raise ValueError(f"expected --flag value pairs, got {' '.join(unknown)}")
-    return Arguments(*parsed)
+            raise ValueError(f"expected fields of TRL's {config}, got the unknown {name}{hint}")
 
 
 def build(method: str, arguments: Arguments) -> Any:
@@ -90,6 +104,7 @@ def build(method: str, arguments: Arguments) -> Any:
     script, training, model, _ = arguments
     train_dataset, eval_dataset = _load_data(method, arguments)
     path = _model_path(model.model_name_or_path, training)
+    _check_has_head(path, model, training)
     training.model_init_kwargs = {
         "revision": model.model_revision,
         "trust_remote_code": getattr(training, "trust_remote_code", False),
@@ -108,10 +123,6 @@ def build(method: str, arguments: Arguments) -> Any:
     if getattr(script, "ignore_bias_buffers", False):
         buffers = [name for name, buffer in trainer.model.named_buffers() if buffer.dtype.is_floating_point is False]
         trainer.model._ddp_params_and_buffers_to_ignore = buffers
-    if trainer.model.get_output_embeddings() is None:
-        raise ValueError(
-            f"model_name_or_path must name a causal LM, got {path}: {_class(trainer.model)} without a head"
-        )
     return trainer
 
 
@@ -154,6 +165,17 @@ def _model_path(name: str | None, training: Any) -> str:
     if not folder.exists() and name.startswith((".", "/", "~")):
         raise FileNotFoundError(f"model_name_or_path must name a folder that exists, got {name}")
     return name
+
+
+def _check_has_head(path: str, model: Any, training: Any) -> None:
+    """From the configuration alone; TRL would build whatever class that names and fail later, and elsewhere."""
+    remote = {"revision": model.model_revision, "trust_remote_code": getattr(training, "trust_remote_code", False)}
+    names = transformers.AutoConfig.from_pretrained(path, **remote).architectures or ["no architecture in its config"]
+    architecture = getattr(transformers, names[0], None)
+    if architecture is None and names[0].isidentifier():
+        return  # remote code
+    if architecture is None or not architecture.can_generate():
+        raise ValueError(f"model_name_or_path must name a causal LM with an LM head, got {path} with {names[0]}")
 
 
 def _load_data(method: str, arguments: Arguments) -> tuple[Any, Any]:
@@ -213,14 +235,10 @@ def _check_columns(method: str, name: str, columns: Sequence[str] | None) -> Non
         )
 
 
-def _class(model: Any) -> str:
-    return type(model).__name__
-
-
 # ------------------------------------------------------------------------------------------------------------- metrics
 
 
-class _MetricsFile(TrainerCallback):
+class _MetricsFile(transformers.TrainerCallback):
     """Every logged step as one line of JSON, written as it comes."""
 
     def __init__(self, path: Path) -> None:
@@ -258,6 +276,6 @@ def plot_metrics(history: Sequence[dict], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def tokenizer_of(trainer: Any) -> PreTrainedTokenizerBase:
+def tokenizer_of(trainer: Any) -> transformers.PreTrainedTokenizerBase:
     """The tokenizer, also where the processing class is a processor that holds one."""
     return getattr(trainer.processing_class, "tokenizer", trainer.processing_class)

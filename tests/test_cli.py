@@ -1,0 +1,217 @@
+"""The command as a user meets it: it trains a folder and a file it has never seen, and its errors are one line."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from fusedalign.cli import main
+
+
+def test_env_prints_the_table_of_impls(capsys):
+    assert main(["env"]) == 0
+    out = capsys.readouterr().out
+    assert torch.__version__ in out
+    rows = [line.split() for line in out.splitlines()]
+    assert ["pytorch", "yes", "yes"] in [row[:3] for row in rows]
+    assert ["reference", "yes", "no"] in [row[:3] for row in rows]
+
+
+def test_help(capsys):
+    assert main(["--help"]) == 0
+    assert "usage: fusedalign" in capsys.readouterr().out
+    assert main([]) == 2
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["cpo"], "command must be one of sft, dpo, demo, env, got 'cpo'"),
+        (["env", "now"], "env takes no arguments, got now"),
+        (["demo", "--fast"], "demo takes no arguments, got --fast"),
+    ],
+)
+def test_bad_commands(capsys, argv, message):
+    assert main(argv) == 2
+    assert message in capsys.readouterr().err
+
+
+trl = pytest.importorskip("trl")
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    """A model folder that the project knows nothing of: another family, another tokenizer, no chat template."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("models")
+    vocab = {"<unk>": 0, "<s>": 1, "</s>": 2} | {chr(c): i for i, c in enumerate(range(32, 127), 3)}
+    backend = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+    config = LlamaConfig(
+        vocab_size=101,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        tie_word_embeddings=False,
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(folder / "llama")
+    LlamaModel(config).save_pretrained(folder / "headless")
+    for name in ("llama", "headless"):
+        tokenizer.save_pretrained(folder / name)
+    (folder / "empty").mkdir()
+    (folder / "empty" / "notes.txt").write_text("nothing here")
+    return folder
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def pairs(n=12):
+    return [
+        {"prompt": f"Count to {i}. ", "chosen": "one " * (i % 4 + 1), "rejected": "no" * (i % 3 + 1)} for i in range(n)
+    ]
+
+
+def flags(tmp_path, llama, name="llama", **options):
+    options = {
+        "model_name_or_path": str(llama / name),
+        "output_dir": str(tmp_path / "out"),
+        "max_steps": 2,
+        "per_device_train_batch_size": 2,
+        "use_cpu": "true",
+        **options,
+    }
+    return [word for key, value in options.items() for word in (f"--{key}", str(value))]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_dpo_trains_a_folder_and_a_file_it_has_never_seen(tmp_path, llama, capsys, kind):
+    file = write(tmp_path / "mine.jsonl", pairs())
+    if kind == "parquet":
+        from datasets import Dataset
+
+        file = str(tmp_path / "mine.parquet")
+        Dataset.from_list(pairs()).to_parquet(file)
+    argv = ["dpo", "--config", "recipes/dpo.yaml", *flags(tmp_path, llama, dataset_name=file, logging_steps=1)]
+    assert main(argv) == 0, capsys.readouterr().err
+    last = capsys.readouterr().out.strip().splitlines()[-1]
+    out = tmp_path / "out"
+    assert last == f"model: {out}  metrics: {out / 'metrics.jsonl'}  plot: {out / 'metrics.png'}"
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "loss" in row] == [1, 2]
+    assert "rewards/margins" in rows[0]
+    assert (out / "metrics.png").read_bytes().startswith(b"\x89PNG")
+    from transformers import AutoModelForCausalLM
+
+    before, after = (AutoModelForCausalLM.from_pretrained(p).lm_head.weight for p in (llama / "llama", out))
+    assert not torch.equal(before, after)
+
+
+def test_sft_with_a_folder_of_splits_and_evaluation(tmp_path, llama, capsys):
+    data = tmp_path / "data"
+    data.mkdir()
+    rows = [{"prompt": f"{i}: ", "completion": "yes " * (i % 3 + 1)} for i in range(8)]
+    write(data / "train.jsonl", rows)
+    write(data / "test.jsonl", rows[:4])
+    argv = ["sft", "--config", "recipes/sft.yaml", *flags(tmp_path, llama, dataset_name=data, num_train_epochs=1)]
+    assert main(argv) == 0, capsys.readouterr().err
+    lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert any("eval_loss" in line for line in lines)
+
+
+def test_the_embedded_default_from_any_directory(tmp_path, monkeypatch, capsys):
+    recipe = os.path.abspath("recipes/dpo.yaml")
+    monkeypatch.chdir(tmp_path)
+    assert main(["dpo", "--config", recipe, "--max_steps", "1", "--eval_strategy", "no", "--use_cpu", "true"]) == 0
+    assert (tmp_path / "runs" / "dpo" / "model.safetensors").is_file()
+
+
+def test_fields_override_the_recipe_and_reach_the_trainer(tmp_path):
+    from fusedalign.trl.train import parse
+
+    argv = ["--config", "recipes/dpo.yaml", "--beta", "0.25", "--output_dir", str(tmp_path)]
+    arguments = parse("dpo", argv)
+    assert arguments.training.beta == 0.25
+    assert arguments.training.loss_type == ["sigmoid"]  # from the recipe
+    assert arguments.script.dataset_name == "recipes/data/preferences"
+
+
+BAD = {
+    "config file": (["--config", "nowhere.yaml"], "nowhere.yaml"),
+    "config without a file": (["--config"], "--config must be followed by a YAML file, got nothing"),
+    "field": (["--bata", "0.2"], "got the unknown --bata; did you mean --beta?"),
+    "value": (["--beta", "much"], "argument --beta: invalid float value: 'much'"),
+    "no model": ([], "model_name_or_path must name a model folder, a Hub model or 'embedded', got nothing"),
+    "missing folder": (["--model_name_or_path", "./nowhere"], "must name a folder that exists, got ./nowhere"),
+    "missing file": (
+        ["--dataset_name", "nowhere.jsonl"],
+        "dataset_name must name a file or folder that exists, got nowhere",
+    ),
+    "odd file": (
+        ["--dataset_name", "README.md"],
+        "dataset_name must be a .jsonl, .json, .parquet, .csv or .arrow file",
+    ),
+    "split": (["--dataset_train_split", "valid"], "(train), got 'valid'"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_line_and_exit_2(tmp_path, capsys, name):
+    argv, message = BAD[name]
+    data = write(tmp_path / "mine.jsonl", pairs())
+    base = ["--dataset_name", data, "--output_dir", str(tmp_path / "out"), "--bf16", "false"]
+    assert main(["dpo", *base, *argv]) == 2
+    err = [line for line in capsys.readouterr().err.splitlines() if line.startswith("fusedalign: ")]
+    assert len(err) == 1
+    assert message in err[0]
+
+
+def test_a_field_in_the_file_that_does_not_exist(tmp_path, capsys):
+    config = tmp_path / "mine.yaml"
+    config.write_text("bta: 0.2\n")
+    assert main(["dpo", "--config", str(config)]) == 2
+    assert "got the unknown --bta; did you mean --beta?" in capsys.readouterr().err
+
+
+def test_data_without_the_columns(tmp_path, llama, capsys):
+    file = write(tmp_path / "mine.jsonl", [{"question": "a", "answer": "b"}])
+    for method, expected in (("dpo", "chosen+rejected"), ("sft", "messages or prompt+completion or text or input_ids")):
+        assert main([method, *flags(tmp_path, llama, dataset_name=file, bf16="false")]) == 2
+        message = f"data set for {method} must have the columns {expected}, got {file} with question, answer"
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("headless", "model_name_or_path must name a causal LM with an LM head, got"),
+        ("empty", "model_name_or_path must be a folder with a config.json, got"),
+    ],
+)
+def test_a_folder_without_a_model_or_head(tmp_path, llama, capsys, name, message):
+    file = write(tmp_path / "mine.jsonl", pairs())
+    assert main(["dpo", *flags(tmp_path, llama, name, dataset_name=file, bf16="false")]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_no_traceback_unless_asked_for(tmp_path):
+    """The installed command itself, in a process of its own."""
+    command = [shutil.which("fusedalign", path=os.path.dirname(sys.executable)) or "fusedalign", "dpo", "--bata", "1"]
+    plain = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert plain.returncode == 2
+    assert "Traceback" not in plain.stderr
+    debug = subprocess.run([*command, "--debug"], capture_output=True, text=True, cwd=tmp_path)
+    assert debug.returncode == 2
+    assert "Traceback" in debug.stderr
