@@ -136,6 +136,10 @@ class _Switch:
     ) -> tuple[Tensor | None, ...]:
         """TRL's arguments in TRL's order; returns (logps, *fields of `_OUTPUT_NAMES`), all [N], None if not asked."""
         attachment = _active.get()
+        if attachment is None and self.original is None:
+            raise RuntimeError(
+                f"expected Triton, which the head of TRL {trl.__version__} needs, or an attached trainer"
+            )
         if attachment is None:
             return self.original.apply(hidden, weight, bias, targets, temperature, chunk_size, softcap, scale, outputs)
         out = linear_logps(
@@ -157,12 +161,12 @@ class _Switch:
 
 
 def _install_switch() -> None:
-    current: Any = getattr(trl_utils, "_ChunkedLogProbFunction", None)
+    if not hasattr(trl_utils, "add_fused_lm_head"):
+        raise RuntimeError(f"expected TRL >= 1.15, whose trainers have a fused head, got TRL {trl.__version__}")
+    current: Any = trl_utils._ChunkedLogProbFunction  # None in TRL 1.15 without Triton
     if isinstance(current, _Switch):
         return
-    if current is None:
-        raise RuntimeError(f"expected TRL >= 1.15, whose trainers have a fused head, got TRL {trl.__version__}")
-    if not getattr(current, "__module__", "").startswith("trl."):
+    if current is not None and not current.__module__.startswith("trl."):
         replacement = f"{current.__module__}.{current.__qualname__}"
         raise RuntimeError(f"expected TRL's own fused head, got {replacement} in its place: undo that before attach()")
     # TRL 1.15 always leaves ignored tokens out and asks nothing.

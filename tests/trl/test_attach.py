@@ -60,7 +60,6 @@ CASES = {
     "dpo": ("dpo", {}),
     "dpo, scale": ("dpo", {"model": cohere}),
     "dpo, wpo weights": ("dpo", {"use_weighting": True}),
-    "dpo, precomputed reference": ("dpo", {"precompute_ref_log_probs": True}),
 }
 
 
@@ -71,6 +70,20 @@ def test_every_metric_equals_stock(make_trainer, name):
     assert_same_metrics(got, history(make_trainer(kind, **options)))
     losses = [row["loss"] for row in got if "loss" in row]
     assert len(set(losses)) == 5  # it did train
+
+
+def test_a_precomputed_reference(make_trainer):
+    """It is computed while the trainer is built, before anything can be attached, so by TRL's own head.
+
+    At step 0 policy and reference are one model: both rewards are rounding noise, and which is larger says nothing.
+    """
+    got, want = (
+        history(f(make_trainer("dpo", precompute_ref_log_probs=True))) for f in (attach, lambda trainer: trainer)
+    )
+    for rows in (got, want):
+        assert rows[0].pop("rewards/accuracies") <= 1
+        assert rows[0]["rewards/margins"] == pytest.approx(0, abs=1e-5)
+    assert_same_metrics(got, want)
 
 
 @pytest.mark.parametrize("kind", ["sft", "dpo"])
