@@ -23,7 +23,7 @@ from fusedalign.ops import linear_logps
 from fusedalign.trl.attachment import attach
 from fusedalign.trl.train import build, parse, run, tokenizer_of
 
-PROMPT = "What is the capital of France?"
+PROMPT = "Hello! Could you explain how to get a coffee stain out of a shirt?"
 OUTPUT = Path("runs/demo")
 
 
