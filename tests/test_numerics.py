@@ -199,6 +199,21 @@ def test_200_steps_end_where_full_logits_end(impl, device, loss):
     torch.testing.assert_close(got, want, rtol=2e-3, atol=0)
 
 
+@pytest.mark.slow
+def test_more_than_2_to_the_31_logits(impl, device):
+    if impl == "reference":
+        pytest.skip("its logits alone would take 9 GB")
+    n, v = 33_000, 66_000
+    assert n * v > 2**31
+    hidden, weight = torch.randn(n, 1, device=device), torch.randn(v, 1, device=device)
+    targets = torch.randint(0, v, (n,), device=device)
+    targets[-1] = v - 1
+    logps = linear_logps(hidden, weight, targets, impl=impl).logps
+    some = torch.tensor([0, 1, n // 2, n - 1], device=device)
+    exact = (hidden[some].double() @ weight.double().T).log_softmax(-1).gather(-1, targets[some, None]).squeeze(-1)
+    torch.testing.assert_close(logps[some].double(), exact, rtol=1e-5, atol=1e-5)
+
+
 def test_more_tokens_than_a_grid_has(impl, device):
     hidden, weight = torch.randn(70_000, 2, device=device), torch.randn(3, 2, device=device)
     targets = torch.randint(0, 3, (70_000,), device=device)

@@ -7,7 +7,15 @@ import torch
 import trl.trainer.utils as trl_utils
 from helpers import Allocations
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, CohereConfig, CohereForCausalLM, Gemma2Config, Gemma2ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from fusedalign.trl import attach, detach
 from fusedalign.trl import attachment as attach_module
@@ -36,6 +44,12 @@ def cohere():
     return CohereForCausalLM(CohereConfig(**SMALL, logit_scale=3.0))
 
 
+def qwen3_moe():
+    torch.manual_seed(1)
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 16}
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**SMALL, **experts, output_router_logits=True, router_aux_loss_coef=0.1))
+
+
 def history(trainer):
     trainer.train()
     trainer.evaluate()
@@ -57,6 +71,8 @@ CASES = {
     "sft completions and prompts": ("sft", {"completion_only_loss": False}),
     "sft, softcap": ("sft", {"model": gemma2}),
     "sft, gradient checkpointing": ("sft", {"gradient_checkpointing": True}),
+    "sft, mixture of experts": ("sft", {"model": qwen3_moe}),
+    "sft, accumulation": ("sft", {"gradient_accumulation_steps": 3, "per_device_train_batch_size": 2}),
     "dpo": ("dpo", {}),
     "dpo, scale": ("dpo", {"model": cohere}),
     "dpo, wpo weights": ("dpo", {"use_weighting": True}),
@@ -83,6 +99,25 @@ def test_a_precomputed_reference(make_trainer):
     for rows in (got, want):
         assert rows[0].pop("rewards/accuracies") <= 1
         assert rows[0]["rewards/margins"] == pytest.approx(0, abs=1e-5)
+    assert_same_metrics(got, want)
+
+
+def test_the_expert_balancing_loss_is_in_the_total(make_trainer):
+    trainer = attach(make_trainer("sft", model=qwen3_moe, max_steps=1))
+    trainer.train()
+    assert trainer.state.log_history[0]["aux_loss"] > 0.5  # and part of "loss", which test_every_metric compares
+
+
+@pytest.mark.parametrize("kind", ["sft", "dpo"])
+def test_a_model_that_takes_no_loss_arguments(make_trainer, kind):
+    """Then the Trainer, and not the loss, divides by the number of accumulation steps."""
+
+    def without(trainer):
+        trainer.model_accepts_loss_kwargs = False
+        return trainer
+
+    options = {"gradient_accumulation_steps": 3, "per_device_train_batch_size": 2, "max_steps": 3}
+    got, want = (history(without(f(make_trainer(kind, **options)))) for f in (attach, lambda trainer: trainer))
     assert_same_metrics(got, want)
 
 

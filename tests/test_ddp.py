@@ -1,0 +1,71 @@
+"""Two ranks with gloo: equal parameters afterwards, equal to one process, also where one rank has nothing to learn."""
+
+import socket
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from fusedalign import linear_cross_entropy, linear_logps
+
+STEPS = 3
+
+
+def model():
+    torch.manual_seed(0)
+    return torch.nn.ModuleDict({"body": torch.nn.Linear(6, 8), "head": torch.nn.Linear(8, 31)})
+
+
+def batches():
+    """[STEPS, rank, rows, T, ...]; at step 1 every target of rank 1 is ignored."""
+    g = torch.Generator().manual_seed(1)
+    inputs, targets = torch.randn(STEPS, 2, 2, 5, 6, generator=g), torch.randint(0, 31, (STEPS, 2, 2, 5), generator=g)
+    targets[0, 1, 0, 2:] = -100
+    targets[1, 1] = -100
+    return inputs, targets
+
+
+class Loss(torch.nn.Module):
+    """The sum over this rank's tokens divided by the mean number of tokens a rank, since DDP averages gradients."""
+
+    def __init__(self, layers, scalar):
+        super().__init__()
+        self.layers, self.scalar = layers, scalar
+
+    def forward(self, inputs, targets, num_items):
+        hidden, head = self.layers["body"](inputs), self.layers["head"]
+        if self.scalar:
+            return linear_cross_entropy(hidden, head.weight, targets, bias=head.bias, num_items=num_items)
+        return -linear_logps(hidden, head.weight, targets, bias=head.bias).logps.sum() / num_items
+
+
+def train(scalar, ranks, wrap=lambda module: module):
+    module = wrap(Loss(model(), scalar))
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.5)
+    for inputs, targets in zip(*batches(), strict=True):
+        num_items = (targets != -100).sum() / (2 if len(ranks) == 1 else 1)
+        optimizer.zero_grad()
+        module(inputs[ranks].flatten(0, 1), targets[ranks].flatten(0, 1), num_items).backward()
+        optimizer.step()
+    return [p.detach() for p in module.parameters()]
+
+
+def rank_main(rank, port, scalar, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    weights = train(scalar, [rank], torch.nn.parallel.DistributedDataParallel)
+    torch.save(weights, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("scalar", [False, True])
+def test_two_ranks_equal_one(tmp_path, scalar):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    mp.spawn(rank_main, args=(port, scalar, str(tmp_path)), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    for a, b, c in zip(first, second, train(scalar, [0, 1]), strict=True):
+        assert torch.equal(a, b)
+        torch.testing.assert_close(a, c)
