@@ -70,13 +70,13 @@ def test_only_the_trl_room_and_the_commands_import_trl(path):
 def test_torch_alone_is_enough():
     """In a process where the optional packages cannot be imported, the package imports and the PyTorch impl runs."""
     script = f"""
-import sys
+import sys, torch  # torch first: its CUDA build looks for triton itself
 class Block:
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] in {OPTIONAL!r}:
             raise ImportError(name + " is blocked")
 sys.meta_path.insert(0, Block())
-import torch, fusedalign, fusedalign.sequence, fusedalign.head
+import fusedalign, fusedalign.sequence, fusedalign.head
 hidden, weight = torch.randn(2, 3, 8, requires_grad=True), torch.randn(20, 8, requires_grad=True)
 targets = torch.randint(0, 20, (2, 3))
 fusedalign.linear_logps(hidden, weight, targets, outputs=["entropy"]).logps.sum().backward()
