@@ -131,6 +131,34 @@ def test_sft_with_a_folder_of_splits_and_evaluation(tmp_path, llama, capsys):
     assert any("eval_loss" in line for line in lines)
 
 
+MESSAGES = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+
+
+@pytest.mark.parametrize(
+    ("row", "columns"),
+    [
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, {"prompt": "a", "completion": "b"}),
+        ({"chosen": "a b", "rejected": "a c"}, {"text": "a b"}),
+        ({"chosen": MESSAGES, "rejected": MESSAGES[:1]}, {"messages": MESSAGES}),
+        ({"prompt": "a", "completion": "b", "chosen": "x"}, {"prompt": "a", "completion": "b", "chosen": "x"}),
+    ],
+)
+def test_sft_learns_the_chosen_side_of_preference_data(row, columns):
+    from datasets import Dataset
+
+    from fusedalign.trl.train import _chosen_side
+
+    assert _chosen_side(Dataset.from_list([row, row]))[0] == columns
+
+
+def test_sft_on_a_preference_file(tmp_path, llama, capsys):
+    file = write(tmp_path / "mine.jsonl", pairs())
+    assert main(["sft", *flags(tmp_path, llama, dataset_name=file, bf16="false", report_to="none")]) == 0, (
+        capsys.readouterr().err
+    )
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
 def test_the_embedded_default_from_any_directory(tmp_path, monkeypatch, capsys):
     recipe = os.path.abspath("recipes/dpo.yaml")
     monkeypatch.chdir(tmp_path)
@@ -187,7 +215,10 @@ def test_a_field_in_the_file_that_does_not_exist(tmp_path, capsys):
 
 def test_data_without_the_columns(tmp_path, llama, capsys):
     file = write(tmp_path / "mine.jsonl", [{"question": "a", "answer": "b"}])
-    for method, expected in (("dpo", "chosen+rejected"), ("sft", "messages or prompt+completion or text or input_ids")):
+    for method, expected in (
+        ("dpo", "chosen+rejected"),
+        ("sft", "messages or prompt+completion or text or input_ids or chosen"),
+    ):
         assert main([method, *flags(tmp_path, llama, dataset_name=file, bf16="false")]) == 2
         message = f"data set for {method} must have the columns {expected}, got {file} with question, answer"
         assert message in capsys.readouterr().err

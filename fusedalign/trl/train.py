@@ -30,7 +30,9 @@ class Method:
 
 
 METHODS = {
-    "sft": Method("SFTTrainer", "SFTConfig", (("messages",), ("prompt", "completion"), ("text",), ("input_ids",))),
+    "sft": Method(
+        "SFTTrainer", "SFTConfig", (("messages",), ("prompt", "completion"), ("text",), ("input_ids",), ("chosen",))
+    ),
     "dpo": Method("DPOTrainer", "DPOConfig", (("chosen", "rejected"),)),
 }
 
@@ -193,6 +195,8 @@ def _load_data(method: str, arguments: Arguments) -> tuple[Any, Any]:
         raise ValueError(
             f"dataset_train_split must be a split of {name} ({', '.join(splits)}), got {script.dataset_train_split!r}"
         )
+    if method == "sft":
+        splits = {split: _chosen_side(dataset) for split, dataset in splits.items()}
     train_dataset, eval_dataset = splits[script.dataset_train_split], None
     _check_columns(method, name, train_dataset.column_names)
     if training.eval_strategy != "no":
@@ -205,6 +209,19 @@ def _load_data(method: str, arguments: Arguments) -> tuple[Any, Any]:
             print(f"{name} has the one split {script.dataset_train_split!r}: training without evaluation")
             training.eval_strategy = "no"
     return train_dataset, eval_dataset
+
+
+def _chosen_side(dataset: Any) -> Any:
+    """Preference data as what SFT learns from: its chosen answers. Other data as it is."""
+    columns = dataset.column_names or []
+    if "chosen" not in columns or {"messages", "completion", "text", "input_ids"} & set(columns):
+        return dataset
+    if "rejected" in columns:
+        dataset = dataset.remove_columns("rejected")
+    if "prompt" in columns:
+        return dataset.rename_column("chosen", "completion")
+    conversational = not isinstance(next(iter(dataset))["chosen"], str)
+    return dataset.rename_column("chosen", "messages" if conversational else "text")
 
 
 def _load_named(script: Any) -> Any:
