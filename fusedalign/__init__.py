@@ -1,7 +1,20 @@
 """Alignment losses without logits. Importing this package needs torch and nothing else."""
 
 from fusedalign.impls import explain
-from fusedalign.losses import PreferenceLoss, dpo_loss, sft_loss
+from fusedalign.losses import (
+    PreferenceLoss,
+    alphapo_rewards,
+    cpo_loss,
+    dpo_loss,
+    kto_kl,
+    kto_loss,
+    ld_logps,
+    orpo_loss,
+    sft_loss,
+    simpo_loss,
+    tpo_loss,
+    wpo_weights,
+)
 from fusedalign.ops import linear_cross_entropy, linear_logps
 from fusedalign.problem import Problem, TokenLogps
 
@@ -12,9 +25,18 @@ __all__ = [
     "Problem",
     "TokenLogps",
     "__version__",
+    "alphapo_rewards",
+    "cpo_loss",
     "dpo_loss",
     "explain",
+    "kto_kl",
+    "kto_loss",
+    "ld_logps",
     "linear_cross_entropy",
     "linear_logps",
+    "orpo_loss",
     "sft_loss",
+    "simpo_loss",
+    "tpo_loss",
+    "wpo_weights",
 ]

@@ -21,6 +21,29 @@ class Pairs(NamedTuple):
     """[B, ...]"""
 
 
+class PreferencePair(NamedTuple):
+    """What preference losses take, from one batch of pairs; all [B]."""
+
+    chosen_logps: Tensor
+    """summed over the completion, nats"""
+    rejected_logps: Tensor
+    """likewise"""
+    chosen_lengths: Tensor
+    """int64, tokens of the completion"""
+    rejected_lengths: Tensor
+    """likewise"""
+
+    @property
+    def chosen_mean_logps(self) -> Tensor:
+        """averaged over the completion; 0 for an empty one"""
+        return self.chosen_logps / self.chosen_lengths.clamp(min=1)
+
+    @property
+    def rejected_mean_logps(self) -> Tensor:
+        """likewise"""
+        return self.rejected_logps / self.rejected_lengths.clamp(min=1)
+
+
 def completion_labels(input_ids: Tensor, completion_mask: Tensor, *, ignore_index: int = -100) -> Tensor:
     """Labels that count in the completion only.
 
@@ -165,6 +188,27 @@ def split_pairs(values: Tensor) -> Pairs:
     if values.shape[0] % 2:
         raise ValueError(f"pairs need an even number of rows (all chosen, then all rejected), got {values.shape[0]}")
     return Pairs(*values.chunk(2)) if len(values) else Pairs(values, values)
+
+
+def preference_pair(logps: Tensor, mask: Tensor) -> PreferencePair:
+    """Per-token values of a batch of pairs, all chosen rows first, as what preference losses take.
+
+    Args:
+        logps: [2 * B, T], per-token logps, nats.
+        mask: [2 * B, T] bool (or 0/1), the completions' tokens; what stands in `logps` elsewhere has no influence.
+
+    Returns:
+        `PreferencePair`.
+
+    Raises:
+        ValueError: the shapes differ, or an odd number of rows.
+
+    Example:
+        >>> pair = preference_pair(torch.tensor([[-1.0, -3.0], [-5.0, -9.0]]), torch.tensor([[1, 1], [1, 0]]))
+        >>> pair.chosen_mean_logps.item(), pair.rejected_logps.item()
+        (-2.0, -5.0)
+    """
+    return PreferencePair(*split_pairs(sequence_sum(logps, mask)), *split_pairs(mask.bool().sum(-1)))
 
 
 def _check_same_shape(name: str, x: Tensor, other_name: str, other: Tensor) -> None:

@@ -5,7 +5,7 @@ import importlib
 
 import pytest
 
-MODULES = ["ops", "sequence", "losses.dpo", "losses.sft"]
+MODULES = ["ops", "sequence", *(f"losses.{name}" for name in ("dpo", "cpo", "orpo", "kto", "sft"))]
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -5,10 +5,11 @@ import re
 import pytest
 import torch
 
-from fusedalign import linear_logps
+from fusedalign import linear_logps, simpo_loss
 from fusedalign.sequence import (
     completion_labels,
     completion_mask,
+    preference_pair,
     segment_sum,
     sequence_mean,
     sequence_sum,
@@ -99,6 +100,19 @@ def test_split_pairs():
     assert chosen.tolist() == [[0, 1], [2, 3], [4, 5]]
     assert rejected.tolist() == [[6, 7], [8, 9], [10, 11]]
     assert split_pairs(torch.zeros(0, 3)).rejected.shape == (0, 3)
+
+
+def test_preference_pair_is_three_lines_from_a_batch_to_a_loss():
+    hidden, weight = torch.randn(4, 5, 8), torch.randn(30, 8)
+    targets = torch.randint(0, 30, (4, 5)).masked_fill(torch.rand(4, 5) < 0.4, -100)
+    targets[1] = -100  # an empty completion
+    pair = preference_pair(linear_logps(hidden, weight, targets).logps, targets != -100)
+    losses = simpo_loss(pair.chosen_mean_logps, pair.rejected_mean_logps).losses
+    assert losses.shape == (2,)
+    assert torch.isfinite(losses).all()
+    assert pair.chosen_logps[1] == pair.chosen_mean_logps[1] == 0
+    assert pair.rejected_lengths.tolist() == (targets[2:] != -100).sum(-1).tolist()
+    torch.testing.assert_close(pair.rejected_mean_logps, pair.rejected_logps / pair.rejected_lengths)
 
 
 ONES = torch.ones(2, 3)

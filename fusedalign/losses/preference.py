@@ -1,22 +1,34 @@
-"""What every preference loss shares: its result and its checks of what comes in."""
+"""What the preference losses share: their result, their checks, and the pieces that occur in several of them."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+#: Exponents are held at this value: e**40 is 2.4e17, and its square still fits fp32.
+MAX_EXPONENT = 40.0
 
 
 class PreferenceLoss(NamedTuple):
-    """What a preference loss returns; all [B], fp32 at least."""
+    """What a preference loss returns, in fp32 at least."""
 
     losses: Tensor
-    """one a pair, to be minimised; take its mean"""
+    """[B], one a pair (or, for KTO, a sequence), to be minimised; take its mean"""
     chosen_rewards: Tensor
-    """implicit rewards for logging, nats times beta; detached"""
+    """[B] implicit rewards for logging; detached"""
     rejected_rewards: Tensor
-    """likewise"""
+    """[B] likewise"""
+
+
+def smoothed_logistic(margin: Tensor, label_smoothing: float) -> Tensor:
+    """-(1 - eps) log s(margin) - eps log s(-margin): the logistic loss if a share eps of the labels is flipped."""
+    if label_smoothing == 0.0:
+        return -F.logsigmoid(margin)
+    return -(1 - label_smoothing) * F.logsigmoid(margin) - label_smoothing * F.logsigmoid(-margin)
 
 
 def check_logps(**logps: Tensor) -> list[Tensor]:
@@ -24,7 +36,7 @@ def check_logps(**logps: Tensor) -> list[Tensor]:
 
     Raises:
         TypeError: one is not a floating-point tensor.
-        ValueError: they are not all of the first one's shape [B].
+        ValueError: one is not of the first one's shape [B].
     """
     first_name, first = next(iter(logps.items()))
     for name, x in logps.items():
@@ -33,9 +45,19 @@ def check_logps(**logps: Tensor) -> list[Tensor]:
             raise TypeError(f"{name} must be a floating-point tensor of shape [B], got {came}")
         if x.ndim != 1:
             raise ValueError(f"{name} must have shape [B], one value a sequence, got {tuple(x.shape)}")
-        if x.shape != first.shape:
-            raise ValueError(f"{name} must have shape {tuple(first.shape)} to match {first_name}, got {tuple(x.shape)}")
-    return [x if x.dtype == torch.float64 else x.float() for x in logps.values()]
+        check_shape(name, x, first_name, first)
+    return [as_float(x) for x in logps.values()]
+
+
+def as_float(x: Tensor) -> Tensor:
+    """In fp32 at least; nothing is computed in a half precision, whatever comes in."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def check_shape(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
+    """Raises ValueError unless both shapes are the same."""
+    if x.shape != other.shape:
+        raise ValueError(f"{name} must have shape {tuple(other.shape)} to match {other_name}, got {tuple(x.shape)}")
 
 
 def check_positive(**values: float) -> None:
@@ -45,8 +67,26 @@ def check_positive(**values: float) -> None:
             raise ValueError(f"{name} must be > 0, got {value}")
 
 
-def check_loss_type(loss_type: str, known: object) -> None:
+def check_label_smoothing(value: float, *, at_least: float = 0.0, below: float = 1.0, loss_type: str) -> None:
+    """Raises ValueError, naming the range, unless `at_least <= value < below`."""
+    if not at_least <= value < below:
+        raise ValueError(
+            f"label_smoothing must be in [{at_least:g}, {below:g}) with loss_type={loss_type!r}, got {value}"
+        )
+
+
+def check_loss_type(loss_type: str, known: Iterable[str]) -> None:
     """Raises ValueError, listing the known names, for any other."""
-    names = list(known)  # type: ignore[call-overload]
+    names = list(known)
     if loss_type not in names:
         raise ValueError(f"loss_type must be one of {', '.join(names)}, got {loss_type!r}")
+
+
+def check_unused(name: str, value: object, default: object, users: Iterable[str], loss_types: Iterable[str]) -> None:
+    """Raises ValueError where an option has been set that none of `loss_types` looks at: it would be ignored."""
+    users = list(users)
+    if value != default and not set(users) & set(loss_types):
+        chosen = ", ".join(loss_types)
+        raise ValueError(
+            f"{name} is for loss_type {', '.join(users)} only, with {chosen} it must be {default}, got {value}"
+        )

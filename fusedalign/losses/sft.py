@@ -7,7 +7,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fusedalign.losses.preference import check_loss_type
+from fusedalign.losses.preference import (
+    as_float,
+    check_label_smoothing,
+    check_loss_type,
+    check_shape,
+    check_unused,
+)
 
 #: loss_type -> the loss of each token by itself, from its log p(target).
 LOSS_TYPES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -33,11 +39,24 @@ def token_loss(logps: Tensor, *, loss_type: str = "nll") -> Tensor:
     return LOSS_TYPES[loss_type](logps)
 
 
-def sft_loss(logps: Tensor, mask: Tensor, *, num_items: int | Tensor | None = None, loss_type: str = "nll") -> Tensor:
+def sft_loss(
+    logps: Tensor,
+    mask: Tensor,
+    *,
+    num_items: int | Tensor | None = None,
+    loss_type: str = "nll",
+    label_smoothing: float = 0.0,
+    mean_logps: Tensor | None = None,
+    z_loss: float = 0.0,
+    lse: Tensor | None = None,
+) -> Tensor:
     """The training loss of supervised fine-tuning::
 
         nll:  -sum over mask of logps / num_items
         dft:  -sum over mask of p * logps / num_items, with p = exp(logps) as a constant
+
+    With label smoothing eps, the token's loss is (1 - eps) of that plus -eps * mean_logps; with a z-loss,
+    z_loss * lse**2 is added to it.
 
     Args:
         logps: [...], log p(target) of each token, nats.
@@ -45,17 +64,25 @@ def sft_loss(logps: Tensor, mask: Tensor, *, num_items: int | Tensor | None = No
         num_items: what the sum is divided by; default: how many tokens count here. Under gradient accumulation or data
             parallelism pass the number of the whole window over all ranks, so that every token weighs the same.
         loss_type: "nll" or "dft".
+        label_smoothing: in [0, 1), "nll" only; the share of the target's weight that is spread over the vocabulary.
+        mean_logps: [...], mean over the vocabulary of log p, nats: mean logit minus lse. `TokenLogps.mean_logit`
+            carries no gradient; without a softcap, scale * (hidden @ weight.mean(0) + bias.mean()) / temperature is
+            the same and does.
+        z_loss: >= 0, weight of the squared log-sum-exp.
+        lse: [...], `TokenLogps.lse`, nats.
 
     Returns:
         A scalar in fp32 at least; 0, still connected to the graph, where no token counts.
 
     Raises:
         TypeError: `logps` is not floating-point.
-        ValueError: `mask` has another shape, num_items is negative, or unknown loss_type.
+        ValueError: a shape differs, a number is out of its range, an unknown loss_type, or one of mean_logps and lse
+            is missing or has no use.
 
     Source:
         nll: cross-entropy of the next token, as in TRL's SFTTrainer and transformers' ForCausalLMLoss. dft: Wu et al.
-        2025, arXiv:2508.05629, equation 9, with TRL's normaliser.
+        2025, arXiv:2508.05629, with TRL's normaliser. Label smoothing: Szegedy et al. 2015, arXiv:1512.00567, section
+        7, as in PyTorch's cross_entropy. z-loss: Chowdhery et al. 2022 (PaLM), arXiv:2204.02311, section 5.
 
     Example:
         >>> import torch
@@ -64,12 +91,32 @@ def sft_loss(logps: Tensor, mask: Tensor, *, num_items: int | Tensor | None = No
     """
     if not logps.is_floating_point():
         raise TypeError(f"logps must be floating-point, got {logps.dtype}")
-    if mask.shape != logps.shape:
-        raise ValueError(f"mask must have shape {tuple(logps.shape)} to match logps, got {tuple(mask.shape)}")
+    check_shape("mask", mask, "logps", logps)
     if isinstance(num_items, (int, float)) and num_items < 0:
         raise ValueError(f"num_items must be >= 0, got {num_items}")
     mask = mask.bool()
-    logps = (logps if logps.dtype == torch.float64 else logps.float()).where(mask, 0.0)
-    losses = token_loss(logps, loss_type=loss_type).where(mask, 0.0)
+    logps = as_float(logps).where(mask, 0.0)
+    losses = token_loss(logps, loss_type=loss_type)
+    check_unused("label_smoothing", label_smoothing, 0.0, ["nll"], [loss_type])
+    check_label_smoothing(label_smoothing, loss_type=loss_type)
+    if not z_loss >= 0:
+        raise ValueError(f"z_loss must be >= 0, got {z_loss}")
+    if (more := _companion("mean_logps", mean_logps, "label_smoothing", label_smoothing, mask)) is not None:
+        losses = (1 - label_smoothing) * losses - label_smoothing * more
+    if (more := _companion("lse", lse, "z_loss", z_loss, mask)) is not None:
+        losses = losses + z_loss * more.square()
+    losses = losses.where(mask, 0.0)
     count = mask.sum() if num_items is None else torch.as_tensor(num_items, device=logps.device)
     return losses.sum() / count.clamp(min=1)
+
+
+def _companion(name: str, x: Tensor | None, option: str, value: float, mask: Tensor) -> Tensor | None:
+    """The per-token tensor that `option` needs, where it is set; neither comes without the other."""
+    if x is None and value:
+        raise ValueError(f"{name} is needed with {option}={value}, got None")
+    if x is not None and not value:
+        raise ValueError(f"{name} is for {option} > 0 only, got it with {option}={value}")
+    if x is None:
+        return None
+    check_shape(name, x, "logps", mask)
+    return as_float(x).where(mask, 0.0)

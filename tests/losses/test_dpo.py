@@ -95,8 +95,8 @@ BAD = [
     ((ONE, ONE, ONE, 0.0), {}, TypeError, "ref_rejected_logps must be a floating-point tensor of shape [B], got float"),
     ((ONE,) * 4, {"beta": 0.0}, ValueError, "beta must be > 0, got 0.0"),
     ((ONE,) * 4, {"beta": float("nan")}, ValueError, "beta must be > 0, got nan"),
-    ((ONE,) * 4, {"loss_type": "sigmod"}, ValueError, "loss_type must be one of sigmoid, got 'sigmod'"),
-    ((ONE,) * 4, {"label_smoothing": 0.1}, ValueError, "label_smoothing must be 0 with loss_type='sigmoid'"),
+    ((ONE,) * 4, {"loss_type": "sigmod"}, ValueError, "apo_down, discopop, sft, sigmoid_norm, got 'sigmod'"),
+    ((ONE,) * 4, {"label_smoothing": 0.1}, ValueError, "aot_unpaired only, with sigmoid it must be 0.0, got 0.1"),
 ]
 
 
