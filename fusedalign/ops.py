@@ -132,7 +132,7 @@ def linear_cross_entropy(
         ValueError, TypeError: as `linear_logps`, and for an unknown loss_type or reduction.
 
     Source:
-        z-loss: Chowdhery et al. 2022 (PaLM), arXiv:2204.02311, section 5. dft: arXiv:2508.05629, equation 9.
+        z-loss: Chowdhery et al. 2022 (PaLM), arXiv:2204.02311, section 5. dft: arXiv:2508.05629.
 
     Example:
         >>> import torch

@@ -136,7 +136,7 @@ def alphapo_rewards(mean_logps: Tensor, *, alpha: float = 0.25) -> Tensor:
 
     Args:
         mean_logps: [B], log p of a completion *averaged* over its tokens, nats.
-        alpha: any number; 0 is SimPO. The paper uses -0.25 to 0.5.
+        alpha: any number; 0 is SimPO.
 
     Returns:
         [B] in fp32 at least. The exponent -alpha * mean_logps is held at 40, where TRL overflows.
@@ -145,7 +145,7 @@ def alphapo_rewards(mean_logps: Tensor, *, alpha: float = 0.25) -> Tensor:
         TypeError, ValueError: as `simpo_loss`.
 
     Source:
-        Gupta et al., arXiv:2501.03884, equation 5.
+        Gupta et al., arXiv:2501.03884, and TRL's CPOTrainer.
 
     Example:
         >>> round(alphapo_rewards(torch.tensor([-2.0]), alpha=0.5).item(), 4)  # (1 - e) / 0.5
@@ -167,7 +167,7 @@ def tpo_loss(
     """Triple preference optimisation: the contrast of a pair; the caller adds the NLL of a third, gold completion.
 
     ``sigmoid``, ``hinge`` and ``ipo`` are those of `cpo_loss`; ``tpo-l`` is `simpo_loss`, on averaged logps. To either
-    comes tpo_alpha (1 in the paper) times `sft_loss` of the gold completion.
+    comes tpo_alpha (by default 1 in TRL) times `sft_loss` of the gold completion.
 
     Args:
         chosen_logps: [B], log p(chosen completion | prompt), nats, summed over its tokens; averaged for "ipo" and
@@ -185,7 +185,7 @@ def tpo_loss(
         TypeError, ValueError: as `cpo_loss`, and for a gamma with a loss type that has no margin.
 
     Source:
-        Saeidi et al., arXiv:2405.16681, equation 9, and TRL's experimental TPOTrainer for the variants.
+        Saeidi et al., arXiv:2405.16681, and TRL's experimental TPOTrainer for the variants.
 
     Example:
         >>> round(tpo_loss(torch.tensor([-10.0]), torch.tensor([-30.0]), beta=0.1).losses.item(), 4)

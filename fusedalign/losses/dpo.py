@@ -187,7 +187,7 @@ def sft(t: _Terms) -> Tensor:
 
 @_loss_type("f_divergence_type", "lengths")
 def sigmoid_norm(t: _Terms) -> Tensor:
-    """-log s(beta mean d): "sigmoid" on scores per token. Meng et al., arXiv:2405.14734, with a reference."""
+    """-log s(beta mean d): "sigmoid" on scores per token. Tulu 3, arXiv:2411.15124; SimPO with a reference."""
     return -F.logsigmoid(t.beta * t.mean_d)
 
 
@@ -256,12 +256,13 @@ def dpo_loss(
         label_smoothing: exo_pair in (0, 1), robust in [0, 0.5), aot and aot_unpaired in [0, 1); the others take 0 only.
         f_divergence_type: "reverse_kl" (scores a, b), "forward_kl" (1 - exp(-a)), "js_divergence" (log 2 + log s(a)),
             "alpha_divergence" ((exp((al - 1) a) - 1) / (al - 1)); for sigmoid, hinge, ipo, exo_pair, robust, discopop
-            and sigmoid_norm. Exponents are held at 40.
+            and sigmoid_norm, beside which only sft may stand then. Exponents are held at 40.
         f_alpha_divergence_coef: al of "alpha_divergence"; 1 gives reverse_kl.
         discopop_tau: > 0, temperature of the blend in discopop.
         chosen_lengths: [B], completion tokens of the chosen; ipo, sigmoid_norm and sft need both lengths.
         rejected_lengths: [B], likewise.
-        pair_weights: [B], what each pair's loss is multiplied by, detached; `wpo_weights` gives those of WPO.
+        pair_weights: [B], what each pair's loss is multiplied by, detached; `wpo_weights` gives those of WPO. Not with
+            aot and aot_unpaired, whose losses belong to places in a sorted batch and not to pairs.
 
     Returns:
         `PreferenceLoss` with rewards beta * a and beta * b. Computed in fp32 at least, whatever comes in.
@@ -273,8 +274,8 @@ def dpo_loss(
 
     Source:
         Each loss type: see `docs/losses.md` and the functions of this module. f-divergences: Wang et al.,
-        arXiv:2309.16240. TRL's trainer silently ignores label_smoothing and f_divergence_type where they have no
-        meaning, this function raises; TRL leaves forward_kl's exponent free and holds alpha_divergence's at 80.
+        arXiv:2309.16240. TRL's trainer ignores label_smoothing where it has no meaning, this function raises; TRL
+        leaves forward_kl's exponent free and holds alpha_divergence's at 80.
 
     Example:
         >>> c, r = torch.tensor([-1.0]), torch.tensor([-3.0])
@@ -311,6 +312,10 @@ def dpo_loss(
     parts = [weight * _LOSS_TYPES[name].function(terms) for name, weight in zip(names, weights, strict=True)]
     losses = functools.reduce(torch.add, parts)
     if pair_weights is not None:
+        if {"aot", "aot_unpaired"} & set(names):
+            raise ValueError(
+                f"pair_weights must be None with {', '.join(names)}: aot's losses are not those of single pairs"
+            )
         check_shape("pair_weights", pair_weights, "chosen_logps", chosen_logps)
         losses = losses * as_float(pair_weights).detach()
     return PreferenceLoss(losses, (beta * terms.a).detach(), (beta * terms.b).detach())
@@ -344,7 +349,10 @@ def _check_options(
         ("f_divergence_type", f_divergence_type, "reverse_kl"),
         ("discopop_tau", discopop_tau, _DEFAULT_DISCOPOP_TAU),
     ):
-        check_unused(option, value, default, [k for k, v in _LOSS_TYPES.items() if option in v.uses], names)
+        # A divergence changes the score of every loss that has one: none may go on with plain log-ratios beside it.
+        together = option != "f_divergence_type"
+        for group in [names] if together else [[name] for name in names if name != "sft"] or [names]:
+            check_unused(option, value, default, [k for k, v in _LOSS_TYPES.items() if option in v.uses], group)
     return weights
 
 
@@ -404,7 +412,7 @@ def ld_logps(logps: Tensor, mask: Tensor, shared_lengths: Tensor, *, ld_alpha: f
         ValueError: the shapes differ, or ld_alpha is out of its range.
 
     Source:
-        Liu et al., arXiv:2409.06411, equation 9.
+        Liu et al., arXiv:2409.06411.
 
     Example:
         >>> ld_logps(torch.tensor([[-1.0, -2.0, -4.0]]), torch.ones(1, 3), torch.tensor([2]), ld_alpha=0.5).tolist()

@@ -57,7 +57,7 @@ def kto_loss(
         ValueError: a shape differs, a number is out of its range, an unknown loss_type, kl is missing or not wanted.
 
     Source:
-        Ethayarajh et al., arXiv:2402.01306, equations 7 and 8; D'Oosterlinck et al., arXiv:2408.06266, for the second.
+        Ethayarajh et al., arXiv:2402.01306, equation 7; D'Oosterlinck et al., arXiv:2408.06266, for the second.
 
     Example:
         >>> x, desirable = torch.tensor([0.0, 0.0]), torch.tensor([True, False])
@@ -111,7 +111,7 @@ def kto_kl(kl_logps: Tensor, ref_kl_logps: Tensor) -> Tensor:
         TypeError, ValueError: as `kto_loss`.
 
     Source:
-        Ethayarajh et al., arXiv:2402.01306, section 4.1.
+        Ethayarajh et al., arXiv:2402.01306, and TRL's KTOTrainer.
 
     Example:
         >>> kto_kl(torch.tensor([-4.0, -1.0]), torch.tensor([-5.0, -4.0])).item()

@@ -245,6 +245,20 @@ BAD = {
         lambda: dpo_loss(X, X, X, X, loss_type="apo_zero", f_divergence_type="forward_kl"),
         "f_divergence_type is for loss_type " + ", ".join(WITH_SCORES) + " only",
     ),
+    "divergence unused beside another": (
+        lambda: dpo_loss(X, X, X, X, loss_type=["sigmoid", "nca_pair"], f_divergence_type="forward_kl"),
+        "only, with nca_pair it must be reverse_kl, got forward_kl",
+    ),
+    "divergence of sft": (
+        lambda: dpo_loss(
+            X, X, X, X, loss_type="sft", f_divergence_type="forward_kl", chosen_lengths=X, rejected_lengths=X
+        ),
+        "only, with sft it must be reverse_kl, got forward_kl",
+    ),
+    "pair weights of aot": (
+        lambda: dpo_loss(X, X, X, X, loss_type="aot", pair_weights=X),
+        "pair_weights must be None with aot",
+    ),
     "coefficient unused": (lambda: dpo_loss(X, X, X, X, f_alpha_divergence_coef=2.0), "f_alpha_divergence_coef"),
     "tau unused": (lambda: dpo_loss(X, X, X, X, discopop_tau=1.0), "discopop_tau is for loss_type discopop only"),
     "tau": (lambda: dpo_loss(X, X, X, X, loss_type="discopop", discopop_tau=0.0), "discopop_tau must be > 0"),
@@ -284,6 +298,17 @@ def test_out_of_range(name):
     call, message = BAD[name]
     with pytest.raises(ValueError, match=re.escape(message)):
         call()
+
+
+def test_sft_may_stand_beside_a_divergence():
+    lengths = {"chosen_lengths": X + 1, "rejected_lengths": X + 1}
+    options = {"f_divergence_type": "forward_kl", **lengths}
+    both = dpo_loss(X - 1, X - 2, X, X, loss_type=["sigmoid", "sft"], **options).losses
+    apart = [
+        dpo_loss(X - 1, X - 2, X, X, loss_type="sigmoid", **options),
+        dpo_loss(X - 1, X - 2, X, X, loss_type="sft", **lengths),
+    ]
+    torch.testing.assert_close(both, sum(x.losses for x in apart))
 
 
 def test_kto_wants_a_bool():

@@ -1,0 +1,56 @@
+"""The pages under docs/: their Python runs, no loss is missing, links lead somewhere, the figure draws."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fusedalign.losses
+from fusedalign.losses import cpo, dpo, kto, sft
+
+ROOT = Path(__file__).parents[1]
+PAGE = (ROOT / "docs/losses.md").read_text()
+PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md"]
+
+
+def test_python_blocks_of_the_losses_page():
+    blocks = re.findall(r"```python\n(.*?)```", PAGE, flags=re.S)
+    assert len(blocks) >= 2
+    names: dict = {}
+    for block in blocks:  # in order, as one program
+        exec(compile(block, "docs/losses.md", "exec"), names)
+    for name in ("loss", "ipo", "simpo", "ld", "wpo", "mpo", "alphapo", "orpo", "kto"):
+        assert names[name].shape == ()
+        assert names[name].isfinite(), name
+
+
+@pytest.mark.parametrize(
+    "name",
+    sorted({*dpo.LOSS_TYPES, *cpo.LOSS_TYPES, *kto.LOSS_TYPES, *sft.LOSS_TYPES, "tpo-l", *fusedalign.losses.__all__}),
+)
+def test_every_loss_is_on_the_page(name):
+    assert re.search(rf"(?<![\w-]){re.escape(name)}(?![\w-])", PAGE)
+
+
+@pytest.mark.parametrize("name", dpo.LOSS_TYPES)
+def test_every_dpo_type_has_a_section(name):
+    assert f"\n### {name}\n" in PAGE
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_relative_links_and_images(page):
+    text = re.sub(r"```.*?```|`[^`\n]*`", "", page.read_text(), flags=re.S)
+    for target in re.findall(r"\]\(([^)\s]+)", text):
+        path = target.partition("#")[0]
+        if path and not re.match(r"[a-z]+:", path):
+            assert (page.parent / path).exists(), target
+
+
+def test_the_figure_draws(tmp_path):
+    pytest.importorskip("matplotlib")
+    out = tmp_path / "losses.png"
+    subprocess.run([sys.executable, ROOT / "docs/figures/losses.py", "--out", out], check=True)
+    assert out.read_bytes().startswith(b"\x89PNG")
+    assert out.stat().st_size < 250_000
