@@ -255,7 +255,7 @@ def test_dpo(options, b, seed):
 def test_kto(options, labels, b, seed):
     options = options | BETAS[seed]
     batch, (policy, reference) = make_batch(b, seed, empty=b == 7), models(seed)
-    mismatched = make_batch(b, 50 + seed)
+    mismatched = make_batch(b, 50 + seed)  # the mean is above 0 for some of the seeds and below it for others
     desirable = torch.arange(b) % 3 != 1 if labels == "mixed" else torch.full((b,), labels == "desirable")
     precomputed = seed == 1
     trainer = stub(KTOTrainer, KTOConfig, policy, reference, **options, precompute_ref_log_probs=precomputed)
@@ -293,8 +293,6 @@ CPO = [
     {"loss_type": "simpo"},
     {"loss_type": "simpo", "label_smoothing": 0.3, "simpo_gamma": 1.5},
 ]
-
-
 #: In fp32, TRL's (1 - exp(x) ** -alpha) / alpha is 7e-6 from its own fp64 at alpha 0.5, so the larger ones are in fp64.
 ALPHAS = [(x, torch.float32) for x in (0.0, 0.25, -0.25)] + [(x, torch.float64) for x in (0.0, 0.25, -0.25, 0.5, 1.0)]
 
