@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -84,7 +85,7 @@ def linear_logps(
         tiling=_check_tiling(workspace=workspace, token_chunk=token_chunk, vocab_chunk=vocab_chunk),
     )
     with torch.autocast(hidden.device.type, enabled=False):
-        compact = resolve(impl, problem).token_logps(problem)
+        compact = _outside_of_graphs(resolve(impl, problem).token_logps, problem)
     return TokenLogps(*(None if x is None else scatter(x) for x in compact))  # type: ignore[arg-type]
 
 
@@ -166,7 +167,7 @@ def linear_cross_entropy(
         return loss + z_loss * lse.square() if z_loss else loss
 
     with torch.autocast(hidden.device.type, enabled=False):
-        total = resolve(impl, problem).token_loss_sum(problem, per_token)
+        total = _outside_of_graphs(resolve(impl, problem).token_loss_sum, problem, per_token)
     if reduction == "sum":
         return total
     count = len(problem.targets) if num_items is None else num_items
@@ -193,6 +194,15 @@ def _prepare(
         return x.reshape(targets.shape)
 
     return problem, scatter
+
+
+def _outside_of_graphs(function: Callable, *args: Any) -> Any:
+    """Call a function that `torch.compile` of the model around it must not look into.
+
+    It would unroll the loops over tiles into one graph and take minutes to compile that. Where nobody has loaded the
+    compiler there is nothing to keep out, and loading it costs a second.
+    """
+    return torch.compiler.disable(function)(*args) if "torch._dynamo" in sys.modules else function(*args)
 
 
 def _operand_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
