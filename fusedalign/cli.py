@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _one_line(error: Exception) -> str:
     text = " ".join(str(error).split())
     if isinstance(error, ModuleNotFoundError):
-        return f"{text}; this command needs: pip install 'fusedalign[trl]'"
+        return f"{text}; this command needs: pip install 'fusedalign[trl]', on Python 3.11 or later"
     return text if isinstance(error, (ValueError, TypeError, OSError)) else f"{type(error).__name__}: {text}"
 
 
