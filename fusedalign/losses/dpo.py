@@ -76,7 +76,7 @@ class _Terms:
 class _LossType:
     function: Callable[[_Terms], Tensor]
     uses: frozenset[str]
-    """of "label_smoothing", "discopop_tau", "f_divergence_type", "lengths" """
+    """names of the arguments of `dpo_loss` that it looks at, beyond those that all do"""
     smoothing_range: tuple[float, float]
 
 
@@ -105,7 +105,7 @@ def hinge(t: _Terms) -> Tensor:
     return torch.relu(1 - t.beta * t.d)
 
 
-@_loss_type("f_divergence_type", "lengths")
+@_loss_type("f_divergence_type", "chosen_lengths", "rejected_lengths")
 def ipo(t: _Terms) -> Tensor:
     """(mean d - 1 / (2 beta))**2. Azar et al., arXiv:2310.12036, equation 17, averaged over tokens."""
     return (t.mean_d - 1 / (2 * t.beta)).square()
@@ -178,14 +178,14 @@ def discopop(t: _Terms) -> Tensor:
     return -F.logsigmoid(x) * (-x / t.discopop_tau).sigmoid() + exponential
 
 
-@_loss_type("lengths")
+@_loss_type("chosen_lengths")
 def sft(t: _Terms) -> Tensor:
     """Token mean of -log p over the chosen completions of the batch, the same number for every pair."""
     assert t.chosen_lengths is not None
     return (-t.c.sum() / t.chosen_lengths.sum().clamp(min=1)).expand_as(t.c)
 
 
-@_loss_type("f_divergence_type", "lengths")
+@_loss_type("f_divergence_type", "chosen_lengths", "rejected_lengths")
 def sigmoid_norm(t: _Terms) -> Tensor:
     """-log s(beta mean d): "sigmoid" on scores per token. Tulu 3, arXiv:2411.15124; SimPO with a reference."""
     return -F.logsigmoid(t.beta * t.mean_d)
@@ -259,8 +259,8 @@ def dpo_loss(
             and sigmoid_norm, beside which only sft may stand then. Exponents are held at 40.
         f_alpha_divergence_coef: al of "alpha_divergence"; 1 gives reverse_kl.
         discopop_tau: > 0, temperature of the blend in discopop.
-        chosen_lengths: [B], completion tokens of the chosen; ipo, sigmoid_norm and sft need both lengths.
-        rejected_lengths: [B], likewise.
+        chosen_lengths: [B], completion tokens of the chosen, for ipo, sigmoid_norm and sft.
+        rejected_lengths: [B], likewise of the rejected, for ipo and sigmoid_norm.
         pair_weights: [B], what each pair's loss is multiplied by, detached; `wpo_weights` gives those of WPO. Not with
             aot and aot_unpaired, whose losses belong to places in a sorted batch and not to pairs.
 
@@ -297,7 +297,7 @@ def dpo_loss(
         ["alpha_divergence"],
         [f_divergence_type],
     )
-    _check_lengths(names, c, chosen_lengths, rejected_lengths)
+    _check_lengths(names, c, chosen_lengths=chosen_lengths, rejected_lengths=rejected_lengths)
     score = _F_DIVERGENCES[f_divergence_type]
     terms = _Terms(
         *(c, r, c0, r0),
@@ -356,9 +356,9 @@ def _check_options(
     return weights
 
 
-def _check_lengths(names: list[str], logps: Tensor, *lengths: Tensor | None) -> None:
-    needed = [name for name in names if "lengths" in _LOSS_TYPES[name].uses]
-    for argument, x in zip(("chosen_lengths", "rejected_lengths"), lengths, strict=True):
+def _check_lengths(names: list[str], logps: Tensor, **lengths: Tensor | None) -> None:
+    for argument, x in lengths.items():
+        needed = [name for name in names if argument in _LOSS_TYPES[name].uses]
         if x is None and needed:
             raise ValueError(f"{argument} is needed with loss_type {', '.join(needed)}, got None")
         if x is not None:

@@ -50,7 +50,7 @@ DPO = {
     "apo_zero": ({}, 1 - s(1) + s(-0.5)),
     "apo_down": ({}, s(1) + 1 - s(1.5)),
     "discopop": ({"discopop_tau": 0.5}, -ls(1.5) * (1 - s(3)) + math.exp(-1.5) * s(3)),
-    "sft": (LENGTHS, 2.5),  # 10 / 4
+    "sft": ({"chosen_lengths": torch.tensor([4])}, 2.5),  # 10 / 4
     "sigmoid_norm": (LENGTHS, -ls(0.5)),  # beta * 1
 }
 
