@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
+import torch
 import transformers
 import trl
 import yaml
@@ -122,8 +123,8 @@ def build(method: str, arguments: Arguments) -> Any:
         quantization_config=trl.get_quantization_config(model),
         peft_config=trl.get_peft_config(model),
     )
-    if getattr(script, "ignore_bias_buffers", False):
-        buffers = [name for name, buffer in trainer.model.named_buffers() if buffer.dtype.is_floating_point is False]
+    if script.ignore_bias_buffers:  # DDP cannot broadcast boolean buffers
+        buffers = [name for name, buffer in trainer.model.named_buffers() if buffer.dtype == torch.bool]
         trainer.model._ddp_params_and_buffers_to_ignore = buffers
     return trainer
 
