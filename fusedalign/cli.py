@@ -72,7 +72,7 @@ def _calm_threads() -> None:
     """One thread on a CPU with one or two cores, unless OMP_NUM_THREADS says otherwise.
 
     OpenMP's threads spin while they wait for each other. Where the second core is busy or virtual that made a small
-    model's steps 7 to 40 times slower, against the factor of 2 that it can bring at best.
+    model's steps many times slower, against the factor of 2 that it can bring at best.
     """
     if not torch.cuda.is_available() and (os.cpu_count() or 1) <= 2 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fusedalign.impls import resolve
-from fusedalign.losses.sft import token_loss
+from fusedalign.losses.sft import mean_over, token_loss
 from fusedalign.problem import OUTPUTS, Problem, Tiling, TokenLogps
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -170,8 +170,7 @@ def linear_cross_entropy(
         total = _outside_of_graphs(resolve(impl, problem).token_loss_sum, problem, per_token)
     if reduction == "sum":
         return total
-    count = len(problem.targets) if num_items is None else num_items
-    return total / torch.as_tensor(count, device=total.device).clamp(min=1)
+    return mean_over(total, len(problem.targets) if num_items is None else num_items)
 
 
 def _prepare(
@@ -236,6 +235,10 @@ def _check_tensors(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor
 
 
 def _check_head(scale: float, softcap: float | None, temperature: float) -> None:
+    numbers = {"scale": scale, "temperature": temperature} | ({} if softcap is None else {"softcap": softcap})
+    for name, value in numbers.items():
+        if not hasattr(value, "__float__"):
+            raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     if not math.isfinite(scale):
         raise ValueError(f"scale must be finite, got {scale}")
     if softcap is not None and not (softcap > 0 and math.isfinite(softcap)):
@@ -262,6 +265,6 @@ def _check_outputs(outputs: Iterable[str]) -> frozenset[str]:
 
 def _check_tiling(**wishes: int | None) -> Tiling:
     for name, value in wishes.items():
-        if value is not None and (not isinstance(value, int) or value < 1):
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
             raise ValueError(f"{name} must be a positive integer or None, got {value!r}")
     return Tiling(**wishes)

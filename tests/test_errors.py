@@ -29,6 +29,9 @@ BAD = [
     ((H, W, T), {"temperature": -1}, ValueError, "temperature must be > 0, got -1"),
     ((H, W, T), {"temperature": float("nan")}, ValueError, "temperature must be > 0, got nan"),
     ((H, W, T), {"scale": float("inf")}, ValueError, "scale must be finite, got inf"),
+    ((H, W, T), {"scale": "2"}, TypeError, "scale must be a number, got str"),
+    ((H, W, T), {"temperature": None}, TypeError, "temperature must be a number, got NoneType"),
+    ((H, W, T), {"workspace": True}, ValueError, "workspace must be a positive integer or None, got True"),
     ((H, W, T), {"workspace": 0}, ValueError, "workspace must be a positive integer or None, got 0"),
     ((H, W, T), {"token_chunk": 1.5}, ValueError, "token_chunk must be a positive integer or None, got 1.5"),
 ]
@@ -55,6 +58,7 @@ def test_unknown_output():
         ({"reduction": "sum", "num_items": 4}, "num_items must be None with reduction='sum'"),
         ({"loss_type": "focal"}, "loss_type must be one of nll, dft, got 'focal'"),
         ({"z_loss": -1.0}, "z_loss must be >= 0, got -1.0"),
+        ({"num_items": -3}, "num_items must be >= 0, got -3"),
     ],
 )
 def test_bad_loss_options(options, message):

@@ -45,16 +45,10 @@ MODULES = {"pytorch": "fusedalign.impls.pytorch", "reference": "fusedalign.impls
 AUTO = ("pytorch",)
 
 
-def load(name: str) -> Impl:
-    """The impl's module.
-
-    Raises:
-        ValueError: no impl has this name.
-        Exception: whatever the import of a missing or broken package raises.
-    """
-    if name not in MODULES:
+def check_name(name: str) -> None:
+    """Raises ValueError, listing the valid names, unless `name` is "auto" or an impl's."""
+    if name not in ("auto", *MODULES):
         raise ValueError(f"impl must be one of {', '.join(['auto', *MODULES])}, got {name!r}")
-    return cast(Impl, importlib.import_module(MODULES[name]))
 
 
 def explain(problem: Problem | None = None) -> list[Verdict]:
@@ -68,11 +62,10 @@ def resolve(name: str, problem: Problem) -> Impl:
     Raises:
         ValueError: unknown name, or what was asked for cannot be done; says why and which impl can.
     """
-    if name != "auto" and name not in MODULES:
-        load(name)  # raises, naming the valid names
+    check_name(name)
     for candidate in AUTO if name == "auto" else (name,):
         if _judge(candidate, problem).reason is None:
-            return load(candidate)
+            return _load(candidate)
     verdicts = explain(problem)
     if name == "auto":
         reasons = "; ".join(f"{v.impl}: {v.reason}" for v in verdicts if v.auto)
@@ -82,9 +75,13 @@ def resolve(name: str, problem: Problem) -> Impl:
     raise ValueError(f"impl={name!r} cannot do this: {reason}; impls that can: {', '.join(able) or 'none'}")
 
 
+def _load(name: str) -> Impl:
+    return cast(Impl, importlib.import_module(MODULES[name]))
+
+
 def _judge(name: str, problem: Problem | None) -> Verdict:
     try:
-        impl = load(name)
+        impl = _load(name)
     except Exception as error:  # a broken optional package can raise anything on import
         return Verdict(name, "", f"cannot be imported ({type(error).__name__}: {error})", name in AUTO)
     return Verdict(name, impl.ABOUT, None if problem is None else impl.supports(problem), name in AUTO)

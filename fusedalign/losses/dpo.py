@@ -77,17 +77,18 @@ class _LossType:
     function: Callable[[_Terms], Tensor]
     uses: frozenset[str]
     """names of the arguments of `dpo_loss` that it looks at, beyond those that all do"""
-    smoothing_range: tuple[float, float]
+    smoothing_below: float
+    smoothing_above_zero: bool
 
 
 _LOSS_TYPES: dict[str, _LossType] = {}
 
 
-def _loss_type(*uses: str, smoothing: tuple[float, float] = (0.0, 1.0)) -> Callable:
+def _loss_type(*uses: str, smoothing_below: float = 1.0, smoothing_above_zero: bool = False) -> Callable:
     """Enter a function, under its own name, as a loss type that looks at the options `uses`."""
 
     def enter(function: Callable[[_Terms], Tensor]) -> Callable[[_Terms], Tensor]:
-        _LOSS_TYPES[function.__name__] = _LossType(function, frozenset(uses), smoothing)
+        _LOSS_TYPES[function.__name__] = _LossType(function, frozenset(uses), smoothing_below, smoothing_above_zero)
         return function
 
     return enter
@@ -111,7 +112,7 @@ def ipo(t: _Terms) -> Tensor:
     return (t.mean_d - 1 / (2 * t.beta)).square()
 
 
-@_loss_type("f_divergence_type", "label_smoothing", smoothing=(math.ulp(0.0), 1.0))
+@_loss_type("f_divergence_type", "label_smoothing", smoothing_above_zero=True)
 def exo_pair(t: _Terms) -> Tensor:
     """KL of (s(beta d), s(-beta d)) from (1 - eps, eps). Ji et al., arXiv:2402.00856, equation 16."""
     x, eps = t.beta * t.d, t.label_smoothing
@@ -126,7 +127,7 @@ def nca_pair(t: _Terms) -> Tensor:
     return -F.logsigmoid(a) - 0.5 * F.logsigmoid(-a) - 0.5 * F.logsigmoid(-b)
 
 
-@_loss_type("f_divergence_type", "label_smoothing", smoothing=(0.0, 0.5))
+@_loss_type("f_divergence_type", "label_smoothing", smoothing_below=0.5)
 def robust(t: _Terms) -> Tensor:
     """[-(1 - eps) log s(beta d) + eps log s(-beta d)] / (1 - 2 eps). Chowdhury et al., arXiv:2403.00409."""
     x, eps = t.beta * t.d, t.label_smoothing
@@ -288,6 +289,8 @@ def dpo_loss(
         ref_chosen_logps=ref_chosen_logps,
         ref_rejected_logps=ref_rejected_logps,
     )
+    if not isinstance(loss_type, Sequence):
+        raise TypeError(f"loss_type must be a name or a sequence of names, got {type(loss_type).__name__}")
     names = [loss_type] if isinstance(loss_type, str) else list(loss_type)
     weights = _check_options(names, loss_weights, beta, label_smoothing, f_divergence_type, discopop_tau)
     check_unused(
@@ -341,9 +344,10 @@ def _check_options(
     if f_divergence_type not in _F_DIVERGENCES:
         raise ValueError(f"f_divergence_type must be one of {', '.join(_F_DIVERGENCES)}, got {f_divergence_type!r}")
     for name in names:
-        if "label_smoothing" in _LOSS_TYPES[name].uses:
-            low, high = _LOSS_TYPES[name].smoothing_range
-            check_label_smoothing(label_smoothing, at_least=low, below=high, loss_type=name)
+        entry = _LOSS_TYPES[name]
+        if "label_smoothing" in entry.uses:
+            below, above_zero = entry.smoothing_below, entry.smoothing_above_zero
+            check_label_smoothing(label_smoothing, below=below, above_zero=above_zero, loss_type=name)
     for option, value, default in (
         ("label_smoothing", label_smoothing, 0.0),
         ("f_divergence_type", f_divergence_type, "reverse_kl"),

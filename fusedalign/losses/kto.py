@@ -65,9 +65,9 @@ def kto_loss(
         [0.5, 0.5]
     """
     policy, reference = check_logps(logps=logps, ref_logps=ref_logps)
+    check_shape("desirable", desirable, "logps", logps)
     if desirable.dtype != torch.bool:
         raise TypeError(f"desirable must be bool, got {desirable.dtype}")
-    check_shape("desirable", desirable, "logps", logps)
     check_loss_type(loss_type, LOSS_TYPES)
     check_positive(beta=beta)
     for name, weight in (("desirable_weight", desirable_weight), ("undesirable_weight", undesirable_weight)):

@@ -55,7 +55,11 @@ def as_float(x: Tensor) -> Tensor:
 
 
 def check_shape(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
-    """Raises ValueError unless both shapes are the same."""
+    """Raises TypeError unless `x` is a tensor, ValueError unless both have one shape and one device."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    if x.device != other.device:
+        raise ValueError(f"{name} must be on {other.device} like {other_name}, got {x.device}")
     if x.shape != other.shape:
         raise ValueError(f"{name} must have shape {tuple(other.shape)} to match {other_name}, got {tuple(x.shape)}")
 
@@ -67,12 +71,11 @@ def check_positive(**values: float) -> None:
             raise ValueError(f"{name} must be > 0, got {value}")
 
 
-def check_label_smoothing(value: float, *, at_least: float = 0.0, below: float = 1.0, loss_type: str) -> None:
-    """Raises ValueError, naming the range, unless `at_least <= value < below`."""
-    if not at_least <= value < below:
-        raise ValueError(
-            f"label_smoothing must be in [{at_least:g}, {below:g}) with loss_type={loss_type!r}, got {value}"
-        )
+def check_label_smoothing(value: float, *, below: float = 1.0, above_zero: bool = False, loss_type: str) -> None:
+    """Raises ValueError, naming the range, unless `0 <= value < below`, 0 itself left out with `above_zero`."""
+    if not 0 <= value < below or (above_zero and value == 0):
+        span = f"{'(' if above_zero else '['}0, {below:g})"
+        raise ValueError(f"label_smoothing must be in {span} with loss_type={loss_type!r}, got {value}")
 
 
 def check_loss_type(loss_type: str, known: Iterable[str]) -> None:

@@ -89,11 +89,10 @@ def sft_loss(
         >>> sft_loss(torch.tensor([[-1.0, -2.0, -9.0]]), torch.tensor([[True, True, False]])).item()
         1.5
     """
-    if not logps.is_floating_point():
-        raise TypeError(f"logps must be floating-point, got {logps.dtype}")
+    if not isinstance(logps, Tensor) or not logps.is_floating_point():
+        came = logps.dtype if isinstance(logps, Tensor) else type(logps).__name__
+        raise TypeError(f"logps must be floating-point, got {came}")
     check_shape("mask", mask, "logps", logps)
-    if isinstance(num_items, (int, float)) and num_items < 0:
-        raise ValueError(f"num_items must be >= 0, got {num_items}")
     mask = mask.bool()
     logps = as_float(logps).where(mask, 0.0)
     losses = token_loss(logps, loss_type=loss_type)
@@ -106,8 +105,18 @@ def sft_loss(
     if (more := _companion("lse", lse, "z_loss", z_loss, mask)) is not None:
         losses = losses + z_loss * more.square()
     losses = losses.where(mask, 0.0)
-    count = mask.sum() if num_items is None else torch.as_tensor(num_items, device=logps.device)
-    return losses.sum() / count.clamp(min=1)
+    return mean_over(losses.sum(), mask.sum() if num_items is None else num_items)
+
+
+def mean_over(total: Tensor, num_items: int | Tensor) -> Tensor:
+    """`total / num_items`, and `total` where there are no items, so that nothing is divided by 0.
+
+    Raises:
+        ValueError: num_items is a negative number.
+    """
+    if isinstance(num_items, (int, float)) and num_items < 0:
+        raise ValueError(f"num_items must be >= 0, got {num_items}")
+    return total / torch.as_tensor(num_items, device=total.device).clamp(min=1)
 
 
 def _companion(name: str, x: Tensor | None, option: str, value: float, mask: Tensor) -> Tensor | None:

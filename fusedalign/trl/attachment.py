@@ -20,7 +20,7 @@ import trl.trainer.utils as trl_utils
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from fusedalign.impls import MODULES
+from fusedalign.impls import check_name
 from fusedalign.ops import linear_logps
 
 SUPPORTED = ("SFTTrainer", "DPOTrainer")
@@ -72,8 +72,7 @@ def attach(trainer: Any, *, impl: str = "auto") -> Any:
     supported: tuple[Any, ...] = tuple(getattr(trl, name) for name in SUPPORTED)
     if not isinstance(trainer, supported):
         raise TypeError(f"trainer must be one of TRL's {', '.join(SUPPORTED)}, got {type(trainer).__name__}")
-    if impl != "auto" and impl not in MODULES:
-        raise ValueError(f"impl must be one of {', '.join(['auto', *MODULES])}, got {impl!r}")
+    check_name(impl)
     detach(trainer)
     _install_switch()
     attachment = _Attachment(impl)

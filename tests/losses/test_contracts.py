@@ -221,7 +221,11 @@ BAD = {
         lambda: dpo_loss(X, X, X, X, loss_type="robust", label_smoothing=0.5),
         "label_smoothing must be in [0, 0.5) with loss_type='robust', got 0.5",
     ),
-    "exo": (lambda: dpo_loss(X, X, X, X, loss_type="exo_pair"), "label_smoothing must be in"),
+    "exo": (
+        lambda: dpo_loss(X, X, X, X, loss_type="exo_pair"),
+        "label_smoothing must be in (0, 1) with loss_type='exo_pair', got 0.0",
+    ),
+    "device": (lambda: cpo_loss(X, X.to("meta")), "rejected_logps must be on cpu like chosen_logps, got meta"),
     "smoothing": (lambda: dpo_loss(X, X, X, X, loss_type="aot", label_smoothing=-0.1), "must be in [0, 1) with"),
     "smoothing cpo": (
         lambda: cpo_loss(X, X, loss_type="ipo", label_smoothing=0.1),
@@ -311,9 +315,27 @@ def test_sft_may_stand_beside_a_divergence():
     torch.testing.assert_close(both, sum(x.losses for x in apart))
 
 
-def test_kto_wants_a_bool():
-    with pytest.raises(TypeError, match=r"desirable must be bool, got torch\.float32"):
-        kto_loss(X, X, X, 0.0)
+WRONG_TYPES = {
+    "desirable": (lambda: kto_loss(X, X, X, 0.0), "desirable must be bool, got torch.float32"),
+    "desirable list": (lambda: kto_loss(X, X, [True, False], 0.0), "desirable must be a torch.Tensor, got list"),
+    "sft logps": (lambda: sft_loss([1.0], X), "logps must be floating-point, got list"),
+    "sft mask": (lambda: sft_loss(X, None), "mask must be a torch.Tensor, got NoneType"),
+    "loss_type": (
+        lambda: dpo_loss(X, X, X, X, loss_type=3),
+        "loss_type must be a name or a sequence of names, got int",
+    ),
+    "lengths": (
+        lambda: dpo_loss(X, X, X, X, loss_type="ipo", chosen_lengths=[1, 2], rejected_lengths=[1, 2]),
+        "chosen_lengths must be a torch.Tensor, got list",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_TYPES)
+def test_wrong_types(name):
+    call, message = WRONG_TYPES[name]
+    with pytest.raises(TypeError, match=re.escape(message)):
+        call()
 
 
 @pytest.mark.parametrize(

@@ -97,7 +97,7 @@ def test_a_precomputed_reference(make_trainer):
         history(f(make_trainer("dpo", precompute_ref_log_probs=True))) for f in (attach, lambda trainer: trainer)
     )
     for rows in (got, want):
-        assert rows[0].pop("rewards/accuracies") <= 1
+        del rows[0]["rewards/accuracies"]
         assert rows[0]["rewards/margins"] == pytest.approx(0, abs=1e-5)
     assert_same_metrics(got, want)
 
@@ -129,15 +129,23 @@ def test_lora_trains_with_a_frozen_head(make_trainer, kind):
     assert_same_metrics(got, want)
 
 
-def test_bf16_autocast_is_as_near_to_fp32_as_stock(make_trainer):
-    """Within twice the distance between stock TRL in bf16 and in fp32."""
-    fp32 = history(make_trainer("dpo"))
-    stock, ours = history(make_trainer("dpo", bf16=True)), history(attach(make_trainer("dpo", bf16=True)))
-    for a, b, c in zip(ours, stock, fp32, strict=True):
-        assert a.keys() == b.keys()
-        for key in ("loss", "entropy", "logps/chosen", "rewards/margins"):
-            if key in a:
-                assert abs(a[key] - c[key]) <= 2 * abs(b[key] - c[key]) + 1e-2 * max(1, abs(c[key])), key
+@pytest.mark.parametrize("kind", ["sft", "dpo"])
+def test_bf16_autocast_is_as_near_to_fp32_as_stock(make_trainer, kind):
+    """Each metric's largest distance over all batches is within twice that between stock TRL in bf16 and in fp32.
+
+    With a learning rate of 0: weights that move drift apart in bf16 whatever the head does, and hide what it does.
+    """
+    fp32, stock, ours = (
+        history(f(make_trainer(kind, bf16=bf16, learning_rate=0.0)))
+        for f, bf16 in ((detach, False), (detach, True), (attach, True))
+    )
+    assert [row.keys() for row in ours] == [row.keys() for row in stock]
+    for key in {key for row in fp32 for key in row}:
+
+        def distance(rows, key=key):
+            return max(abs(row[key] - exact[key]) for row, exact in zip(rows, fp32, strict=True) if key in row)
+
+        assert distance(ours) <= 2 * distance(stock), key
 
 
 def test_the_first_dpo_loss_is_log_2(make_trainer):
