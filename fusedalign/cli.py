@@ -1,4 +1,4 @@
-"""The command `fusedalign`: sft | dpo | env | demo."""
+"""The command `fusedalign`: sft | dpo | bench | demo | env."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ usage: fusedalign COMMAND [--debug] [...]
 
   sft   supervised fine-tuning             fusedalign sft --config recipes/sft.yaml --learning_rate 1e-4
   dpo   direct preference optimisation     fusedalign dpo --config recipes/dpo.yaml --beta 0.2
+  bench time, memory and error of every impl beside other libraries    fusedalign bench logps --cases qwen3-1.7b
   demo  SFT, then DPO with stock TRL and with fusedalign, on built-in data: a table and a picture
   env   versions, devices, and which impl can run here
 
@@ -97,6 +98,13 @@ def _demo(argv: list[str]) -> None:
     demo(argv)
 
 
+def _bench(argv: list[str]) -> None:
+    from fusedalign.bench import bench
+
+    _calm_threads()
+    bench(argv)
+
+
 def _env(argv: list[str]) -> None:
     if argv:
         raise ValueError(f"env takes no arguments, got {' '.join(argv)}")
@@ -123,6 +131,7 @@ def _version(name: str) -> str:
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "sft": _train("sft"),
     "dpo": _train("dpo"),
+    "bench": _bench,
     "demo": _demo,
     "env": _env,
 }

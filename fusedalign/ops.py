@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedalign.impls import resolve
-from fusedalign.losses.sft import mean_over, token_loss
+from fusedalign import graphs
+from fusedalign.compaction import Places, compact
+from fusedalign.impls import check_name, resolve
+from fusedalign.losses.sft import scalar_loss
 from fusedalign.problem import OUTPUTS, Problem, Tiling, TokenLogps
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -71,22 +73,26 @@ def linear_logps(
         >>> out.logps.shape, round(out.entropy[0, 0].exp().item())
         (torch.Size([2, 3]), 50)
     """
-    problem, scatter = _prepare(
+    options = _check(
         hidden,
         weight,
         targets,
-        ignore_index=ignore_index,
-        bias=bias,
+        bias,
         scale=scale,
         softcap=softcap,
         temperature=temperature,
+        ignore_index=ignore_index,
         outputs=_check_outputs(outputs),
         filter_eps=filter_eps,
         tiling=_check_tiling(workspace=workspace, token_chunk=token_chunk, vocab_chunk=vocab_chunk),
+        impl=impl,
     )
+    if torch.compiler.is_compiling() and impl in graphs.NAMES:
+        return graphs.linear_logps(hidden, weight, targets, bias, options)
     with torch.autocast(hidden.device.type, enabled=False):
-        compact = _outside_of_graphs(resolve(impl, problem).token_logps, problem)
-    return TokenLogps(*(None if x is None else scatter(x) for x in compact))  # type: ignore[arg-type]
+        problem, places = _compact(hidden, weight, targets, bias, options)
+        out = _outside_of_graphs(resolve(impl, problem).token_logps, problem)
+    return TokenLogps(*(None if x is None else places.scatter(x) for x in out))  # type: ignore[arg-type]
 
 
 def linear_cross_entropy(
@@ -148,51 +154,46 @@ def linear_cross_entropy(
         raise ValueError(f"num_items must be None with reduction='sum', which divides by nothing, got {num_items}")
     if not z_loss >= 0:
         raise ValueError(f"z_loss must be >= 0, got {z_loss}")
-    problem, _ = _prepare(
+    options = _check(
         hidden,
         weight,
         targets,
-        ignore_index=ignore_index,
-        bias=bias,
+        bias,
         scale=scale,
         softcap=softcap,
         temperature=temperature,
+        ignore_index=ignore_index,
         outputs=frozenset(["lse"]),
         filter_eps=filter_eps,
         tiling=_check_tiling(workspace=workspace, token_chunk=token_chunk, vocab_chunk=vocab_chunk),
+        impl=impl,
     )
-
-    def per_token(logps: Tensor, lse: Tensor) -> Tensor:
-        loss = token_loss(logps, loss_type=loss_type)
-        return loss + z_loss * lse.square() if z_loss else loss
-
+    if torch.compiler.is_compiling() and impl in graphs.NAMES:
+        how = loss_type, z_loss, reduction, num_items
+        return graphs.linear_cross_entropy(hidden, weight, targets, bias, options, *how)
     with torch.autocast(hidden.device.type, enabled=False):
-        total = _outside_of_graphs(resolve(impl, problem).token_loss_sum, problem, per_token)
-    if reduction == "sum":
-        return total
-    return mean_over(total, len(problem.targets) if num_items is None else num_items)
+        problem, _ = _compact(hidden, weight, targets, bias, options)
+        items = len(problem.targets) if num_items is None else num_items
+        share = scalar_loss(loss_type, z_loss, reduction, items)
+        return _outside_of_graphs(resolve(impl, problem).token_loss_sum, problem, share)
 
 
-def _prepare(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *, ignore_index: int, **options: Any
-) -> tuple[Problem, Callable[[Tensor], Tensor]]:
-    """The checked problem of the tokens that count, and the function that puts an impl's [N] result back in place."""
-    _check_tensors(hidden, weight, targets, options["bias"])
+def _check(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, **options: Any) -> graphs.Options:
+    """Everything of a call beside its tensors, once all fits together; targets are looked at later, by `compact`."""
+    _check_tensors(hidden, weight, targets, bias)
     _check_head(options["scale"], options["softcap"], options["temperature"])
-    rows, flat = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
-    index = (flat != ignore_index).nonzero().squeeze(-1)
-    everything = len(index) == len(flat)
-    if not everything:
-        rows, flat = rows.index_select(0, index), flat.index_select(0, index)
-    _check_range(flat, weight.shape[0], ignore_index)
-    problem = Problem(rows, weight, flat, operand_dtype=_operand_dtype(hidden, weight), **options)
+    check_name(options["impl"])
+    on = torch.is_grad_enabled()
+    needs = tuple(on and x is not None and x.requires_grad for x in (hidden, weight, bias))
+    return graphs.Options(operand_dtype=_operand_dtype(hidden, weight), needs=needs, **options)  # type: ignore[arg-type]
 
-    def scatter(x: Tensor) -> Tensor:
-        if not everything:
-            x = x.new_zeros(targets.numel()).index_copy(0, index, x)
-        return x.reshape(targets.shape)
 
-    return problem, scatter
+def _compact(
+    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, options: graphs.Options
+) -> tuple[Problem, Places]:
+    fields = options._asdict()
+    del fields["impl"], fields["needs"]
+    return compact(hidden, weight, targets, bias=bias, **fields)
 
 
 def _outside_of_graphs(function: Callable, *args: Any) -> Any:
@@ -245,14 +246,6 @@ def _check_head(scale: float, softcap: float | None, temperature: float) -> None
         raise ValueError(f"softcap must be > 0 or None, got {softcap}")
     if not (temperature > 0 and math.isfinite(temperature)):
         raise ValueError(f"temperature must be > 0, got {temperature}")
-
-
-def _check_range(targets: Tensor, vocab: int, ignore_index: int) -> None:
-    """One more wait for the device, right after the one that counting the tokens took."""
-    wrong = (targets < 0) | (targets >= vocab)
-    if wrong.any():
-        came = targets[wrong][0].item()
-        raise ValueError(f"targets must be in [0, {vocab}) or ignore_index={ignore_index}, got {came}")
 
 
 def _check_outputs(outputs: Iterable[str]) -> frozenset[str]:

@@ -15,8 +15,9 @@ OUTPUTS = ("entropy", "lse", "mean_logit", "log_sum_sq_probs", "is_top1")
 #: Bytes that an impl may use for its tiles beyond inputs, results and saved tensors, when the caller names no number.
 DEFAULT_WORKSPACE = 256 * 2**20
 
-#: (logps [N], lse [N]) -> losses [N]: a loss summed over tokens, so that its gradient can be taken in the forward.
-TokenLoss = Callable[[Tensor, Tensor], Tensor]
+#: (logps [N], lse [N]) -> losses [N] and their derivatives by logps and by lse (None: zero): a loss summed over tokens,
+#: so that the gradient can be taken in the forward. The first is differentiable too.
+TokenLoss = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor | None]]
 
 
 class TokenLogps(NamedTuple):

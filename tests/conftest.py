@@ -1,5 +1,6 @@
-"""What every test has: no network, no silent use of uninitialised memory."""
+"""What every test has: no network, no silent use of uninitialised memory, and Triton's kernels also without a GPU."""
 
+import itertools
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -9,7 +10,52 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 import pytest
 import torch
 
+if not torch.cuda.is_available():  # read when triton is imported, which neither torch nor fusedalign do by themselves
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 torch.set_num_threads(1)  # tiny tensors: a second thread costs more than it brings
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leave out what triton refuses, and of what its interpreter can do keep a part that covers everything.
+
+    It is a thousand times slower than a GPU. So of each test's cases only as many stay in `make test` as it takes to
+    have each value of each parameter together with each of every other one; the rest is marked slow.
+    """
+    theirs = [item for item in items if _params(item).get("impl") == "triton" or item.path.name == "test_triton.py"]
+    refused = [item for item in theirs if _is_refused(_params(item))]
+    if refused:
+        config.hook.pytest_deselected(items=refused)
+        items[:] = [item for item in items if item not in set(refused)]
+    by_test: dict = {}
+    for item in theirs:
+        if item not in set(refused) and not torch.cuda.is_available():
+            by_test.setdefault((item.path, item.originalname), []).append(item)
+    for cases in by_test.values():
+        for item in set(cases) - set(_covering(cases)):
+            item.add_marker(pytest.mark.slow)
+
+
+def _params(item) -> dict:
+    return getattr(getattr(item, "callspec", None), "params", {})
+
+
+def _is_refused(params) -> bool:
+    """tests/test_triton.py holds that it is."""
+    return torch.float64 in params.values() or (params.get("device") == "cpu" and torch.cuda.is_available())
+
+
+def _covering(items) -> list:
+    """Of a test's cases the fewest, or nearly, in which every pair of parameters' values occurs."""
+    pairs = {
+        item: set(itertools.combinations([f"{name}={value!r}" for name, value in sorted(_params(item).items())], 2))
+        for item in items
+    }
+    missing, chosen = set().union(*pairs.values()), []
+    while missing:
+        chosen.append(max(items, key=lambda item: len(pairs[item] & missing)))
+        missing -= pairs[chosen[-1]]
+    return chosen
 
 
 @pytest.fixture(autouse=True)

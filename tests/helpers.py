@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import itertools
 from dataclasses import dataclass, field
 
 import pytest
@@ -10,17 +12,39 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fusedalign import linear_logps
+from fusedalign import linear_cross_entropy, linear_logps
 from fusedalign.impls import MODULES
 from fusedalign.problem import OUTPUTS
 
 DIFFERENTIABLE = ("logps", "entropy", "lse")
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)] if torch.cuda.is_available() else ["cpu"]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
-IMPLS = sorted(MODULES)
+#: Where triton is not installed, tests/test_triton.py is the skip that says so.
+IMPLS = [name for name in sorted(MODULES) if name != "triton" or importlib.util.find_spec("triton")]
+#: Triton's kernels run on the CPU where there is no CUDA device (tests/conftest.py asks for it), and slowly.
+INTERPRETED = not torch.cuda.is_available()
 #: (leading dims, D, V): nothing divides anything, batches above 1.
-RAGGED = [((2, 5), 7, 11), ((3, 17), 23, 252), ((2, 3, 9), 33, 507), ((2, 2, 2, 5), 16, 123), ((65,), 48, 1001)]
+RAGGED = [((2, 5), 7, 11), ((3, 17), 23, 252), ((2, 3, 9), 33, 507), ((2, 2, 2, 5), 16, 123), ((65,), 48, 401)]
 HEADS = [{}, {"softcap": 5.0}, {"scale": 0.3, "temperature": 0.7}, {"scale": 2.0, "softcap": 3.0, "temperature": 1.7}]
+
+
+def finest(impl: str) -> torch.dtype:
+    """The dtype in which an impl's formulas show with the least rounding."""
+    return torch.float32 if impl == "triton" else torch.float64
+
+
+def rounds_logit_grads(impl: str, device: str) -> bool:
+    """Whether gradients of logits enter the products in the half precision of the operands, as is documented.
+
+    Elsewhere operands are widened for the products, and the tests can ask for more.
+    """
+    return impl == "triton" or (impl == "pytorch" and device == "cuda")
+
+
+def skip_where_interpreted(impl: str, device: str) -> None:
+    """For the tests that would take the interpreter minutes and show nothing that a smaller one does not."""
+    if impl == "triton" and device == "cpu":
+        pytest.skip("for a GPU: Triton's interpreter would take minutes")
 
 
 def leaf(x: Tensor | None, requires_grad: bool = True) -> Tensor | None:
@@ -95,8 +119,16 @@ def run(case: Case, names=DIFFERENTIABLE, needs=(True, True, True), outputs=OUTP
 def run_eager(case: Case, names=DIFFERENTIABLE) -> dict[str, Tensor]:
     """What people write today: `F.linear` in the inputs' dtype, then fp32 log-softmax. Its error sets the budgets."""
     case = case.leaves()
+    fields = _eager_fields(case)
+    sum((fields[k] * g.to(fields[k].dtype)).sum() for k, g in upstream(case, names).items()).backward()
+    return _collect(fields, case)
+
+
+def _eager_fields(case: Case) -> dict[str, Tensor]:
+    wide = torch.promote_types(case.hidden.dtype, case.weight.dtype)
     scale, softcap = case.head.get("scale", 1.0), case.head.get("softcap")
-    logits = F.linear(case.hidden, case.weight, case.bias) * scale
+    logits = F.linear(case.hidden.to(wide), case.weight.to(wide), None if case.bias is None else case.bias.to(wide))
+    logits = logits * scale
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     logits = logits / case.head.get("temperature", 1.0)
@@ -109,9 +141,37 @@ def run_eager(case: Case, names=DIFFERENTIABLE) -> dict[str, Tensor]:
         "mean_logit": logits.detach().mean(-1),
         "log_sum_sq_probs": (2 * all_logps.detach()).logsumexp(-1),
     }
-    fields = {k: x.where(valid, 0) for k, x in fields.items()}
-    sum((fields[k] * g.to(logits.dtype)).sum() for k, g in upstream(case, names).items()).backward()
-    return _collect(fields, case)
+    return {k: x.where(valid, 0) for k, x in fields.items()}
+
+
+def run_loss(case: Case, needs=(True, True, True), **options) -> dict[str, Tensor]:
+    """`linear_cross_entropy` on fresh leaves, and its gradients."""
+    case = case.leaves(*needs)
+    loss = linear_cross_entropy(case.hidden, case.weight, case.targets, bias=case.bias, **case.head, **options)
+    loss.backward()
+    return _collect({"loss": loss}, case)
+
+
+def run_loss_exact(case: Case, **options) -> dict[str, Tensor]:
+    """The same from the fp64 reference's per-token values."""
+    case = case.to(torch.float64).leaves()
+    out = case.logps(impl="reference", outputs=["lse"])
+    return _loss_of(case, out.logps, out.lse, **options)
+
+
+def run_loss_eager(case: Case, **options) -> dict[str, Tensor]:
+    """The same as people write it today, in the inputs' dtype."""
+    case = case.leaves()
+    fields = _eager_fields(case)
+    return _loss_of(case, fields["logps"], fields["lse"], **options)
+
+
+def _loss_of(case: Case, logps, lse, *, loss_type="nll", z_loss=0.0, num_items=None) -> dict[str, Tensor]:
+    factor = logps.detach().exp() if loss_type == "dft" else 1.0
+    losses = -factor * logps + z_loss * lse.square()
+    loss = (losses * case.valid).sum() / (case.valid.sum() if num_items is None else num_items)
+    loss.backward()
+    return _collect({"loss": loss}, case)
 
 
 def _collect(fields, case) -> dict[str, Tensor]:
@@ -123,21 +183,31 @@ def error(x: Tensor, exact: Tensor) -> float:
     return (x.double() - exact.double()).abs().max().item()
 
 
-def assert_within_budget(case: Case, got: dict[str, Tensor], names=DIFFERENTIABLE) -> None:
-    """Each error against fp64 is at most twice that of eager code in the same dtype, plus rounding of the result.
+def assert_within_budget(case: Case, got: dict[str, Tensor], names=DIFFERENTIABLE, roundings: int = 1) -> None:
+    """Each error against fp64 is at most twice that of eager code in the same dtype, plus rounding; see `_assert_each`.
 
-    Rounding: half a unit in the last place of the dtype that the quantity comes in, at its largest value, and the usual
-    sqrt(terms) units of fp32 (fp64) for the sums inside, ours and the oracle's. `is_top1` must be equal.
+    `is_top1` must be equal. `roundings`: 2 where a frozen head's Jacobian is kept in the dtype of the hidden states.
+    """
+    exact, eager = run(case.to(torch.float64), names, impl="reference"), run_eager(case, names)
+    if "is_top1" in got:
+        assert torch.equal(got["is_top1"], exact["is_top1"])
+    _assert_each(case, {k: x for k, x in got.items() if k != "is_top1"}, exact, eager, roundings)
+
+
+def assert_loss_within_budget(case: Case, got: dict[str, Tensor], **options) -> None:
+    """As `assert_within_budget`, of `linear_cross_entropy`, whose gradients are made before the loss is divided."""
+    _assert_each(case, got, run_loss_exact(case, **options), run_loss_eager(case, **options), roundings=2)
+
+
+def _assert_each(case: Case, got: dict, exact: dict, eager: dict, roundings: int) -> None:
+    """Rounding: half a unit in the last place of the dtype that a quantity comes in, at its largest value, each time it
+    is rounded; and the usual sqrt(terms) units of fp32 (fp64) for the sums inside, ours and the oracle's.
     """
     terms = case.hidden.shape[-1] + case.weight.shape[0] + case.targets.numel()
-    exact, eager = run(case.to(torch.float64), names, impl="reference"), run_eager(case, names)
+    inner = torch.finfo(torch.float64 if case.hidden.dtype == torch.float64 else torch.float32).eps
     for name, x in got.items():
-        if name == "is_top1":
-            assert torch.equal(x, exact[name])
-            continue
         size = max(exact[name].abs().max().item(), 1e-30)
-        inner = torch.finfo(torch.float64 if case.hidden.dtype == torch.float64 else torch.float32).eps
-        rounding = size * torch.finfo(x.dtype).eps / 2 + max(size, 1) * terms**0.5 * inner
+        rounding = roundings * size * torch.finfo(x.dtype).eps / 2 + max(size, 1) * terms**0.5 * inner
         budget = 2 * error(eager[name], exact[name]) + rounding
         assert torch.isfinite(x).all(), name
         assert error(x, exact[name]) <= budget, f"{name}: {error(x, exact[name]):.2e} > {budget:.2e}"
@@ -161,6 +231,24 @@ class Allocations(TorchDispatchMode):
     def largest(self, *dtypes: torch.dtype) -> int:
         """Elements of the largest tensor made, of these dtypes (default: of any)."""
         return max((n for n, dtype in self.made if not dtypes or dtype in dtypes), default=0)
+
+
+def peak_memory(f, device: str) -> int:
+    """The most bytes that were alive at once while `f` ran, beyond those before, with what it returns."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        kept = f()
+        peak = torch.cuda.max_memory_allocated() - before
+        del kept
+        return peak
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        kept = f()
+    del kept
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    alive = itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()))
+    return max(alive)
 
 
 def _storage(x: Tensor) -> int:

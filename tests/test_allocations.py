@@ -1,8 +1,11 @@
 """No path makes the logits, nor a wide copy of the head; and each path costs what the docs say, in products."""
 
+import gc
+
 import pytest
 import torch
-from helpers import Allocations, Case, make_case
+from helpers import DEVICES, IMPLS, INTERPRETED, Allocations, Case, make_case, peak_memory
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.flop_counter import FlopCounterMode
 
 from fusedalign import linear_cross_entropy
@@ -41,9 +44,9 @@ PATHS = {
 }
 
 
-def trace(path, impl, dtype=torch.bfloat16, **options) -> Allocations:
+def trace(path, impl, dtype=torch.bfloat16, device="cpu", n=N, **options) -> Allocations:
     f, needs = PATHS[path]
-    case = make_case((N,), D, V, dtype=dtype, ignored=0.0, softcap=9.0).leaves(*needs)
+    case = make_case((n,), D, V, dtype=dtype, device=device, ignored=0.0, softcap=9.0).leaves(*needs)
     with Allocations() as allocations:
         f(case, impl=impl, **options)
     return allocations
@@ -121,3 +124,97 @@ def test_a_frozen_head_is_not_touched_by_the_backward():
         case.weight.fill_(torch.nan)
     loss.backward()
     assert torch.isfinite(case.hidden.grad).all()
+
+
+# Triton cuts no small problem into tiles that fit the workspace whole, so here the workspace is small.
+
+triton = [
+    pytest.mark.skipif("triton" not in IMPLS, reason="triton is not installed"),
+    pytest.mark.parametrize("impl", ["triton"]),
+    pytest.mark.parametrize("device", DEVICES),
+]
+
+
+def each(marks):
+    def mark(test):
+        for m in marks:
+            test = m(test)
+        return test
+
+    return mark
+
+
+@pytest.fixture
+def _as_on_a_gpu(monkeypatch):
+    """Without the interpreter's fp32 copies of operands, and what its reference cycles keep alive."""
+    if not INTERPRETED:
+        yield
+        return
+    from fusedalign.impls.triton import launch
+
+    original = launch._source
+
+    def source(*args):
+        gc.collect()
+        if args[0].problem.operand_dtype == torch.float32:
+            return original(*args)
+        with _disable_current_modes():
+            return original(*args)
+
+    monkeypatch.setattr(launch, "_source", source)
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@each(triton)
+@pytest.mark.usefixtures("_as_on_a_gpu")
+@pytest.mark.parametrize("path", PATHS)
+def test_triton_makes_no_logits_and_no_wide_head_beyond_the_workspace(impl, device, path):
+    n = 40
+    allocations = trace(path, impl, device=device, n=n, workspace=24_000)
+    assert n * V > V * D
+    assert allocations.largest() <= V * D
+    assert allocations.largest(torch.float32, torch.float64) < V * D
+    assert allocations.made.count((V * D, torch.bfloat16)) == (1 if "dweight" in results(path) else 0)
+
+
+def results(path) -> set[str]:
+    """Which gradients a path is to make."""
+    if path == "no grad":
+        return set()
+    return {name for name, needed in zip(("dhidden", "dweight", "dbias"), PATHS[path][1], strict=True) if needed}
+
+
+#: On a CPU products of half-precision operands are made from fp32 copies of these.
+NOT_WIDENED = [torch.float32] + [torch.bfloat16, torch.float16] * (not INTERPRETED)
+
+
+@each(triton)
+@pytest.mark.usefixtures("_as_on_a_gpu")
+@pytest.mark.parametrize("dtype", NOT_WIDENED)
+@pytest.mark.parametrize("path", PATHS)
+def test_what_is_alive_at_once_stays_within_the_workspace(impl, device, path, dtype):
+    """Beside results and what the backward keeps; vectors of one number a token are not counted."""
+    n, d, v, workspace = (24, 16, 600, 40_000) if device == "cpu" else (4096, 512, 32_000, 64 * 2**20)
+    f, needs = PATHS[path]
+
+    def call():
+        case = make_case((n,), d, v, dtype=dtype, device=device, ignored=0.0, softcap=9.0).leaves(*needs)
+
+        def measured():
+            f(case, impl=impl, workspace=workspace)
+            return case.grads()
+
+        return peak_memory(measured, device)
+
+    if device == "cuda":
+        call()  # what its libraries keep from their first product on
+    sizes = {"dhidden": n * d, "dweight": v * d, "dbias": v}
+    expected = sum(sizes[name] for name in results(path)) * dtype.itemsize
+    if path == "frozen head":
+        expected += n * d * dtype.itemsize  # the Jacobian
+    vectors = 48 * n * 4
+    assert vectors < workspace / 8
+    assert call() <= expected + workspace + vectors

@@ -30,7 +30,7 @@ def test_help(capsys):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["cpo"], "command must be one of sft, dpo, demo, env, got 'cpo'"),
+        (["cpo"], "command must be one of sft, dpo, bench, demo, env, got 'cpo'"),
         (["env", "now"], "env takes no arguments, got now"),
         (["demo", "--fast"], "demo takes no arguments, got --fast"),
     ],

@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fusedalign import linear_cross_entropy
 from fusedalign.impls import pytorch
+from fusedalign.impls.rows import TokenGrads
 from fusedalign.problem import Problem
 
 HALF = [torch.bfloat16, torch.float16]
@@ -80,15 +81,16 @@ def test_shapes_and_dtypes_of_the_true_calls(monkeypatch, dtype):
     bias, targets = weight[:, 0], torch.empty(48, dtype=torch.int64, device="meta")
     problem = Problem(hidden, weight, targets, dtype, bias, softcap=3.0, outputs=frozenset(["entropy", "lse"]))
     with torch.no_grad():
-        sums, jacobian = pytorch._sweep(problem, keep_jacobian=True)
-        grads = pytorch._TokenGrads(sums.max, sums.log_e(), sums.e, sums.e, (sums.e, sums.e))
-        two_pass = pytorch._two_pass_grads(problem, grads, (True, True, True))
-    plan = pytorch._plan_one_pass(problem)
-    loss, *one_pass = pytorch._one_pass(problem, plan, lambda logps, lse: lse - logps, (True, True, True))
+        sums, jacobian = pytorch.sweep(problem, keep_jacobian=True)
+        grads = TokenGrads(sums.max, sums.log_e(), sums.e, sums.e, (sums.e, sums.e))
+        two_pass = pytorch.two_pass_grads(problem, grads, (True, True, True))
+    loss, one_pass = pytorch.one_pass(
+        problem, lambda logps, lse: (lse - logps, -torch.ones_like(logps), torch.ones_like(lse)), (True, True, True)
+    )
     assert {x.dtype for x in [loss, *sums.results(problem)[:3]]} == {torch.float32}
     for x, grad in zip((hidden, weight, bias, hidden, weight, bias), [*two_pass, *one_pass], strict=True):
         assert (grad.shape, grad.dtype) == (x.shape, dtype)
-    assert jacobian.dtype == dtype
+    assert jacobian.rows.dtype == torch.float16
 
 
 def test_cuda_tensors_take_this_path():

@@ -2,7 +2,20 @@
 
 import pytest
 import torch
-from helpers import DEVICES, DIFFERENTIABLE, DTYPES, HEADS, IMPLS, RAGGED, Case, assert_within_budget, make_case, run
+from helpers import (
+    DEVICES,
+    DIFFERENTIABLE,
+    DTYPES,
+    HEADS,
+    IMPLS,
+    RAGGED,
+    Case,
+    assert_within_budget,
+    finest,
+    make_case,
+    rounds_logit_grads,
+    run,
+)
 
 from fusedalign import linear_logps
 from fusedalign.problem import OUTPUTS, TokenLogps
@@ -13,19 +26,16 @@ pytestmark = [pytest.mark.parametrize("device", DEVICES), pytest.mark.parametriz
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("shape", RAGGED)
-def test_values_and_gradients(impl, device, dtype, head, shape):
-    for seed in (0, 1):
-        case = make_case(*shape, dtype=dtype, device=device, seed=seed, bias=seed == 0, **head)
-        tiles = {"token_chunk": case.targets.numel() // 3, "vocab_chunk": shape[2] // 3} if seed == 1 else {}
-        assert_within_budget(case, run(case, impl=impl, **tiles))
+@pytest.mark.parametrize("seed", [0, 1])
+def test_values_and_gradients(impl, device, dtype, head, shape, seed):
+    case = make_case(*shape, dtype=dtype, device=device, seed=seed, bias=seed == 0, **head)
+    tiles = {"token_chunk": case.targets.numel() // 3, "vocab_chunk": shape[2] // 3} if seed == 1 else {}
+    assert_within_budget(case, run(case, impl=impl, **tiles))
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize("head", HEADS)
-def test_float16_on_cuda(impl, device, head):
-    if device == "cpu":
-        pytest.skip("fp16 products are CUDA's")
-    case = make_case((3, 17), 64, 1003, dtype=torch.float16, device=device, **head)
+def test_float16(impl, device, head):
+    case = make_case((3, 17), 64, 503, dtype=torch.float16, device=device, **head)
     assert_within_budget(case, run(case, impl=impl, vocab_chunk=128))
 
 
@@ -38,19 +48,15 @@ def test_each_output_has_its_own_gradient(impl, device, dtype, names):
 
 @pytest.mark.parametrize("needs", [(h, w, b) for h in (0, 1) for w in (0, 1) for b in (0, 1)])
 def test_frozen_inputs_get_no_gradient_and_the_others_the_right_one(impl, device, needs):
-    case = make_case((3, 7), 16, 101, dtype=torch.float64, device=device, scale=0.5, softcap=6.0)
-    everything = case.leaves()
-    some = case.leaves(*map(bool, needs))
-    for c in (everything, some):
-        out = c.logps(impl=impl, outputs=("entropy", "lse"), vocab_chunk=13)
-        loss = (out.logps * torch.arange(21, device=device).view(3, 7)).sum() + out.entropy.sum() + 0.3 * out.lse.sum()
-        if loss.requires_grad:
-            loss.backward()
-    for name, needed in zip(("hidden", "weight", "bias"), needs, strict=True):
-        got, exact = some.grads()[name], everything.grads()[name]
-        assert (got is not None) == bool(needed), name
-        if needed:
-            torch.testing.assert_close(got, exact, rtol=1e-12, atol=1e-12)
+    case = make_case((3, 7), 16, 101, dtype=finest(impl), device=device, scale=0.5, softcap=6.0)
+    options = {"impl": impl, "outputs": ("entropy", "lse"), "vocab_chunk": 13}
+    if not any(needs):
+        assert not case.leaves(0, 0, 0).logps(**options).logps.requires_grad
+        return
+    got = run(case, needs=needs, **options)
+    wanted = {f"d{name}" for name, needed in zip(("hidden", "weight", "bias"), needs, strict=True) if needed}
+    assert {name for name in got if name.startswith("d")} == wanted
+    assert_within_budget(case, got)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -93,18 +99,18 @@ def test_dtypes_of_results(impl, device, dtype):
 @pytest.mark.parametrize("weight_dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_mixed_dtypes_take_the_wider_one(impl, device, hidden_dtype, weight_dtype):
     case = make_case((3, 9), 24, 203, device=device)
-    case = Case(case.hidden.to(hidden_dtype), case.weight.to(weight_dtype), case.targets, case.bias).leaves()
-    out = case.logps(impl=impl)
-    out.logps.sum().backward()
-    exact = Case(case.hidden.double(), case.weight.double(), case.targets, case.bias.double()).leaves()
-    exact_out = exact.logps(impl="reference")
-    exact_out.logps.sum().backward()
-    assert out.logps.dtype == (torch.float64 if hidden_dtype == torch.float64 else torch.float32)
-    torch.testing.assert_close(out.logps.double(), exact_out.logps, rtol=1e-5, atol=1e-5)
-    for name, got in case.grads().items():
-        assert got.dtype == getattr(case, name).dtype
-        eps = torch.finfo(got.dtype).eps
-        torch.testing.assert_close(got.double(), exact.grads()[name], rtol=2 * eps, atol=2e-6)
+    case = Case(case.hidden.to(hidden_dtype), case.weight.to(weight_dtype), case.targets, case.bias)
+    got, exact = run(case, ("logps",), impl=impl, outputs=()), run(case.to(torch.float64), ("logps",), impl="reference")
+    assert got["logps"].dtype == (torch.float64 if hidden_dtype == torch.float64 else torch.float32)
+    for name in ("hidden", "weight", "bias"):
+        assert got[f"d{name}"].dtype == getattr(case, name).dtype
+    torch.testing.assert_close(got["logps"].double(), exact["logps"], rtol=1e-5, atol=1e-5)
+    if hidden_dtype == weight_dtype == torch.bfloat16 and rounds_logit_grads(impl, device):
+        assert_within_budget(case, got, ("logps",))
+        return
+    for name in ("dhidden", "dweight", "dbias"):
+        eps = torch.finfo(got[name].dtype).eps
+        torch.testing.assert_close(got[name].double(), exact[name], rtol=2 * eps, atol=2e-6, msg=name)
 
 
 @pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
@@ -147,18 +153,16 @@ def test_one_token_without_leading_dims(impl, device):
 
 
 def test_strided_inputs(impl, device):
-    case = make_case((6, 10), 16, 101, dtype=torch.float64, device=device)
-    base = run(case, impl=impl)
+    case = make_case((6, 10), 16, 101, dtype=finest(impl), device=device)
     strided = Case(
         case.hidden.transpose(0, 1).contiguous().transpose(0, 1),
         case.weight.t().contiguous().t(),
         case.targets.t().contiguous().t(),
         torch.stack([case.bias, case.bias], 1)[:, 0],
     )
-    assert not strided.hidden.is_contiguous()
-    assert not strided.weight.is_contiguous()
-    for k, x in run(strided, impl=impl, vocab_chunk=30).items():
-        torch.testing.assert_close(x, base[k], msg=k)
+    for name in ("hidden", "weight", "targets", "bias"):
+        assert not getattr(strided, name).is_contiguous(), name
+    assert_within_budget(case, run(strided, impl=impl, vocab_chunk=30))
 
 
 def test_everything_ignored_is_a_connected_zero(impl, device):

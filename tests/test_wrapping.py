@@ -4,7 +4,7 @@ import functools
 
 import pytest
 import torch
-from helpers import IMPLS
+from helpers import DEVICES, IMPLS
 from torch.utils.checkpoint import checkpoint
 
 from fusedalign import linear_cross_entropy, linear_logps
@@ -15,12 +15,12 @@ TARGETS = torch.randint(0, 101, (3, 7), generator=torch.Generator().manual_seed(
 
 
 def per_token(hidden, weight, impl):
-    out = linear_logps(torch.tanh(hidden), weight, TARGETS, outputs=["entropy"], impl=impl)
-    return (out.logps * torch.arange(7)).sum() + out.entropy.sum()
+    out = linear_logps(torch.tanh(hidden), weight, TARGETS.to(hidden.device), outputs=["entropy"], impl=impl)
+    return (out.logps * torch.arange(7, device=hidden.device)).sum() + out.entropy.sum()
 
 
 def scalar(hidden, weight, impl):
-    return linear_cross_entropy(torch.tanh(hidden), weight, TARGETS, impl=impl)
+    return linear_cross_entropy(torch.tanh(hidden), weight, TARGETS.to(hidden.device), impl=impl)
 
 
 def offloaded(f, *args):
@@ -36,16 +36,17 @@ WRAPPERS = {
 }
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("f", [per_token, scalar])
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("name", WRAPPERS)
-def test_same_numbers(impl, f, frozen, name):
+def test_same_numbers(impl, device, f, frozen, name):
     g = torch.Generator().manual_seed(1)
     tensors = torch.randn(3, 7, 16, generator=g), torch.randn(101, 16, generator=g)
     results = []
     for call in (lambda f, *args: f(*args), WRAPPERS[name]):
-        hidden, weight = (x.clone().requires_grad_() for x in tensors)
+        hidden, weight = (x.to(device, copy=True).requires_grad_() for x in tensors)
         loss = call(f, hidden, weight.requires_grad_(not frozen), impl)
         loss.backward()
         results.append([loss.detach(), hidden.grad] + [weight.grad] * (not frozen))

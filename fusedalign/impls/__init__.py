@@ -19,6 +19,9 @@ class Impl(Protocol):
 
     ABOUT: str
 
+    def unavailable(self) -> str | None:
+        """Why the impl cannot run on this machine, whatever the problem; None where it can."""
+
     def supports(self, problem: Problem) -> str | None:
         """None where the impl serves `problem` exactly as asked, else the reason why not."""
 
@@ -41,8 +44,12 @@ class Verdict(NamedTuple):
 
 
 #: Impl -> module, and the order in which "auto" tries them.
-MODULES = {"pytorch": "fusedalign.impls.pytorch", "reference": "fusedalign.impls.reference"}
-AUTO = ("pytorch",)
+MODULES = {
+    "triton": "fusedalign.impls.triton",
+    "pytorch": "fusedalign.impls.pytorch",
+    "reference": "fusedalign.impls.reference",
+}
+AUTO = ("triton", "pytorch")
 
 
 def check_name(name: str) -> None:
@@ -64,7 +71,8 @@ def resolve(name: str, problem: Problem) -> Impl:
     """
     check_name(name)
     for candidate in AUTO if name == "auto" else (name,):
-        if _judge(candidate, problem).reason is None:
+        verdict = _judge(candidate, problem)
+        if verdict.reason is None and (verdict.auto or candidate == name):
             return _load(candidate)
     verdicts = explain(problem)
     if name == "auto":
@@ -84,4 +92,6 @@ def _judge(name: str, problem: Problem | None) -> Verdict:
         impl = _load(name)
     except Exception as error:  # a broken optional package can raise anything on import
         return Verdict(name, "", f"cannot be imported ({type(error).__name__}: {error})", name in AUTO)
-    return Verdict(name, impl.ABOUT, None if problem is None else impl.supports(problem), name in AUTO)
+    interpreted = getattr(impl, "INTERPRETED", False)  # a debugger, which "auto" must not walk into
+    reason = impl.unavailable() if problem is None else impl.supports(problem)
+    return Verdict(name, impl.ABOUT, reason, name in AUTO and not interpreted)

@@ -17,20 +17,26 @@ half-precision copy of one, and `[vocab, D]` and `[tokens, D]` slices of the ope
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from fusedalign.problem import DEFAULT_WORKSPACE, OUTPUTS, Problem, TokenLogps, TokenLoss
+from fusedalign.impls import autograd
+from fusedalign.impls.autograd import Grads, Jacobian, Needs
+from fusedalign.impls.rows import RowSums, TokenGrads, fit_half, grads_of_token_loss, times
+from fusedalign.problem import DEFAULT_WORKSPACE, Problem, TokenLogps, TokenLoss
 
 ABOUT = "tiles in plain PyTorch, any device"
 
 #: exp() of this is 0 in every dtype; standing in for -inf it keeps 0 * log 0 at 0. NaN passes a clamp unchanged.
 _LOG_ZERO = -1e4
+
+
+def unavailable() -> None:
+    """Runs on any machine."""
 
 
 def supports(problem: Problem) -> str | None:
@@ -42,23 +48,12 @@ def supports(problem: Problem) -> str | None:
 
 def token_logps(problem: Problem) -> TokenLogps:
     """`TokenLogps` of [N] tokens, by the cheapest of the paths above that gives the gradients which are needed."""
-    if not _needs_grad(problem):
-        return _sweep(problem, keep_jacobian=False)[0].results(problem)
-    return TokenLogps(*_TokenLogps.apply(problem.hidden, problem.weight, problem.bias, problem))
+    return autograd.token_logps(sys.modules[__name__], problem)
 
 
 def token_loss_sum(problem: Problem, token_loss: TokenLoss) -> Tensor:
-    """Sum over [N] tokens of `token_loss(logps, lse)`, a scalar: one pass where its buffers fit the workspace.
-
-    The gradient of a half-precision head summed over several token chunks needs its low-order half beside it while it
-    is summed, `[V, D]` in the head's dtype. Where the workspace has no room for that, the two-pass path serves.
-    """
-    plan = _plan_one_pass(problem) if _needs_grad(problem) else None
-    if plan is None:
-        out = token_logps(problem)
-        assert out.lse is not None  # ops always asks for it here
-        return token_loss(out.logps, out.lse).sum()
-    return _OnePass.apply(problem.hidden, problem.weight, problem.bias, problem, plan, token_loss)
+    """Sum over [N] tokens of `token_loss(logps, lse)`, a scalar: one pass where its buffers fit the workspace."""
+    return autograd.token_loss_sum(sys.modules[__name__], problem, token_loss)
 
 
 # ---------------------------------------------------------------------------------------------------------------- tiles
@@ -156,22 +151,8 @@ def _logit_slope(problem: Problem, z: Tensor) -> Tensor | None:
 # --------------------------------------------------------------------------------------------------------- forward sums
 
 
-class _Sums:
-    """Running softmax sums of N tokens, tile after tile; `max` is the largest logit z so far, e = exp(z - max)."""
-
-    def __init__(self, problem: Problem) -> None:
-        outputs = problem.outputs
-
-        def zeros() -> Tensor:
-            return problem.hidden.new_zeros(len(problem.hidden), dtype=problem.logit_dtype)
-
-        self.max = zeros().fill_(-torch.inf)
-        self.e = zeros()
-        self.target = zeros()
-        self.e_log_e = zeros() if "entropy" in outputs else None
-        self.e_sq = zeros() if "log_sum_sq_probs" in outputs else None
-        self.logit = zeros() if "mean_logit" in outputs else None
-        self.top = torch.full_like(problem.targets, -1) if "is_top1" in outputs else None
+class _Sums(RowSums):
+    """Running sums, tile after tile."""
 
     def fold(self, tokens: slice, z: Tensor, targets: Tensor, vocab: slice, *, keep: bool) -> tuple[Tensor, Tensor]:
         """Add a tile of logits; `keep` leaves `z` as it is, else it becomes scratch.
@@ -206,32 +187,6 @@ class _Sums:
         self.max[tokens] = new_max
         return e, shrink
 
-    def log_e(self, tokens: slice = slice(None)) -> Tensor:
-        """log sum e; with `max` the two halves of the log-sum-exp, kept apart because their sum rounds more."""
-        return self.e[tokens].log()
-
-    def logps(self, tokens: slice = slice(None)) -> Tensor:
-        """(target - max) <= 0 and log sum e >= 0, so never above 0."""
-        return self.target[tokens] - self.max[tokens] - self.log_e(tokens)
-
-    def lse(self, tokens: slice = slice(None)) -> Tensor:
-        return self.max[tokens] + self.log_e(tokens)
-
-    def entropy(self) -> Tensor:
-        assert self.e_log_e is not None
-        return (self.log_e() - self.e_log_e / self.e).clamp_(min=0)
-
-    def results(self, problem: Problem) -> TokenLogps:
-        outputs, dtype = problem.outputs, problem.result_dtype
-        return TokenLogps(
-            logps=self.logps().to(dtype),
-            entropy=self.entropy().to(dtype) if "entropy" in outputs else None,
-            lse=self.lse().to(dtype) if "lse" in outputs else None,
-            mean_logit=None if self.logit is None else (self.logit / problem.weight.shape[0]).to(dtype),
-            log_sum_sq_probs=None if self.e_sq is None else (self.e_sq.log() - 2 * self.log_e()).to(dtype),
-            is_top1=None if self.top is None else self.top == problem.targets,
-        )
-
 
 def _locate(targets: Tensor, vocab: slice) -> tuple[Tensor, Tensor]:
     """Each target's column in this tile (clamped into it) and whether it truly lies there; both [tokens]."""
@@ -239,10 +194,10 @@ def _locate(targets: Tensor, vocab: slice) -> tuple[Tensor, Tensor]:
     return local.clamp(0, vocab.stop - vocab.start - 1), (local >= 0) & (local < vocab.stop - vocab.start)
 
 
-def _sweep(problem: Problem, *, keep_jacobian: bool) -> tuple[_Sums, Tensor | None]:
+def sweep(problem: Problem, *, keep_jacobian: bool) -> tuple[RowSums, Jacobian | None]:
     """The running sums of all tokens and, if asked for, J = d logps / d hidden, [N, D] in hidden's dtype."""
     plan, sums = _plan(problem), _Sums(problem)
-    jacobian = torch.empty_like(problem.hidden) if keep_jacobian else None
+    jacobian = Jacobian.empty(problem) if keep_jacobian else None
     for tokens in plan.token_tiles(problem):
         hidden, targets = _operand(problem.hidden[tokens], problem), problem.targets[tokens]
         mean_row = hidden.new_zeros(hidden.shape, dtype=problem.logit_dtype) if keep_jacobian else None
@@ -259,47 +214,14 @@ def _sweep(problem: Problem, *, keep_jacobian: bool) -> tuple[_Sums, Tensor | No
             slope = _logit_slope(problem, sums.target[tokens])
             target_row = target_row if slope is None else target_row * slope[:, None]
             row = target_row.sub_(mean_row.div_(sums.e[tokens, None])).mul_(problem.scale / problem.temperature)
-            jacobian[tokens] = row.to(jacobian.dtype)
+            jacobian.write(tokens, row)
     return sums, jacobian
 
 
 # ------------------------------------------------------------------------------------------------------------ gradients
 
 
-@dataclass(frozen=True)
-class _TokenGrads:
-    """What the tiles of the gradient need of each token, [N] in the logit dtype; a None gradient is zero."""
-
-    max: Tensor
-    log_e: Tensor
-    logps: Tensor
-    """d loss / d logps"""
-    lse: Tensor | None = None
-    """d loss / d lse"""
-    entropy: tuple[Tensor, Tensor] | None = None
-    """d loss / d entropy, and the entropy"""
-
-    def rows(self, tokens: slice) -> _TokenGrads:
-        return self._map(lambda x: x[tokens])
-
-    def scaled(self, factor: Tensor) -> _TokenGrads:
-        """With every upstream gradient times `factor`."""
-        entropy = None if self.entropy is None else (self.entropy[0] * factor, self.entropy[1])
-        lse = None if self.lse is None else self.lse * factor
-        return replace(self, logps=self.logps * factor, lse=lse, entropy=entropy)
-
-    def largest(self) -> Tensor:
-        upstream = [self.logps, *([] if self.lse is None else [self.lse]), *(self.entropy or ())[:1]]
-        return torch.stack([g.abs().amax() for g in upstream]).amax()
-
-    def _map(self, f: Callable[[Tensor], Tensor]) -> _TokenGrads:
-        entropy = None if self.entropy is None else (f(self.entropy[0]), f(self.entropy[1]))
-        return _TokenGrads(
-            f(self.max), f(self.log_e), f(self.logps), None if self.lse is None else f(self.lse), entropy
-        )
-
-
-def _logit_grad_(problem: Problem, z: Tensor, grads: _TokenGrads, targets: Tensor, vocab: slice) -> Tensor:
+def _logit_grad_(problem: Problem, z: Tensor, grads: TokenGrads, targets: Tensor, vocab: slice) -> Tensor:
     """d loss / d raw logits of a tile, [tokens, vocab], written over its final logits `z`.
 
     With p the softmax: d logps = onehot - p, d lse = p, d entropy = -p (log p + entropy); times the logits' slope.
@@ -322,22 +244,6 @@ def _logit_grad_(problem: Problem, z: Tensor, grads: _TokenGrads, targets: Tenso
     return grad if factor == 1.0 else grad.mul_(factor)
 
 
-def _fit_half(problem: Problem, grads: _TokenGrads) -> tuple[_TokenGrads, Tensor | None]:
-    """For fp16 products: upstream gradients brought to where fp16 neither overflows nor loses the small ones.
-
-    |d loss / d logit| <= |scale / temperature| * (1 + 1 + log V + 1) * the largest upstream gradient, so with that
-    product at 2**10 the tile stays below fp16's 65504 and probabilities down to 6e-11 are kept.
-
-    Returns:
-        The gradients and the factor by which every product of them must be multiplied (None: by nothing).
-    """
-    if problem.operand_dtype != torch.float16 or not _half_products(problem) or not len(grads.logps):
-        return grads, None
-    tiny = torch.finfo(grads.logps.dtype).tiny
-    undo = (grads.largest() * max(1.0, abs(problem.scale / problem.temperature)) / 2**10).clamp(min=tiny)
-    return grads.scaled(1 / undo), undo
-
-
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """`total += a @ b`, `a` rounded to the operand dtype of `b` first where that is a half precision."""
     if b.dtype.itemsize == 2:
@@ -345,13 +251,11 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return torch.addmm(total, a, b, out=total)
 
 
-def _two_pass_grads(
-    problem: Problem, grads: _TokenGrads, needs: tuple[bool, bool, bool]
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def two_pass_grads(problem: Problem, grads: TokenGrads, needs: Needs) -> Grads:
     """Gradients of hidden, weight, bias (None where not needed); a tile of dW is summed in full, then written once."""
     plan, dtype = _plan(problem), problem.logit_dtype
     needs_hidden, needs_weight, needs_bias = needs
-    grads, undo = _fit_half(problem, grads)
+    grads, undo = fit_half(problem, grads) if _half_products(problem) else (grads, None)
     d_hidden = torch.zeros_like(problem.hidden, dtype=dtype) if needs_hidden else None
     d_weight = torch.empty_like(problem.weight, memory_format=torch.contiguous_format) if needs_weight else None
     d_bias = torch.empty_like(problem.bias) if needs_bias and problem.bias is not None else None
@@ -371,14 +275,10 @@ def _two_pass_grads(
             if d_weight_tile is not None:
                 _add_product(d_weight_tile, grad.t(), hidden)
         if d_weight is not None and d_weight_tile is not None:
-            d_weight[vocab] = _times(d_weight_tile, undo)
+            d_weight[vocab] = times(d_weight_tile, undo)
         if d_bias is not None and d_bias_tile is not None:
-            d_bias[vocab] = _times(d_bias_tile, undo)
-    return None if d_hidden is None else _times(d_hidden, undo).to(problem.hidden.dtype), d_weight, d_bias
-
-
-def _times(x: Tensor, factor: Tensor | None) -> Tensor:
-    return x if factor is None else x.mul_(factor)
+            d_bias[vocab] = times(d_bias_tile, undo)
+    return None if d_hidden is None else times(d_hidden, undo).to(problem.hidden.dtype), d_weight, d_bias
 
 
 class _HeadGrad:
@@ -402,10 +302,15 @@ class _HeadGrad:
         self.low[vocab] = total.sub_(high)
 
 
-def _one_pass(
-    problem: Problem, plan: _Plan, token_loss: TokenLoss, needs: tuple[bool, bool, bool]
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """The summed loss, and its gradients by hidden, weight and bias (None where not needed)."""
+def one_pass(problem: Problem, token_loss: TokenLoss, needs: Needs) -> tuple[Tensor, Grads] | None:
+    """The summed loss, and its gradients by hidden, weight and bias (None where not needed).
+
+    The gradient of a half-precision head summed over several token chunks needs its low-order half beside it while it
+    is summed, `[V, D]` in the head's dtype. Where the workspace has no room for that: None.
+    """
+    plan = _plan_one_pass(problem)
+    if plan is None:
+        return None
     needs_hidden, needs_weight, needs_bias = needs
     problem = replace(problem, outputs=frozenset())
     sums = _Sums(problem)
@@ -421,133 +326,27 @@ def _one_pass(
             z = _logits(problem, hidden, _operand(problem.weight[vocab], problem), vocab)
             sums.fold(tokens, z, targets, vocab, keep=True)
             rows.append(z)
-        chunk_loss, grads = _token_loss_grads(sums, tokens, token_loss, problem.result_dtype)
+        chunk_loss, grads = grads_of_token_loss(sums, tokens, token_loss, problem.result_dtype)
         loss += chunk_loss
-        grads, undo = _fit_half(problem, grads)
+        grads, undo = fit_half(problem, grads) if _half_products(problem) else (grads, None)
 
         d_hidden_rows = hidden.new_zeros(hidden.shape, dtype=problem.logit_dtype) if needs_hidden else None
         rows.reverse()
         for vocab in plan.vocab_tiles(problem):
             grad = _logit_grad_(problem, rows.pop(), grads, targets, vocab)
             if d_bias is not None:
-                d_bias[vocab] += _times(grad.sum(0), undo)
+                d_bias[vocab] += times(grad.sum(0), undo)
             grad = grad.to(hidden.dtype)
             if d_hidden_rows is not None:
                 _add_product(d_hidden_rows, grad, _operand(problem.weight[vocab], problem))
             if d_weight is not None:
-                d_weight.add(vocab, _times(_product(grad.t(), hidden), undo))
+                d_weight.add(vocab, times(_product(grad.t(), hidden), undo))
         if d_hidden is not None and d_hidden_rows is not None:
-            d_hidden[tokens] = _times(d_hidden_rows, undo).to(d_hidden.dtype)
+            d_hidden[tokens] = times(d_hidden_rows, undo).to(d_hidden.dtype)
     d_bias = None if d_bias is None else d_bias.to(problem.bias.dtype)  # type: ignore
-    return loss, d_hidden, None if d_weight is None else d_weight.high, d_bias
+    return loss, (d_hidden, None if d_weight is None else d_weight.high, d_bias)
 
 
-def _token_loss_grads(
-    sums: _Sums, tokens: slice, token_loss: TokenLoss, dtype: torch.dtype
-) -> tuple[Tensor, _TokenGrads]:
-    """The summed loss of some tokens and its gradients by their logps and lse, from `token_loss` itself."""
-    with torch.enable_grad():
-        logps = sums.logps(tokens).to(dtype).requires_grad_()
-        lse = sums.lse(tokens).to(dtype).requires_grad_()
-        loss = token_loss(logps, lse).sum()
-        d_logps, d_lse = torch.autograd.grad(loss, (logps, lse), allow_unused=True)
-    logit_dtype = sums.max.dtype
-    d_logps = torch.zeros_like(logps) if d_logps is None else d_logps
-    d_lse = None if d_lse is None else d_lse.to(logit_dtype)
-    return loss.detach(), _TokenGrads(sums.max[tokens], sums.log_e(tokens), d_logps.to(logit_dtype), d_lse)
-
-
-# ------------------------------------------------------------------------------------------------------------- autograd
-
-
-class _TokenLogps(torch.autograd.Function):
-    """`TokenLogps` as a tuple: kept Jacobian where only hidden needs a gradient, else two passes."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, problem: Problem) -> tuple:
-        ctx.set_materialize_grads(False)
-        needs_hidden, needs_weight, needs_bias, _ = ctx.needs_input_grad
-        sums, jacobian = _sweep(problem, keep_jacobian=needs_hidden and not (needs_weight or needs_bias))
-        out = sums.results(problem)
-        ctx.mark_non_differentiable(*(x for x in out[3:] if x is not None))
-        ctx.problem = _without_tensors(problem)
-        entropy = sums.entropy() if out.entropy is not None else None
-        # A kept Jacobian answers for logps alone; only entropy and lse, if asked for, can call for more.
-        recomputes = jacobian is None or out.entropy is not None or out.lse is not None
-        state = (hidden, weight, bias, problem.targets, sums.max, sums.log_e(), entropy) if recomputes else ()
-        ctx.save_for_backward(jacobian, *state)
-        return tuple(out)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d_logps: Tensor | None, d_entropy: Tensor | None, d_lse: Tensor | None, *_: None) -> tuple:
-        jacobian, *state = ctx.saved_tensors
-        d_hidden = None
-        if jacobian is not None and d_logps is not None:
-            d_hidden = torch.mul(jacobian, d_logps[:, None], out=torch.empty_like(jacobian))
-            d_logps = None
-        if d_logps is None and d_entropy is None and d_lse is None:
-            return d_hidden, None, None, None
-        problem, (maximum, log_e, entropy) = _with_tensors(ctx.problem, *state[:4]), state[4:]
-        dtype = problem.logit_dtype
-        grads = _TokenGrads(
-            max=maximum,
-            log_e=log_e,
-            logps=torch.zeros_like(log_e) if d_logps is None else d_logps.to(dtype),
-            lse=None if d_lse is None else d_lse.to(dtype),
-            entropy=None if d_entropy is None else (d_entropy.to(dtype), entropy),
-        )
-        with torch.autocast(problem.hidden.device.type, enabled=False):
-            more, d_weight, d_bias = _two_pass_grads(problem, grads, ctx.needs_input_grad[:3])
-        d_hidden = more if d_hidden is None or more is None else d_hidden.add_(more)
-        return d_hidden, d_weight, d_bias, None
-
-
-class _OnePass(torch.autograd.Function):
-    """A scalar whose gradients are made in the forward; the backward scales them."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        problem: Problem,
-        plan: _Plan,
-        token_loss: TokenLoss,
-    ) -> Tensor:
-        loss, *grads = _one_pass(problem, plan, token_loss, ctx.needs_input_grad[:3])
-        ctx.save_for_backward(*grads)
-        return loss
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple:
-        # In place, since a second copy of the head's gradient could be the memory peak; not where the graph is kept for
-        # another backward, which will need the gradients unscaled.
-        kept = _graph_is_kept()
-        scaled = [g if g is None else g * upstream if kept else g.mul_(upstream) for g in ctx.saved_tensors]
-        return *scaled, None, None, None
-
-
-def _needs_grad(problem: Problem) -> bool:
-    tensors = (problem.hidden, problem.weight, problem.bias)
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-
-
-def _graph_is_kept() -> bool:
-    """Whether the backward that is running keeps the graph for another one; True where PyTorch does not tell."""
-    ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
-    return ask is None or ask()
-
-
-def _without_tensors(problem: Problem) -> Problem:
-    """What ctx may hold: tensors go through save_for_backward."""
-    return replace(problem, hidden=None, weight=None, bias=None, targets=None)  # type: ignore[arg-type]
-
-
-def _with_tensors(problem: Problem, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Problem:
-    return replace(problem, hidden=hidden, weight=weight, bias=bias, targets=targets)
-
-
-assert TokenLogps._fields[1:] == OUTPUTS  # the autograd function returns them in this order
+def scale_(x: Tensor, factor: Tensor) -> Tensor:
+    """`x` times a scalar in place, unless that is seen to be 1 without a wait for the device."""
+    return x if not factor.is_cuda and factor == 1 else x.mul_(factor)

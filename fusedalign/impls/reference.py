@@ -11,6 +11,10 @@ from fusedalign.problem import Problem, TokenLogps, TokenLoss
 ABOUT = "full logits in fp32/fp64, the oracle of the tests"
 
 
+def unavailable() -> None:
+    """Runs on any machine."""
+
+
 def supports(problem: Problem) -> str | None:
     """None, or why this impl cannot serve `problem`."""
     if problem.filter_eps is not None:
@@ -47,10 +51,10 @@ def token_logps(problem: Problem) -> TokenLogps:
 
 
 def token_loss_sum(problem: Problem, token_loss: TokenLoss) -> Tensor:
-    """Sum over [N] tokens of `token_loss(logps, lse)`; a scalar."""
+    """Sum over [N] tokens of the losses that `token_loss(logps, lse)` gives; a scalar."""
     out = token_logps(problem)
     assert out.lse is not None  # ops always asks for it here
-    return token_loss(out.logps, out.lse).sum()
+    return token_loss(out.logps, out.lse)[0].sum()
 
 
 def _operand(x: Tensor, problem: Problem) -> Tensor:

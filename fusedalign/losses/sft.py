@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 from fusedalign.losses.preference import (
@@ -15,10 +14,10 @@ from fusedalign.losses.preference import (
     check_unused,
 )
 
-#: loss_type -> the loss of each token by itself, from its log p(target).
+#: loss_type -> the factor of each token's log p(target), which takes no gradient itself.
 LOSS_TYPES: dict[str, Callable[[Tensor], Tensor]] = {
-    "nll": lambda logps: -logps,
-    "dft": lambda logps: -logps.detach().exp() * logps,
+    "nll": lambda logps: -logps.new_ones(()).expand_as(logps),
+    "dft": lambda logps: -logps.exp(),
 }
 
 
@@ -36,7 +35,7 @@ def token_loss(logps: Tensor, *, loss_type: str = "nll") -> Tensor:
         ValueError: unknown loss_type.
     """
     check_loss_type(loss_type, LOSS_TYPES)
-    return LOSS_TYPES[loss_type](logps)
+    return LOSS_TYPES[loss_type](logps.detach()) * logps
 
 
 def sft_loss(
@@ -108,15 +107,36 @@ def sft_loss(
     return mean_over(losses.sum(), mask.sum() if num_items is None else num_items)
 
 
+def scalar_loss(
+    loss_type: str, z_loss: float, reduction: str, num_items: int | Tensor
+) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor | None]]:
+    """(logps, lse) -> each token's share of the loss, which is their sum, and its derivatives by the two; all [N]."""
+    check_loss_type(loss_type, LOSS_TYPES)
+
+    def share(logps: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        # Divided here and not at the end, so that in most backwards nothing is left to scale.
+        def part(x: Tensor) -> Tensor:
+            return x if reduction == "sum" else mean_over(x, num_items)
+
+        weight = LOSS_TYPES[loss_type](logps.detach())
+        if not z_loss:
+            return part(weight * logps), part(weight), None
+        return part(weight * logps + z_loss * lse.square()), part(weight), part(2 * z_loss * lse)
+
+    return share
+
+
 def mean_over(total: Tensor, num_items: int | Tensor) -> Tensor:
     """`total / num_items`, and `total` where there are no items, so that nothing is divided by 0.
 
     Raises:
         ValueError: num_items is a negative number.
     """
-    if isinstance(num_items, (int, float)) and num_items < 0:
+    if isinstance(num_items, Tensor):
+        return total / num_items.to(total.device).clamp(min=1)
+    if num_items < 0:
         raise ValueError(f"num_items must be >= 0, got {num_items}")
-    return total / torch.as_tensor(num_items, device=total.device).clamp(min=1)
+    return total / max(num_items, 1)
 
 
 def _companion(name: str, x: Tensor | None, option: str, value: float, mask: Tensor) -> Tensor | None:

@@ -1,0 +1,106 @@
+"""The command `fusedalign bench`: its words, and what they start."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+
+from fusedalign.bench.cases import CASES, DEFAULT_CPU, DEFAULT_CUDA, parse_cases
+from fusedalign.bench.data import KINDS
+from fusedalign.bench.peers import choose, implementations
+from fusedalign.bench.profiling import profile_row
+from fusedalign.bench.runner import Settings, free, inputs, reason, run
+from fusedalign.bench.table import check_plot, header, section, write
+from fusedalign.bench.tasks import TASKS
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line and no usage, like every other command."""
+        raise ValueError(f"bench: {message}")
+
+
+def _parser() -> _Parser:
+    tasks = "\n".join(f"  {task.name:<8} {task.about}" for task in TASKS.values())
+    cases = "\n".join(f"  {case.name:<12} {case}" for case in CASES.values())
+    parser = _Parser(
+        prog="fusedalign bench",
+        description="This package's impls beside other libraries: time, memory and error of the head and loss.\n"
+        f"\ntasks (default: all)\n{tasks}\n\ncases\n{cases}\n\nimpls\n  {', '.join(implementations())}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        add_help=False,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("tasks", nargs="*", metavar="TASK", help="which tasks to run")
+    add("-h", "--help", action="store_true", help="show this text")
+    default = f"default: {','.join(DEFAULT_CUDA)} on a GPU, {','.join(DEFAULT_CPU)} on a CPU"
+    cases_help = f"names with commas between, or N=..,D=..,V=..[,softcap=..]; may be repeated; {default}"
+    add("--cases", action="append", help=cases_help)
+    add("--impls", default="all", help="all, ours, or names with commas between; default: all")
+    add("--data", default="trained", choices=KINDS, help="statistics like a trained model's (default), or Gaussians")
+    add("--seed", type=int, default=0, help="of the data; default: 0")
+    add("--dtype", choices=_DTYPES, help="of hidden states and head; default: bf16 on a GPU, fp32 on a CPU")
+    add("--out", type=Path, metavar="DIR", help="also write bench.md, bench.json and bench.png there")
+    add("--profile", metavar="IMPL", help="instead of the tables: the kernels of one row of each, by time")
+    return parser
+
+
+def bench(argv: list[str]) -> None:
+    """Run `fusedalign bench` with the words that follow it.
+
+    Raises:
+        ValueError: a word that does not fit; one line with what was expected and came.
+    """
+    parser = _parser()
+    options = parser.parse_args(argv)
+    if options.help:
+        print(parser.format_help(), end="")
+        return
+    settings = _settings(options)
+    if options.profile is not None:
+        _profile(settings)
+        return
+    if options.out is not None:
+        check_plot()
+    for done, report in enumerate(run(settings, lambda line: print(line, file=sys.stderr, flush=True))):
+        if not done:
+            print(header(report))
+        print("\n" + section(report.cases[-1], report), flush=True)
+        if options.out is not None:
+            write(report, options.out)
+
+
+def _profile(settings: Settings) -> None:
+    (impl,) = settings.impls
+    for case in settings.cases:
+        data = inputs(case, settings)
+        for task in settings.tasks:
+            try:
+                text = profile_row(impl, task, case, data, seed=settings.seed, device=settings.device)
+            except Exception as error:  # as in the tables: whatever a library raises
+                raise ValueError(f"{impl.name}: {reason(error, impl)}") from error
+            print(text + "\n", flush=True)
+            free(settings.device)
+
+
+def _settings(options: argparse.Namespace) -> Settings:
+    for name in options.tasks:
+        if name not in TASKS:
+            raise ValueError(f"a task must be one of {', '.join(TASKS)}, got {name!r}")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    impls = choose(options.impls if options.profile is None else options.profile)
+    tasks = [task for name, task in TASKS.items() if name in (options.tasks or TASKS)]
+    if options.profile is not None:
+        if len(impls) != 1 or options.out is not None:
+            raise ValueError(f"--profile must name one impl and prints only, without --out, got {options.profile!r}")
+        tasks = [task for task in tasks if task.name in impls[0].tasks]
+    cases = parse_cases(options.cases or (DEFAULT_CUDA if device == "cuda" else DEFAULT_CPU))
+    dtype = _DTYPES[options.dtype or ("bf16" if device == "cuda" else "fp32")]
+    return Settings(tasks, cases, impls, options.data, options.seed, dtype, device)

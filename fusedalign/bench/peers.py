@@ -1,0 +1,163 @@
+"""What is compared: our impls, and one small function for each way that others compute the same.
+
+Every library is imported when its row is measured, so that a missing or broken one costs nobody else anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fusedalign.bench.data import Data
+from fusedalign.bench.tasks import TASKS
+from fusedalign.impls import MODULES
+from fusedalign.ops import linear_cross_entropy, linear_logps
+
+
+class UnavailableError(Exception):
+    """A peer cannot run here; the message says what it needs."""
+
+
+class Functions(NamedTuple):
+    """What an implementation can compute."""
+
+    logps: Callable[[Data], Tensor] | None
+    """-> [N], differentiable by hidden and weight"""
+    nll: Callable[[Data], Tensor] | None = None
+    """-> the mean NLL; None: the mean of `logps` serves"""
+
+
+class Implementation(NamedTuple):
+    """One row."""
+
+    name: str
+    load: Callable[[], Functions]
+    """imports what it needs; may raise whatever a missing or broken library raises"""
+    install: str = ""
+    """the command that brings what it needs"""
+    tasks: tuple[str, ...] = tuple(TASKS)
+    softcap: bool = True
+    """whether it knows a softcap"""
+    ours: bool = False
+
+
+def implementations() -> dict[str, Implementation]:
+    """Every row by its name, in order: our impls, then the peers."""
+    ours = [_ours(name) for name in MODULES if name != "reference"]
+    return {x.name: x for x in (*ours, *PEERS)}
+
+
+def choose(words: str) -> list[Implementation]:
+    """What `--impls` names: "all", "ours", or names with commas between, in the order of the table.
+
+    Raises:
+        ValueError: a name that does not exist; lists those that do.
+    """
+    known = implementations()
+    names: set[str] = set()
+    for word in words.split(","):
+        if word == "all":
+            names |= known.keys()
+        elif word == "ours":
+            names |= {name for name, x in known.items() if x.ours}
+        elif word in known:
+            names.add(word)
+        else:
+            raise ValueError(f"impls must be among all, ours, {', '.join(known)}, got {word!r}")
+    return [x for name, x in known.items() if name in names]
+
+
+def _ours(name: str) -> Implementation:
+    def logps(d: Data) -> Tensor:
+        return linear_logps(d.hidden, d.weight, d.targets, softcap=d.softcap, impl=name).logps
+
+    def nll(d: Data) -> Tensor:
+        return linear_cross_entropy(d.hidden, d.weight, d.targets, softcap=d.softcap, impl=name)
+
+    return Implementation(name, lambda: Functions(logps, nll), ours=True)
+
+
+def _eager_nll(d: Data, reduction: str = "mean") -> Tensor:
+    logits = F.linear(d.hidden, d.weight)
+    if d.softcap is not None:
+        logits = d.softcap * torch.tanh(logits / d.softcap)
+    return F.cross_entropy(logits.float(), d.targets, reduction=reduction)
+
+
+def _eager_logps(d: Data) -> Tensor:
+    return -_eager_nll(d, "none")
+
+
+def _compile() -> Functions:
+    torch._dynamo.reset()  # else the shapes of earlier tables count against the limit of recompilations
+    return Functions(torch.compile(_eager_logps, dynamic=False), torch.compile(_eager_nll, dynamic=False))
+
+
+def _trl() -> Functions:
+    import trl.trainer.utils as trl_utils
+
+    function = getattr(trl_utils, "_ChunkedLogProbFunction", None)
+    if function is None or not hasattr(trl_utils, "_CHUNKED_LOGPROB_CHUNK_SIZE"):
+        raise UnavailableError("needs TRL 1.16's fused head: pip install 'trl>=1.16'")
+
+    def logps(d: Data) -> Tensor:
+        columns = trl_utils._CHUNKED_LOGPROB_CHUNK_SIZE
+        return function.apply(d.hidden, d.weight, None, d.targets, 1.0, columns, d.softcap, 1.0, ("log_probs",))[0]
+
+    return Functions(logps)
+
+
+def _liger_fused() -> Functions:
+    from liger_kernel.ops import LigerFusedLinearCrossEntropyFunction as Function
+
+    def nll(d: Data) -> Tensor:  # bias, class weights, ignore_index, z-loss, label smoothing, reduction, softcap
+        return Function.apply(d.hidden, d.weight, d.targets, None, None, -100, 0.0, 0.0, "mean", d.softcap)[0]
+
+    return Functions(None, nll)
+
+
+def _liger_token() -> Functions:
+    from liger_kernel.ops.fused_linear_scaled_cross_entropy import (
+        LigerFusedLinearScaledCrossEntropyFunction as Function,
+    )
+
+    return Functions(lambda d: -Function.apply(d.hidden, d.weight, d.targets))
+
+
+def _cce(*, exact: bool) -> Functions:
+    from cut_cross_entropy import linear_cross_entropy as function
+
+    options: dict[str, str | None] = {"impl": "cce_exact" if exact and _cce_has_exact() else "cce"}
+    if exact and not _cce_has_exact():  # the releases on PyPI have no such preset, but their filter can be turned off
+        options["filter_eps"] = None
+
+    def losses(d: Data, reduction: str) -> Tensor:
+        return function(d.hidden, d.weight, d.targets, softcap=d.softcap, reduction=reduction, **options)
+
+    return Functions(lambda d: -losses(d, "none"), lambda d: losses(d, "mean"))
+
+
+def _cce_has_exact() -> bool:
+    try:
+        from cut_cross_entropy.cce_utils import CCEPresets
+    except ImportError:
+        return False
+    return "cce_exact" in CCEPresets.names
+
+
+_LIGER = "pip install 'liger-kernel>=0.8.5'"
+_CCE = "pip install 'cut-cross-entropy @ git+https://github.com/apple/ml-cross-entropy.git'"
+
+PEERS = (
+    Implementation("eager", lambda: Functions(_eager_logps, _eager_nll)),
+    Implementation("compile", _compile),
+    Implementation("trl", _trl, "pip install 'trl>=1.16'"),
+    Implementation("liger-fused", _liger_fused, _LIGER, tasks=("sft",)),
+    Implementation("liger-token", _liger_token, "pip install 'liger-kernel[cutedsl]>=0.8.5'", softcap=False),
+    Implementation("cce", lambda: _cce(exact=False), _CCE),
+    Implementation("cce-exact", lambda: _cce(exact=True), _CCE),
+)

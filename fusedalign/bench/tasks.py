@@ -1,0 +1,138 @@
+"""What is computed on top of the head: the four tasks, and the exact answer that every row is compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fusedalign.bench.data import Data
+from fusedalign.losses import dpo_loss
+
+
+@dataclass(frozen=True)
+class Task:
+    """A loss, and which tensors it trains."""
+
+    name: str
+    about: str
+    trains_head: bool = True
+    scalar: bool = False
+    """the loss is the mean NLL, which many libraries have a function for"""
+    scores: bool = False
+    """the forward is timed without gradients, as in scoring; else as in training"""
+
+
+TASKS = {
+    task.name: task
+    for task in (
+        Task("logps", "another upstream gradient for each token; the forward is that of scoring", scores=True),
+        Task("sft", "the mean NLL", scalar=True),
+        Task("frozen", "as logps, the head needs no gradient; the forward is that of training", trains_head=False),
+        Task("dpo", "sigmoid DPO on the summed logps of two pairs of N/4 tokens a sequence"),
+    )
+}
+
+#: Relative errors of loss, dH and dW that still count as exact, by dtype. Half precision: gradients are rounded twice,
+#: each time by about 1.1e-3 rms (the logits' gradient, an operand of a product; the result). fp32: room for long sums.
+BUDGETS = {
+    torch.float32: {"loss": 1e-5, "dH": 1e-5, "dW": 1e-5},
+    torch.bfloat16: {"loss": 1e-5, "dH": 2.5e-3, "dW": 2.5e-3},
+    torch.float16: {"loss": 1e-5, "dH": 2.5e-3, "dW": 2.5e-3},
+}
+
+
+class Reference(NamedTuple):
+    """The exact answer."""
+
+    loss_of: Callable[[Tensor], Tensor]
+    """logps [N] -> the task's loss, a scalar"""
+    loss: float
+    hidden_grad: Tensor
+    """[N, D], fp32 or wider"""
+    weight_grad: Tensor | None
+    """[V, D] likewise; None where the head is frozen"""
+
+    def gradients(self) -> tuple[Tensor, Tensor | None]:
+        """Those of hidden and weight."""
+        return self.hidden_grad, self.weight_grad
+
+
+def reference(task: Task, data: Data, *, seed: int) -> Reference:
+    """Loss and gradients in fp32 (fp64 for fp32 data) from full logits, some tokens at a time, by the formula.
+
+    Uses none of the code that is measured, and no TF32. Takes 8 to 12 bytes an element of the head.
+    """
+    before, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, False
+    try:
+        with torch.no_grad():
+            return _reference(task, data, seed)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def _reference(task: Task, data: Data, seed: int) -> Reference:
+    wide = torch.float64 if data.hidden.dtype == torch.float32 else torch.float32
+    weight = data.weight.to(wide)
+    chunk = max(1, 2**28 // weight.shape[0])
+
+    def chunks() -> Iterator[tuple[slice, Tensor, Tensor]]:
+        for start in range(0, len(data.hidden), chunk):
+            rows = slice(start, start + chunk)
+            z = data.hidden[rows].to(wide) @ weight.T
+            yield (
+                rows,
+                data.targets[rows, None],
+                z if data.softcap is None else data.softcap * (z / data.softcap).tanh(),
+            )
+
+    logps = torch.cat([z.gather(-1, t).squeeze(-1) - z.logsumexp(-1) for _, t, z in chunks()])
+    loss_of = _loss_of(task, logps, seed)
+    with torch.enable_grad():
+        loss = loss_of(logps.requires_grad_())
+        (upstream,) = torch.autograd.grad(loss, logps)
+
+    hidden_grad = torch.empty_like(data.hidden, dtype=wide)
+    weight_grad = torch.zeros_like(weight) if task.trains_head else None
+    for rows, t, z in chunks():
+        slope = None if data.softcap is None else 1 - (z / data.softcap).square()
+        dz = z.softmax(-1).mul_(-upstream[rows, None])
+        dz.scatter_add_(-1, t, upstream[rows, None])
+        if slope is not None:
+            dz *= slope
+        hidden_grad[rows] = dz @ weight
+        if weight_grad is not None:
+            weight_grad.addmm_(dz.T, data.hidden[rows].to(wide))
+    return Reference(loss_of, loss.item(), hidden_grad, weight_grad)
+
+
+def _loss_of(task: Task, logps: Tensor, seed: int) -> Callable[[Tensor], Tensor]:
+    """logps [N] -> loss, given the exact logps: DPO's reference model is one that is near them."""
+    n, device = len(logps), logps.device
+    g = torch.Generator(device).manual_seed(seed + 1)
+    if task.scalar:
+        return lambda x: -x.mean()
+    if task.name == "dpo":
+        sums = logps.double().view(4, -1).sum(-1)
+        ref = sums + 3 * torch.randn(4, generator=g, device=device)
+
+        def dpo(x: Tensor) -> Tensor:
+            # Summed in fp64: the rounding of a sum of thousands of nats would hide an implementation's own error.
+            chosen, rejected = x.double().view(4, -1).sum(-1).view(2, 2)
+            return dpo_loss(chosen, rejected, *ref.view(2, 2)).losses.mean()
+
+        return dpo
+    # All of one sign: a sum that cancels would say nothing about the error of its terms.
+    upstream = -(0.5 + torch.rand(n, generator=g, device=device)) / n
+    return lambda x: (upstream * x).sum()
+
+
+def relative_error(x: Tensor, exact: Tensor) -> float:
+    """||x - exact|| / ||exact||, Frobenius, in fp64 sums over rows in fp32 or wider."""
+    parts = zip(x.split(16384), exact.split(16384), strict=True)
+    sums = [((a.to(b.dtype) - b).double().square().sum(), b.double().square().sum()) for a, b in parts]
+    difference, norm = (torch.stack(column).sum() for column in zip(*sums, strict=True))
+    return (difference / norm).sqrt().item()

@@ -1,0 +1,314 @@
+"""What `torch.compile` sees of the head: custom operators with fake implementations, opaque and without graph breaks.
+
+They do what `ops` does outside of a graph, with all tokens, ignored ones too, at their interface: a graph must know the
+shapes of what an operator returns. Their bodies are the same paths of the same impls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from fusedalign.compaction import Places, compact
+from fusedalign.impls import autograd, resolve
+from fusedalign.impls.autograd import Grads, Needs, Paths
+from fusedalign.losses.sft import scalar_loss
+from fusedalign.problem import OUTPUTS, Problem, Tiling, TokenLogps
+
+#: The names of impls that have operators here.
+NAMES = ("auto", "triton", "pytorch")
+
+
+class Options(NamedTuple):
+    """Everything of a call that is neither a tensor nor different between calls of one graph."""
+
+    scale: float
+    softcap: float | None
+    temperature: float
+    ignore_index: int
+    operand_dtype: torch.dtype
+    outputs: frozenset[str]
+    filter_eps: float | None
+    tiling: Tiling
+    impl: str
+    needs: tuple[bool, bool, bool]
+    """which of hidden, weight and bias need a gradient"""
+
+    def packed(self) -> tuple[list[float], list[int], torch.dtype, str]:
+        """As an operator's schema can carry it."""
+        numbers = [
+            self.scale,
+            self.softcap or 0.0,
+            self.temperature,
+            -1.0 if self.filter_eps is None else self.filter_eps,
+        ]
+        sizes = [self.ignore_index, *(x or 0 for x in self.tiling), *(int(x) for x in self.needs)]
+        return numbers, sizes, self.operand_dtype, " ".join([self.impl, *sorted(self.outputs)])
+
+
+def _unpacked(numbers: Sequence[float], sizes: Sequence[int], operand_dtype: torch.dtype, names: str) -> Options:
+    scale, softcap, temperature, filter_eps = numbers
+    ignore_index, workspace, token_chunk, vocab_chunk, *needs = sizes
+    impl, *outputs = names.split()
+    return Options(
+        scale=scale,
+        softcap=softcap or None,
+        temperature=temperature,
+        ignore_index=ignore_index,
+        operand_dtype=operand_dtype,
+        outputs=frozenset(outputs),
+        filter_eps=None if filter_eps < 0 else filter_eps,
+        tiling=Tiling(workspace or None, token_chunk or None, vocab_chunk or None),
+        impl=impl,
+        needs=cast(tuple[bool, bool, bool], tuple(map(bool, needs))),
+    )
+
+
+def _problem(
+    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, options: Options
+) -> tuple[Problem, Places, Paths]:
+    o = options._asdict()
+    impl, needs = o.pop("impl"), o.pop("needs")
+    hidden, weight = hidden.detach().requires_grad_(needs[0]), weight.detach().requires_grad_(needs[1])
+    problem, places = compact(hidden, weight, targets, bias=bias, **o)
+    chosen = resolve(impl, problem)
+    if not hasattr(chosen, "sweep"):  # "auto" found an impl that brings its own autograd
+        chosen = resolve("pytorch", problem)
+    return problem, places, cast(Paths, chosen)
+
+
+# --------------------------------------------------------------------------------------------------------- linear_logps
+
+
+def linear_logps(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, options: Options) -> TokenLogps:
+    """As `ops.linear_logps`; arguments are checked already."""
+    numbers, sizes, dtype, names = options.packed()
+    out = _logps(hidden, weight, targets, bias, numbers, sizes, dtype, names)
+    fields = [x if name == "logps" or name in options.outputs else None for name, x in zip(_FIELDS, out, strict=False)]
+    return TokenLogps(*fields)  # type: ignore[arg-type]
+
+
+_FIELDS = ("logps", *OUTPUTS)
+
+
+@torch.library.custom_op("fusedalign::linear_logps", mutates_args=())
+def _logps(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    numbers: Sequence[float],
+    sizes: Sequence[int],
+    operand_dtype: torch.dtype,
+    names: str,
+) -> list[Tensor]:
+    """The fields of `TokenLogps`, then the kept Jacobian, its scale, max, log_e and the entropy; empty where absent."""
+    options = _unpacked(numbers, sizes, operand_dtype, names)
+    problem, places, paths = _problem(hidden, weight, targets, bias, options)
+    with torch.no_grad():
+        if any(options.needs):
+            out, state = autograd.forward(paths, problem, options.needs)
+        else:
+            out, state = paths.sweep(problem, keep_jacobian=False)[0].results(problem), autograd.State(*[None] * 4)
+    made = (*out, *(state.jacobian or (None, None)), *state[1:])
+    kinds = [t.dtype for t in _logps_fake(hidden, weight, targets, bias, numbers, sizes, operand_dtype, names)]
+    return [targets.new_empty(0, dtype=k) if x is None else places.scatter(x) for x, k in zip(made, kinds, strict=True)]
+
+
+@_logps.register_fake
+def _logps_fake(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    numbers: Sequence[float],
+    sizes: Sequence[int],
+    operand_dtype: torch.dtype,
+    names: str,
+) -> list[Tensor]:
+    options = _unpacked(numbers, sizes, operand_dtype, names)
+    inner = torch.float64 if operand_dtype == torch.float64 else torch.float32
+
+    def tokens(wanted: bool, dtype: torch.dtype) -> Tensor:
+        return targets.new_empty(targets.shape if wanted else (0,), dtype=dtype)
+
+    def field(name: str) -> Tensor:
+        wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        return tokens(name == "logps" or name in options.outputs, torch.bool if name == "is_top1" else wide)
+
+    frozen, half = options.needs == (True, False, False), operand_dtype.itemsize == 2
+    recomputes = any(options.needs) and (not frozen or bool(options.outputs & {"entropy", "lse"}))
+    return [
+        *(field(name) for name in _FIELDS),
+        hidden.new_empty(hidden.shape if frozen else (0,), dtype=torch.float16 if half and frozen else inner),
+        tokens(frozen and half, torch.float32),
+        tokens(recomputes, inner),
+        tokens(recomputes, inner),
+        tokens(recomputes and "entropy" in options.outputs, inner),
+    ]
+
+
+@torch.library.custom_op("fusedalign::linear_logps_backward", mutates_args=())
+def _logps_backward(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    state: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    numbers: Sequence[float],
+    sizes: Sequence[int],
+    operand_dtype: torch.dtype,
+    names: str,
+) -> list[Tensor]:
+    """Gradients of hidden, weight and bias, empty where not needed; `state` and `grads` empty where absent."""
+    options = _unpacked(numbers, sizes, operand_dtype, names)
+    problem, places, paths = _problem(hidden, weight, targets, bias, options)
+    rows, scale, *rest = (None if x.numel() == 0 else places.gather(x) for x in state)
+    kept = autograd.State(None if rows is None else autograd.Jacobian(rows, scale), *rest)
+    given = [None if x.numel() == 0 else places.gather(x) for x in grads]
+    with torch.no_grad():
+        made = autograd.backward(paths, problem, kept, options.needs, *given)
+    return _returned(made, options.needs, places, hidden, weight, bias)
+
+
+@_logps_backward.register_fake
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    state: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    numbers: Sequence[float],
+    sizes: Sequence[int],
+    operand_dtype: torch.dtype,
+    names: str,
+) -> list[Tensor]:
+    return _fake_grads(hidden, weight, bias, _unpacked(numbers, sizes, operand_dtype, names).needs)
+
+
+def _setup_logps(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
+    hidden, weight, targets, bias, *ctx.options = inputs
+    ctx.has_bias = bias is not None
+    ctx.save_for_backward(hidden, weight, targets, *([bias] if ctx.has_bias else []), *output[len(_FIELDS) :])
+
+
+def _backward_of_logps(ctx: Any, grads: list[Tensor | None]) -> tuple:
+    hidden, weight, targets, *rest = ctx.saved_tensors
+    bias = rest.pop(0) if ctx.has_bias else None
+    asked = _unpacked(*ctx.options).outputs
+    used = [g if name == "logps" or name in asked else None for name, g in zip(_FIELDS[:3], grads, strict=False)]
+    given = [hidden.new_empty(0) if g is None else g for g in used]
+    return *_grads_of(_logps_backward(hidden, weight, targets, bias, rest, given, *ctx.options), ctx), *[None] * 4
+
+
+_logps.register_autograd(_backward_of_logps, setup_context=_setup_logps)
+
+
+# ------------------------------------------------------------------------------------------------- linear_cross_entropy
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    options: Options,
+    loss_type: str,
+    z_loss: float,
+    reduction: str,
+    num_items: int | Tensor | None,
+) -> Tensor:
+    """As `ops.linear_cross_entropy`; arguments are checked already."""
+    items = targets.new_tensor(num_items) if isinstance(num_items, int) else num_items
+    how = f"{loss_type} {reduction}"
+    return _cross_entropy(hidden, weight, targets, bias, items, z_loss, how, *options.packed())[0]
+
+
+@torch.library.custom_op("fusedalign::linear_cross_entropy", mutates_args=())
+def _cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    num_items: Tensor | None,
+    z_loss: float,
+    how: str,
+    numbers: Sequence[float],
+    sizes: Sequence[int],
+    operand_dtype: torch.dtype,
+    names: str,
+) -> list[Tensor]:
+    """The loss, and its gradients by hidden, weight and bias, empty where not needed."""
+    loss_type, reduction = how.split()
+    options = _unpacked(numbers, sizes, operand_dtype, names)
+    problem, places, paths = _problem(hidden, weight, targets, bias, options)
+    per_token = scalar_loss(loss_type, z_loss, reduction, len(problem.targets) if num_items is None else num_items)
+    loss, made = autograd.loss_and_grads(paths, problem, per_token, options.needs)
+    return [loss, *_returned(made, options.needs, places, hidden, weight, bias)]
+
+
+@_cross_entropy.register_fake
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    num_items: Tensor | None,
+    z_loss: float,
+    how: str,
+    numbers: Sequence[float],
+    sizes: Sequence[int],
+    operand_dtype: torch.dtype,
+    names: str,
+) -> list[Tensor]:
+    loss = hidden.new_empty((), dtype=torch.float64 if hidden.dtype == torch.float64 else torch.float32)
+    return [loss, *_fake_grads(hidden, weight, bias, _unpacked(numbers, sizes, operand_dtype, names).needs)]
+
+
+def _setup_cross_entropy(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
+    ctx.has_bias, ctx.options = inputs[3] is not None, inputs[-4:]
+    ctx.save_for_backward(*output[1:])
+
+
+def _backward_of_cross_entropy(ctx: Any, grads: list[Tensor | None]) -> tuple:
+    (upstream, *_) = grads
+    made = [g if g.numel() == 0 or upstream is None else g * upstream for g in ctx.saved_tensors]
+    return *_grads_of(made, ctx), *[None] * 7
+
+
+_cross_entropy.register_autograd(_backward_of_cross_entropy, setup_context=_setup_cross_entropy)
+
+
+# ------------------------------------------------------------------------------------------------------------ gradients
+
+
+def _returned(
+    grads: Grads, needs: Needs, places: Places, hidden: Tensor, weight: Tensor, bias: Tensor | None
+) -> list[Tensor]:
+    """As an operator returns them: of the inputs' shapes, zeros where nothing came, empty where nothing is needed."""
+    d_hidden, d_weight, d_bias = grads
+    d_hidden = None if d_hidden is None else places.scatter(d_hidden)
+    made = []
+    for grad, x, needed in zip((d_hidden, d_weight, d_bias), (hidden, weight, bias), needs, strict=True):
+        if needed and x is not None:
+            made.append(torch.zeros_like(x, memory_format=torch.contiguous_format) if grad is None else grad)
+        else:
+            made.append(hidden.new_empty(0))
+    return made
+
+
+def _fake_grads(hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: Needs) -> list[Tensor]:
+    tensors = zip((hidden, weight, bias), needs, strict=True)
+    return [x.new_empty(x.shape) if needed and x is not None else hidden.new_empty(0) for x, needed in tensors]
+
+
+def _grads_of(made: list[Tensor], ctx: Any) -> tuple[Tensor | None, Tensor | None, None, Tensor | None]:
+    """In the order of an operator's first arguments: hidden, weight, targets, bias."""
+    needs = _unpacked(*ctx.options).needs
+    d_hidden, d_weight, d_bias = (g if needed else None for g, needed in zip(made, needs, strict=True))
+    return d_hidden, d_weight, None, d_bias

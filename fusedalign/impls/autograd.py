@@ -1,0 +1,222 @@
+"""The autograd of impls that make their own gradients: which path serves, what is kept, what the backward computes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fusedalign.impls.rows import RowSums, TokenGrads, grads_of_token_loss
+from fusedalign.problem import OUTPUTS, Problem, TokenLogps, TokenLoss
+
+#: Gradients of hidden, weight and bias, None where not needed.
+Grads = tuple[Tensor | None, Tensor | None, Tensor | None]
+#: Which of hidden, weight and bias need a gradient.
+Needs = tuple[bool, bool, bool]
+
+
+class Jacobian(NamedTuple):
+    """d logps / d hidden of N tokens: `rows` [N, D], times `scale` [N] fp32 where there is one.
+
+    With half-precision operands rows are fp16 divided by a power of 2, whichever half the operands are: rounded to bf16
+    they would add as much error again as the rounding of the gradient that is made of them.
+    """
+
+    rows: Tensor
+    scale: Tensor | None
+
+    @classmethod
+    def empty(cls, problem: Problem) -> Jacobian:
+        """To be written."""
+        hidden, half = problem.hidden, problem.operand_dtype.itemsize == 2
+        rows = hidden.new_empty(hidden.shape, dtype=torch.float16 if half else problem.logit_dtype)
+        return cls(rows, hidden.new_empty(len(hidden), dtype=torch.float32) if half else None)
+
+    def write(self, tokens: slice, x: Tensor) -> None:
+        """The rows of some tokens, [n, D] fp32 or wider; becomes scratch."""
+        if self.scale is not None:
+            power = x.abs().amax(-1).log2_().floor_().sub_(10).clamp_(-100, 100)  # the largest element to about 2**10
+            self.scale[tokens] = power.exp2()
+            x *= power.neg_().exp2_()[:, None]
+        self.rows[tokens] = x
+
+
+class State(NamedTuple):
+    """What the backward of `token_logps` needs of the forward; None where it does not."""
+
+    jacobian: Jacobian | None
+    max: Tensor | None
+    log_e: Tensor | None
+    entropy: Tensor | None
+
+
+class Paths(Protocol):
+    """An impl's own arithmetic, without autograd; a module or an object."""
+
+    def sweep(self, problem: Problem, *, keep_jacobian: bool) -> tuple[RowSums, Jacobian | None]:
+        """The softmax sums of all tokens and, if asked for, d logps / d hidden."""
+
+    def two_pass_grads(self, problem: Problem, grads: TokenGrads, needs: Needs) -> Grads:
+        """The gradients of any loss, from logits that are computed again."""
+
+    def scale_(self, x: Tensor, factor: Tensor) -> Tensor:
+        """`x` times a scalar in place, for nothing where that is 1."""
+
+    def one_pass(self, problem: Problem, token_loss: TokenLoss, needs: Needs) -> tuple[Tensor, Grads] | None:
+        """A loss summed over tokens and its gradients at once; None where the workspace has no room for that."""
+
+
+def token_logps(paths: Paths, problem: Problem) -> TokenLogps:
+    """`TokenLogps` of [N] tokens, by the cheapest path that gives the gradients which are needed."""
+    if not any(_needs(problem)):
+        return paths.sweep(problem, keep_jacobian=False)[0].results(problem)
+    return TokenLogps(*_TokenLogps.apply(problem.hidden, problem.weight, problem.bias, paths, problem))
+
+
+def token_loss_sum(paths: Paths, problem: Problem, token_loss: TokenLoss) -> Tensor:
+    """Sum over [N] tokens of `token_loss(logps, lse)`, a scalar: in one pass where the impl can."""
+    needs = _needs(problem)
+    with torch.no_grad():
+        made = paths.one_pass(problem, token_loss, needs) if any(needs) else None
+    if made is None:
+        out = token_logps(paths, problem)
+        assert out.lse is not None  # ops always asks for it here
+        return token_loss(out.logps, out.lse)[0].sum()
+    return _Ready.apply(problem.hidden, problem.weight, problem.bias, paths, *made)
+
+
+def loss_and_grads(paths: Paths, problem: Problem, token_loss: TokenLoss, needs: Needs) -> tuple[Tensor, Grads]:
+    """What `token_loss_sum` gives, and its gradients, without autograd around it."""
+    with torch.no_grad():
+        made = paths.one_pass(problem, token_loss, needs) if any(needs) else None
+        if made is not None:
+            return made
+        sums, _ = paths.sweep(problem, keep_jacobian=False)
+        loss, grads = grads_of_token_loss(sums, slice(None), token_loss, problem.result_dtype)
+        return loss, paths.two_pass_grads(problem, grads, needs) if any(needs) else (None, None, None)
+
+
+def forward(paths: Paths, problem: Problem, needs: Needs) -> tuple[TokenLogps, State]:
+    """The results, and a kept Jacobian where only hidden needs a gradient, else what two passes need."""
+    sums, jacobian = paths.sweep(problem, keep_jacobian=needs == (True, False, False))
+    out = sums.results(problem)
+    if jacobian is not None and out.entropy is None and out.lse is None:
+        return out, State(jacobian, None, None, None)
+    # A kept Jacobian answers for logps alone: gradients of entropy and lse, if there are any, call for more.
+    return out, State(jacobian, sums.max, sums.log_e(), sums.entropy() if out.entropy is not None else None)
+
+
+def backward(
+    paths: Paths,
+    problem: Problem,
+    state: State,
+    needs: Needs,
+    d_logps: Tensor | None,
+    d_entropy: Tensor | None = None,
+    d_lse: Tensor | None = None,
+) -> Grads:
+    """The gradients of `forward` by hidden, weight and bias; those given are [N], None where zero."""
+    d_hidden = None
+    if state.jacobian is not None and d_logps is not None:
+        rows, scale = state.jacobian
+        by = d_logps if scale is None else d_logps * scale
+        d_hidden = torch.mul(rows, by[:, None], out=torch.empty_like(rows, dtype=problem.hidden.dtype))
+        d_logps = None
+    if d_logps is None and d_entropy is None and d_lse is None:
+        return d_hidden, None, None
+    assert state.max is not None
+    assert state.log_e is not None
+    dtype = problem.logit_dtype
+    grads = TokenGrads(
+        max=state.max,
+        log_e=state.log_e,
+        logps=torch.zeros_like(state.log_e) if d_logps is None else d_logps.to(dtype),
+        lse=None if d_lse is None else d_lse.to(dtype),
+        entropy=None if d_entropy is None or state.entropy is None else (d_entropy.to(dtype), state.entropy),
+    )
+    more, d_weight, d_bias = paths.two_pass_grads(problem, grads, needs)
+    return more if d_hidden is None or more is None else d_hidden.add_(more), d_weight, d_bias
+
+
+class _TokenLogps(torch.autograd.Function):
+    """`TokenLogps` as a tuple."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, paths: Paths, problem: Problem
+    ) -> tuple[Tensor | None, ...]:
+        ctx.set_materialize_grads(False)
+        out, state = forward(paths, problem, ctx.needs_input_grad[:3])
+        ctx.mark_non_differentiable(*(x for x in out[3:] if x is not None))
+        ctx.paths, ctx.problem = paths, _without_tensors(problem)
+        # A backward that only scales a kept Jacobian holds on to neither hidden states nor head.
+        inputs: tuple[Tensor | None, ...] = (hidden.new_empty(0), None, None, None)
+        if state.max is not None:
+            inputs = (hidden, weight, bias, problem.targets)
+        ctx.save_for_backward(*inputs, *(state.jacobian or (None, None)), *state[1:])
+        return tuple(out)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_logps: Tensor | None, d_entropy: Tensor | None, d_lse: Tensor | None, *_: None) -> tuple:
+        *tensors, rows, scale, maximum, log_e, entropy = ctx.saved_tensors
+        problem = _with_tensors(ctx.problem, *tensors)
+        state = State(None if rows is None else Jacobian(rows, scale), maximum, log_e, entropy)
+        with torch.autocast(problem.hidden.device.type, enabled=False):
+            grads = backward(ctx.paths, problem, state, ctx.needs_input_grad[:3], d_logps, d_entropy, d_lse)
+        return *grads, None, None
+
+
+class _Ready(torch.autograd.Function):
+    """A scalar whose gradients exist already; the backward scales them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        paths: Paths,
+        loss: Tensor,
+        grads: Grads,
+    ) -> Tensor:
+        ctx.paths = paths
+        ctx.save_for_backward(*grads)
+        return loss.view_as(loss)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple:
+        # In place, since a second copy of the head's gradient could be the memory peak; not where the graph is kept for
+        # another backward, which will need the gradients unscaled.
+        kept, scale_ = _graph_is_kept(), ctx.paths.scale_
+        scaled = [g if g is None else g * upstream if kept else scale_(g, upstream) for g in ctx.saved_tensors]
+        return *scaled, None, None, None
+
+
+def _needs(problem: Problem) -> Needs:
+    tensors = (problem.hidden, problem.weight, problem.bias)
+    on = torch.is_grad_enabled()
+    return tuple(on and x is not None and x.requires_grad for x in tensors)  # type: ignore[return-value]
+
+
+def _graph_is_kept() -> bool:
+    """Whether the backward that is running keeps the graph for another one; True where PyTorch does not tell."""
+    ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return ask is None or ask()
+
+
+def _without_tensors(problem: Problem) -> Problem:
+    """What ctx may hold: tensors go through save_for_backward."""
+    return replace(problem, hidden=None, weight=None, bias=None, targets=None)  # type: ignore[arg-type]
+
+
+def _with_tensors(problem: Problem, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Problem:
+    """The problem whose tensors were taken out."""
+    return replace(problem, hidden=hidden, weight=weight, bias=bias, targets=targets)
+
+
+assert TokenLogps._fields[1:] == OUTPUTS  # the autograd function returns them in this order

@@ -1,0 +1,478 @@
+"""Our own kernels for NVIDIA GPUs: blocks of logits live in registers, products of whole tiles are the library's.
+
+Costs in units of U = 2*N*D*V FLOPs, one product of all hidden states with the head:
+
+* no gradient: each block of logits is folded into softmax sums where it is made, 1U and no tile in memory;
+* frozen head: the same kernel also writes p / p_target of a tile, whose product with the head sums up to J = d logps /
+  d hidden; the backward is `grad[:, None] * J`, 2U in all;
+* a sum over tokens (`token_loss_sum`): the first sweep keeps e = exp(logit - max) of as many tokens as there is room
+  for, in the memory of the head's gradient until that is written, and in the workspace. The others' logits are made
+  again: between 3U and 4U;
+* anything else: the backward makes the tiles again, vocabulary-major, and writes each tile of dW once, 4U.
+
+Logits and their sums are fp32. What enters a product is in the operand dtype; fp32 products are the library's. The sum
+of dH over the vocabulary, `[N, D]` in fp32, is part of the workspace, and is made even where it fills all of it.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from fusedalign.impls import autograd
+from fusedalign.impls.autograd import Grads, Jacobian, Needs
+from fusedalign.impls.rows import RowSums, TokenGrads, fit_half, grads_of_token_loss, times
+from fusedalign.impls.triton.launch import (
+    INTERPRETED,
+    KEPT_ONE,
+    BlockSums,
+    Tile,
+    blocks_for,
+    half_block,
+    kept_logit_grads,
+    logit_grads,
+    scale_,
+    target_logits,
+    target_rows,
+)
+from fusedalign.problem import DEFAULT_WORKSPACE, Problem, TokenLogps, TokenLoss
+
+__all__ = [
+    "ABOUT",
+    "INTERPRETED",
+    "one_pass",
+    "scale_",
+    "supports",
+    "sweep",
+    "token_logps",
+    "token_loss_sum",
+    "two_pass_grads",
+    "unavailable",
+]
+
+ABOUT = "our Triton kernels, exact; NVIDIA GPUs from Ampere on"
+
+#: J is summed with weights p / p_target; where log p_target is below this they might leave the range of bf16 and fp32.
+_LEAST_LOGP = -60.0
+
+
+def unavailable() -> str | None:
+    """None, or why this impl cannot run on this machine."""
+    if INTERPRETED or torch.cuda.is_available():
+        return None
+    return "it needs a CUDA device, and this machine has none"
+
+
+def supports(problem: Problem) -> str | None:
+    """None, or why this impl cannot serve `problem`."""
+    if problem.filter_eps is not None:
+        return "its gradients are always dense (filter_eps must be None)"
+    if problem.operand_dtype == torch.float64 or problem.hidden.dtype == torch.float64:
+        return "it computes in float32, bfloat16 and float16, not in float64"
+    device = problem.hidden.device
+    if INTERPRETED:
+        return None
+    if device.type != "cuda":
+        return f"it needs a CUDA device, got {device}"
+    if not torch.version.hip and torch.cuda.get_device_capability(device) < (8, 0):
+        return f"it needs compute capability 8.0 or later, got {torch.cuda.get_device_capability(device)}"
+    return None
+
+
+def token_logps(problem: Problem) -> TokenLogps:
+    """`TokenLogps` of [N] tokens, by the cheapest of the paths above that gives the gradients which are needed."""
+    with _on_device(problem):
+        return autograd.token_logps(sys.modules[__name__], problem)
+
+
+def token_loss_sum(problem: Problem, token_loss: TokenLoss) -> Tensor:
+    """Sum over [N] tokens of `token_loss(logps, lse)`, a scalar, and its gradients at once."""
+    with _on_device(problem):
+        return autograd.token_loss_sum(sys.modules[__name__], problem, token_loss)
+
+
+def _on_device(problem: Problem) -> torch.cuda.device:
+    """Triton launches on the current device, which need not be that of the tensors."""
+    return torch.cuda.device_of(problem.hidden)
+
+
+# -------------------------------------------------------------------------------------------------------------- forward
+
+
+def sweep(problem: Problem, *, keep_jacobian: bool) -> tuple[RowSums, Jacobian | None]:
+    """The softmax sums of all tokens and, if asked for, d logps / d hidden."""
+    rows = RowSums(problem)
+    if not keep_jacobian:
+        _fold_all(problem, rows)
+        return rows, None
+    if problem.operand_dtype != torch.float16:  # whose range is too small for weights relative to the target's
+        jacobian = Jacobian.empty(problem)
+        for tokens, rows_of_head in _rows_of_head(problem, rows):
+            ones = torch.ones_like(rows.max[tokens])
+            scale = None if jacobian.scale is None else jacobian.scale[tokens]
+            rows_of_head.combine(ones, -ones, jacobian.rows[tokens], scale)
+            del rows_of_head
+        if not (rows.logps() < _LEAST_LOGP).any():
+            return rows, jacobian
+        del jacobian
+    else:
+        _fold_all(problem, rows)
+    # What `two_pass_grads` gives for an upstream gradient of 1, once in fp32.
+    grads = TokenGrads(rows.max, rows.log_e(), torch.ones_like(rows.max))
+    wide, _, _ = two_pass_grads(problem, grads, (True, False, False), round_hidden=False)
+    assert wide is not None
+    jacobian = Jacobian.empty(problem)
+    jacobian.write(slice(None), wide)
+    return rows, jacobian
+
+
+def _fold_all(problem: Problem, rows: RowSums) -> None:
+    plan = _plan(problem)
+    for tokens in plan.token_tiles(problem):
+        hidden = _operand(problem.hidden[tokens], problem)
+        for vocab in plan.vocab_tiles(problem):
+            weight = _operand(problem.weight[vocab], problem)
+            sums = BlockSums(problem, len(hidden), len(weight))
+            sums.add(Tile(problem, hidden, weight, tokens, vocab), rows)
+            sums.fold(rows, tokens)
+
+
+@dataclass(frozen=True)
+class _RowsOfHead:
+    """weight[target] and softmax @ weight of some tokens, each with the softcap's slope."""
+
+    problem: Problem
+    tokens: slice
+    slope: Tensor | None
+    total: Tensor
+    """[n, D] fp32: sum of weights p / p_target, times rows of the head"""
+    p_target: Tensor
+
+    def combine(self, of_target: Tensor, of_mean: Tensor, out: Tensor, scale: Tensor | None = None) -> None:
+        """`out = (of_target * weight[target] + of_mean * softmax @ weight) * scale / temperature`; factors are [n].
+
+        `scale` [n], if given, receives the power of 2 by which each row of `out` has been divided.
+        """
+        p = self.problem
+        factor = p.scale / p.temperature
+        of_target = of_target * factor if self.slope is None else of_target * self.slope * factor
+        of_total = of_mean * self.p_target * factor
+        target_rows(self.total, p.weight, p.targets[self.tokens], of_target, of_total, out, scale, p.operand_dtype)
+
+
+def _rows_of_head(problem: Problem, rows: RowSums) -> Iterator[tuple[slice, _RowsOfHead]]:
+    """For some tokens after others; `rows` holds their sums by then.
+
+    The sum of weights p / p_target is wrong, or not finite, where log p_target < _LEAST_LOGP.
+    """
+    d, v = problem.hidden.shape[1], problem.weight.shape[0]
+    plan = _plan(problem, token_bytes=4 * d + _block_bytes(problem, v), logit_bytes=problem.operand_dtype.itemsize)
+    for tokens in plan.token_tiles(problem):
+        hidden, targets = _operand(problem.hidden[tokens], problem), problem.targets[tokens]
+        reference = _final_logits(problem, target_logits(hidden, problem.weight, targets), targets)
+        total = hidden.new_zeros(hidden.shape, dtype=torch.float32)
+        memory = hidden.new_empty((len(hidden), plan.vocab))
+        sums = BlockSums(problem, len(hidden), v)
+        for vocab in plan.vocab_tiles(problem):
+            weight = _operand(problem.weight[vocab], problem)
+            kept = memory[:, : len(weight)]
+            tile = Tile(problem, hidden, weight, tokens, vocab)
+            sums.add(tile, rows, start=vocab.start, kept=kept, reference=reference)
+            _add_product(total, kept, weight)
+        sums.fold(rows, tokens)
+        del sums
+        del memory
+        p_target = (reference - rows.max[tokens]).exp() / rows.e[tokens]
+        yield tokens, _RowsOfHead(problem, tokens, _slope(problem, rows.target[tokens]), total, p_target)
+        del total  # before the next tokens' is made
+
+
+def _final_logits(problem: Problem, z: Tensor, columns: Tensor) -> Tensor:
+    """From raw products with some columns of the head; all [n]."""
+    if problem.bias is not None:
+        z = z + problem.bias[columns]
+    z = z * problem.scale
+    if problem.softcap is not None:
+        z = problem.softcap * torch.tanh(z / problem.softcap)
+    return z / problem.temperature
+
+
+def _slope(problem: Problem, z: Tensor) -> Tensor | None:
+    """(d final logit / d raw logit) / (scale / temperature), from final logits; None where it is 1."""
+    if problem.softcap is None:
+        return None
+    return 1 - (z * (problem.temperature / problem.softcap)).square()
+
+
+# ------------------------------------------------------------------------------------------------------------ gradients
+
+
+def two_pass_grads(problem: Problem, grads: TokenGrads, needs: Needs, *, round_hidden: bool = True) -> Grads:
+    """Gradients of hidden, weight, bias (None where not needed); each tile of dW is made in full and written once.
+
+    That of hidden comes in its dtype or, with round_hidden=False, in fp32.
+    """
+    grads, undo = fit_half(problem, grads)
+    sums = _GradSums(problem, needs, undo)
+    tokens, hidden = slice(0, len(problem.hidden)), _operand(problem.hidden, problem)
+    for vocab in sums.plan.vocab_tiles(problem):
+        weight = _operand(problem.weight[vocab], problem)
+        grad = sums.tile[:, : len(weight)]
+        d_bias = logit_grads(Tile(problem, hidden, weight, tokens, vocab), grads, grad, d_bias=needs[2])
+        sums.add(vocab, grad, hidden, weight, d_bias)
+    return sums.results(round_hidden=round_hidden)
+
+
+def one_pass(problem: Problem, token_loss: TokenLoss, needs: Needs) -> tuple[Tensor, Grads] | None:
+    """The summed loss, and its gradients by hidden, weight and bias (None where not needed)."""
+    problem = replace(problem, outputs=frozenset())
+    if needs[1]:
+        return _one_pass_with_head(problem, token_loss, needs)
+    if needs[2] or problem.operand_dtype == torch.float16:
+        return None
+    rows, d_hidden = RowSums(problem), torch.empty_like(problem.hidden, memory_format=torch.contiguous_format)
+    loss = d_hidden.new_zeros((), dtype=problem.result_dtype)
+    for tokens, rows_of_head in _rows_of_head(problem, rows):
+        chunk_loss, grads = grads_of_token_loss(rows, tokens, token_loss, problem.result_dtype)
+        loss += chunk_loss
+        of_p = -grads.logps if grads.lse is None else grads.lse - grads.logps
+        rows_of_head.combine(grads.logps, of_p, d_hidden[tokens])
+        del rows_of_head
+    return None if (rows.logps() < _LEAST_LOGP).any() else (loss, (d_hidden, None, None))
+
+
+def _one_pass_with_head(problem: Problem, token_loss: TokenLoss, needs: Needs) -> tuple[Tensor, Grads]:
+    rows, everything = RowSums(problem), slice(0, len(problem.hidden))
+    hidden = _operand(problem.hidden, problem)
+    plan = _GradSums.plan_for(problem, needs)
+    d_weight = torch.empty_like(problem.weight, memory_format=torch.contiguous_format)
+    stores = _stores(problem, plan, d_weight)
+    for store in stores:
+        store.sweep(problem, hidden[store.tokens], rows)
+    loss, grads = grads_of_token_loss(rows, everything, token_loss, problem.result_dtype)
+    grads, undo = fit_half(problem, grads)
+    for store in stores:
+        store.prepare(problem, rows, grads)
+
+    sums = _GradSums(problem, needs, undo, d_weight)
+    for vocab in plan.vocab_tiles(problem):
+        weight = _operand(problem.weight[vocab], problem)
+        grad = sums.tile[:, : len(weight)]
+        d_bias = weight.new_zeros(len(weight), dtype=torch.float32) if needs[2] else None
+        for store in stores:
+            tile = Tile(problem, hidden[store.tokens], weight, store.tokens, vocab)
+            part = store.logit_grads(tile, grads, grad[store.tokens], d_bias=needs[2])
+            if d_bias is not None and part is not None:
+                d_bias += part
+        sums.add(vocab, grad, hidden, weight, d_bias)
+    return loss, sums.results()
+
+
+@dataclass
+class _Store:
+    """Some tokens of the one-pass path, and where their e is kept from the sweep to the gradients; perhaps nowhere."""
+
+    tokens: slice
+    span: int
+    """vocabulary columns of a tile of the sweep; those of a tile of the gradients where e is kept"""
+    memory: Tensor | None = None
+    """flat: for each tile room for `height` rows of its width"""
+    height: int = 0
+    of_e: Tensor | None = None
+    """[halves of blocks of columns, n]: the largest logits, later what e is multiplied with"""
+    of_target: Tensor | None = None
+    """[n]: what is added at the targets"""
+
+    def sweep(self, problem: Problem, hidden: Tensor, rows: RowSums) -> None:
+        """Make these tokens' sums, and keep their e."""
+        n, v, half = len(hidden), problem.weight.shape[0], half_block(hidden.device)
+        sums = BlockSums(problem, n, v)
+        if self.memory is not None:
+            self.of_e = hidden.new_empty((2 * sums.count, n), dtype=torch.float32)
+        for vocab in _tiles(v, self.span):
+            tile = Tile(problem, hidden, _operand(problem.weight[vocab], problem), self.tokens, vocab)
+            kept, kept_max = None, None
+            if self.of_e is not None:
+                kept, kept_max = self._kept(tile), self.of_e[vocab.start // half :]
+            sums.add(tile, rows, start=vocab.start, kept=kept, kept_max=kept_max)
+        sums.fold(rows, self.tokens)
+
+    def prepare(self, problem: Problem, rows: RowSums, grads: TokenGrads) -> None:
+        """With p = e * exp(its max - lse), d loss / d logit is of_p * p, and d loss / d logps more at the target."""
+        if self.of_e is None:
+            return
+        grads, factor = grads.rows(self.tokens), problem.scale / problem.temperature
+        of_p = -grads.logps if grads.lse is None else grads.lse - grads.logps
+        self.of_e.sub_(grads.max).sub_(grads.log_e).exp_().mul_(of_p * (factor / KEPT_ONE))
+        slope = _slope(problem, rows.target[self.tokens])
+        self.of_target = grads.logps * factor if slope is None else grads.logps * slope * factor
+
+    def logit_grads(self, tile: Tile, grads: TokenGrads, out: Tensor, *, d_bias: bool) -> Tensor | None:
+        """The gradient of a tile's logits; what was kept of the tile may be overwritten then."""
+        if self.of_e is None:
+            return logit_grads(tile, grads.rows(self.tokens), out, d_bias=d_bias)
+        assert self.of_target is not None
+        of_e = self.of_e[tile.vocab.start // half_block(out.device) :]
+        return kept_logit_grads(tile, self._kept(tile), of_e, self.of_target, out, d_bias=d_bias)
+
+    def _kept(self, tile: Tile) -> Tensor:
+        assert self.memory is not None
+        return self.memory[tile.vocab.start * self.height :][: tile.n * tile.v].view(tile.n, tile.v)
+
+
+def _stores(problem: Problem, plan: _Plan, d_weight: Tensor) -> list[_Store]:
+    """All tokens: the first in the memory of dW, as many more as the workspace has room for, the others nowhere.
+
+    e is kept as fp16 (2**-12 of rounding, below that of the gradient's operands), as fp32 where operands are.
+    """
+    n, v = len(problem.hidden), problem.weight.shape[0]
+    dtype = torch.float16 if problem.operand_dtype.itemsize == 2 else torch.float32
+    flat = d_weight.view(-1).view(dtype)
+    height = flat.numel() // v
+    # Tokens that are not kept need no tile in memory, except for copies in the operand dtype and products in fp32.
+    tiled = (
+        dtype == torch.float32 or problem.weight.dtype != problem.operand_dtype or not problem.weight.is_contiguous()
+    )
+    span = plan.vocab if tiled else v
+    block_bytes = 2 * _block_bytes(problem, v)  # while they are swept; then half of it for the largest logits of e
+    first = min(n, height)
+    more = max(0, min(n - first, (plan.left - n * block_bytes) // (v * dtype.itemsize)))
+    if more < n // 8:  # too few rows to fill the GPU
+        more = 0
+    stores = [_Store(slice(0, first), plan.vocab, flat, height)]
+    if more:
+        stores.append(_Store(slice(first, first + more), plan.vocab, flat.new_empty(more * v), more))
+    if first + more < n:
+        stores.append(_Store(slice(first + more, n), span))
+    return stores
+
+
+class _GradSums:
+    """dH, dW and db, made from the gradients of the logits tile after tile of the vocabulary."""
+
+    def __init__(self, problem: Problem, needs: Needs, undo: Tensor | None, d_weight: Tensor | None = None) -> None:
+        needs_hidden, needs_weight, needs_bias = needs
+        hidden, weight = problem.hidden, problem.weight
+        self.plan, self.undo, self.dtype = self.plan_for(problem, needs), undo, hidden.dtype
+        self.tile = hidden.new_empty((len(hidden), self.plan.vocab), dtype=problem.operand_dtype)
+        self.d_hidden = torch.zeros_like(hidden, dtype=torch.float32) if needs_hidden else None
+        if needs_weight and d_weight is None:
+            d_weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
+        self.d_weight = d_weight
+        self.d_bias = torch.empty_like(problem.bias) if needs_bias and problem.bias is not None else None
+
+    @staticmethod
+    def plan_for(problem: Problem, needs: Needs) -> _Plan:
+        n, d = problem.hidden.shape
+        item = problem.operand_dtype.itemsize
+        through_fp32 = needs[1] and (problem.operand_dtype == torch.float16 or problem.weight.dtype.itemsize < item)
+        return _plan(
+            problem, fixed=4 * n * d if needs[0] else 0, column_bytes=4 * d if through_fp32 else 0, logit_bytes=item
+        )
+
+    def add(self, vocab: slice, grad: Tensor, hidden: Tensor, weight: Tensor, d_bias: Tensor | None) -> None:
+        """Add the part of a tile: `grad` [N, v] and `weight` [v, D] in the operand dtype, `d_bias` [v] fp32."""
+        if self.d_hidden is not None:
+            _add_product(self.d_hidden, grad, weight)
+        if self.d_weight is not None:
+            _write_product(self.d_weight[vocab], grad.t(), hidden, self.undo)
+        if self.d_bias is not None and d_bias is not None:
+            self.d_bias[vocab] = times(d_bias, self.undo)
+
+    def results(self, *, round_hidden: bool = True) -> Grads:
+        """Gradients of hidden, weight and bias."""
+        d_hidden = None if self.d_hidden is None else times(self.d_hidden, self.undo)
+        if d_hidden is not None and round_hidden:
+            d_hidden = d_hidden.to(self.dtype)
+        return d_hidden, self.d_weight, self.d_bias
+
+
+# --------------------------------------------------------------------------------------------------- tiles and products
+
+
+@dataclass(frozen=True)
+class _Plan:
+    tokens: int
+    """tokens a tile"""
+    vocab: int
+    """vocabulary columns a tile, whole blocks of the kernels"""
+    left: int
+    """bytes of the workspace that no tile takes"""
+
+    def token_tiles(self, problem: Problem) -> Iterator[slice]:
+        return _tiles(problem.hidden.shape[0], self.tokens)
+
+    def vocab_tiles(self, problem: Problem) -> Iterator[slice]:
+        return _tiles(problem.weight.shape[0], self.vocab)
+
+
+def _tiles(size: int, step: int) -> Iterator[slice]:
+    return (slice(start, min(start + step, size)) for start in range(0, size, step))
+
+
+def _plan(
+    problem: Problem, *, fixed: int = 0, token_bytes: int = 0, column_bytes: int = 0, logit_bytes: int = 0
+) -> _Plan:
+    """Tiles for a workspace of which `fixed` bytes are taken, and each token, column and logit of a tile takes so many.
+
+    The kernels' block sums, the fp32 products and copies of the head's tiles are counted here. At least a quarter of
+    the workspace goes to the tiles, even where what is fixed leaves less.
+    """
+    (n, d), v = problem.hidden.shape, problem.weight.shape[0]
+    wish, item = problem.tiling, problem.operand_dtype.itemsize
+    total = wish.workspace or DEFAULT_WORKSPACE
+    block_v = blocks_for(problem.hidden.device).v
+    budget = max(total - fixed, total // 4)
+    if problem.weight.dtype != problem.operand_dtype or not problem.weight.is_contiguous():
+        column_bytes += d * item
+    each = logit_bytes + (4 if item == 4 else 0) + 4 * (3 + len(problem.outputs)) / block_v
+    tokens = wish.token_chunk or (budget * 3 // (4 * token_bytes) if token_bytes else n)
+    if wish.token_chunk is None:  # leave room for at least 4 blocks of columns
+        tokens = min(tokens, int(budget / (token_bytes + 4 * block_v * each)))
+    tokens = max(1, min(tokens, n))
+    if wish.token_chunk is None:
+        tokens = max(1, math.ceil(n / math.ceil(n / tokens))) if n else 1
+    columns = wish.vocab_chunk or int((budget - tokens * token_bytes) / (tokens * each + column_bytes))
+    # Stored tiles need not be larger than what keeps a GPU busy; they pass through its cache.
+    most = v if not logit_bytes or wish.vocab_chunk else min(v, max(8192, 2**26 // tokens))
+    columns = max(1, min(columns, most))
+    equal = math.ceil(v / math.ceil(v / columns))
+    columns = math.ceil(equal / block_v) * block_v
+    taken = tokens * token_bytes + columns * (tokens * each + column_bytes)
+    return _Plan(tokens, columns, int(total - fixed - taken))
+
+
+def _block_bytes(problem: Problem, v: int) -> int:
+    """What `BlockSums` take for each token."""
+    return 4 * (2 + len(problem.outputs)) * -(-v // blocks_for(problem.hidden.device).v)
+
+
+def _operand(x: Tensor, problem: Problem) -> Tensor:
+    """A tile as it enters a product: in the operand dtype, rows contiguous."""
+    x = x.to(problem.operand_dtype)
+    return x if x.stride(1) == 1 and x.stride(0) >= x.shape[1] else x.contiguous()
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """`total += a @ b` in fp32, in the product's own epilogue."""
+    if a.dtype.itemsize == 4:
+        torch.addmm(total, a, b, out=total)
+    elif a.is_cuda:
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    else:
+        total += a.float() @ b.float()
+
+
+def _write_product(out: Tensor, a: Tensor, b: Tensor, factor: Tensor | None) -> None:
+    """`out = a @ b * factor`, summed in fp32 and rounded once."""
+    if out.dtype == a.dtype and (a.dtype == torch.float32 or (a.dtype == torch.bfloat16 and a.is_cuda)):
+        torch.mm(a, b, out=out)
+    else:
+        half = a.dtype.itemsize == 2
+        product = torch.mm(a, b, out_dtype=torch.float32) if half and a.is_cuda else torch.mm(a.float(), b.float())
+        out.copy_(times(product, factor))

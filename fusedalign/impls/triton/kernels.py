@@ -1,0 +1,613 @@
+"""Device code: blocks of logits in registers, and what becomes of them. `launch.py` calls these kernels.
+
+Every kernel works on `[BLOCK_N, BLOCK_V]` blocks, tokens by vocabulary columns. A block of logits is a product that the
+kernel makes itself (half-precision operands, fp32 sums, through tensor descriptors where the GPU has them), or is read
+from a tile that a library's product has written (`SOURCE`). The order of every sum is fixed, so two runs agree bitwise.
+
+Names: z final logits, e = exp(z - the row's largest z in this half of a block), rows and cols positions in the operands
+of this call.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+#: fp16 keeps e = 1 as 2**15, so that 1.8e-12 of the row's largest value is still not zero.
+KEPT_ONE = tl.constexpr(32768.0)
+#: Stands in for -inf in a difference whose exp() must be 0 and whose product with 0 must be 0.
+LOG_ZERO = tl.constexpr(-1e4)
+
+
+@triton.jit
+def _exp(x):
+    return tl.exp2(x * LOG2E)
+
+
+@triton.jit
+def _tanh(x, EXACT: tl.constexpr):
+    """The exponential form cancels near 0 (6e-8 absolute); EXACT: to fp32 rounding, by its series there."""
+    t = 1.0 - 2.0 / (_exp(2.0 * x) + 1.0)
+    if EXACT:
+        s = x * x
+        series = x * (1.0 + s * (-0.33333334 + s * (0.13333334 + s * (-0.053968254 + s * 0.021869488))))
+        t = tl.where(s < 0.09, series, t)
+    return t
+
+
+@triton.jit
+def _block_of(index, n, v, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, GROUP: tl.constexpr):
+    """Row and column of the index-th block: GROUP rows of blocks at a time, so that operands are found in the L2."""
+    rows, cols = tl.cdiv(n, BLOCK_N), tl.cdiv(v, BLOCK_V)
+    group = index // (GROUP * cols)
+    first = group * GROUP
+    height = min(rows - first, GROUP)
+    inside = index % (GROUP * cols)
+    return first + inside % height, inside // height
+
+
+@triton.jit
+def _raw_logits(
+    hidden,
+    weight,
+    block_n,
+    block_v,
+    n,
+    v,
+    d,
+    hidden_stride,
+    weight_stride,
+    SOURCE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """The left and the right half of a block of hidden @ weight.T, in fp32; anything beyond n and v.
+
+    In halves, because what is then done with each takes registers and, to be stored, shared memory.
+    SOURCE "memory": `hidden` is a tile of raw logits that a library's product has made.
+    """
+    rows = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    cols = block_v * BLOCK_V + tl.arange(0, BLOCK_V)
+    if SOURCE == "memory":
+        at = rows.to(tl.int64)[:, None] * hidden_stride + cols[None, :]
+        z = tl.load(hidden + at, mask=(rows < n)[:, None] & (cols < v)[None, :], other=0.0)
+    else:
+        z = tl.zeros((BLOCK_N, BLOCK_V), dtype=tl.float32)
+        if SOURCE == "descriptor":
+            for k in range(0, d, BLOCK_D):
+                a = hidden.load([block_n * BLOCK_N, k])
+                b = weight.load([block_v * BLOCK_V, k])
+                z = tl.dot(a, b.T, z)
+        else:
+            ks = tl.arange(0, BLOCK_D)
+            # Rows beyond the end read the last one: what they give is masked or never stored.
+            a_rows = tl.minimum(rows, n - 1).to(tl.int64)[:, None] * hidden_stride
+            b_rows = tl.minimum(cols, v - 1).to(tl.int64)[:, None] * weight_stride
+            for k in range(0, d, BLOCK_D):
+                in_d = (ks < d - k)[None, :]
+                a = tl.load(hidden + a_rows + (k + ks)[None, :], mask=in_d, other=0.0)
+                b = tl.load(weight + b_rows + (k + ks)[None, :], mask=in_d, other=0.0)
+                z = tl.dot(a, b.T, z)
+    return tl.split(tl.permute(tl.reshape(z, (BLOCK_N, 2, BLOCK_V // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def _final_logits(
+    z, bias, cols, v, before, after, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, EXACT: tl.constexpr
+):
+    """after * tanh(before * (raw + bias)), or before * (raw + bias) without softcap."""
+    if HAS_BIAS:
+        z += tl.load(bias + cols, mask=cols < v, other=0.0).to(tl.float32)[None, :]
+    z *= before
+    if HAS_SOFTCAP:
+        z = after * _tanh(z, EXACT)
+    return z
+
+
+@triton.jit
+def _slope(z, after):
+    """1 - tanh**2, from final logits."""
+    t = z * (1.0 / after)
+    return 1.0 - t * t
+
+
+@triton.jit
+def _store(out, x, row, col, n, v, stride, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, DESCRIPTOR: tl.constexpr):
+    """A [HEIGHT, WIDTH] block into its place in [n, v], whose rows are `stride` apart."""
+    if DESCRIPTOR:
+        out.store([row, col], x.to(out.dtype))
+    else:
+        rows, cols = tl.arange(0, HEIGHT), tl.arange(0, WIDTH)
+        first = out + row.to(tl.int64) * stride + col
+        mask = (rows < n - row)[:, None] & (cols < v - col)[None, :]
+        tl.store(first + rows[:, None] * stride + cols[None, :], x.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _half_sums(z, cols, v, target, ENTROPY: tl.constexpr, SQUARES: tl.constexpr, MEAN: tl.constexpr, TOP: tl.constexpr):
+    """Of the final logits z of half a block: e, and of each row the largest z, the sums, its column, the target's z."""
+    inside = (cols < v)[None, :]
+    of_target = tl.sum(tl.where(cols[None, :] == target[:, None], z, 0.0), 1)
+    logit = of_target
+    if MEAN:
+        logit = tl.sum(tl.where(inside, z, 0.0), 1)
+    z = tl.where(inside, z, -float("inf"))
+    top = target
+    if TOP:
+        m, top = tl.max(z, 1, return_indices=True, return_indices_tie_break_left=True)
+        top += tl.min(cols, 0)
+    else:
+        m = tl.max(z, 1)
+    # Where all is -inf, any finite reference gives e = 0; the difference of two infinities would give NaN.
+    log_e = z - tl.where(m == -float("inf"), 0.0, m)[:, None]
+    e = _exp(log_e)
+    total = tl.sum(e, 1)
+    e_log_e, e_sq = total, total
+    if ENTROPY:
+        e_log_e = tl.sum(e * tl.where(log_e == -float("inf"), LOG_ZERO, log_e), 1)
+    if SQUARES:
+        e_sq = tl.sum(e * e, 1)
+    return e, m, total, e_log_e, e_sq, logit, top, of_target
+
+
+@triton.jit
+def _keep(
+    kept,
+    e,
+    z,
+    m,
+    reference,
+    row,
+    col,
+    n,
+    v,
+    stride,
+    after,
+    HAS_SOFTCAP: tl.constexpr,
+    KEEP: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    DESCRIPTOR: tl.constexpr,
+):
+    """Store e * slope of half a block, by KEPT_ONE or by exp(m - reference)."""
+    if KEEP == "reference":
+        e *= _exp(m - reference)[:, None]
+    else:
+        e *= KEPT_ONE
+    if HAS_SOFTCAP:
+        e *= _slope(z, after)
+    _store(kept, e, row, col, n, v, stride, HEIGHT, WIDTH, DESCRIPTOR)
+
+
+@triton.jit(do_not_specialize=["n", "v_start"])
+def sums_kernel(
+    hidden,
+    weight,
+    bias,
+    targets,
+    target_logit,
+    block_max,
+    block_e,
+    block_e_log_e,
+    block_e_sq,
+    block_logit,
+    block_top,
+    kept,
+    kept_max,
+    reference,
+    n,
+    v,
+    d,
+    v_start,
+    hidden_stride,
+    weight_stride,
+    kept_stride,
+    before,
+    after,
+    PROGRAMS: tl.constexpr,
+    SOURCE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    SQUARES: tl.constexpr,
+    MEAN: tl.constexpr,
+    TOP: tl.constexpr,
+    KEEP: tl.constexpr,
+    KEPT_DESCRIPTOR: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    GROUP: tl.constexpr,
+    FLATTEN: tl.constexpr,
+):
+    """Softmax sums of each row of each block, [blocks of columns, n], and the targets' logits, [n].
+
+    KEEP "half": also e * slope * KEPT_ONE into `kept`, [n, v] with rows kept_stride apart, in its dtype, and the
+    largest z by which e is into kept_max, [halves of blocks of columns, n].
+    KEEP "reference": also exp(z - reference) * slope into `kept`.
+    """
+    HALF: tl.constexpr = BLOCK_V // 2
+    EXACT: tl.constexpr = SOURCE == "memory"
+    blocks = tl.cdiv(n, BLOCK_N) * tl.cdiv(v, BLOCK_V)
+    for index in tl.range(tl.program_id(0), blocks, PROGRAMS, flatten=FLATTEN):
+        block_n, block_v = _block_of(index, n, v, BLOCK_N, BLOCK_V, GROUP)
+        z0, z1 = _raw_logits(
+            hidden,
+            weight,
+            block_n,
+            block_v,
+            n,
+            v,
+            d,
+            hidden_stride,
+            weight_stride,
+            SOURCE,
+            BLOCK_N,
+            BLOCK_V,
+            BLOCK_D,
+        )
+        row, col = block_n * BLOCK_N, block_v * BLOCK_V
+        rows = row + tl.arange(0, BLOCK_N)
+        cols0 = col + tl.arange(0, HALF)
+        cols1 = cols0 + HALF
+        in_n = rows < n
+        target = (tl.load(targets + rows, mask=in_n, other=-1) - v_start).to(tl.int32)
+        r = tl.load(reference + rows, mask=in_n, other=0.0) if KEEP == "reference" else 0.0
+
+        z0 = _final_logits(z0, bias, cols0, v, before, after, HAS_BIAS, HAS_SOFTCAP, EXACT)
+        e0, m0, total0, e_log_e0, e_sq0, logit0, top0, of_target0 = _half_sums(
+            z0, cols0, v, target, ENTROPY, SQUARES, MEAN, TOP
+        )
+        if KEEP != "no":
+            _keep(
+                kept,
+                e0,
+                z0,
+                m0,
+                r,
+                row,
+                col,
+                n,
+                v,
+                kept_stride,
+                after,
+                HAS_SOFTCAP,
+                KEEP,
+                BLOCK_N,
+                HALF,
+                KEPT_DESCRIPTOR,
+            )
+        z1 = _final_logits(z1, bias, cols1, v, before, after, HAS_BIAS, HAS_SOFTCAP, EXACT)
+        e1, m1, total1, e_log_e1, e_sq1, logit1, top1, of_target1 = _half_sums(
+            z1, cols1, v, target, ENTROPY, SQUARES, MEAN, TOP
+        )
+        if KEEP != "no":
+            at = col + HALF
+            _keep(
+                kept,
+                e1,
+                z1,
+                m1,
+                r,
+                row,
+                at,
+                n,
+                v,
+                kept_stride,
+                after,
+                HAS_SOFTCAP,
+                KEEP,
+                BLOCK_N,
+                HALF,
+                KEPT_DESCRIPTOR,
+            )
+        if KEEP == "half":
+            at = 2 * block_v.to(tl.int64) * n + rows
+            tl.store(kept_max + at, m0, mask=in_n)
+            tl.store(kept_max + at + n, m1, mask=in_n)
+
+        here = (target >= col) & (target < min(v, col + BLOCK_V)) & in_n
+        tl.store(target_logit + rows, of_target0 + of_target1, mask=here)
+        m = tl.maximum(m0, m1)
+        finite = tl.where(m == -float("inf"), 0.0, m)
+        log0 = tl.maximum(m0 - finite, LOG_ZERO, propagate_nan=tl.PropagateNan.ALL)
+        log1 = tl.maximum(m1 - finite, LOG_ZERO, propagate_nan=tl.PropagateNan.ALL)
+        by0, by1 = _exp(log0), _exp(log1)
+        out = block_v.to(tl.int64) * n + rows
+        tl.store(block_max + out, m, mask=in_n)
+        tl.store(block_e + out, by0 * total0 + by1 * total1, mask=in_n)
+        if ENTROPY:
+            both = by0 * (e_log_e0 + log0 * total0) + by1 * (e_log_e1 + log1 * total1)
+            tl.store(block_e_log_e + out, both, mask=in_n)
+        if SQUARES:
+            tl.store(block_e_sq + out, by0 * by0 * e_sq0 + by1 * by1 * e_sq1, mask=in_n)
+        if MEAN:
+            tl.store(block_logit + out, logit0 + logit1, mask=in_n)
+        if TOP:
+            top = v_start + tl.where(m1 > m0, top1, top0)
+            tl.store(block_top + out, top.to(tl.int32), mask=in_n)
+
+
+@triton.jit(do_not_specialize=["n", "blocks"])
+def fold_kernel(
+    row_max,
+    row_e,
+    row_e_log_e,
+    row_e_sq,
+    row_logit,
+    row_top,
+    block_max,
+    block_e,
+    block_e_log_e,
+    block_e_sq,
+    block_logit,
+    block_top,
+    n,
+    blocks,
+    ENTROPY: tl.constexpr,
+    SQUARES: tl.constexpr,
+    MEAN: tl.constexpr,
+    TOP: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+):
+    """Fold the blocks' sums, [blocks, n], into the rows' sums, [n], in the order of the vocabulary."""
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    in_n = rows < n
+    m = tl.load(row_max + rows, mask=in_n, other=0.0)
+    e = tl.load(row_e + rows, mask=in_n, other=0.0)
+    if ENTROPY:
+        e_log_e = tl.load(row_e_log_e + rows, mask=in_n, other=0.0)
+    if SQUARES:
+        e_sq = tl.load(row_e_sq + rows, mask=in_n, other=0.0)
+    if MEAN:
+        logit = tl.load(row_logit + rows, mask=in_n, other=0.0)
+    if TOP:
+        top = tl.load(row_top + rows, mask=in_n, other=-1)
+    for start in range(0, blocks, BLOCK_B):
+        block = start + tl.arange(0, BLOCK_B)
+        mask = (block < blocks)[:, None] & in_n[None, :]
+        at = block.to(tl.int64)[:, None] * n + rows[None, :]
+        part_m = tl.load(block_max + at, mask=mask, other=-float("inf"))
+        part_e = tl.load(block_e + at, mask=mask, other=0.0)
+        here = tl.max(part_m, 0)
+        new = tl.maximum(m, here)
+        finite = tl.where(new == -float("inf"), 0.0, new)
+        log_part = tl.maximum(part_m - finite[None, :], LOG_ZERO, propagate_nan=tl.PropagateNan.ALL)
+        log_old = tl.maximum(m - finite, LOG_ZERO, propagate_nan=tl.PropagateNan.ALL)
+        by, by_old = _exp(log_part), _exp(log_old)
+        if ENTROPY:
+            part = tl.load(block_e_log_e + at, mask=mask, other=0.0)
+            # a sum of e log e moves to the new maximum before the sum of e does
+            moved = tl.sum(by * (part + log_part * part_e), 0)
+            e_log_e = by_old * (e_log_e + log_old * e) + moved
+        if SQUARES:
+            part = tl.load(block_e_sq + at, mask=mask, other=0.0)
+            e_sq = by_old * by_old * e_sq + tl.sum(by * by * part, 0)
+        if MEAN:
+            logit += tl.sum(tl.load(block_logit + at, mask=mask, other=0.0), 0)
+        if TOP:
+            part = tl.load(block_top + at, mask=mask, other=0)
+            first = tl.min(tl.where((part_m == here[None, :]) & mask, part, 2**31 - 1), 0)
+            top = tl.where(here > m, first.to(tl.int64), top)
+        e = by_old * e + tl.sum(by * part_e, 0)
+        m = new
+    tl.store(row_max + rows, m, mask=in_n)
+    tl.store(row_e + rows, e, mask=in_n)
+    if ENTROPY:
+        tl.store(row_e_log_e + rows, e_log_e, mask=in_n)
+    if SQUARES:
+        tl.store(row_e_sq + rows, e_sq, mask=in_n)
+    if MEAN:
+        tl.store(row_logit + rows, logit, mask=in_n)
+    if TOP:
+        tl.store(row_top + rows, top, mask=in_n)
+
+
+@triton.jit
+def _logit_grads(z, cols, target, m, log_e, of_p, of_target, of_entropy, ENTROPY: tl.constexpr):
+    """d loss / d final logits, of half a block."""
+    log_p = (z - m[:, None]) - log_e[:, None]
+    g = _exp(log_p)
+    if ENTROPY:
+        g *= of_p[:, None] - of_entropy[:, None] * tl.where(log_p == -float("inf"), LOG_ZERO, log_p)
+    else:
+        g *= of_p[:, None]
+    return tl.where(cols[None, :] == target[:, None], g + of_target[:, None], g)
+
+
+@triton.jit(do_not_specialize=["n", "v_start"])
+def grads_kernel(
+    hidden,
+    weight,
+    bias,
+    targets,
+    row_max,
+    row_log_e,
+    d_logps,
+    d_lse,
+    d_entropy,
+    row_entropy,
+    grad,
+    block_d_bias,
+    n,
+    v,
+    d,
+    v_start,
+    hidden_stride,
+    weight_stride,
+    grad_stride,
+    before,
+    after,
+    factor,
+    PROGRAMS: tl.constexpr,
+    SOURCE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    LSE: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    D_BIAS: tl.constexpr,
+    GRAD_DESCRIPTOR: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    GROUP: tl.constexpr,
+    FLATTEN: tl.constexpr,
+):
+    """d loss / d raw logits of a tile, [n, v] in the dtype of `grad`, and its sums over the rows of each block."""
+    HALF: tl.constexpr = BLOCK_V // 2
+    EXACT: tl.constexpr = SOURCE == "memory"
+    blocks = tl.cdiv(n, BLOCK_N) * tl.cdiv(v, BLOCK_V)
+    for index in tl.range(tl.program_id(0), blocks, PROGRAMS, flatten=FLATTEN):
+        block_n, block_v = _block_of(index, n, v, BLOCK_N, BLOCK_V, GROUP)
+        z0, z1 = _raw_logits(
+            hidden,
+            weight,
+            block_n,
+            block_v,
+            n,
+            v,
+            d,
+            hidden_stride,
+            weight_stride,
+            SOURCE,
+            BLOCK_N,
+            BLOCK_V,
+            BLOCK_D,
+        )
+        row, col = block_n * BLOCK_N, block_v * BLOCK_V
+        rows = row + tl.arange(0, BLOCK_N)
+        cols0 = col + tl.arange(0, HALF)
+        cols1 = cols0 + HALF
+        in_n = rows < n
+        m = tl.load(row_max + rows, mask=in_n, other=0.0)
+        log_e = tl.load(row_log_e + rows, mask=in_n, other=0.0)
+        of_target = tl.load(d_logps + rows, mask=in_n, other=0.0)
+        target = (tl.load(targets + rows, mask=in_n, other=-1) - v_start).to(tl.int32)
+        of_p = -of_target
+        if LSE:
+            of_p += tl.load(d_lse + rows, mask=in_n, other=0.0)
+        of_entropy = of_p
+        if ENTROPY:
+            of_entropy = tl.load(d_entropy + rows, mask=in_n, other=0.0)
+            of_p -= of_entropy * tl.load(row_entropy + rows, mask=in_n, other=0.0)
+        if not HAS_SOFTCAP:
+            of_p, of_target, of_entropy = of_p * factor, of_target * factor, of_entropy * factor
+
+        z0 = _final_logits(z0, bias, cols0, v, before, after, HAS_BIAS, HAS_SOFTCAP, EXACT)
+        g0 = _logit_grads(z0, cols0, target, m, log_e, of_p, of_target, of_entropy, ENTROPY)
+        if HAS_SOFTCAP:
+            g0 *= _slope(z0, after) * factor
+        _store(grad, g0, row, col, n, v, grad_stride, BLOCK_N, HALF, GRAD_DESCRIPTOR)
+        z1 = _final_logits(z1, bias, cols1, v, before, after, HAS_BIAS, HAS_SOFTCAP, EXACT)
+        g1 = _logit_grads(z1, cols1, target, m, log_e, of_p, of_target, of_entropy, ENTROPY)
+        if HAS_SOFTCAP:
+            g1 *= _slope(z1, after) * factor
+        _store(grad, g1, row, col + HALF, n, v, grad_stride, BLOCK_N, HALF, GRAD_DESCRIPTOR)
+        if D_BIAS:  # rows beyond the end hold anything
+            at = block_d_bias + block_n.to(tl.int64) * v
+            tl.store(at + cols0, tl.sum(tl.where(in_n[:, None], g0, 0.0), 0), mask=cols0 < v)
+            tl.store(at + cols1, tl.sum(tl.where(in_n[:, None], g1, 0.0), 0), mask=cols1 < v)
+
+
+@triton.jit(do_not_specialize=["n", "v_start"])
+def kept_grads_kernel(
+    kept,
+    of_e,
+    targets,
+    of_target,
+    grad,
+    block_d_bias,
+    n,
+    v,
+    v_start,
+    kept_width,
+    kept_stride,
+    grad_stride,
+    D_BIAS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """What `grads_kernel` gives, from the e that `sums_kernel` kept for this tile, [n, v] with rows kept_stride apart.
+
+    of_e [blocks of kept_width columns, n] multiplies e, of_target [n] is added at the targets. A block here lies in one
+    block of there.
+    """
+    block_n, block_v = tl.program_id(1), tl.program_id(0)
+    row, col = block_n * BLOCK_N, block_v * BLOCK_V
+    rows, cols = row + tl.arange(0, BLOCK_N), col + tl.arange(0, BLOCK_V)
+    in_n, inside = rows < n, cols < v
+    first = kept + row.to(tl.int64) * kept_stride + col
+    inner = tl.arange(0, BLOCK_N)[:, None] * kept_stride + tl.arange(0, BLOCK_V)[None, :]
+    e = tl.load(first + inner, mask=in_n[:, None] & inside[None, :], other=0.0).to(tl.float32)
+    by = tl.load(of_e + (col // kept_width).to(tl.int64) * n + rows, mask=in_n, other=0.0)
+    at_target = tl.load(of_target + rows, mask=in_n, other=0.0)
+    target = (tl.load(targets + rows, mask=in_n, other=-1) - v_start).to(tl.int32)
+    g = e * by[:, None]
+    g = tl.where(cols[None, :] == target[:, None], g + at_target[:, None], g)
+    if D_BIAS:
+        tl.store(block_d_bias + block_n.to(tl.int64) * v + cols, tl.sum(g, 0), mask=inside)
+    _store(grad, g, row, col, n, v, grad_stride, BLOCK_N, BLOCK_V, DESCRIPTOR=False)
+
+
+@triton.jit
+def target_logit_kernel(
+    hidden, weight, targets, out, d, hidden_stride, weight_stride, weight_step, BLOCK_D: tl.constexpr
+):
+    """Raw logit of each token's target, [n] fp32: a row of hidden times a row of the head."""
+    row = tl.program_id(0).to(tl.int64)
+    target = tl.load(targets + row)
+    total = tl.zeros((BLOCK_D,), tl.float32)
+    for start in range(0, d, BLOCK_D):
+        at = start + tl.arange(0, BLOCK_D)
+        h = tl.load(hidden + row * hidden_stride + at, mask=at < d, other=0.0)
+        w = tl.load(weight + target * weight_stride + at * weight_step, mask=at < d, other=0.0).to(h.dtype)
+        total += h.to(tl.float32) * w.to(tl.float32)
+    tl.store(out + row, tl.sum(total, 0))
+
+
+@triton.jit
+def target_rows_kernel(
+    total,
+    weight,
+    targets,
+    of_target,
+    of_total,
+    out,
+    scale,
+    d,
+    total_stride,
+    weight_stride,
+    weight_step,
+    out_stride,
+    OPERAND: tl.constexpr,
+    SCALED: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """of_target * weight[target] + of_total * total, [n, D] into the dtype of `out`; the factors are [n].
+
+    SCALED: each row divided by a power of 2, stored in `scale`, so that its largest element is about 2**10.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    target = tl.load(targets + row)
+    at = tl.arange(0, BLOCK_D)
+    w = tl.load(weight + target * weight_stride + at * weight_step, mask=at < d, other=0.0).to(OPERAND)
+    sums = tl.load(total + row * total_stride + at, mask=at < d, other=0.0)
+    x = tl.load(of_target + row) * w.to(tl.float32) + tl.load(of_total + row) * sums
+    if SCALED:
+        power = tl.floor(tl.log2(tl.max(tl.abs(x), 0))) - 10.0
+        power = tl.minimum(tl.maximum(power, -100.0), 100.0)  # a row of zeros has none
+        tl.store(scale + row, tl.exp2(power))
+        x *= tl.exp2(-power)
+    tl.store(out + row * out_stride + at, x.to(out.dtype.element_ty), mask=at < d)
+
+
+@triton.jit
+def scale_kernel(x, factor, count, BLOCK: tl.constexpr):
+    """x *= factor, in place; nothing where the factor is 1."""
+    by = tl.load(factor).to(tl.float32)
+    if by != 1.0:
+        at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        mask = at < count
+        scaled = tl.load(x + at, mask=mask).to(tl.float32) * by
+        tl.store(x + at, scaled.to(x.dtype.element_ty), mask=mask)

@@ -1,0 +1,353 @@
+"""`fusedalign bench`: the data, the exact answer, the rows and what they may claim, and the command."""
+
+import dataclasses
+import json
+import sys
+
+import pytest
+import torch
+
+from fusedalign.bench import peers
+from fusedalign.bench.cases import CASES, Case, parse_cases
+from fusedalign.bench.data import TARGET, make_data, statistics
+from fusedalign.bench.measure import median_ms, peak_bytes
+from fusedalign.bench.profiling import _covered
+from fusedalign.bench.runner import Settings, run
+from fusedalign.bench.table import header, markdown, section
+from fusedalign.bench.tasks import BUDGETS, TASKS, reference, relative_error
+from fusedalign.cli import main
+
+SMALL = Case("small", 32, 24, 300)
+
+
+def report_of(impls, *, tasks=tuple(TASKS), case=SMALL, dtype=torch.float32):
+    """The report of a run on the CPU, and its rows by task and impl."""
+    settings = Settings([TASKS[t] for t in tasks], [case], peers.choose(impls), "trained", 0, dtype, "cpu")
+    (report,) = run(settings)
+    return report, {(t.task, row.impl): row for t in report.cases[0].tables for row in t.rows}
+
+
+# ------------------------------------------------------------------------------------------------------------- the data
+
+
+def test_trained_data_come_near_a_trained_model():
+    case = Case("a real vocabulary, a narrow head", 128, 128, 151936)
+    s = statistics(make_data("trained", case, dtype=torch.bfloat16, device="cpu", seed=1))
+    assert s.entropy == pytest.approx(TARGET.entropy, abs=0.1)
+    assert 60 <= s.likely <= 101
+    assert s.tail == pytest.approx(TARGET.tail, abs=0.02)
+    assert s.tiles_12 == pytest.approx(TARGET.tiles_12, abs=0.1)
+    assert s.tiles_14 == pytest.approx(TARGET.tiles_14, abs=0.1)
+    assert s.tiles_16 == pytest.approx(TARGET.tiles_16, abs=0.05)
+
+
+def test_targets_of_trained_data_come_from_the_model():
+    """Their mean negative log-probability is the mean entropy, up to the noise of a sample."""
+    case = Case("many tokens", 4096, 64, 1000, softcap=20.0)
+    data = make_data("trained", case, dtype=torch.float32, device="cpu", seed=0)
+    nll = reference(TASKS["sft"], data, seed=0).loss
+    assert nll == pytest.approx(statistics(data).entropy, abs=0.15)
+
+
+@pytest.mark.parametrize("kind", ["trained", "random"])
+def test_data_follow_the_seed(kind):
+    first, again, other = (make_data(kind, SMALL, dtype=torch.bfloat16, device="cpu", seed=s) for s in (3, 3, 4))
+    assert first.hidden.shape == (32, 24)
+    assert first.weight.shape == (300, 24)
+    assert first.targets.shape == (32,)
+    for name in ("hidden", "weight", "targets"):
+        assert torch.equal(getattr(first, name), getattr(again, name))
+        assert not torch.equal(getattr(first, name), getattr(other, name))
+
+
+def test_statistics_by_hand():
+    """One-hot hidden states pick rows of log-probabilities as their logits."""
+    p = torch.full((4, 512), 2.0**-20)
+    p[:, 0] = 0.75 - 510 * 2.0**-20  # every token likes column 0
+    p[:, 1] = 0.25
+    data = make_data("random", Case("", 4, 4, 512), dtype=torch.float32, device="cpu", seed=0)
+    s = statistics(data._replace(hidden=torch.eye(4), weight=p.log().T.contiguous()))
+    assert s.entropy == pytest.approx(-(p[0] * p[0].log()).sum().item(), abs=1e-5)
+    assert s.likely == 2
+    assert s.tail == pytest.approx(510 * 2.0**-20, rel=1e-3)
+    assert (s.tiles_12, s.tiles_14, s.tiles_16) == (0.5, 0.5, 0.5)  # the first 256 columns, not the second
+
+
+def test_custom_cases():
+    names = parse_cases(["tiny,llama3-8b", "N=64,D=8,V=100,softcap=5"])
+    assert names == [CASES["tiny"], CASES["llama3-8b"], Case("N=64,D=8,V=100,softcap=5", 64, 8, 100, 5.0)]
+    assert names[2].flops == 2 * 64 * 8 * 100
+
+
+# ----------------------------------------------------------------------------------------------------- the exact answer
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_the_reference_is_what_autograd_says(task, softcap):
+    data = make_data("trained", dataclasses.replace(SMALL, softcap=softcap), dtype=torch.float32, device="cpu", seed=0)
+    exact = reference(TASKS[task], data, seed=0)
+    hidden, weight = (x.double().requires_grad_() for x in (data.hidden, data.weight))
+    logits = hidden @ weight.T
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    loss = exact.loss_of(logits.log_softmax(-1).gather(-1, data.targets[:, None]).squeeze(-1))
+    loss.backward()
+    assert exact.loss == pytest.approx(loss.item(), rel=1e-12)
+    assert relative_error(exact.hidden_grad, hidden.grad) < 1e-12
+    if TASKS[task].trains_head:
+        assert relative_error(exact.weight_grad, weight.grad) < 1e-12
+    else:
+        assert exact.weight_grad is None
+
+
+def test_relative_error():
+    exact = torch.randn(20000, 3)  # more rows than one chunk
+    assert relative_error(1.25 * exact, exact) == pytest.approx(0.25, rel=1e-4)
+    assert relative_error(exact.bfloat16(), exact) < 2**-8
+
+
+# -------------------------------------------------------------------------------------------------------- measurements
+
+
+def test_peak_counts_what_is_held_at_once():
+    """Two tensors one after the other count once, two at a time twice."""
+
+    def after():
+        torch.ones(2**18)
+        torch.ones(2**18)
+
+    def together():
+        return torch.ones(2**18), torch.ones(2**18)
+
+    assert peak_bytes(after, "cpu") == 2**20
+    assert peak_bytes(together, "cpu") == 2**21
+
+
+def test_median_of_at_least_five_after_two():
+    calls = []
+    assert median_ms(lambda: calls.append(0), "cpu") > 0
+    assert len(calls) == 2 + 20
+
+
+# --------------------------------------------------------------------------------------------------------------- rows
+
+
+def test_the_pytorch_impl_is_exact_in_every_task():
+    _, rows = report_of("pytorch,eager")
+    assert set(rows) == {(task, impl) for task in TASKS for impl in ("pytorch", "eager")}
+    for (task, impl), row in rows.items():
+        assert row.reason is None, row.reason
+        assert row.over_budget == ()
+        assert row.speedup == pytest.approx(rows[task, "eager"].total_ms / row.total_ms)
+        assert set(row.errors) == ({"loss", "dH"} if task == "frozen" else {"loss", "dH", "dW"})
+        assert row.ours == (impl == "pytorch")
+        assert row.total_u / row.total_ms == pytest.approx(row.forward_u / row.forward_ms)
+        gradients = 4 * SMALL.hidden_size * (SMALL.tokens + (0 if task == "frozen" else SMALL.vocab))
+        assert row.total_mib - row.over_gradients_mib == pytest.approx(gradients / 2**20)
+    logits = 4 * SMALL.tokens * SMALL.vocab / 2**20
+    assert rows["logps", "eager"].forward_mib >= logits > rows["logps", "pytorch"].forward_mib
+
+
+def test_bf16_logits_are_over_the_budget_and_ours_are_not():
+    report, rows = report_of("pytorch,eager", tasks=["logps"], dtype=torch.bfloat16, case=Case("", 64, 64, 2048))
+    assert rows["logps", "pytorch"].over_budget == ()
+    assert rows["logps", "pytorch"].speedup > 0
+    assert set(rows["logps", "eager"].over_budget) == {"loss", "dH", "dW"}
+    assert rows["logps", "eager"].speedup is None
+    assert "baseline; error: loss, dH, dW" in markdown(report)
+
+
+class Scaled(torch.autograd.Function):
+    """The identity, with a gradient that is off by a factor."""
+
+    @staticmethod
+    def forward(ctx, x, factor):
+        ctx.factor = factor
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return ctx.factor * grad, None
+
+
+def wrong(factor):
+    """Eager code with a wrong gradient of the hidden states; without a factor, it raises."""
+
+    def logps(d):
+        if factor is None:
+            raise RuntimeError("a | kernel\nbroke")
+        return peers._eager_logps(d._replace(hidden=Scaled.apply(d.hidden, factor)))
+
+    return peers.Implementation("wrong", lambda: peers.Functions(logps))
+
+
+@pytest.mark.parametrize("factor", [1.01, float("nan")])
+def test_a_wrong_gradient_gets_no_speedup(monkeypatch, factor):
+    monkeypatch.setattr(peers, "PEERS", (*peers.PEERS, wrong(factor)))
+    report, rows = report_of("eager,wrong", tasks=["logps"])
+    row = rows["logps", "wrong"]
+    assert row.reason is None, row.reason
+    assert row.over_budget == ("dH",)
+    assert row.speedup is None
+    assert row.total_ms > 0
+    assert row.errors["dW"] < BUDGETS[torch.float32]["dW"]
+    if factor == 1.01:
+        assert row.errors["dH"] == pytest.approx(0.01, rel=1e-3)
+    (line,) = [x for x in markdown(report).splitlines() if x.startswith("| wrong ")]
+    assert "| error: dH " in line
+
+
+def test_a_row_that_fails_leaves_the_others(monkeypatch):
+    monkeypatch.setattr(peers, "PEERS", (wrong(None), *peers.PEERS))
+    report, rows = report_of("wrong,eager", tasks=["sft"])
+    assert rows["sft", "wrong"].reason == "RuntimeError: a | kernel broke"
+    assert rows["sft", "eager"].total_ms > 0
+    (line,) = [x for x in markdown(report).splitlines() if x.startswith("| wrong ")]
+    assert line.count("|") == 13
+    assert line.endswith("RuntimeError: a / kernel broke |")
+
+
+@pytest.mark.parametrize(
+    ("impl", "module", "command"),
+    [
+        ("liger-fused", "liger_kernel", "pip install 'liger-kernel>=0.8.5'"),
+        ("liger-token", "liger_kernel", "pip install 'liger-kernel[cutedsl]>=0.8.5'"),
+        ("cce", "cut_cross_entropy", "git+https://github.com/apple/ml-cross-entropy.git"),
+        ("cce-exact", "cut_cross_entropy", "git+https://github.com/apple/ml-cross-entropy.git"),
+        ("trl", "trl", "pip install 'trl>=1.16'"),
+    ],
+)
+def test_a_missing_peer_says_what_to_install(monkeypatch, impl, module, command):
+    class Gone:
+        def find_spec(self, name, path=None, target=None):
+            if name.split(".")[0] == module:
+                raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+    for name in [name for name in sys.modules if name.split(".")[0] == module]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "meta_path", [Gone(), *sys.meta_path])
+    _, rows = report_of(f"{impl},eager", tasks=["sft"])
+    reason = rows["sft", impl].reason
+    assert reason.startswith("not installed: ")
+    assert command in reason
+    assert rows["sft", "eager"].speedup == 1.0
+
+
+def test_a_peer_without_softcap_and_a_task_that_is_not_a_peers(monkeypatch):
+    eager = peers.Implementation("plain", lambda: peers.Functions(peers._eager_logps), tasks=("sft",), softcap=False)
+    monkeypatch.setattr(peers, "PEERS", (eager,))
+    _, rows = report_of("plain", case=dataclasses.replace(SMALL, softcap=5.0))
+    assert {key: row.reason for key, row in rows.items()} == {("sft", "plain"): "has no softcap"}
+
+
+def test_trl_is_the_baseline_where_it_runs():
+    pytest.importorskip("trl")
+    report, rows = report_of("pytorch,eager,trl", tasks=["frozen"])
+    assert report.cases[0].tables[0].baseline == "trl"
+    assert rows["frozen", "trl"].over_budget == ()  # in fp32
+    assert "speed-up over trl" in markdown(report)
+    assert rows["frozen", "pytorch"].speedup == pytest.approx(
+        rows["frozen", "trl"].total_ms / rows["frozen", "pytorch"].total_ms
+    )
+
+
+def test_every_impl_of_ours_is_a_row(monkeypatch):
+    monkeypatch.setitem(peers.MODULES, "new", "fusedalign.impls.new")
+    names = list(peers.implementations())
+    assert [x.name for x in peers.choose("ours")] == [name for name in peers.MODULES if name != "reference"]
+    assert names.index("new") < names.index("eager")
+    _, rows = report_of("new", tasks=["logps"])
+    assert "impl='new' cannot do this" in rows["logps", "new"].reason
+
+
+# -------------------------------------------------------------------------------------------------------- the command
+
+
+def test_the_command_writes_what_it_prints(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    out = tmp_path / "a" / "b"
+    argv = ["bench", "sft", "frozen", "--cases", "N=16,D=8,V=300", "--cases", "N=8,D=8,V=99,softcap=4"]
+    assert main([*argv, "--impls", "pytorch,eager,liger-fused", "--out", str(out)]) == 0, capsys.readouterr().err
+    printed = capsys.readouterr().out
+    assert (out / "bench.md").read_text().strip() == printed.strip()
+    assert (out / "bench.png").read_bytes().startswith(b"\x89PNG")
+    report = json.loads((out / "bench.json").read_text())
+    assert [case["case"]["vocab"] for case in report["cases"]] == [300, 99]
+    assert [table["task"] for table in report["cases"][1]["tables"]] == ["sft", "frozen"]
+    first = report["cases"][0]["tables"][0]["rows"]
+    assert [row["impl"] for row in first] == ["pytorch", "eager", "liger-fused"]
+    assert first[0]["errors"].keys() == {"loss", "dH", "dW"}
+    for text in ("torch", "U = ", "TFLOP/s before the rows", "a trained model's", "N=8, D=8, V=99, softcap=4"):
+        assert text in printed
+
+
+def test_json_holds_the_whole_report():
+    report, _ = report_of("eager,liger-fused", tasks=["sft"])
+    back = json.loads(json.dumps(dataclasses.asdict(report)))
+    row = report.cases[0].tables[0].rows[0]
+    assert back["cases"][0]["tables"][0]["rows"][0]["total_ms"] == row.total_ms
+    assert back["cases"][0]["statistics"]["entropy"] == report.cases[0].statistics.entropy
+    assert back["machine"]["torch"] == torch.__version__
+    assert markdown(report) == header(report) + "\n\n" + section(report.cases[0], report)
+
+
+def test_profile(capsys):
+    assert main(["bench", "logps", "--profile", "eager", "--cases", "N=16,D=8,V=300"]) == 0
+    lines = capsys.readouterr().out.strip().splitlines()
+    assert lines[0].startswith("eager, logps, N=16, D=8, V=300: ")
+    assert any("log_softmax_backward" in line for line in lines)
+    shares = [float(line.split("%")[0]) for line in lines[2:]]
+    assert sum(shares) == pytest.approx(100, abs=5)
+
+
+def test_covered_time():
+    assert _covered([(4, 6), (0, 2), (1, 3), (4.5, 5)]) == 5
+
+
+def test_help(capsys):
+    assert main(["bench", "--help"]) == 0
+    out = capsys.readouterr().out
+    for word in (*TASKS, *CASES, *peers.implementations(), "--profile", "--out", "--data"):
+        assert word in out
+    assert main(["--help"]) == 0
+    assert "bench" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["gpro"], "a task must be one of logps, sft, frozen, dpo, got 'gpro'"),
+        (["--cases", "llama"], "a case must be one of qwen3-1.7b, llama3-8b, qwen3-4b, gemma2-2b, tiny, or like N="),
+        (["--cases", "N=8,D=8"], "a case must have N, D and V, and may have a softcap, got 'N=8,D=8'"),
+        (["--cases", "N=8,D=x,V=9"], "N, D and V of a case must be integers and softcap a number, got"),
+        (["--cases", "N=6,D=8,V=9"], "a case must have N a multiple of 4"),
+        (["--impls", "pytorch,vllm"], "impls must be among all, ours, "),
+        (["--data", "real"], "invalid choice: 'real'"),
+        (["--seed"], "--seed: expected one argument"),
+        (["--fast"], "unrecognized arguments: --fast"),
+        (["--profile", "all"], "--profile must name one impl"),
+        (["--profile", "eager", "--out", "x"], "without --out"),
+    ],
+)
+def test_errors_are_one_line(capsys, argv, message):
+    assert main(["bench", *argv]) == 2
+    err = capsys.readouterr().err.strip()
+    assert message in err
+    assert len(err.splitlines()) == 1
+
+
+def test_profile_of_a_peer_that_is_not_there(capsys):
+    if "liger_kernel" in sys.modules:
+        pytest.skip("Liger is there")
+    assert main(["bench", "sft", "--profile", "liger-fused", "--cases", "N=16,D=8,V=300"]) == 2
+    assert "liger-fused: " in capsys.readouterr().err
+
+
+def test_out_without_matplotlib_is_told_before_the_measurements(monkeypatch, capsys, tmp_path):
+    import importlib.util
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert main(["bench", "--out", str(tmp_path)]) == 2
+    err = capsys.readouterr().err
+    assert "--out needs matplotlib for the plot: pip install 'fusedalign[bench]'" in err
+    assert "reference" not in err

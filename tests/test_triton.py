@@ -1,0 +1,652 @@
+"""The Triton kernels: what they refuse, each path at its edges, and, on a GPU, sizes that only a GPU reaches.
+
+The tests of the primitive run over them too. Without a GPU they run in Triton's interpreter.
+"""
+
+import itertools
+import math
+import os
+import random
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import (
+    DEVICES,
+    DIFFERENTIABLE,
+    INTERPRETED,
+    Case,
+    assert_loss_within_budget,
+    assert_within_budget,
+    make_case,
+    run,
+    run_loss,
+    run_loss_exact,
+)
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from fusedalign import explain, linear_cross_entropy, linear_logps
+from fusedalign.impls import pytorch, resolve
+from fusedalign.problem import OUTPUTS, Problem, Tiling
+
+pytest.importorskip("triton", reason="triton is not installed: none of its kernels is tested")
+
+from fusedalign.impls import triton as impl
+from fusedalign.impls.triton import launch
+
+HALF = [torch.bfloat16, torch.float16]
+DTYPES = [torch.float32, *HALF]
+ON_DEVICE = [x for x in DEVICES if x != "cpu" or INTERPRETED]
+FROZEN = (True, False, False)
+
+devices = pytest.mark.parametrize("device", ON_DEVICE)
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+def on_gpu(test):
+    return pytest.mark.gpu(pytest.mark.skipif(INTERPRETED, reason="for a GPU")(test))
+
+
+def problem_of(case: Case, operand_dtype=None, **options) -> Problem:
+    valid = case.valid
+    dtype = operand_dtype or torch.promote_types(case.hidden.dtype, case.weight.dtype)
+    return Problem(case.hidden[valid], case.weight, case.targets[valid], dtype, case.bias, **case.head, **options)
+
+
+# ------------------------------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize("operands", [("hidden",), ("weight",), ("hidden", "weight")])
+def test_float64_is_refused(operands):
+    tensors = {"hidden": torch.randn(3, 4), "weight": torch.randn(5, 4)}
+    tensors |= {name: tensors[name].double() for name in operands}
+    expected = r"impl='triton' cannot do this: it computes in .*, not in float64; impls that can: pytorch, reference"
+    with pytest.raises(ValueError, match=expected):
+        linear_logps(**tensors, targets=torch.zeros(3, dtype=torch.int64), impl="triton")
+
+
+@pytest.mark.parametrize("f", [linear_logps, linear_cross_entropy])
+def test_dropped_gradients_are_refused(f):
+    args = torch.randn(3, 4), torch.randn(5, 4), torch.zeros(3, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"impl='triton' cannot do this: .*filter_eps must be None"):
+        f(*args, impl="triton", filter_eps=1e-4)
+
+
+def test_the_cpu_is_refused_where_nobody_asked_for_the_interpreter():
+    script = """
+import torch, fusedalign
+args = torch.randn(3, 4), torch.randn(5, 4), torch.zeros(3, dtype=torch.int64)
+assert fusedalign.linear_logps(*args).logps.shape == (3,)
+try:
+    fusedalign.linear_logps(*args, impl="triton")
+except ValueError as error:
+    print(error)
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
+    reason = "it needs a CUDA device, got cpu; impls that can: pytorch, reference"
+    assert done.stdout.strip() == f"impl='triton' cannot do this: {reason}", done.stderr
+
+
+@pytest.mark.parametrize("capability", [(7, 5), (8, 0), (9, 0), (12, 0)])
+def test_gpus_before_ampere_are_refused(monkeypatch, capability):
+    monkeypatch.setattr(impl, "INTERPRETED", False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    with FakeTensorMode():
+        hidden, targets = torch.empty(4, 8, device="cuda"), torch.empty(4, dtype=torch.int64, device="cuda")
+        reason = impl.supports(Problem(hidden, hidden, targets, torch.float32))
+    if capability < (8, 0):
+        assert reason == "it needs compute capability 8.0 or later, got (7, 5)"
+    else:
+        assert reason is None
+
+
+@devices
+def test_auto_never_takes_the_interpreter(device):
+    """Which can do everything, so only the table can keep "auto" away from it."""
+    problem = problem_of(make_case((3,), 8, 11, device=device))
+    assert resolve("triton", problem) is impl
+    assert resolve("auto", problem) is (pytorch if INTERPRETED else impl)
+    assert {v.impl: v.auto for v in explain(problem)}["triton"] is not INTERPRETED
+
+
+# -------------------------------------------------------------------------------------------------------- a frozen head
+
+
+@pytest.fixture
+def recomputed(monkeypatch):
+    """Grows by one whenever the logits are made a second time."""
+    calls, original = [], impl.two_pass_grads
+    monkeypatch.setattr(impl, "two_pass_grads", lambda *args, **options: calls.append(1) or original(*args, **options))
+    return calls
+
+
+def one_hot_case(logits, targets, dtype, device) -> Case:
+    """A head whose logits are given: hidden is one-hot, weight holds them as columns."""
+    hidden = torch.eye(len(logits), dtype=dtype, device=device)
+    return Case(hidden, logits.t().to(device=device, dtype=dtype), torch.as_tensor(targets, device=device))
+
+
+def spread():
+    return torch.randn(5, 70, generator=torch.Generator().manual_seed(1)) * 3
+
+
+def unlikely():
+    """log p of two of the targets is near -100 and -700: weights relative to them leave the range of bf16 or fp32."""
+    logits = spread()
+    logits[1, 20], logits[3, 60] = -100.0, -700.0
+    return logits
+
+
+def huge():
+    logits = spread()
+    logits[:, 33] = 3e4
+    return logits
+
+
+EXTREMES = {
+    "nothing special": (spread, 0.0, False),
+    "unlikely targets": (unlikely, 0.0, True),
+    "one logit of 3e4": (huge, 0.0, True),
+    "all logits negative": (lambda: spread() - 60, 0.0, False),
+    "a common offset of 1e4": (lambda: spread().mul_(8).round_().div_(8), 1e4, False),
+    "a common offset of -1e4": (lambda: spread().mul_(8).round_().div_(8), -1e4, False),
+}
+
+
+@devices
+@dtypes
+@pytest.mark.parametrize("name", EXTREMES)
+def test_frozen_head_at_extreme_logits(recomputed, device, dtype, name):
+    logits, offset, falls_back = EXTREMES[name]
+    case = one_hot_case(logits(), [0, 20, 33, 60, 69], dtype, device)
+    case.bias = torch.full_like(case.weight[:, 0], offset)
+    got = run(case, ("logps",), FROZEN, (), impl="triton", vocab_chunk=32)
+    assert bool(recomputed) == (falls_back or dtype == torch.float16)
+    assert (got["logps"] <= 0).all()
+    assert_within_budget(case, got, ("logps",), roundings=2)
+    assert_loss_within_budget(case, run_loss(case, FROZEN, impl="triton", vocab_chunk=32))
+
+
+@devices
+@dtypes
+def test_frozen_head_with_several_tiles_of_tokens(device, dtype):
+    case = make_case((3, 13), 24, 103, dtype=dtype, device=device, softcap=6.0, scale=0.7)
+    for tiles in ({"token_chunk": 20}, {"workspace": 30_000}):
+        got = run(case, ("logps",), FROZEN, (), impl="triton", **tiles)
+        assert_within_budget(case, got, ("logps",), roundings=2)
+        got = run_loss(case, FROZEN, impl="triton", z_loss=0.01, **tiles)
+        assert_loss_within_budget(case, got, z_loss=0.01)
+
+
+# ----------------------------------------------------------------------------------------------------------- confidence
+
+
+@devices
+@pytest.mark.parametrize("kind", list(itertools.product(DTYPES, [None, 30.0])), ids=str)
+@pytest.mark.parametrize("path", ["two passes", "frozen head", "one pass", "one pass, frozen head"])
+def test_gradient_of_a_confident_target(device, kind, path):
+    """A weight of the target that is rounded once too often turns 1 - p = 0.001 into noise."""
+    dtype, softcap = kind
+    logits = torch.randn(3, 40, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    logits[:, 7] += 14 + torch.tensor([0.0, 0.3, 0.6])
+    case = one_hot_case(logits, [7, 7, 7], dtype, device)
+    case.head = {} if softcap is None else {"softcap": softcap}
+    needs = FROZEN if "frozen" in path else (True, True, False)
+    if "one pass" in path:
+        got, want = run_loss(case, needs, impl="triton"), run_loss_exact(case)
+    else:
+        got = run(case, ("logps",), needs, (), impl="triton")
+        want = run(case.to(torch.float64), ("logps",), impl="reference")
+    p = case.to(torch.float64).logps(impl="reference").logps.exp()
+    assert ((p > 0.99) & (p < 0.99999)).all()
+    for name in ("dhidden", "dweight"):
+        if name in got:
+            relative = (got[name].double() - want[name]).abs().max() / want[name].abs().max()
+            assert relative < 0.01, (name, relative)
+
+
+# ------------------------------------------------------------------------------------------------------------- one pass
+
+
+@pytest.fixture
+def stores(monkeypatch):
+    """Where the last one-pass call keeps its tokens, as {place: number of tokens}."""
+    made, original = {}, impl._stores
+
+    def record(problem, plan, d_weight):
+        out = original(problem, plan, d_weight)
+        made.clear()
+        for store in out:
+            place = "nowhere"
+            if store.memory is not None:
+                place = "dW" if store.memory.data_ptr() == d_weight.data_ptr() else "workspace"
+            made[place] = store.tokens.stop - store.tokens.start
+        return out
+
+    monkeypatch.setattr(impl, "_stores", record)
+    return made
+
+
+def workspace_with_all_stores(case: Case, stores, operand_dtype=None) -> int:
+    """The smallest, nearly, with which tokens are kept in the memory of dW, in the workspace, and nowhere."""
+    for step in range(300):
+        workspace = int(1000 * 1.05**step)
+        problem = problem_of(case, operand_dtype, tiling=Tiling(workspace=workspace))
+        impl._stores(problem, impl._GradSums.plan_for(problem, (True, True, True)), torch.empty_like(case.weight))
+        if len(stores) == 3:
+            return workspace
+    raise AssertionError("no workspace makes all three kinds of stores")
+
+
+ONE_PASS = {
+    "everything": {"softcap": 6.0, "scale": 0.8, "temperature": 0.9, "bias": True, "z_loss": 0.01},
+    "dft": {"softcap": 6.0, "bias": True, "loss_type": "dft"},
+    "plain": {"bias": False},
+}
+
+
+def many_tokens(device, dtype, head, seed=0) -> Case:
+    """More tokens than fit into dW's memory, V odd; sizes that fill several blocks of the kernels."""
+    shape = ((3, 15), 8, 99) if device == "cpu" else ((5, 217), 72, 2003)
+    return make_case(*shape, dtype=dtype, device=device, seed=seed, **head)
+
+
+@devices
+@dtypes
+@pytest.mark.parametrize("name", ONE_PASS)
+def test_one_pass_with_tokens_kept_in_every_place(stores, device, dtype, name):
+    options = dict(ONE_PASS[name])
+    loss = {k: options.pop(k) for k in ("z_loss", "loss_type") if k in options}
+    case = many_tokens(device, dtype, options)
+    workspace = workspace_with_all_stores(case, stores)
+    got = run_loss(case, impl="triton", workspace=workspace, **loss)
+    assert set(stores) == {"dW", "workspace", "nowhere"}
+    assert sum(stores.values()) == case.valid.sum()
+    assert_loss_within_budget(case, got, **loss)
+
+
+@devices
+@dtypes
+def test_where_tokens_are_kept_does_not_matter(stores, device, dtype):
+    """To the gradients' error: each place is as near to fp64 as the others, up to a tenth."""
+    case = many_tokens(device, dtype, {"softcap": 6.0})
+    want = run_loss_exact(case, z_loss=0.01)
+    errors, places = {}, []
+    for workspace in (1000, workspace_with_all_stores(case, stores), 2**28):
+        got = run_loss(case, impl="triton", workspace=workspace, z_loss=0.01)
+        places.append(set(stores))
+        for k in got:
+            errors.setdefault(k, []).append((got[k].double() - want[k]).norm() / want[k].norm())
+    assert places == [{"dW", "nowhere"}, {"dW", "workspace", "nowhere"}, {"dW", "workspace"}]
+    for k, each in errors.items():
+        assert max(each) <= 1.1 * min(each) + 1e-6, (k, each)
+
+
+#: Dtypes of hidden and weight, and that of autocast.
+MIXTURES = [(hidden, weight, None) for hidden in DTYPES for weight in DTYPES if hidden != weight]
+MIXTURES += [(torch.float32, torch.float32, autocast) for autocast in HALF]
+MIXTURES += [(torch.float32, torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32, torch.float16)]
+
+
+@devices
+@pytest.mark.parametrize("dtypes", MIXTURES, ids=str)
+@pytest.mark.parametrize("shape", [((3, 13), 7, 101), ((3, 13), 16, 130)])
+def test_mixed_dtypes_and_autocast(device, dtypes, shape):
+    """Every path, with the number of the head's elements odd and even."""
+    hidden_dtype, weight_dtype, autocast = dtypes
+    case = make_case(*shape, device=device)
+    case = Case(case.hidden.to(hidden_dtype), case.weight.to(weight_dtype), case.targets, case.bias)
+    operand = autocast or torch.promote_types(hidden_dtype, weight_dtype)
+    rounded = Case(case.hidden.to(operand), case.weight.to(operand), case.targets, case.bias)
+    with torch.autocast(device, dtype=autocast, enabled=autocast is not None):
+        everything = run(case, impl="triton", outputs=("entropy", "lse"))
+        frozen = run(case, ("logps",), FROZEN, (), impl="triton")
+        loss, frozen_loss = (run_loss(case, needs, impl="triton") for needs in ((True, True, True), FROZEN))
+    for got in (everything, frozen, loss, frozen_loss):
+        for name in ("hidden", "weight", "bias"):
+            assert f"d{name}" not in got or got[f"d{name}"].dtype == getattr(case, name).dtype
+    assert_within_budget(rounded, everything)
+    assert_within_budget(rounded, frozen, ("logps",), roundings=2)
+    assert_loss_within_budget(rounded, loss)
+    assert_loss_within_budget(rounded, frozen_loss)
+
+
+# ----------------------------------------------------------------------------------------------------------- every path
+
+
+def no_grad(case: Case, outputs=OUTPUTS, **options) -> dict[str, torch.Tensor]:
+    with torch.no_grad():
+        out = case.logps(impl="triton", outputs=outputs, **options)
+    return {k: x for k, x in out._asdict().items() if x is not None}
+
+
+#: Each gives outputs and gradients, by name.
+PATHS = {
+    "no grad": no_grad,
+    "frozen head": lambda case, **options: run(case, ("logps",), FROZEN, (), impl="triton", **options),
+    "two passes": lambda case, **options: run(case, impl="triton", outputs=OUTPUTS[:-1], **options),
+    "one pass": lambda case, **options: run_loss(case, impl="triton", **options),
+    "one pass, frozen head": lambda case, **options: run_loss(case, FROZEN, impl="triton", **options),
+}
+paths = pytest.mark.parametrize("path", PATHS)
+
+
+def assert_path_within_budget(path: str, case: Case, got: dict[str, torch.Tensor]) -> None:
+    if "one pass" in path:
+        assert_loss_within_budget(case, got)
+    else:
+        names, roundings = (("logps",), 2) if path == "frozen head" else (DIFFERENTIABLE, 1)
+        assert_within_budget(case, got, names, roundings)
+
+
+@devices
+@dtypes
+@paths
+@pytest.mark.parametrize("d", [7, 16, 24, 40])
+def test_both_ways_of_reading_operands(monkeypatch, device, dtype, path, d):
+    """Tensor descriptors take rows whose length in bytes is a multiple of 16; the others are read by pointers."""
+    sources, original = set(), launch._source
+    monkeypatch.setattr(launch, "_source", lambda *args: (out := original(*args), sources.add(out[-1]))[0])
+    case = make_case((2, 19), d, 135, dtype=dtype, device=device, softcap=5.0)
+    assert_path_within_budget(path, case, PATHS[path](case))
+    if dtype == torch.float32:
+        assert sources == {"memory"}
+    else:
+        described = d % 8 == 0 and launch.blocks_for(case.hidden.device).descriptor
+        assert sources == {"descriptor" if described else "pointer"}
+
+
+BLOCKS = {
+    "one program a block, by pointers": {"programs": None, "descriptor": False},
+    "few programs, by pointers": {"programs": 2, "descriptor": False},
+    "rows of blocks one by one": {"group": 1},
+}
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="the interpreter's block shapes")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@paths
+@pytest.mark.parametrize("name", BLOCKS)
+def test_block_shapes_of_other_gpus(monkeypatch, dtype, path, name):
+    chosen = launch.Blocks(16, 32, 16, **{"warps": 4, "stages": 2, "programs": 3, "descriptor": True} | BLOCKS[name])
+    for module in (launch, impl):
+        monkeypatch.setattr(module, "blocks_for", lambda device, **_: chosen)
+    case = make_case((2, 19), 16, 136, dtype=dtype, softcap=5.0)
+    assert_path_within_budget(path, case, PATHS[path](case, vocab_chunk=70))
+
+
+@devices
+@dtypes
+@paths
+def test_two_runs_agree_bitwise(device, dtype, path):
+    case = many_tokens(device, dtype, {"softcap": 6.0})
+    first, second = PATHS[path](case), PATHS[path](case)
+    for k, x in first.items():
+        assert torch.equal(x, second[k]), k
+
+
+@devices
+@dtypes
+@paths
+@pytest.mark.parametrize(("n", "v"), [(0, 5), (1, 1), (1, 2), (1, 33), (17, 2)])
+def test_tiny(device, dtype, path, n, v):
+    case = make_case((n + 1,), 8, v, dtype=dtype, device=device, ignored=0.0)
+    case.targets[0] = -100
+    got = PATHS[path](case)
+    if n:
+        assert_path_within_budget(path, case, got)
+    else:
+        assert not any(x.any() for x in got.values())
+
+
+@devices
+@dtypes
+@paths
+@pytest.mark.parametrize("layout", ["columns contiguous", "rows apart", "every second column"])
+def test_a_head_that_is_not_contiguous(device, dtype, path, layout):
+    case = make_case((3, 7), 16, 101, dtype=dtype, device=device)
+    v, d = case.weight.shape
+    if layout == "columns contiguous":
+        weight = case.weight.t().contiguous().t()
+    elif layout == "rows apart":
+        weight = torch.full((v, d + 5), torch.nan, dtype=dtype, device=device)[:, 2 : d + 2].copy_(case.weight)
+    else:
+        weight = torch.full((v, 2 * d), torch.nan, dtype=dtype, device=device)[:, ::2].copy_(case.weight)
+    strided = Strided(case.hidden, weight, case.targets, case.bias)
+    assert not strided.leaves().weight.is_contiguous()
+    assert_path_within_budget(path, case, PATHS[path](strided))
+
+
+class Strided(Case):
+    """Whose leaves keep their strides, which a clone of a tensor with gaps does not."""
+
+    def leaves(self, hidden=True, weight=True, bias=True) -> Case:
+        out = super().leaves(hidden, weight, bias)
+        out.weight = self.weight.detach().requires_grad_(bool(weight))
+        return out
+
+
+def nan_options(path) -> dict:
+    """The interpreter raises where it looks for the place of the largest of a row of NaN."""
+    return {"vocab_chunk": 64} | ({"outputs": OUTPUTS[:-1]} if path == "no grad" and INTERPRETED else {})
+
+
+@devices
+@dtypes
+@paths
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_nan_and_inf_stay_in_their_token(device, dtype, path, bad):
+    case = make_case((33,), 16, 101, dtype=dtype, device=device, ignored=0.0)
+    clean = PATHS[path](case, **nan_options(path))
+    case.hidden[5, 3] = bad
+    got = PATHS[path](case, **nan_options(path))
+    others = torch.arange(33, device=device) != 5
+    if "loss" in got:
+        assert not got["loss"].isfinite()
+    for k in ("logps", "dhidden"):
+        if k in got:
+            torch.testing.assert_close(got[k][others], clean[k][others])
+            assert got[k][5].isnan().any(), k
+
+
+@devices
+@dtypes
+@paths
+def test_nan_in_the_head_reaches_every_token(device, dtype, path):
+    case = make_case((33,), 16, 101, dtype=dtype, device=device, ignored=0.0)
+    case.weight[50, 3] = torch.nan
+    got = PATHS[path](case, **nan_options(path))
+    if "logps" in got:
+        assert got["logps"].isnan().all()
+    else:
+        assert got["loss"].isnan()
+
+
+# ------------------------------------------------------------------------------------------------------------- on a GPU
+
+
+WHOLE = {"vocab_chunk": 60_000, "token_chunk": 40_000, "workspace": 16 * 2**30}
+
+
+@on_gpu
+@pytest.mark.parametrize("tiles", [{}, WHOLE], ids=["tiles", "one tile"])
+def test_more_than_2_to_the_31_logits(tiles):
+    """Positions within a tile, within what is kept and within the vocabulary leave 32 bits."""
+    n, d, v = 40_000, 64, 60_000
+    assert n * v > 2**31
+    g = torch.Generator("cuda").manual_seed(0)
+    hidden = torch.randn(n, d, generator=g, device="cuda", dtype=torch.bfloat16)
+    weight = torch.randn(v, d, generator=g, device="cuda", dtype=torch.bfloat16) / 4
+    targets = torch.randint(0, v, (n,), generator=g, device="cuda")
+    targets[-1], targets[0] = v - 1, 0
+    case = Case(hidden, weight, targets)
+    tokens = torch.tensor([0, 1, n // 2, n - 2, n - 1], device="cuda")
+    columns = torch.tensor([0, 1, v // 2, v - 2, v - 1], device="cuda")
+
+    logits = hidden[tokens].double() @ weight.double().T
+    logps, lse = logits.log_softmax(-1), torch.cat([_lse(part, weight) for part in hidden.split(4000)])
+    p = (hidden.double() @ weight[columns].double().T - lse[:, None]).exp()
+    d_logits = logits.softmax(-1).neg_()
+    d_logits[torch.arange(5), targets[tokens]] += 1
+    want = {
+        "logps": logps.gather(-1, targets[tokens, None]).squeeze(-1),
+        "dhidden": d_logits @ weight.double(),
+        "dweight": ((targets[:, None] == columns).double() - p).T @ hidden.double(),
+    }
+
+    def check(got, sign=1):
+        for k, x in got.items():
+            if k in want:
+                exact, some = want[k], sign * x[columns if k == "dweight" else tokens].double()
+                # one rounding of the gradient of a logit and one of the result, both bf16
+                relative = 2**-7 if k != "logps" else 1e-5
+                assert (some - exact).abs().max() <= relative * exact.abs().max(), k
+            assert torch.isfinite(x).all(), k
+
+    sums = {}
+    for name, weight_needed in (("two passes", True), ("frozen head", False)):
+        leaves = case.leaves(True, weight_needed, False)
+        out = leaves.logps(impl="triton", **tiles)
+        out.logps.sum().backward()
+        check({"logps": out.logps.detach()} | {f"d{k}": x for k, x in leaves.grads().items() if x is not None})
+        sums[name] = leaves.hidden.grad.double().sum(0)
+        del leaves, out
+    for weight_needed in (True, False):
+        got = run_loss(case, (True, weight_needed, False), impl="triton", reduction="sum", **tiles)
+        check(got, -1)
+        sums[f"loss {weight_needed}"] = -got["dhidden"].double().sum(0)
+        loss = got["loss"]
+    torch.testing.assert_close(loss.double(), -_logps_sum(case, lse), rtol=1e-5, atol=0)
+    for half in (slice(0, n // 2), slice(n // 2, n)):  # chunks that 32 bits can address
+        part = run_loss(Case(hidden[half], weight, targets[half]), impl="triton", reduction="sum")
+        sums["chunks"] = sums.get("chunks", 0) - part["dhidden"].double().sum(0)
+    size = sums["chunks"].abs().max()
+    for name, total in sums.items():
+        assert (total - sums["chunks"]).abs().max() <= 2**-7 * size, name
+
+
+def _lse(hidden, weight):
+    return (hidden.double() @ weight.double().T).logsumexp(-1)
+
+
+def _logps_sum(case, lse):
+    return ((case.hidden.double() * case.weight[case.targets].double()).sum(-1) - lse).sum()
+
+
+@on_gpu
+@pytest.mark.parametrize("path", [name for name in PATHS if name != "no grad"])
+@pytest.mark.parametrize(("n", "d", "v"), [(70_001, 32, 300), (2_200_000, 8, 40)])
+def test_more_tokens_than_a_grid_has(path, n, d, v):
+    """65,535 programs, and 65,535 blocks of 32 tokens."""
+    case = make_case((n,), d, v, dtype=torch.bfloat16, device="cuda", softcap=9.0, ignored=0.0)
+    assert_path_within_budget(path, case, PATHS[path](case))
+
+
+@on_gpu
+def test_1000_random_problems():
+    """Shapes, heads, tiles and paths at random. D is odd or a multiple of 16, so that few kernels need compiling."""
+    names = list(PATHS)
+    for seed in range(1000):
+        rng = random.Random(seed)
+        dtype = torch.float32 if seed % 4 == 0 else torch.bfloat16
+        d = rng.choice([16 * rng.randint(1, 12), 2 * rng.randint(1, 80) + 1])
+        leading, v = [rng.randint(1, 12) for _ in range(rng.randint(1, 3))], rng.randint(2, 3000)
+        head = {"scale": rng.uniform(0.1, 3), "softcap": rng.uniform(2, 50), "temperature": rng.uniform(0.4, 3)}
+        case = make_case(leading, d, v, dtype=dtype, device="cuda", seed=seed, ignored=rng.random(), **head)
+        wishes = {
+            "token_chunk": rng.randint(1, 300),
+            "vocab_chunk": rng.randint(1, v),
+            "workspace": int(10 ** rng.uniform(3, 8)),
+        }
+        tiles = {k: wishes[k] for k in rng.sample(list(wishes), rng.randint(0, 3))}
+        path = rng.choice(names)
+        try:
+            assert_path_within_budget(path, case, PATHS[path](case, **tiles))
+        except Exception as error:
+            raise AssertionError(f"seed {seed}: {path}, {leading}, D={d}, V={v}, {dtype}, {head}, {tiles}") from error
+
+
+# ------------------------------------------------------------------------------------------------------------- training
+
+
+class Model(torch.nn.Module):
+    """Two layers over an embedding; what comes out and the head are bf16, as under mixed precision."""
+
+    def __init__(self, vocab: int, d: int) -> None:
+        super().__init__()
+        self.embedding = torch.nn.Embedding(vocab, d)
+        self.layers = torch.nn.Sequential(torch.nn.Linear(d, 2 * d), torch.nn.GELU(), torch.nn.Linear(2 * d, d))
+        self.head = torch.nn.Linear(d, vocab)
+
+    def forward(self, inputs) -> tuple[torch.Tensor, ...]:
+        x = self.embedding(inputs)
+        return tuple(x.bfloat16() for x in (x + self.layers(x), self.head.weight, self.head.bias))
+
+
+def reference_fields(hidden, weight, bias, targets):
+    """fp32 logits of the bf16 operands."""
+    return linear_logps(hidden, weight, targets, bias=bias, outputs=["entropy", "lse"], impl="reference")[:3]
+
+
+def eager_fields(hidden, weight, bias, targets):
+    logps = F.linear(hidden, weight, bias).float().log_softmax(-1)
+    lse = F.linear(hidden, weight, bias).float().logsumexp(-1)
+    return logps.gather(-1, targets[:, None]).squeeze(-1), -(logps.exp() * logps).sum(-1), lse
+
+
+def train(objective, device, steps=200, vocab=1000, d=32) -> torch.Tensor:
+    """Loss and entropy, in fp32, at the end: the mean over the last quarter of the steps, each on the whole data."""
+    torch.manual_seed(0)
+    model = Model(vocab, d).to(device)
+    inputs = torch.randint(0, vocab, (512,)).to(device)
+    targets = (inputs * 7 + torch.randint(0, 3, (512,)).to(device)) % vocab
+    optimizer, ends = torch.optim.Adam(model.parameters(), lr=3e-3), []
+    for step in range(steps):
+        hidden, weight, bias = model(inputs)
+        if step >= steps * 3 // 4:
+            with torch.no_grad():
+                logps, entropy, _ = reference_fields(hidden, weight, bias, targets)
+            ends.append(torch.stack([-logps.mean(), entropy.mean()]))
+        optimizer.zero_grad()
+        objective(hidden, weight, bias, targets).backward()
+        optimizer.step()
+    return torch.stack(ends).mean(0)
+
+
+def with_entropy(fields):
+    def objective(*args):
+        logps, entropy, _ = fields(*args)
+        return (-logps - 0.1 * entropy).mean()
+
+    return objective
+
+
+def with_z_loss(fields):
+    def objective(*args):
+        logps, _, lse = fields(*args)
+        return (-logps + 1e-3 * lse.square()).mean()
+
+    return objective
+
+
+def our_fields(hidden, weight, bias, targets):
+    return linear_logps(hidden, weight, targets, bias=bias, outputs=["entropy"], impl="triton", vocab_chunk=256)[:3]
+
+
+def our_loss(hidden, weight, bias, targets):
+    return linear_cross_entropy(hidden, weight, targets, bias=bias, z_loss=1e-3, impl="triton", workspace=300_000)
+
+
+@on_gpu
+@pytest.mark.parametrize(
+    ("ours", "theirs"), [(with_entropy(our_fields), with_entropy), (our_loss, with_z_loss)], ids=["entropy", "z-loss"]
+)
+def test_200_steps_end_where_fp32_logits_end(ours, theirs):
+    """At most twice as far from there as bf16 logits end, which bias training although one step looks fine."""
+    want, eager, got = (train(f, "cuda") for f in (theirs(reference_fields), theirs(eager_fields), ours))
+    assert want[0] < 3 < math.log(1000)  # it did learn
+    distance, allowed = (got - want).abs(), 2 * (eager - want).abs()
+    assert (distance <= allowed).all(), (distance, allowed)
