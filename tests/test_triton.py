@@ -262,10 +262,10 @@ def test_one_pass_with_tokens_kept_in_every_place(stores, device, dtype, name):
     loss = {k: options.pop(k) for k in ("z_loss", "loss_type") if k in options}
     case = many_tokens(device, dtype, options)
     workspace = workspace_with_all_stores(case, stores)
-    got = run_loss(case, impl="triton", workspace=workspace, **loss)
+    got = run_loss(case, impl="triton", workspace=workspace, num_items=1, **loss)
     assert set(stores) == {"dW", "workspace", "nowhere"}
     assert sum(stores.values()) == case.valid.sum()
-    assert_loss_within_budget(case, got, **loss)
+    assert_loss_within_budget(case, got, num_items=1, **loss)
 
 
 @devices
@@ -328,15 +328,15 @@ PATHS = {
     "no grad": no_grad,
     "frozen head": lambda case, **options: run(case, ("logps",), FROZEN, (), impl="triton", **options),
     "two passes": lambda case, **options: run(case, impl="triton", outputs=OUTPUTS[:-1], **options),
-    "one pass": lambda case, **options: run_loss(case, impl="triton", **options),
-    "one pass, frozen head": lambda case, **options: run_loss(case, FROZEN, impl="triton", **options),
+    "one pass": lambda case, **options: run_loss(case, impl="triton", num_items=1, **options),
+    "one pass, frozen head": lambda case, **options: run_loss(case, FROZEN, impl="triton", num_items=1, **options),
 }
 paths = pytest.mark.parametrize("path", PATHS)
 
 
 def assert_path_within_budget(path: str, case: Case, got: dict[str, torch.Tensor]) -> None:
     if "one pass" in path:
-        assert_loss_within_budget(case, got)
+        assert_loss_within_budget(case, got, num_items=1)
     else:
         names, roundings = (("logps",), 2) if path == "frozen head" else (DIFFERENTIABLE, 1)
         assert_within_budget(case, got, names, roundings)

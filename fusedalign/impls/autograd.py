@@ -80,7 +80,7 @@ def token_loss_sum(paths: Paths, problem: Problem, token_loss: TokenLoss) -> Ten
     """Sum over [N] tokens of `token_loss(logps, lse)`, a scalar: in one pass where the impl can."""
     needs = _needs(problem)
     with torch.no_grad():
-        made = paths.one_pass(problem, token_loss, needs) if any(needs) else None
+        made = paths.one_pass(problem, token_loss, needs) if any(needs) and len(problem.targets) else None
     if made is None:
         out = token_logps(paths, problem)
         assert out.lse is not None  # ops always asks for it here
@@ -91,12 +91,12 @@ def token_loss_sum(paths: Paths, problem: Problem, token_loss: TokenLoss) -> Ten
 def loss_and_grads(paths: Paths, problem: Problem, token_loss: TokenLoss, needs: Needs) -> tuple[Tensor, Grads]:
     """What `token_loss_sum` gives, and its gradients, without autograd around it."""
     with torch.no_grad():
-        made = paths.one_pass(problem, token_loss, needs) if any(needs) else None
+        made = paths.one_pass(problem, token_loss, needs) if any(needs) and len(problem.targets) else None
         if made is not None:
             return made
         sums, _ = paths.sweep(problem, keep_jacobian=False)
         loss, grads = grads_of_token_loss(sums, slice(None), token_loss, problem.result_dtype)
-        return loss, paths.two_pass_grads(problem, grads, needs) if any(needs) else (None, None, None)
+        return loss, _two_pass_grads(paths, problem, grads, needs)
 
 
 def forward(paths: Paths, problem: Problem, needs: Needs) -> tuple[TokenLogps, State]:
@@ -137,8 +137,17 @@ def backward(
         lse=None if d_lse is None else d_lse.to(dtype),
         entropy=None if d_entropy is None or state.entropy is None else (d_entropy.to(dtype), state.entropy),
     )
-    more, d_weight, d_bias = paths.two_pass_grads(problem, grads, needs)
+    more, d_weight, d_bias = _two_pass_grads(paths, problem, grads, needs)
     return more if d_hidden is None or more is None else d_hidden.add_(more), d_weight, d_bias
+
+
+def _two_pass_grads(paths: Paths, problem: Problem, grads: TokenGrads, needs: Needs) -> Grads:
+    """Zeros where there is no token: tiles of nothing are nobody's business."""
+    if len(problem.targets):
+        return paths.two_pass_grads(problem, grads, needs)
+    tensors = zip((problem.hidden, problem.weight, problem.bias), needs, strict=True)
+    d_hidden, d_weight, d_bias = (torch.zeros_like(x) if x is not None and needed else None for x, needed in tensors)
+    return d_hidden, d_weight, d_bias
 
 
 class _TokenLogps(torch.autograd.Function):

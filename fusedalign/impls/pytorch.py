@@ -208,11 +208,15 @@ def sweep(problem: Problem, *, keep_jacobian: bool) -> tuple[RowSums, Jacobian |
             e, shrink = sums.fold(tokens, z, targets, vocab, keep=False)
             if mean_row is not None:
                 e = e if slope is None else e.mul_(slope)
+                # Without the target: rounded to an operand, p near 1 would be off by more than 1 - p.
+                index, inside = _locate(targets, vocab)
+                e.scatter_(-1, index[:, None], e.gather(-1, index[:, None]).masked_fill_(inside[:, None], 0))
                 _add_product(mean_row.mul_(shrink[:, None]), e, weight)
         if jacobian is not None and mean_row is not None:
             target_row = _operand(problem.weight.index_select(0, targets), problem).to(problem.logit_dtype)
             slope = _logit_slope(problem, sums.target[tokens])
-            target_row = target_row if slope is None else target_row * slope[:, None]
+            of_target = -sums.logps(tokens).expm1()
+            target_row *= (of_target if slope is None else of_target * slope)[:, None]
             row = target_row.sub_(mean_row.div_(sums.e[tokens, None])).mul_(problem.scale / problem.temperature)
             jacobian.write(tokens, row)
     return sums, jacobian

@@ -85,6 +85,19 @@ class TokenGrads:
         lse = None if self.lse is None else self.lse * factor
         return replace(self, logps=self.logps * factor, lse=lse, entropy=entropy)
 
+    def of_target(self, logps: Tensor) -> Tensor:
+        """d loss / d (final logit of the target), [N], for a loss of logps and lse alone; `logps` are the tokens' own.
+
+        Sums over tiles that take rounded probabilities leave the target out and take this instead: where p is near 1,
+        the rounding of p would be larger than 1 - p.
+        """
+        grad = -self.logps * logps.expm1()
+        return grad if self.lse is None else grad + self.lse * logps.exp()
+
+    def of_others(self) -> Tensor:
+        """What p is multiplied with at all other columns, [N], for such a loss."""
+        return -self.logps if self.lse is None else self.lse - self.logps
+
     def largest(self) -> Tensor:
         """The largest upstream gradient, a scalar."""
         upstream = [self.logps, *([] if self.lse is None else [self.lse]), *(self.entropy or ())[:1]]

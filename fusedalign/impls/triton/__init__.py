@@ -110,12 +110,13 @@ def sweep(problem: Problem, *, keep_jacobian: bool) -> tuple[RowSums, Jacobian |
     if not keep_jacobian:
         _fold_all(problem, rows)
         return rows, None
+    if not len(problem.targets):
+        return rows, Jacobian.empty(problem)
     if problem.operand_dtype != torch.float16:  # whose range is too small for weights relative to the target's
         jacobian = Jacobian.empty(problem)
         for tokens, rows_of_head in _rows_of_head(problem, rows):
-            ones = torch.ones_like(rows.max[tokens])
             scale = None if jacobian.scale is None else jacobian.scale[tokens]
-            rows_of_head.combine(ones, -ones, jacobian.rows[tokens], scale)
+            rows_of_head.combine(_ones(rows, tokens), jacobian.rows[tokens], scale)
             del rows_of_head
         if not (rows.logps() < _LEAST_LOGP).any():
             return rows, jacobian
@@ -123,12 +124,16 @@ def sweep(problem: Problem, *, keep_jacobian: bool) -> tuple[RowSums, Jacobian |
     else:
         _fold_all(problem, rows)
     # What `two_pass_grads` gives for an upstream gradient of 1, once in fp32.
-    grads = TokenGrads(rows.max, rows.log_e(), torch.ones_like(rows.max))
-    wide, _, _ = two_pass_grads(problem, grads, (True, False, False), round_hidden=False)
+    wide, _, _ = two_pass_grads(problem, _ones(rows), (True, False, False), round_hidden=False)
     assert wide is not None
     jacobian = Jacobian.empty(problem)
     jacobian.write(slice(None), wide)
     return rows, jacobian
+
+
+def _ones(rows: RowSums, tokens: slice = slice(None)) -> TokenGrads:
+    """An upstream gradient of 1 for every log p(target)."""
+    return TokenGrads(rows.max[tokens], rows.log_e(tokens), torch.ones_like(rows.max[tokens]))
 
 
 def _fold_all(problem: Problem, rows: RowSums) -> None:
@@ -144,24 +149,27 @@ def _fold_all(problem: Problem, rows: RowSums) -> None:
 
 @dataclass(frozen=True)
 class _RowsOfHead:
-    """weight[target] and softmax @ weight of some tokens, each with the softcap's slope."""
+    """weight[target], and softmax @ weight of all other columns, of some tokens."""
 
     problem: Problem
     tokens: slice
     slope: Tensor | None
+    """of the softcap at the target, [n]"""
     total: Tensor
-    """[n, D] fp32: sum of weights p / p_target, times rows of the head"""
+    """[n, D] fp32: sum of weights p / p_target and slopes, times rows of the head"""
     p_target: Tensor
+    logps: Tensor
 
-    def combine(self, of_target: Tensor, of_mean: Tensor, out: Tensor, scale: Tensor | None = None) -> None:
-        """`out = (of_target * weight[target] + of_mean * softmax @ weight) * scale / temperature`; factors are [n].
+    def combine(self, grads: TokenGrads, out: Tensor, scale: Tensor | None = None) -> None:
+        """`out` = the gradient of hidden, [n, D], for a loss of logps and lse alone.
 
         `scale` [n], if given, receives the power of 2 by which each row of `out` has been divided.
         """
         p = self.problem
         factor = p.scale / p.temperature
-        of_target = of_target * factor if self.slope is None else of_target * self.slope * factor
-        of_total = of_mean * self.p_target * factor
+        of_target = grads.of_target(self.logps) * factor
+        of_target = of_target if self.slope is None else of_target * self.slope
+        of_total = grads.of_others() * self.p_target * factor
         target_rows(self.total, p.weight, p.targets[self.tokens], of_target, of_total, out, scale, p.operand_dtype)
 
 
@@ -188,7 +196,8 @@ def _rows_of_head(problem: Problem, rows: RowSums) -> Iterator[tuple[slice, _Row
         del sums
         del memory
         p_target = (reference - rows.max[tokens]).exp() / rows.e[tokens]
-        yield tokens, _RowsOfHead(problem, tokens, _slope(problem, rows.target[tokens]), total, p_target)
+        slope = _slope(problem, rows.target[tokens])
+        yield tokens, _RowsOfHead(problem, tokens, slope, total, p_target, rows.logps(tokens))
         del total  # before the next tokens' is made
 
 
@@ -240,8 +249,7 @@ def one_pass(problem: Problem, token_loss: TokenLoss, needs: Needs) -> tuple[Ten
     for tokens, rows_of_head in _rows_of_head(problem, rows):
         chunk_loss, grads = grads_of_token_loss(rows, tokens, token_loss, problem.result_dtype)
         loss += chunk_loss
-        of_p = -grads.logps if grads.lse is None else grads.lse - grads.logps
-        rows_of_head.combine(grads.logps, of_p, d_hidden[tokens])
+        rows_of_head.combine(grads, d_hidden[tokens])
         del rows_of_head
     return None if (rows.logps() < _LEAST_LOGP).any() else (loss, (d_hidden, None, None))
 
@@ -286,7 +294,7 @@ class _Store:
     of_e: Tensor | None = None
     """[halves of blocks of columns, n]: the largest logits, later what e is multiplied with"""
     of_target: Tensor | None = None
-    """[n]: what is added at the targets"""
+    """[n]: the gradient at the targets"""
 
     def sweep(self, problem: Problem, hidden: Tensor, rows: RowSums) -> None:
         """Make these tokens' sums, and keep their e."""
@@ -303,14 +311,14 @@ class _Store:
         sums.fold(rows, self.tokens)
 
     def prepare(self, problem: Problem, rows: RowSums, grads: TokenGrads) -> None:
-        """With p = e * exp(its max - lse), d loss / d logit is of_p * p, and d loss / d logps more at the target."""
+        """p = e * exp(its max - lse); what was kept has no target in it."""
         if self.of_e is None:
             return
         grads, factor = grads.rows(self.tokens), problem.scale / problem.temperature
-        of_p = -grads.logps if grads.lse is None else grads.lse - grads.logps
-        self.of_e.sub_(grads.max).sub_(grads.log_e).exp_().mul_(of_p * (factor / KEPT_ONE))
+        self.of_e.sub_(grads.max).sub_(grads.log_e).exp_().mul_(grads.of_others() * (factor / KEPT_ONE))
+        of_target = grads.of_target(rows.logps(self.tokens)) * factor
         slope = _slope(problem, rows.target[self.tokens])
-        self.of_target = grads.logps * factor if slope is None else grads.logps * slope * factor
+        self.of_target = of_target if slope is None else of_target * slope
 
     def logit_grads(self, tile: Tile, grads: TokenGrads, out: Tensor, *, d_bias: bool) -> Tensor | None:
         """The gradient of a tile's logits; what was kept of the tile may be overwritten then."""
@@ -332,7 +340,8 @@ def _stores(problem: Problem, plan: _Plan, d_weight: Tensor) -> list[_Store]:
     """
     n, v = len(problem.hidden), problem.weight.shape[0]
     dtype = torch.float16 if problem.operand_dtype.itemsize == 2 else torch.float32
-    flat = d_weight.view(-1).view(dtype)
+    memory = d_weight.view(-1).view(torch.uint8)
+    flat = memory[: len(memory) // dtype.itemsize * dtype.itemsize].view(dtype)
     height = flat.numel() // v
     # Tokens that are not kept need no tile in memory, except for copies in the operand dtype and products in fp32.
     tiled = (

@@ -156,6 +156,8 @@ def _keep(
     e,
     z,
     m,
+    cols,
+    target,
     reference,
     row,
     col,
@@ -169,13 +171,14 @@ def _keep(
     WIDTH: tl.constexpr,
     DESCRIPTOR: tl.constexpr,
 ):
-    """Store e * slope of half a block, by KEPT_ONE or by exp(m - reference)."""
+    """Store e * slope of half a block, by KEPT_ONE or by exp(m - reference); 0 at the targets."""
     if KEEP == "reference":
         e *= _exp(m - reference)[:, None]
     else:
         e *= KEPT_ONE
     if HAS_SOFTCAP:
         e *= _slope(z, after)
+    e = tl.where(cols[None, :] == target[:, None], 0.0, e)
     _store(kept, e, row, col, n, v, stride, HEIGHT, WIDTH, DESCRIPTOR)
 
 
@@ -224,7 +227,7 @@ def sums_kernel(
 
     KEEP "half": also e * slope * KEPT_ONE into `kept`, [n, v] with rows kept_stride apart, in its dtype, and the
     largest z by which e is into kept_max, [halves of blocks of columns, n].
-    KEEP "reference": also exp(z - reference) * slope into `kept`.
+    KEEP "reference": also exp(z - reference) * slope into `kept`. Either way 0 at the targets.
     """
     HALF: tl.constexpr = BLOCK_V // 2
     EXACT: tl.constexpr = SOURCE == "memory"
@@ -264,6 +267,8 @@ def sums_kernel(
                 e0,
                 z0,
                 m0,
+                cols0,
+                target,
                 r,
                 row,
                 col,
@@ -288,6 +293,8 @@ def sums_kernel(
                 e1,
                 z1,
                 m1,
+                cols1,
+                target,
                 r,
                 row,
                 at,
