@@ -110,10 +110,11 @@ def _logps(
     problem, places, paths = _problem(hidden, weight, targets, bias, options)
     with torch.no_grad():
         if any(options.needs):
-            out, state = autograd.forward(paths, problem, options.needs)
+            # The backward's operator may not write into what it is given, so nothing is kept in a gradient's memory.
+            out, state = autograd.forward(paths, problem, options.needs, keep_head=False)
         else:
-            out, state = paths.sweep(problem, keep_jacobian=False)[0].results(problem), autograd.State(*[None] * 4)
-    made = (*out, *(state.jacobian or (None, None)), *state[1:])
+            out, state = paths.sweep(problem, "nothing")[0].results(problem), autograd.State(*[None] * 5)
+    made = (*out, *(state.jacobian or (None, None)), *state[2:])
     kinds = [t.dtype for t in _logps_fake(hidden, weight, targets, bias, numbers, sizes, operand_dtype, names)]
     return [targets.new_empty(0, dtype=k) if x is None else places.scatter(x) for x, k in zip(made, kinds, strict=True)]
 
@@ -168,7 +169,7 @@ def _logps_backward(
     options = _unpacked(numbers, sizes, operand_dtype, names)
     problem, places, paths = _problem(hidden, weight, targets, bias, options)
     rows, scale, *rest = (None if x.numel() == 0 else places.gather(x) for x in state)
-    kept = autograd.State(None if rows is None else autograd.Jacobian(rows, scale), *rest)
+    kept = autograd.State(None if rows is None else autograd.Jacobian(rows, scale), None, *rest)
     given = [None if x.numel() == 0 else places.gather(x) for x in grads]
     with torch.no_grad():
         made = autograd.backward(paths, problem, kept, options.needs, *given)

@@ -47,10 +47,10 @@ def _is_refused(params) -> bool:
 
 def _covering(items) -> list:
     """Of a test's cases the fewest, or nearly, in which every pair of parameters' values occurs."""
-    pairs = {
-        item: set(itertools.combinations([f"{name}={value!r}" for name, value in sorted(_params(item).items())], 2))
-        for item in items
-    }
+    pairs = {}
+    for item in items:
+        values = ["", *(f"{name}={value!r}" for name, value in sorted(_params(item).items()))]
+        pairs[item] = set(itertools.combinations_with_replacement(values, 2))  # and each by itself
     missing, chosen = set().union(*pairs.values()), []
     while missing:
         chosen.append(max(items, key=lambda item: len(pairs[item] & missing)))

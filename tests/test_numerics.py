@@ -61,7 +61,7 @@ def test_one_huge_logit(impl, device):
 @pytest.mark.parametrize("scale", [1, 30, 300])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_logps_are_never_positive(impl, device, scale, dtype):
-    case = make_case((16, 16), 24, 203, dtype=dtype, device=device, scale=float(scale))
+    case = make_case((8, 16), 24, 203, dtype=dtype, device=device, scale=float(scale))
     targets = (case.hidden.float() @ case.weight.float().t() + case.bias.float()).argmax(-1)  # the likeliest of all
     out = linear_logps(case.hidden, case.weight, targets, bias=case.bias, scale=scale, impl=impl, outputs=["entropy"])
     assert (out.logps <= 0).all()

@@ -216,8 +216,8 @@ def stores(monkeypatch):
     """Where the last one-pass call keeps its tokens, as {place: number of tokens}."""
     made, original = {}, impl._stores
 
-    def record(problem, plan, d_weight):
-        out = original(problem, plan, d_weight)
+    def record(problem, d_weight, *, workspace):
+        out = original(problem, d_weight, workspace=workspace)
         made.clear()
         for store in out:
             place = "nowhere"
@@ -235,7 +235,7 @@ def workspace_with_all_stores(case: Case, stores, operand_dtype=None) -> int:
     for step in range(300):
         workspace = int(1000 * 1.05**step)
         problem = problem_of(case, operand_dtype, tiling=Tiling(workspace=workspace))
-        impl._stores(problem, impl._GradSums.plan_for(problem, (True, True, True)), torch.empty_like(case.weight))
+        impl._stores(problem, torch.empty_like(case.weight), workspace=True)
         if len(stores) == 3:
             return workspace
     raise AssertionError("no workspace makes all three kinds of stores")
@@ -293,11 +293,10 @@ MIXTURES += [(torch.float32, torch.bfloat16, torch.bfloat16), (torch.bfloat16, t
 
 @devices
 @pytest.mark.parametrize("dtypes", MIXTURES, ids=str)
-@pytest.mark.parametrize("shape", [((3, 13), 7, 101), ((3, 13), 16, 130)])
-def test_mixed_dtypes_and_autocast(device, dtypes, shape):
-    """Every path, with the number of the head's elements odd and even."""
+def test_mixed_dtypes_and_autocast(device, dtypes):
+    """Every path; the head has an odd number of elements, so that of its bytes not every dtype's are a whole number."""
     hidden_dtype, weight_dtype, autocast = dtypes
-    case = make_case(*shape, device=device)
+    case = make_case((3, 13), 7, 101, device=device)
     case = Case(case.hidden.to(hidden_dtype), case.weight.to(weight_dtype), case.targets, case.bias)
     operand = autocast or torch.promote_types(hidden_dtype, weight_dtype)
     rounded = Case(case.hidden.to(operand), case.weight.to(operand), case.targets, case.bias)
@@ -379,7 +378,7 @@ def test_block_shapes_of_other_gpus(monkeypatch, dtype, path, name):
 
 
 @devices
-@dtypes
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 @paths
 def test_two_runs_agree_bitwise(device, dtype, path):
     case = many_tokens(device, dtype, {"softcap": 6.0})
@@ -453,7 +452,7 @@ def test_nan_and_inf_stay_in_their_token(device, dtype, path, bad):
 
 
 @devices
-@dtypes
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 @paths
 def test_nan_in_the_head_reaches_every_token(device, dtype, path):
     case = make_case((33,), 16, 101, dtype=dtype, device=device, ignored=0.0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -14,6 +14,8 @@ from fusedalign.problem import OUTPUTS, Problem, TokenLogps, TokenLoss
 
 #: Gradients of hidden, weight and bias, None where not needed.
 Grads = tuple[Tensor | None, Tensor | None, Tensor | None]
+#: What a sweep keeps for the backward.
+Keep = Literal["nothing", "jacobian", "head"]
 #: Which of hidden, weight and bias need a gradient.
 Needs = tuple[bool, bool, bool]
 
@@ -44,10 +46,22 @@ class Jacobian(NamedTuple):
         self.rows[tokens] = x
 
 
+class KeptHead(NamedTuple):
+    """What an impl keeps for a trained head: exponentials of logits, in memory that will be the head's gradient."""
+
+    d_weight: Tensor
+    """[V, D] in the head's dtype, to be overwritten by the gradient"""
+    largest: Tensor
+    """as the impl likes"""
+    target: Tensor
+    """[N] final logits of the targets, in the logit dtype"""
+
+
 class State(NamedTuple):
     """What the backward of `token_logps` needs of the forward; None where it does not."""
 
     jacobian: Jacobian | None
+    head: KeptHead | None
     max: Tensor | None
     log_e: Tensor | None
     entropy: Tensor | None
@@ -56,11 +70,11 @@ class State(NamedTuple):
 class Paths(Protocol):
     """An impl's own arithmetic, without autograd; a module or an object."""
 
-    def sweep(self, problem: Problem, *, keep_jacobian: bool) -> tuple[RowSums, Jacobian | None]:
-        """The softmax sums of all tokens and, if asked for, d logps / d hidden."""
+    def sweep(self, problem: Problem, keep: Keep) -> tuple[RowSums, Jacobian | KeptHead | None]:
+        """The softmax sums of all tokens, and what is to be kept: the first where asked for, the second if it likes."""
 
-    def two_pass_grads(self, problem: Problem, grads: TokenGrads, needs: Needs) -> Grads:
-        """The gradients of any loss, from logits that are computed again."""
+    def two_pass_grads(self, problem: Problem, grads: TokenGrads, needs: Needs, head: KeptHead | None = None) -> Grads:
+        """The gradients of any loss, from logits that are computed again where `head` does not save that."""
 
     def scale_(self, x: Tensor, factor: Tensor) -> Tensor:
         """`x` times a scalar in place, for nothing where that is 1."""
@@ -72,7 +86,7 @@ class Paths(Protocol):
 def token_logps(paths: Paths, problem: Problem) -> TokenLogps:
     """`TokenLogps` of [N] tokens, by the cheapest path that gives the gradients which are needed."""
     if not any(_needs(problem)):
-        return paths.sweep(problem, keep_jacobian=False)[0].results(problem)
+        return paths.sweep(problem, "nothing")[0].results(problem)
     return TokenLogps(*_TokenLogps.apply(problem.hidden, problem.weight, problem.bias, paths, problem))
 
 
@@ -94,19 +108,21 @@ def loss_and_grads(paths: Paths, problem: Problem, token_loss: TokenLoss, needs:
         made = paths.one_pass(problem, token_loss, needs) if any(needs) and len(problem.targets) else None
         if made is not None:
             return made
-        sums, _ = paths.sweep(problem, keep_jacobian=False)
+        sums, _ = paths.sweep(problem, "nothing")
         loss, grads = grads_of_token_loss(sums, slice(None), token_loss, problem.result_dtype)
         return loss, _two_pass_grads(paths, problem, grads, needs)
 
 
-def forward(paths: Paths, problem: Problem, needs: Needs) -> tuple[TokenLogps, State]:
-    """The results, and a kept Jacobian where only hidden needs a gradient, else what two passes need."""
-    sums, jacobian = paths.sweep(problem, keep_jacobian=needs == (True, False, False))
+def forward(paths: Paths, problem: Problem, needs: Needs, *, keep_head: bool = True) -> tuple[TokenLogps, State]:
+    """The results, and what `backward` needs beside the problem itself."""
+    keep: Keep = "jacobian" if needs == (True, False, False) else "head" if needs[1] and keep_head else "nothing"
+    sums, kept = paths.sweep(problem, keep)
     out = sums.results(problem)
+    jacobian, head = (kept, None) if isinstance(kept, Jacobian) else (None, kept)
     if jacobian is not None and out.entropy is None and out.lse is None:
-        return out, State(jacobian, None, None, None)
+        return out, State(jacobian, None, None, None, None)
     # A kept Jacobian answers for logps alone: gradients of entropy and lse, if there are any, call for more.
-    return out, State(jacobian, sums.max, sums.log_e(), sums.entropy() if out.entropy is not None else None)
+    return out, State(jacobian, head, sums.max, sums.log_e(), sums.entropy() if out.entropy is not None else None)
 
 
 def backward(
@@ -137,14 +153,16 @@ def backward(
         lse=None if d_lse is None else d_lse.to(dtype),
         entropy=None if d_entropy is None or state.entropy is None else (d_entropy.to(dtype), state.entropy),
     )
-    more, d_weight, d_bias = _two_pass_grads(paths, problem, grads, needs)
+    more, d_weight, d_bias = _two_pass_grads(paths, problem, grads, needs, state.head)
     return more if d_hidden is None or more is None else d_hidden.add_(more), d_weight, d_bias
 
 
-def _two_pass_grads(paths: Paths, problem: Problem, grads: TokenGrads, needs: Needs) -> Grads:
+def _two_pass_grads(
+    paths: Paths, problem: Problem, grads: TokenGrads, needs: Needs, head: KeptHead | None = None
+) -> Grads:
     """Zeros where there is no token: tiles of nothing are nobody's business."""
     if len(problem.targets):
-        return paths.two_pass_grads(problem, grads, needs)
+        return paths.two_pass_grads(problem, grads, needs, head)
     tensors = zip((problem.hidden, problem.weight, problem.bias), needs, strict=True)
     d_hidden, d_weight, d_bias = (torch.zeros_like(x) if x is not None and needed else None for x, needed in tensors)
     return d_hidden, d_weight, d_bias
@@ -165,15 +183,19 @@ class _TokenLogps(torch.autograd.Function):
         inputs: tuple[Tensor | None, ...] = (hidden.new_empty(0), None, None, None)
         if state.max is not None:
             inputs = (hidden, weight, bias, problem.targets)
-        ctx.save_for_backward(*inputs, *(state.jacobian or (None, None)), *state[1:])
+        jacobian, head = state.jacobian or (None, None), state.head or (None, None, None)
+        ctx.save_for_backward(*inputs, *jacobian, *head, *state[2:])
         return tuple(out)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_logps: Tensor | None, d_entropy: Tensor | None, d_lse: Tensor | None, *_: None) -> tuple:
-        *tensors, rows, scale, maximum, log_e, entropy = ctx.saved_tensors
+        *tensors, rows, scale, memory, largest, target, maximum, log_e, entropy = ctx.saved_tensors
         problem = _with_tensors(ctx.problem, *tensors)
-        state = State(None if rows is None else Jacobian(rows, scale), maximum, log_e, entropy)
+        jacobian = None if rows is None else Jacobian(rows, scale)
+        # What is kept for the head is used up by one backward; where the graph is kept, the logits are made again.
+        head = None if memory is None or _graph_is_kept() else KeptHead(memory, largest, target)
+        state = State(jacobian, head, maximum, log_e, entropy)
         with torch.autocast(problem.hidden.device.type, enabled=False):
             grads = backward(ctx.paths, problem, state, ctx.needs_input_grad[:3], d_logps, d_entropy, d_lse)
         return *grads, None, None

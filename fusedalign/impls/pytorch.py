@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from fusedalign.impls import autograd
-from fusedalign.impls.autograd import Grads, Jacobian, Needs
+from fusedalign.impls.autograd import Grads, Jacobian, Keep, Needs
 from fusedalign.impls.rows import RowSums, TokenGrads, fit_half, grads_of_token_loss, times
 from fusedalign.problem import DEFAULT_WORKSPACE, Problem, TokenLogps, TokenLoss
 
@@ -194,17 +194,17 @@ def _locate(targets: Tensor, vocab: slice) -> tuple[Tensor, Tensor]:
     return local.clamp(0, vocab.stop - vocab.start - 1), (local >= 0) & (local < vocab.stop - vocab.start)
 
 
-def sweep(problem: Problem, *, keep_jacobian: bool) -> tuple[RowSums, Jacobian | None]:
+def sweep(problem: Problem, keep: Keep) -> tuple[RowSums, Jacobian | None]:
     """The running sums of all tokens and, if asked for, J = d logps / d hidden, [N, D] in hidden's dtype."""
     plan, sums = _plan(problem), _Sums(problem)
-    jacobian = Jacobian.empty(problem) if keep_jacobian else None
+    jacobian = Jacobian.empty(problem) if keep == "jacobian" else None
     for tokens in plan.token_tiles(problem):
         hidden, targets = _operand(problem.hidden[tokens], problem), problem.targets[tokens]
-        mean_row = hidden.new_zeros(hidden.shape, dtype=problem.logit_dtype) if keep_jacobian else None
+        mean_row = hidden.new_zeros(hidden.shape, dtype=problem.logit_dtype) if jacobian is not None else None
         for vocab in plan.vocab_tiles(problem):
             weight = _operand(problem.weight[vocab], problem)
             z = _logits(problem, hidden, weight, vocab)
-            slope = _logit_slope(problem, z) if keep_jacobian else None
+            slope = _logit_slope(problem, z) if jacobian is not None else None
             e, shrink = sums.fold(tokens, z, targets, vocab, keep=False)
             if mean_row is not None:
                 e = e if slope is None else e.mul_(slope)
@@ -255,7 +255,7 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return torch.addmm(total, a, b, out=total)
 
 
-def two_pass_grads(problem: Problem, grads: TokenGrads, needs: Needs) -> Grads:
+def two_pass_grads(problem: Problem, grads: TokenGrads, needs: Needs, head: None = None) -> Grads:
     """Gradients of hidden, weight, bias (None where not needed); a tile of dW is summed in full, then written once."""
     plan, dtype = _plan(problem), problem.logit_dtype
     needs_hidden, needs_weight, needs_bias = needs

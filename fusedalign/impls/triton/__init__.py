@@ -8,7 +8,8 @@ Costs in units of U = 2*N*D*V FLOPs, one product of all hidden states with the h
 * a sum over tokens (`token_loss_sum`): the first sweep keeps e = exp(logit - max) of as many tokens as there is room
   for, in the memory of the head's gradient until that is written, and in the workspace. The others' logits are made
   again: between 3U and 4U;
-* anything else: the backward makes the tiles again, vocabulary-major, and writes each tile of dW once, 4U.
+* anything else: the backward makes the tiles again, vocabulary-major, and writes each tile of dW once, 4U; it is spared
+  that for the tokens whose e the forward has kept in the memory of the head's gradient, which it makes early: 3U there.
 
 Logits and their sums are fp32. What enters a product is in the operand dtype; fp32 products are the library's. The sum
 of dH over the vocabulary, `[N, D]` in fp32, is part of the workspace, and is made even where it fills all of it.
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor
 
 from fusedalign.impls import autograd
-from fusedalign.impls.autograd import Grads, Jacobian, Needs
+from fusedalign.impls.autograd import Grads, Jacobian, Keep, KeptHead, Needs
 from fusedalign.impls.rows import RowSums, TokenGrads, fit_half, grads_of_token_loss, times
 from fusedalign.impls.triton.launch import (
     INTERPRETED,
@@ -104,10 +105,15 @@ def _on_device(problem: Problem) -> torch.cuda.device:
 # -------------------------------------------------------------------------------------------------------------- forward
 
 
-def sweep(problem: Problem, *, keep_jacobian: bool) -> tuple[RowSums, Jacobian | None]:
-    """The softmax sums of all tokens and, if asked for, d logps / d hidden."""
+def sweep(problem: Problem, keep: Keep) -> tuple[RowSums, Jacobian | KeptHead | None]:
+    """The softmax sums of all tokens, and what is to be kept for the backward."""
     rows = RowSums(problem)
-    if not keep_jacobian:
+    if keep == "head" and len(problem.targets):
+        d_weight = torch.empty_like(problem.weight, memory_format=torch.contiguous_format)
+        first, *_ = _swept(problem, _stores(problem, d_weight, workspace=False), rows)
+        assert first.of_e is not None
+        return rows, KeptHead(d_weight, first.of_e, rows.target)
+    if keep != "jacobian":
         _fold_all(problem, rows)
         return rows, None
     if not len(problem.targets):
@@ -221,20 +227,20 @@ def _slope(problem: Problem, z: Tensor) -> Tensor | None:
 # ------------------------------------------------------------------------------------------------------------ gradients
 
 
-def two_pass_grads(problem: Problem, grads: TokenGrads, needs: Needs, *, round_hidden: bool = True) -> Grads:
+def two_pass_grads(
+    problem: Problem, grads: TokenGrads, needs: Needs, head: KeptHead | None = None, *, round_hidden: bool = True
+) -> Grads:
     """Gradients of hidden, weight, bias (None where not needed); each tile of dW is made in full and written once.
 
-    That of hidden comes in its dtype or, with round_hidden=False, in fp32.
+    That of hidden comes in its dtype or, with round_hidden=False, in fp32. What is kept in `head` is used up.
     """
-    grads, undo = fit_half(problem, grads)
-    sums = _GradSums(problem, needs, undo)
-    tokens, hidden = slice(0, len(problem.hidden)), _operand(problem.hidden, problem)
-    for vocab in sums.plan.vocab_tiles(problem):
-        weight = _operand(problem.weight[vocab], problem)
-        grad = sums.tile[:, : len(weight)]
-        d_bias = logit_grads(Tile(problem, hidden, weight, tokens, vocab), grads, grad, d_bias=needs[2])
-        sums.add(vocab, grad, hidden, weight, d_bias)
-    return sums.results(round_hidden=round_hidden)
+    if head is None or grads.entropy is not None:  # whose gradient asks for the logits themselves
+        everything = _Store(slice(0, len(problem.hidden)), problem.weight.shape[0])
+        memory = None if head is None else head.d_weight
+        return _grads(problem, [everything], grads, needs, d_weight=memory, round_hidden=round_hidden)
+    first, *others = _stores(problem, head.d_weight, workspace=False)
+    first.of_e = head.largest
+    return _grads(problem, [first, *others], grads, needs, target=head.target, d_weight=head.d_weight)
 
 
 def one_pass(problem: Problem, token_loss: TokenLoss, needs: Needs) -> tuple[Tensor, Grads] | None:
@@ -256,19 +262,36 @@ def one_pass(problem: Problem, token_loss: TokenLoss, needs: Needs) -> tuple[Ten
 
 def _one_pass_with_head(problem: Problem, token_loss: TokenLoss, needs: Needs) -> tuple[Tensor, Grads]:
     rows, everything = RowSums(problem), slice(0, len(problem.hidden))
-    hidden = _operand(problem.hidden, problem)
-    plan = _GradSums.plan_for(problem, needs)
     d_weight = torch.empty_like(problem.weight, memory_format=torch.contiguous_format)
-    stores = _stores(problem, plan, d_weight)
+    stores = _swept(problem, _stores(problem, d_weight, workspace=True), rows)
+    loss, grads = grads_of_token_loss(rows, everything, token_loss, problem.result_dtype)
+    return loss, _grads(problem, stores, grads, needs, target=rows.target, d_weight=d_weight)
+
+
+def _swept(problem: Problem, stores: list[_Store], rows: RowSums) -> list[_Store]:
+    """The stores, once they have made their tokens' sums."""
+    hidden = _operand(problem.hidden, problem)
     for store in stores:
         store.sweep(problem, hidden[store.tokens], rows)
-    loss, grads = grads_of_token_loss(rows, everything, token_loss, problem.result_dtype)
+    return stores
+
+
+def _grads(
+    problem: Problem,
+    stores: list[_Store],
+    grads: TokenGrads,
+    needs: Needs,
+    *,
+    target: Tensor | None = None,
+    d_weight: Tensor | None = None,
+    round_hidden: bool = True,
+) -> Grads:
+    """The gradients, from what the stores have kept; with it come `target`, the final logits there, and `d_weight`."""
     grads, undo = fit_half(problem, grads)
     for store in stores:
-        store.prepare(problem, rows, grads)
-
-    sums = _GradSums(problem, needs, undo, d_weight)
-    for vocab in plan.vocab_tiles(problem):
+        store.prepare(problem, target, grads)
+    sums, hidden = _GradSums(problem, needs, undo, d_weight), _operand(problem.hidden, problem)
+    for vocab in sums.plan.vocab_tiles(problem):
         weight = _operand(problem.weight[vocab], problem)
         grad = sums.tile[:, : len(weight)]
         d_bias = weight.new_zeros(len(weight), dtype=torch.float32) if needs[2] else None
@@ -278,12 +301,12 @@ def _one_pass_with_head(problem: Problem, token_loss: TokenLoss, needs: Needs) -
             if d_bias is not None and part is not None:
                 d_bias += part
         sums.add(vocab, grad, hidden, weight, d_bias)
-    return loss, sums.results()
+    return sums.results(round_hidden=round_hidden)
 
 
 @dataclass
 class _Store:
-    """Some tokens of the one-pass path, and where their e is kept from the sweep to the gradients; perhaps nowhere."""
+    """Some tokens, and where their e is kept from the sweep to the gradients; perhaps nowhere."""
 
     tokens: slice
     span: int
@@ -298,26 +321,27 @@ class _Store:
 
     def sweep(self, problem: Problem, hidden: Tensor, rows: RowSums) -> None:
         """Make these tokens' sums, and keep their e."""
-        n, v, half = len(hidden), problem.weight.shape[0], half_block(hidden.device)
-        sums = BlockSums(problem, n, v)
+        v, half = problem.weight.shape[0], half_block(hidden.device)
         if self.memory is not None:
-            self.of_e = hidden.new_empty((2 * sums.count, n), dtype=torch.float32)
+            self.of_e = hidden.new_empty((_halves(problem), len(hidden)), dtype=torch.float32)
         for vocab in _tiles(v, self.span):
             tile = Tile(problem, hidden, _operand(problem.weight[vocab], problem), self.tokens, vocab)
             kept, kept_max = None, None
             if self.of_e is not None:
                 kept, kept_max = self._kept(tile), self.of_e[vocab.start // half :]
-            sums.add(tile, rows, start=vocab.start, kept=kept, kept_max=kept_max)
-        sums.fold(rows, self.tokens)
+            sums = BlockSums(problem, tile.n, tile.v)
+            sums.add(tile, rows, kept=kept, kept_max=kept_max)
+            sums.fold(rows, self.tokens)
 
-    def prepare(self, problem: Problem, rows: RowSums, grads: TokenGrads) -> None:
+    def prepare(self, problem: Problem, target: Tensor | None, grads: TokenGrads) -> None:
         """p = e * exp(its max - lse); what was kept has no target in it."""
-        if self.of_e is None:
+        if self.of_e is None or target is None:
             return
         grads, factor = grads.rows(self.tokens), problem.scale / problem.temperature
         self.of_e.sub_(grads.max).sub_(grads.log_e).exp_().mul_(grads.of_others() * (factor / KEPT_ONE))
-        of_target = grads.of_target(rows.logps(self.tokens)) * factor
-        slope = _slope(problem, rows.target[self.tokens])
+        target = target[self.tokens]
+        of_target = grads.of_target(target - grads.max - grads.log_e) * factor
+        slope = _slope(problem, target)
         self.of_target = of_target if slope is None else of_target * slope
 
     def logit_grads(self, tile: Tile, grads: TokenGrads, out: Tensor, *, d_bias: bool) -> Tensor | None:
@@ -333,31 +357,26 @@ class _Store:
         return self.memory[tile.vocab.start * self.height :][: tile.n * tile.v].view(tile.n, tile.v)
 
 
-def _stores(problem: Problem, plan: _Plan, d_weight: Tensor) -> list[_Store]:
-    """All tokens: the first in the memory of dW, as many more as the workspace has room for, the others nowhere.
+def _stores(problem: Problem, d_weight: Tensor, *, workspace: bool) -> list[_Store]:
+    """All tokens: the first in the memory of dW, more in the `workspace` if it may be used, the others nowhere.
 
     e is kept as fp16 (2**-12 of rounding, below that of the gradient's operands), as fp32 where operands are.
     """
-    n, v = len(problem.hidden), problem.weight.shape[0]
+    n, v, plan = len(problem.hidden), problem.weight.shape[0], _plan_grads(problem)
     dtype = torch.float16 if problem.operand_dtype.itemsize == 2 else torch.float32
     memory = d_weight.view(-1).view(torch.uint8)
     flat = memory[: len(memory) // dtype.itemsize * dtype.itemsize].view(dtype)
     height = flat.numel() // v
-    # Tokens that are not kept need no tile in memory, except for copies in the operand dtype and products in fp32.
-    tiled = (
-        dtype == torch.float32 or problem.weight.dtype != problem.operand_dtype or not problem.weight.is_contiguous()
-    )
-    span = plan.vocab if tiled else v
-    block_bytes = 2 * _block_bytes(problem, v)  # while they are swept; then half of it for the largest logits of e
     first = min(n, height)
-    more = max(0, min(n - first, (plan.left - n * block_bytes) // (v * dtype.itemsize)))
-    if more < n // 8:  # too few rows to fill the GPU
+    each = v * dtype.itemsize + 4 * _halves(problem)
+    more = max(0, min(n - first, (plan.left - first * 4 * _halves(problem)) // each))
+    if not workspace or more < n // 8:  # too few rows would not fill the GPU
         more = 0
     stores = [_Store(slice(0, first), plan.vocab, flat, height)]
     if more:
         stores.append(_Store(slice(first, first + more), plan.vocab, flat.new_empty(more * v), more))
     if first + more < n:
-        stores.append(_Store(slice(first + more, n), span))
+        stores.append(_Store(slice(first + more, n), _plan(problem).vocab))
     return stores
 
 
@@ -367,22 +386,13 @@ class _GradSums:
     def __init__(self, problem: Problem, needs: Needs, undo: Tensor | None, d_weight: Tensor | None = None) -> None:
         needs_hidden, needs_weight, needs_bias = needs
         hidden, weight = problem.hidden, problem.weight
-        self.plan, self.undo, self.dtype = self.plan_for(problem, needs), undo, hidden.dtype
+        self.plan, self.undo, self.dtype = _plan_grads(problem), undo, hidden.dtype
         self.tile = hidden.new_empty((len(hidden), self.plan.vocab), dtype=problem.operand_dtype)
         self.d_hidden = torch.zeros_like(hidden, dtype=torch.float32) if needs_hidden else None
         if needs_weight and d_weight is None:
             d_weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
         self.d_weight = d_weight
         self.d_bias = torch.empty_like(problem.bias) if needs_bias and problem.bias is not None else None
-
-    @staticmethod
-    def plan_for(problem: Problem, needs: Needs) -> _Plan:
-        n, d = problem.hidden.shape
-        item = problem.operand_dtype.itemsize
-        through_fp32 = needs[1] and (problem.operand_dtype == torch.float16 or problem.weight.dtype.itemsize < item)
-        return _plan(
-            problem, fixed=4 * n * d if needs[0] else 0, column_bytes=4 * d if through_fp32 else 0, logit_bytes=item
-        )
 
     def add(self, vocab: slice, grad: Tensor, hidden: Tensor, weight: Tensor, d_bias: Tensor | None) -> None:
         """Add the part of a tile: `grad` [N, v] and `weight` [v, D] in the operand dtype, `d_bias` [v] fp32."""
@@ -420,6 +430,14 @@ class _Plan:
         return _tiles(problem.weight.shape[0], self.vocab)
 
 
+def _plan_grads(problem: Problem) -> _Plan:
+    """For tiles of gradients of logits beside the fp32 sum of dH: the same for every call of one problem."""
+    n, d = problem.hidden.shape
+    item = problem.operand_dtype.itemsize
+    through_fp32 = problem.operand_dtype == torch.float16 or problem.weight.dtype.itemsize < item
+    return _plan(problem, fixed=4 * n * d, column_bytes=4 * d if through_fp32 else 0, logit_bytes=item)
+
+
 def _tiles(size: int, step: int) -> Iterator[slice]:
     return (slice(start, min(start + step, size)) for start in range(0, size, step))
 
@@ -454,6 +472,11 @@ def _plan(
     columns = math.ceil(equal / block_v) * block_v
     taken = tokens * token_bytes + columns * (tokens * each + column_bytes)
     return _Plan(tokens, columns, int(total - fixed - taken))
+
+
+def _halves(problem: Problem) -> int:
+    """How many halves of blocks of columns there are."""
+    return 2 * math.ceil(problem.weight.shape[0] / blocks_for(problem.hidden.device).v)
 
 
 def _block_bytes(problem: Problem, v: int) -> int:
