@@ -9,7 +9,21 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "fusedalign"
 #: Rooms from the ground up: a module may import from its own room and from those before it.
-ROOMS = ["problem", "impls", "losses", "sequence", "compaction", "graphs", "ops", "head", "embedded", "trl", "bench", "demo", "cli"]
+ROOMS = [
+    "problem",
+    "impls",
+    "losses",
+    "sequence",
+    "compaction",
+    "graphs",
+    "ops",
+    "head",
+    "embedded",
+    "trl",
+    "bench",
+    "demo",
+    "cli",
+]
 #: What impls share: the records of tokens, and the autograd around an impl's own arithmetic.
 SHARED = ["rows", "autograd"]
 TORCH_ONLY = ["losses", "sequence"]
