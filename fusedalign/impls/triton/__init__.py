@@ -271,7 +271,9 @@ def _one_pass_with_head(problem: Problem, token_loss: TokenLoss, needs: Needs) -
 def _swept(problem: Problem, stores: list[_Store], rows: RowSums) -> list[_Store]:
     """The stores, once they have made their tokens' sums."""
     hidden = _operand(problem.hidden, problem)
-    for store in stores:
+    for store in reversed(
+        stores
+    ):  # first those that are not kept: one long launch, during which the next ones queue up
         store.sweep(problem, hidden[store.tokens], rows)
     return stores
 
@@ -324,13 +326,15 @@ class _Store:
         v, half = problem.weight.shape[0], half_block(hidden.device)
         if self.memory is not None:
             self.of_e = hidden.new_empty((_halves(problem), len(hidden)), dtype=torch.float32)
-        for vocab in _tiles(v, self.span):
-            tile = Tile(problem, hidden, _operand(problem.weight[vocab], problem), self.tokens, vocab)
-            kept, kept_max = None, None
-            if self.of_e is not None:
-                kept, kept_max = self._kept(tile), self.of_e[vocab.start // half :]
-            sums = BlockSums(problem, tile.n, tile.v)
-            sums.add(tile, rows, kept=kept, kept_max=kept_max)
+        for group in _tiles(v, _columns_folded_at_once(problem, len(hidden), self.span)):
+            sums = BlockSums(problem, len(hidden), group.stop - group.start)
+            for start in range(group.start, group.stop, self.span):
+                vocab = slice(start, min(start + self.span, group.stop))
+                tile = Tile(problem, hidden, _operand(problem.weight[vocab], problem), self.tokens, vocab)
+                kept, kept_max = None, None
+                if self.of_e is not None:
+                    kept, kept_max = self._kept(tile), self.of_e[start // half :]
+                sums.add(tile, rows, start=start - group.start, kept=kept, kept_max=kept_max)
             sums.fold(rows, self.tokens)
 
     def prepare(self, problem: Problem, target: Tensor | None, grads: TokenGrads) -> None:
@@ -472,6 +476,13 @@ def _plan(
     columns = math.ceil(equal / block_v) * block_v
     taken = tokens * token_bytes + columns * (tokens * each + column_bytes)
     return _Plan(tokens, columns, int(total - fixed - taken))
+
+
+def _columns_folded_at_once(problem: Problem, n: int, span: int) -> int:
+    """Whole tiles of `span` columns whose block sums take at most a quarter of the workspace; one at least."""
+    budget = (problem.tiling.workspace or DEFAULT_WORKSPACE) // 4
+    tiles = math.ceil(problem.weight.shape[0] / span)
+    return span * max(1, min(tiles, budget // (n * _block_bytes(problem, span))))
 
 
 def _halves(problem: Problem) -> int:

@@ -1,0 +1,113 @@
+"""`torch.compile(fullgraph=True)`: the operators give what the functions give, and their fakes tell the truth."""
+
+import itertools
+
+import pytest
+import torch
+from helpers import DEVICES, IMPLS
+
+from fusedalign import graphs, linear_cross_entropy, linear_logps
+from fusedalign.problem import OUTPUTS, Tiling
+
+IN_GRAPHS = [impl for impl in IMPLS if impl in graphs.NAMES]
+NEEDS = [(1, 1, 1), (1, 0, 0), (0, 1, 0), (0, 0, 0)]
+TARGETS = torch.randint(0, 101, (3, 7), generator=torch.Generator().manual_seed(0)).index_fill(
+    1, torch.tensor([0]), -100
+)
+
+
+def tensors(device, dtype, needs):
+    g = torch.Generator().manual_seed(1)
+    made = [torch.randn(*shape, generator=g).to(device, dtype) for shape in ((3, 7, 16), (101, 16), (101,))]
+    return [x.requires_grad_(bool(n)) for x, n in zip(made, needs, strict=True)]
+
+
+def all_outputs(hidden, weight, bias, impl):
+    out = linear_logps(
+        torch.tanh(hidden), weight, TARGETS.to(hidden.device), bias=bias, softcap=4.0, outputs=OUTPUTS, impl=impl
+    )
+    ramp = torch.arange(7, device=hidden.device)
+    return (out.logps * ramp).sum() + out.entropy.sum() + 0.1 * out.lse.sum() + out.is_top1.sum() + out.mean_logit.sum()
+
+
+def logps_alone(hidden, weight, bias, impl):
+    out = linear_logps(torch.tanh(hidden), weight, TARGETS.to(hidden.device), bias=bias, impl=impl, scale=0.5)
+    return (out.logps * torch.arange(7, device=hidden.device)).sum()
+
+
+def scalar(hidden, weight, bias, impl):
+    return linear_cross_entropy(
+        torch.tanh(hidden), weight, TARGETS.to(hidden.device), bias=bias, z_loss=0.1, num_items=5, impl=impl
+    )
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("impl", IN_GRAPHS)
+@pytest.mark.parametrize("f", [all_outputs, logps_alone, scalar])
+@pytest.mark.parametrize("needs", NEEDS)
+def test_one_graph_gives_the_same_numbers(impl, device, f, needs):
+    results = []
+    for call in (f, torch.compile(f, fullgraph=True, backend="aot_eager")):
+        torch._dynamo.reset()
+        inputs = tensors(device, torch.float32, needs)
+        loss = call(*inputs, impl)
+        if any(needs):
+            loss.backward()
+        results.append([loss.detach(), *(x.grad for x in inputs)])
+    for eager, compiled in zip(*results, strict=True):
+        assert (eager is None) == (compiled is None)
+        if eager is not None:
+            torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-5)
+
+
+def options(impl, dtype, needs, outputs):
+    return graphs.Options(
+        scale=0.5,
+        softcap=3.0,
+        temperature=0.7,
+        ignore_index=-100,
+        operand_dtype=dtype,
+        outputs=frozenset(outputs),
+        filter_eps=None,
+        tiling=Tiling(),
+        impl=impl,
+        needs=tuple(map(bool, needs)),
+    )
+
+
+def test_options_survive_the_operators_schema():
+    for tiling, filter_eps, softcap in itertools.product((Tiling(), Tiling(5, None, 7)), (None, 0.1), (None, 2.0)):
+        before = options("auto", torch.bfloat16, (1, 0, 1), OUTPUTS[:2])
+        before = before._replace(tiling=tiling, filter_eps=filter_eps, softcap=softcap)
+        assert graphs._unpacked(*before.packed()) == before
+
+
+@pytest.mark.parametrize("impl", IN_GRAPHS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("needs", NEEDS)
+@pytest.mark.parametrize("outputs", [(), ("lse",), OUTPUTS])
+def test_fakes_have_the_shapes_and_dtypes_of_what_comes(impl, dtype, needs, outputs):
+    inputs = tensors("cpu", dtype, (0, 0, 0))
+    packed = options(impl, dtype, needs, outputs).packed()
+    hidden, weight, bias = inputs
+    arguments = hidden, weight, TARGETS, bias
+    real, fake = graphs._logps(*arguments, *packed), graphs._logps_fake(*arguments, *packed)
+    assert [(x.shape, x.dtype) for x in real] == [(x.shape, x.dtype) for x in fake]
+
+
+@pytest.mark.parametrize("needs", NEEDS[:2])
+def test_torch_finds_nothing_wrong_with_the_operators(needs):
+    """Schema, registration of autograd, and fakes, by PyTorch's own checks."""
+    hidden, weight, bias = tensors("cpu", torch.float32, needs)
+    arguments = hidden, weight, TARGETS, bias
+    packed = options("pytorch", torch.float32, needs, ("lse",)).packed()
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(graphs._logps, (*arguments, *packed), test_utils=checks)
+    torch.library.opcheck(graphs._cross_entropy, (*arguments, None, 0.1, "nll mean", *packed), test_utils=checks)
+
+
+def test_a_target_out_of_range_raises_in_a_graph_too():
+    f = torch.compile(logps_alone, fullgraph=True, backend="aot_eager")
+    hidden, weight, bias = tensors("cpu", torch.float32, (0, 0, 0))
+    with pytest.raises(ValueError, match=r"targets must be in \[0, 50\)"):
+        f(hidden, weight[:50], bias[:50], "pytorch")
