@@ -218,3 +218,12 @@ def test_what_is_alive_at_once_stays_within_the_workspace(impl, device, path, dt
     vectors = 48 * n * 4
     assert vectors < workspace / 8
     assert call() <= expected + workspace + vectors
+
+
+@each(triton)
+@pytest.mark.usefixtures("_as_on_a_gpu")
+@pytest.mark.parametrize("path", ["two passes", "one pass"])
+def test_a_small_token_chunk_does_not_widen_the_tiles_of_gradients(impl, device, path):
+    """These have all tokens, so what is few tokens for others must not be taken for room for more columns."""
+    allocations = trace(path, impl, device=device, n=40, workspace=40_000, token_chunk=2)
+    assert allocations.largest() <= V * D

@@ -81,7 +81,7 @@ def test_shapes_and_dtypes_of_the_true_calls(monkeypatch, dtype):
     bias, targets = weight[:, 0], torch.empty(48, dtype=torch.int64, device="meta")
     problem = Problem(hidden, weight, targets, dtype, bias, softcap=3.0, outputs=frozenset(["entropy", "lse"]))
     with torch.no_grad():
-        sums, jacobian = pytorch.sweep(problem, keep_jacobian=True)
+        sums, jacobian = pytorch.sweep(problem, "jacobian")
         grads = TokenGrads(sums.max, sums.log_e(), sums.e, sums.e, (sums.e, sums.e))
         two_pass = pytorch.two_pass_grads(problem, grads, (True, True, True))
     loss, one_pass = pytorch.one_pass(

@@ -574,28 +574,37 @@ def test_more_tokens_than_a_grid_has(path, n, d, v):
     assert_path_within_budget(path, case, PATHS[path](case))
 
 
+def check_random_problem(seed: int, device: str, v: int) -> None:
+    """Shape, head, tiles and path at random. D is odd or a multiple of 16, so that few kernels need compiling."""
+    rng = random.Random(seed)
+    dtype = torch.float32 if seed % 4 == 0 else torch.bfloat16
+    d = rng.choice([16 * rng.randint(1, 12), 2 * rng.randint(1, 80) + 1])
+    leading, v = [rng.randint(1, 12) for _ in range(rng.randint(1, 3))], rng.randint(2, v)
+    head = {"scale": rng.uniform(0.1, 3), "softcap": rng.uniform(10, 50), "temperature": rng.uniform(0.4, 3)}
+    case = make_case(leading, d, v, dtype=dtype, device=device, seed=seed, ignored=rng.random(), **head)
+    wishes = {
+        "token_chunk": rng.randint(1, 300),
+        "vocab_chunk": rng.randint(1, v),
+        "workspace": int(10 ** rng.uniform(3, 8)),
+    }
+    tiles = {k: wishes[k] for k in rng.sample(list(wishes), rng.randint(0, 3))}
+    path = rng.choice(list(PATHS))
+    try:
+        assert_path_within_budget(path, case, PATHS[path](case, **tiles))
+    except Exception as error:
+        raise AssertionError(f"seed {seed}: {path}, {leading}, D={d}, V={v}, {dtype}, {head}, {tiles}") from error
+
+
 @on_gpu
 def test_1000_random_problems():
-    """Shapes, heads, tiles and paths at random. D is odd or a multiple of 16, so that few kernels need compiling."""
-    names = list(PATHS)
     for seed in range(1000):
-        rng = random.Random(seed)
-        dtype = torch.float32 if seed % 4 == 0 else torch.bfloat16
-        d = rng.choice([16 * rng.randint(1, 12), 2 * rng.randint(1, 80) + 1])
-        leading, v = [rng.randint(1, 12) for _ in range(rng.randint(1, 3))], rng.randint(2, 3000)
-        head = {"scale": rng.uniform(0.1, 3), "softcap": rng.uniform(2, 50), "temperature": rng.uniform(0.4, 3)}
-        case = make_case(leading, d, v, dtype=dtype, device="cuda", seed=seed, ignored=rng.random(), **head)
-        wishes = {
-            "token_chunk": rng.randint(1, 300),
-            "vocab_chunk": rng.randint(1, v),
-            "workspace": int(10 ** rng.uniform(3, 8)),
-        }
-        tiles = {k: wishes[k] for k in rng.sample(list(wishes), rng.randint(0, 3))}
-        path = rng.choice(names)
-        try:
-            assert_path_within_budget(path, case, PATHS[path](case, **tiles))
-        except Exception as error:
-            raise AssertionError(f"seed {seed}: {path}, {leading}, D={d}, V={v}, {dtype}, {head}, {tiles}") from error
+        check_random_problem(seed, "cuda", 3000)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="on a GPU there are a thousand")
+@pytest.mark.parametrize("seed", range(10))
+def test_random_problems(seed):
+    check_random_problem(seed, "cpu", 100)
 
 
 # ------------------------------------------------------------------------------------------------------------- training

@@ -380,7 +380,7 @@ def _stores(problem: Problem, d_weight: Tensor, *, workspace: bool) -> list[_Sto
     if more:
         stores.append(_Store(slice(first, first + more), plan.vocab, flat.new_empty(more * v), more))
     if first + more < n:
-        stores.append(_Store(slice(first + more, n), _plan(problem).vocab))
+        stores.append(_Store(slice(first + more, n), _plan(problem, cut_tokens=False).vocab))
     return stores
 
 
@@ -439,7 +439,8 @@ def _plan_grads(problem: Problem) -> _Plan:
     n, d = problem.hidden.shape
     item = problem.operand_dtype.itemsize
     through_fp32 = problem.operand_dtype == torch.float16 or problem.weight.dtype.itemsize < item
-    return _plan(problem, fixed=4 * n * d, column_bytes=4 * d if through_fp32 else 0, logit_bytes=item)
+    through = 4 * d if through_fp32 else 0
+    return _plan(problem, cut_tokens=False, fixed=4 * n * d, column_bytes=through, logit_bytes=item)
 
 
 def _tiles(size: int, step: int) -> Iterator[slice]:
@@ -447,9 +448,17 @@ def _tiles(size: int, step: int) -> Iterator[slice]:
 
 
 def _plan(
-    problem: Problem, *, fixed: int = 0, token_bytes: int = 0, column_bytes: int = 0, logit_bytes: int = 0
+    problem: Problem,
+    *,
+    cut_tokens: bool = True,
+    fixed: int = 0,
+    token_bytes: int = 0,
+    column_bytes: int = 0,
+    logit_bytes: int = 0,
 ) -> _Plan:
     """Tiles for a workspace of which `fixed` bytes are taken, and each token, column and logit of a tile takes so many.
+
+    Without `cut_tokens` a tile has all tokens, whatever the caller wishes: only columns are cut.
 
     The kernels' block sums, the fp32 products and copies of the head's tiles are counted here. At least a quarter of
     the workspace goes to the tiles, even where what is fixed leaves less.
@@ -462,12 +471,13 @@ def _plan(
     if problem.weight.dtype != problem.operand_dtype or not problem.weight.is_contiguous():
         column_bytes += d * item
     each = logit_bytes + (4 if item == 4 else 0) + 4 * (3 + len(problem.outputs)) / block_v
-    tokens = wish.token_chunk or (budget * 3 // (4 * token_bytes) if token_bytes else n)
-    if wish.token_chunk is None:  # leave room for at least 4 blocks of columns
-        tokens = min(tokens, int(budget / (token_bytes + 4 * block_v * each)))
-    tokens = max(1, min(tokens, n))
-    if wish.token_chunk is None:
-        tokens = max(1, math.ceil(n / math.ceil(n / tokens))) if n else 1
+    tokens = max(1, n)
+    if cut_tokens and wish.token_chunk:
+        tokens = min(tokens, wish.token_chunk)
+    elif cut_tokens:
+        # Equal parts that leave room for at least 4 blocks of columns, and for columns a quarter of all.
+        most = min(budget * 3 / (4 * token_bytes) if token_bytes else n, budget / (token_bytes + 4 * block_v * each))
+        tokens = math.ceil(tokens / math.ceil(tokens / max(1, int(most))))
     columns = wish.vocab_chunk or int((budget - tokens * token_bytes) / (tokens * each + column_bytes))
     # Stored tiles need not be larger than what keeps a GPU busy; they pass through its cache.
     most = v if not logit_bytes or wish.vocab_chunk else min(v, max(8192, 2**26 // tokens))
