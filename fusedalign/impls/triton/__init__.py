@@ -12,7 +12,7 @@ Costs in units of U = 2*N*D*V FLOPs, one product of all hidden states with the h
   that for the tokens whose e the forward has kept in the memory of the head's gradient, which it makes early: 3U there.
 
 Logits and their sums are fp32. What enters a product is in the operand dtype; fp32 products are the library's. The sum
-of dH over the vocabulary, `[N, D]` in fp32, is part of the workspace, and is made even where it fills all of it.
+of dH over the vocabulary, `[N, D]` in fp32, is part of the workspace, and is made even where it fills more than that.
 """
 
 from __future__ import annotations
@@ -461,13 +461,14 @@ def _plan(
     Without `cut_tokens` a tile has all tokens, whatever the caller wishes: only columns are cut.
 
     The kernels' block sums, the fp32 products and copies of the head's tiles are counted here. At least a quarter of
-    the workspace goes to the tiles, even where what is fixed leaves less.
+    the workspace goes to the tiles, even where what is fixed leaves less, and a quarter of what is fixed where that is
+    more: each tile is a pass over the sum of dH, so too small ones would take longer than their products.
     """
     (n, d), v = problem.hidden.shape, problem.weight.shape[0]
     wish, item = problem.tiling, problem.operand_dtype.itemsize
     total = wish.workspace or DEFAULT_WORKSPACE
     block_v = blocks_for(problem.hidden.device).v
-    budget = max(total - fixed, total // 4)
+    budget = max(total - fixed, total // 4, fixed // 4)
     if problem.weight.dtype != problem.operand_dtype or not problem.weight.is_contiguous():
         column_bytes += d * item
     each = logit_bytes + (4 if item == 4 else 0) + 4 * (3 + len(problem.outputs)) / block_v
@@ -481,9 +482,8 @@ def _plan(
     columns = wish.vocab_chunk or int((budget - tokens * token_bytes) / (tokens * each + column_bytes))
     # Stored tiles need not be larger than what keeps a GPU busy; they pass through its cache.
     most = v if not logit_bytes or wish.vocab_chunk else min(v, max(8192, 2**26 // tokens))
-    columns = max(1, min(columns, most))
-    equal = math.ceil(v / math.ceil(v / columns))
-    columns = math.ceil(equal / block_v) * block_v
+    columns = max(1, min(columns, math.ceil(most / block_v) * block_v) // block_v) * block_v
+    columns = math.ceil(v / math.ceil(v / columns) / block_v) * block_v  # equal parts, in whole blocks
     taken = tokens * token_bytes + columns * (tokens * each + column_bytes)
     return _Plan(tokens, columns, int(total - fixed - taken))
 

@@ -540,7 +540,8 @@ def kept_grads_kernel(
     of_e [blocks of kept_width columns, n] multiplies e, of_target [n] is added at the targets. A block here lies in one
     block of there.
     """
-    block_n, block_v = tl.program_id(1), tl.program_id(0)
+    across = tl.cdiv(v, BLOCK_V)
+    block_n, block_v = tl.program_id(0) // across, tl.program_id(0) % across
     row, col = block_n * BLOCK_N, block_v * BLOCK_V
     rows, cols = row + tl.arange(0, BLOCK_N), col + tl.arange(0, BLOCK_V)
     in_n, inside = rows < n, cols < v

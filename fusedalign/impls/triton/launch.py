@@ -269,7 +269,7 @@ def kept_logit_grads(
     block_v = half_block(tile.hidden.device)
     block_n = 16 if INTERPRETED else 32
     sums = _d_bias_parts(tile, block_n) if d_bias else None
-    kernels.kept_grads_kernel[(triton.cdiv(tile.v, block_v), triton.cdiv(tile.n, block_n))](
+    kernels.kept_grads_kernel[(triton.cdiv(tile.v, block_v) * triton.cdiv(tile.n, block_n),)](
         kept,
         of_e,
         tile.problem.targets[tile.tokens],
