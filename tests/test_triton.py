@@ -407,6 +407,18 @@ def test_block_shapes_of_other_gpus(monkeypatch, dtype, path, name):
     assert_path_within_budget(path, case, PATHS[path](case, vocab_chunk=70))
 
 
+@pytest.mark.parametrize("programs", [None, 132])
+def test_the_number_of_tokens_is_no_constant_of_a_kernel(programs):
+    """Else every batch of another size would wait for a compiler."""
+    blocks, constants = launch.Blocks(16, 32, 16, warps=4, stages=2, programs=programs), []
+    for n in (20, 3000):
+        case = make_case((n,), 16, 136, dtype=torch.bfloat16, ignored=0.0)
+        tile = launch.Tile(problem_of(case), case.hidden, case.weight, slice(0, n), slice(0, 136))
+        options, _ = launch._logits_options(tile, blocks)
+        constants.append({k: x for k, x in options.items() if k.isupper()})
+    assert constants[0] == constants[1]
+
+
 @devices
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 @paths

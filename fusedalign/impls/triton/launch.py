@@ -24,6 +24,9 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 KEPT_ONE: float = kernels.KEPT_ONE.value
 
 
+_ONE_BLOCK_EACH = 2**30
+
+
 @dataclass(frozen=True)
 class Blocks:
     """Shape of the logits' blocks and how they are scheduled."""
@@ -114,7 +117,9 @@ def _logits_options(tile: Tile, blocks: Blocks) -> tuple[dict[str, Any], tuple[i
     p = tile.problem
     hidden, weight, hidden_stride, weight_stride, source = _source(tile, blocks)
     count = triton.cdiv(tile.n, blocks.n) * triton.cdiv(tile.v, blocks.v)
-    programs = count if blocks.programs is None else min(count, blocks.programs)
+    # A program's stride from block to block is a constant of the kernel. The number of blocks differs with every shape,
+    # so it must not be that constant.
+    programs = blocks.programs or _ONE_BLOCK_EACH
     options = {
         "hidden": hidden,
         "weight": weight,
@@ -131,7 +136,7 @@ def _logits_options(tile: Tile, blocks: Blocks) -> tuple[dict[str, Any], tuple[i
         "SOURCE": source,
         "HAS_BIAS": p.bias is not None,
         "HAS_SOFTCAP": p.softcap is not None,
-        "PROGRAMS": programs if blocks.programs is None else blocks.programs,
+        "PROGRAMS": programs,
         "BLOCK_N": blocks.n,
         "BLOCK_V": blocks.v,
         "BLOCK_D": blocks.d,
@@ -140,7 +145,7 @@ def _logits_options(tile: Tile, blocks: Blocks) -> tuple[dict[str, Any], tuple[i
         "num_warps": blocks.warps,
         "num_stages": blocks.stages,
     }
-    return options, (programs,)
+    return options, (min(count, programs),)
 
 
 def _target_of_stores(out: Tensor, blocks: Blocks) -> tuple[Any, bool]:
@@ -180,13 +185,12 @@ class BlockSums:
         kept: Tensor | None = None,
         kept_max: Tensor | None = None,
         reference: Tensor | None = None,
-        blocks: Blocks | None = None,
     ) -> None:
         """Make the sums of a tile's blocks, of which the first column is the `start`-th here, and its targets' logits.
 
         `kept` [n, v] with `kept_max` [halves of blocks, n] or `reference` [n]: see `KEEP` of `kernels.sums_kernel`.
         """
-        blocks = blocks or blocks_for(tile.hidden.device, stores=kept is not None)
+        blocks = blocks_for(tile.hidden.device, stores=kept is not None)
         options, grid = _logits_options(tile, blocks)
         first = start // self.block_v
         names = ("block_max", "block_e", "block_e_log_e", "block_e_sq", "block_logit", "block_top")
@@ -227,15 +231,13 @@ class BlockSums:
         }
 
 
-def logit_grads(
-    tile: Tile, grads: TokenGrads, out: Tensor, *, d_bias: bool, blocks: Blocks | None = None
-) -> Tensor | None:
+def logit_grads(tile: Tile, grads: TokenGrads, out: Tensor, *, d_bias: bool) -> Tensor | None:
     """d loss / d raw logits of a tile into `out`, [n, v] with contiguous rows; `grads` are those of the tile's tokens.
 
     Returns:
         Their sums over the tokens, [v] fp32, if `d_bias`.
     """
-    blocks = blocks or blocks_for(tile.hidden.device, stores=True)
+    blocks = blocks_for(tile.hidden.device, stores=True)
     if d_bias:  # whose sums across warps take shared memory too
         blocks = replace(blocks, stages=blocks.stages - 1)
     options, grid = _logits_options(tile, blocks)
