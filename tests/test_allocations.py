@@ -152,16 +152,16 @@ def _as_on_a_gpu(monkeypatch):
         return
     from fusedalign.impls.triton import launch
 
-    original = launch._source
+    original = launch.Rows.launch
 
-    def source(*args):
+    def launched(rows, *args):
         gc.collect()
-        if args[0].problem.operand_dtype == torch.float32:
-            return original(*args)
+        if rows.problem.operand_dtype == torch.float32:
+            return original(rows, *args)
         with _disable_current_modes():
-            return original(*args)
+            return original(rows, *args)
 
-    monkeypatch.setattr(launch, "_source", source)
+    monkeypatch.setattr(launch.Rows, "launch", launched)
     gc.collect()
     gc.freeze()
     yield

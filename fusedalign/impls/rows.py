@@ -19,15 +19,13 @@ class RowSums:
     def __init__(self, problem: Problem) -> None:
         outputs = problem.outputs
 
-        def zeros() -> Tensor:
-            return problem.hidden.new_zeros(len(problem.hidden), dtype=problem.logit_dtype)
-
-        self.max = zeros().fill_(-torch.inf)
-        self.e = zeros()
-        self.target = zeros()
-        self.e_log_e = zeros() if "entropy" in outputs else None
-        self.e_sq = zeros() if "log_sum_sq_probs" in outputs else None
-        self.logit = zeros() if "mean_logit" in outputs else None
+        # All at once: on a GPU these small launches come before the first large one.
+        zeros = problem.hidden.new_zeros((5, len(problem.hidden)), dtype=problem.logit_dtype)
+        self.e, self.target, e_log_e, e_sq, logit = zeros
+        self.max = torch.full_like(self.e, -torch.inf)
+        self.e_log_e = e_log_e if "entropy" in outputs else None
+        self.e_sq = e_sq if "log_sum_sq_probs" in outputs else None
+        self.logit = logit if "mean_logit" in outputs else None
         self.top = torch.full_like(problem.targets, -1) if "is_top1" in outputs else None
 
     def log_e(self, tokens: slice = slice(None)) -> Tensor:

@@ -32,9 +32,13 @@ from fusedalign.impls.triton.launch import (
     INTERPRETED,
     KEPT_ONE,
     BlockSums,
+    Kept,
+    Rows,
     Tile,
     blocks_for,
+    far_rows,
     half_block,
+    is_operand,
     kept_logit_grads,
     logit_grads,
     scale_,
@@ -58,8 +62,12 @@ __all__ = [
 
 ABOUT = "our Triton kernels, exact; NVIDIA GPUs from Ampere on"
 
-#: J is summed with weights p / p_target; where log p_target is below this they might leave the range of bf16 and fp32.
+#: J is summed with weights p / p_target; where log p_target is below this they might leave the range of bf16 and fp32,
+#: and those rows are summed again, slowly and relative to the largest logit.
 _LEAST_LOGP = -60.0
+
+#: Rows of a product that keep every GPU busy.
+_TOKENS_THAT_FILL = 2048
 
 
 def unavailable() -> str | None:
@@ -124,11 +132,8 @@ def sweep(problem: Problem, keep: Keep) -> tuple[RowSums, Jacobian | KeptHead | 
             scale = None if jacobian.scale is None else jacobian.scale[tokens]
             rows_of_head.combine(_ones(rows, tokens), jacobian.rows[tokens], scale)
             del rows_of_head
-        if not (rows.logps() < _LEAST_LOGP).any():
-            return rows, jacobian
-        del jacobian
-    else:
-        _fold_all(problem, rows)
+        return rows, jacobian
+    _fold_all(problem, rows)
     # What `two_pass_grads` gives for an upstream gradient of 1, once in fp32.
     wide, _, _ = two_pass_grads(problem, _ones(rows), (True, False, False), round_hidden=False)
     assert wide is not None
@@ -145,11 +150,11 @@ def _ones(rows: RowSums, tokens: slice = slice(None)) -> TokenGrads:
 def _fold_all(problem: Problem, rows: RowSums) -> None:
     plan = _plan(problem)
     for tokens in plan.token_tiles(problem):
-        hidden = _operand(problem.hidden[tokens], problem)
+        left = Rows(problem, tokens, _operand(problem.hidden[tokens], problem))
         for vocab in plan.vocab_tiles(problem):
             weight = _operand(problem.weight[vocab], problem)
-            sums = BlockSums(problem, len(hidden), len(weight))
-            sums.add(Tile(problem, hidden, weight, tokens, vocab), rows)
+            sums = BlockSums(problem, len(left), len(weight))
+            sums.add(Tile(left, weight, vocab), rows)
             sums.fold(rows, tokens)
 
 
@@ -162,8 +167,9 @@ class _RowsOfHead:
     slope: Tensor | None
     """of the softcap at the target, [n]"""
     total: Tensor
-    """[n, D] fp32: sum of weights p / p_target and slopes, times rows of the head"""
-    p_target: Tensor
+    """[n, D] fp32: sum of weights p / p_reference and slopes, times rows of the head"""
+    p_reference: Tensor
+    """of the target; of the largest logit where the target's is far below that"""
     logps: Tensor
 
     def combine(self, grads: TokenGrads, out: Tensor, scale: Tensor | None = None) -> None:
@@ -175,19 +181,17 @@ class _RowsOfHead:
         factor = p.scale / p.temperature
         of_target = grads.of_target(self.logps) * factor
         of_target = of_target if self.slope is None else of_target * self.slope
-        of_total = grads.of_others() * self.p_target * factor
+        of_total = grads.of_others() * self.p_reference * factor
         target_rows(self.total, p.weight, p.targets[self.tokens], of_target, of_total, out, scale, p.operand_dtype)
 
 
 def _rows_of_head(problem: Problem, rows: RowSums) -> Iterator[tuple[slice, _RowsOfHead]]:
-    """For some tokens after others; `rows` holds their sums by then.
-
-    The sum of weights p / p_target is wrong, or not finite, where log p_target < _LEAST_LOGP.
-    """
+    """For some tokens after others; `rows` holds their sums by then."""
     d, v = problem.hidden.shape[1], problem.weight.shape[0]
     plan = _plan(problem, token_bytes=4 * d + _block_bytes(problem, v), logit_bytes=problem.operand_dtype.itemsize)
     for tokens in plan.token_tiles(problem):
         hidden, targets = _operand(problem.hidden[tokens], problem), problem.targets[tokens]
+        left = Rows(problem, tokens, hidden)
         reference = _final_logits(problem, target_logits(hidden, problem.weight, targets), targets)
         total = hidden.new_zeros(hidden.shape, dtype=torch.float32)
         memory = hidden.new_empty((len(hidden), plan.vocab))
@@ -195,15 +199,15 @@ def _rows_of_head(problem: Problem, rows: RowSums) -> Iterator[tuple[slice, _Row
         for vocab in plan.vocab_tiles(problem):
             weight = _operand(problem.weight[vocab], problem)
             kept = memory[:, : len(weight)]
-            tile = Tile(problem, hidden, weight, tokens, vocab)
-            sums.add(tile, rows, start=vocab.start, kept=kept, reference=reference)
+            sums.add(Tile(left, weight, vocab), rows, start=vocab.start, keep=Kept(kept[None], reference=reference))
             _add_product(total, kept, weight)
         sums.fold(rows, tokens)
         del sums
         del memory
-        p_target = (reference - rows.max[tokens]).exp() / rows.e[tokens]
+        far_rows(left, rows, reference, total, _LEAST_LOGP)
+        p_reference = (reference - rows.max[tokens]).exp() / rows.e[tokens]
         slope = _slope(problem, rows.target[tokens])
-        yield tokens, _RowsOfHead(problem, tokens, slope, total, p_target, rows.logps(tokens))
+        yield tokens, _RowsOfHead(problem, tokens, slope, total, p_reference, rows.logps(tokens))
         del total  # before the next tokens' is made
 
 
@@ -235,7 +239,8 @@ def two_pass_grads(
     That of hidden comes in its dtype or, with round_hidden=False, in fp32. What is kept in `head` is used up.
     """
     if head is None or grads.entropy is not None:  # whose gradient asks for the logits themselves
-        everything = _Store(slice(0, len(problem.hidden)), problem.weight.shape[0])
+        tokens = slice(0, len(problem.hidden))
+        everything = _Store(Rows(problem, tokens, _operand(problem.hidden, problem)), problem.weight.shape[0])
         memory = None if head is None else head.d_weight
         return _grads(problem, [everything], grads, needs, d_weight=memory, round_hidden=round_hidden)
     first, *others = _stores(problem, head.d_weight, workspace=False)
@@ -257,7 +262,7 @@ def one_pass(problem: Problem, token_loss: TokenLoss, needs: Needs) -> tuple[Ten
         loss += chunk_loss
         rows_of_head.combine(grads, d_hidden[tokens])
         del rows_of_head
-    return None if (rows.logps() < _LEAST_LOGP).any() else (loss, (d_hidden, None, None))
+    return loss, (d_hidden, None, None)
 
 
 def _one_pass_with_head(problem: Problem, token_loss: TokenLoss, needs: Needs) -> tuple[Tensor, Grads]:
@@ -270,11 +275,8 @@ def _one_pass_with_head(problem: Problem, token_loss: TokenLoss, needs: Needs) -
 
 def _swept(problem: Problem, stores: list[_Store], rows: RowSums) -> list[_Store]:
     """The stores, once they have made their tokens' sums."""
-    hidden = _operand(problem.hidden, problem)
-    for store in reversed(
-        stores
-    ):  # first those that are not kept: one long launch, during which the next ones queue up
-        store.sweep(problem, hidden[store.tokens], rows)
+    for store in reversed(stores):  # first those that are not kept: a long launch, during which the next ones queue up
+        store.sweep(problem, rows)
     return stores
 
 
@@ -298,8 +300,7 @@ def _grads(
         grad = sums.tile[:, : len(weight)]
         d_bias = weight.new_zeros(len(weight), dtype=torch.float32) if needs[2] else None
         for store in stores:
-            tile = Tile(problem, hidden[store.tokens], weight, store.tokens, vocab)
-            part = store.logit_grads(tile, grads, grad[store.tokens], d_bias=needs[2])
+            part = store.logit_grads(Tile(store.rows, weight, vocab), grads, grad[store.tokens], d_bias=needs[2])
             if d_bias is not None and part is not None:
                 d_bias += part
         sums.add(vocab, grad, hidden, weight, d_bias)
@@ -310,7 +311,7 @@ def _grads(
 class _Store:
     """Some tokens, and where their e is kept from the sweep to the gradients; perhaps nowhere."""
 
-    tokens: slice
+    rows: Rows
     span: int
     """vocabulary columns of a tile of the sweep; those of a tile of the gradients where e is kept"""
     memory: Tensor | None = None
@@ -321,21 +322,39 @@ class _Store:
     of_target: Tensor | None = None
     """[n]: the gradient at the targets"""
 
-    def sweep(self, problem: Problem, hidden: Tensor, rows: RowSums) -> None:
+    @property
+    def tokens(self) -> slice:
+        """Which of the problem's."""
+        return self.rows.tokens
+
+    def sweep(self, problem: Problem, sums: RowSums) -> None:
         """Make these tokens' sums, and keep their e."""
-        v, half = problem.weight.shape[0], half_block(hidden.device)
+        n, v = len(self.rows), problem.weight.shape[0]
         if self.memory is not None:
-            self.of_e = hidden.new_empty((_halves(problem), len(hidden)), dtype=torch.float32)
-        for group in _tiles(v, _columns_folded_at_once(problem, len(hidden), self.span)):
-            sums = BlockSums(problem, len(hidden), group.stop - group.start)
-            for start in range(group.start, group.stop, self.span):
-                vocab = slice(start, min(start + self.span, group.stop))
-                tile = Tile(problem, hidden, _operand(problem.weight[vocab], problem), self.tokens, vocab)
-                kept, kept_max = None, None
-                if self.of_e is not None:
-                    kept, kept_max = self._kept(tile), self.of_e[start // half :]
-                sums.add(tile, rows, start=start - group.start, kept=kept, kept_max=kept_max)
-            sums.fold(rows, self.tokens)
+            self.of_e = self.memory.new_empty((_halves(problem), n), dtype=torch.float32)
+        for group in _tiles(v, _columns_folded_at_once(problem, n, self.span)):
+            blocks = BlockSums(problem, n, group.stop - group.start)
+            for vocab in self._launches(problem, group):
+                tile = Tile(self.rows, _operand(problem.weight[vocab], problem), vocab)
+                blocks.add(tile, sums, start=vocab.start - group.start, keep=self._keep(vocab))
+            blocks.fold(sums, self.tokens)
+
+    def _launches(self, problem: Problem, group: slice) -> Iterator[slice]:
+        """All whole tiles of some columns at once, then the rest; one by one where a launch takes memory for them."""
+        whole = (group.stop - group.start) // self.span * self.span
+        takes_none = problem.operand_dtype.itemsize == 2 and is_operand(problem.weight, problem)
+        step = whole if whole and takes_none else self.span
+        return (slice(group.start + s.start, group.start + s.stop) for s in _tiles(group.stop - group.start, step))
+
+    def _keep(self, vocab: slice) -> Kept | None:
+        """Where a launch keeps its tiles."""
+        if self.memory is None or self.of_e is None:
+            return None
+        n, columns = len(self.rows), vocab.stop - vocab.start
+        span = min(self.span, columns)
+        strides = (self.span * self.height, span, 1)
+        tiles = self.memory[vocab.start * self.height :].as_strided((columns // span, n, span), strides)
+        return Kept(tiles, self.of_e[vocab.start // half_block(tiles.device) :])
 
     def prepare(self, problem: Problem, target: Tensor | None, grads: TokenGrads) -> None:
         """p = e * exp(its max - lse); what was kept has no target in it."""
@@ -352,13 +371,11 @@ class _Store:
         """The gradient of a tile's logits; what was kept of the tile may be overwritten then."""
         if self.of_e is None:
             return logit_grads(tile, grads.rows(self.tokens), out, d_bias=d_bias)
+        kept = self._keep(tile.vocab)
+        assert kept is not None
+        assert kept.largest is not None
         assert self.of_target is not None
-        of_e = self.of_e[tile.vocab.start // half_block(out.device) :]
-        return kept_logit_grads(tile, self._kept(tile), of_e, self.of_target, out, d_bias=d_bias)
-
-    def _kept(self, tile: Tile) -> Tensor:
-        assert self.memory is not None
-        return self.memory[tile.vocab.start * self.height :][: tile.n * tile.v].view(tile.n, tile.v)
+        return kept_logit_grads(tile, kept.tiles[0], kept.largest, self.of_target, out, d_bias=d_bias)
 
 
 def _stores(problem: Problem, d_weight: Tensor, *, workspace: bool) -> list[_Store]:
@@ -376,11 +393,16 @@ def _stores(problem: Problem, d_weight: Tensor, *, workspace: bool) -> list[_Sto
     more = max(0, min(n - first, (plan.left - first * 4 * _halves(problem)) // each))
     if not workspace or more < n // 8:  # too few rows would not fill the GPU
         more = 0
-    stores = [_Store(slice(0, first), plan.vocab, flat, height)]
+    hidden = _operand(problem.hidden, problem)
+
+    def rows(start: int, stop: int) -> Rows:
+        return Rows(problem, slice(start, stop), hidden[start:stop])
+
+    stores = [_Store(rows(0, first), plan.vocab, flat, height)]
     if more:
-        stores.append(_Store(slice(first, first + more), plan.vocab, flat.new_empty(more * v), more))
+        stores.append(_Store(rows(first, first + more), plan.vocab, flat.new_empty(more * v), more))
     if first + more < n:
-        stores.append(_Store(slice(first + more, n), _plan(problem, cut_tokens=False).vocab))
+        stores.append(_Store(rows(first + more, n), _plan(problem, cut_tokens=False).vocab))
     return stores
 
 
@@ -477,7 +499,9 @@ def _plan(
         tokens = min(tokens, wish.token_chunk)
     elif cut_tokens:
         # Equal parts that leave room for at least 4 blocks of columns, and for columns a quarter of all.
-        most = min(budget * 3 / (4 * token_bytes) if token_bytes else n, budget / (token_bytes + 4 * block_v * each))
+        # Where each tile is also a pass over the tokens' fp32 sums: few tokens, a GPU's fill, so that tiles are wide.
+        enough = min(_TOKENS_THAT_FILL, budget * 3 / (4 * token_bytes)) if token_bytes else n
+        most = min(enough, budget / (token_bytes + 4 * block_v * each))
         tokens = math.ceil(tokens / math.ceil(tokens / max(1, int(most))))
     columns = wish.vocab_chunk or int((budget - tokens * token_bytes) / (tokens * each + column_bytes))
     # Stored tiles need not be larger than what keeps a GPU busy; they pass through its cache.
@@ -508,7 +532,7 @@ def _block_bytes(problem: Problem, v: int) -> int:
 def _operand(x: Tensor, problem: Problem) -> Tensor:
     """A tile as it enters a product: in the operand dtype, rows contiguous."""
     x = x.to(problem.operand_dtype)
-    return x if x.stride(1) == 1 and x.stride(0) >= x.shape[1] else x.contiguous()
+    return x if is_operand(x, problem) else x.contiguous()
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:

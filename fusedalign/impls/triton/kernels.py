@@ -54,6 +54,7 @@ def _raw_logits(
     n,
     v,
     d,
+    weight_start,
     hidden_stride,
     weight_stride,
     SOURCE: tl.constexpr,
@@ -62,6 +63,8 @@ def _raw_logits(
     BLOCK_D: tl.constexpr,
 ):
     """The left and the right half of a block of hidden @ weight.T, in fp32; anything beyond n and v.
+
+    The rows of `weight` are those from `weight_start` on.
 
     In halves, because what is then done with each takes registers and, to be stored, shared memory.
     SOURCE "memory": `hidden` is a tile of raw logits that a library's product has made.
@@ -76,13 +79,13 @@ def _raw_logits(
         if SOURCE == "descriptor":
             for k in range(0, d, BLOCK_D):
                 a = hidden.load([block_n * BLOCK_N, k])
-                b = weight.load([block_v * BLOCK_V, k])
+                b = weight.load([weight_start + block_v * BLOCK_V, k])
                 z = tl.dot(a, b.T, z)
         else:
             ks = tl.arange(0, BLOCK_D)
             # Rows beyond the end read the last one: what they give is masked or never stored.
             a_rows = tl.minimum(rows, n - 1).to(tl.int64)[:, None] * hidden_stride
-            b_rows = tl.minimum(cols, v - 1).to(tl.int64)[:, None] * weight_stride
+            b_rows = (weight_start + tl.minimum(cols, v - 1)).to(tl.int64)[:, None] * weight_stride
             for k in range(0, d, BLOCK_D):
                 in_d = (ks < d - k)[None, :]
                 a = tl.load(hidden + a_rows + (k + ks)[None, :], mask=in_d, other=0.0)
@@ -93,11 +96,11 @@ def _raw_logits(
 
 @triton.jit
 def _final_logits(
-    z, bias, cols, v, before, after, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, EXACT: tl.constexpr
+    z, bias, v_start, cols, v, before, after, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, EXACT: tl.constexpr
 ):
     """after * tanh(before * (raw + bias)), or before * (raw + bias) without softcap."""
     if HAS_BIAS:
-        z += tl.load(bias + cols, mask=cols < v, other=0.0).to(tl.float32)[None, :]
+        z += tl.load(bias + v_start + cols, mask=cols < v, other=0.0).to(tl.float32)[None, :]
     z *= before
     if HAS_SOFTCAP:
         z = after * _tanh(z, EXACT)
@@ -163,6 +166,8 @@ def _keep(
     col,
     n,
     v,
+    span,
+    tile_stride,
     stride,
     after,
     HAS_SOFTCAP: tl.constexpr,
@@ -171,7 +176,10 @@ def _keep(
     WIDTH: tl.constexpr,
     DESCRIPTOR: tl.constexpr,
 ):
-    """Store e * slope of half a block, by KEPT_ONE or by exp(m - reference); 0 at the targets."""
+    """Store e * slope of half a block, by KEPT_ONE or by exp(m - reference); 0 at the targets.
+
+    Columns are kept in tiles of `span`, tile_stride apart, each [n, span] with rows `stride` apart.
+    """
     if KEEP == "reference":
         e *= _exp(m - reference)[:, None]
     else:
@@ -179,10 +187,16 @@ def _keep(
     if HAS_SOFTCAP:
         e *= _slope(z, after)
     e = tl.where(cols[None, :] == target[:, None], 0.0, e)
-    _store(kept, e, row, col, n, v, stride, HEIGHT, WIDTH, DESCRIPTOR)
+    tile = col // span
+    inner = col - tile * span
+    if DESCRIPTOR:
+        kept.store([tile, row, inner], tl.reshape(e.to(kept.dtype), (1, HEIGHT, WIDTH)))
+    else:
+        first = kept + tile.to(tl.int64) * tile_stride
+        _store(first, e, row, inner, n, v - tile * span, stride, HEIGHT, WIDTH, False)
 
 
-@triton.jit(do_not_specialize=["n", "v_start"])
+@triton.jit(do_not_specialize=["n", "v_start", "weight_start"])
 def sums_kernel(
     hidden,
     weight,
@@ -202,8 +216,11 @@ def sums_kernel(
     v,
     d,
     v_start,
+    weight_start,
     hidden_stride,
     weight_stride,
+    kept_span,
+    kept_tile,
     kept_stride,
     before,
     after,
@@ -225,8 +242,8 @@ def sums_kernel(
 ):
     """Softmax sums of each row of each block, [blocks of columns, n], and the targets' logits, [n].
 
-    KEEP "half": also e * slope * KEPT_ONE into `kept`, [n, v] with rows kept_stride apart, in its dtype, and the
-    largest z by which e is into kept_max, [halves of blocks of columns, n].
+    KEEP "half": also e * slope * KEPT_ONE into `kept`, tiles of kept_span columns, kept_tile apart, each [n, kept_span]
+    with rows kept_stride apart, in its dtype, and the largest z by which e is into kept_max, [halves of blocks, n].
     KEEP "reference": also exp(z - reference) * slope into `kept`. Either way 0 at the targets.
     """
     HALF: tl.constexpr = BLOCK_V // 2
@@ -242,6 +259,7 @@ def sums_kernel(
             n,
             v,
             d,
+            weight_start,
             hidden_stride,
             weight_stride,
             SOURCE,
@@ -257,7 +275,7 @@ def sums_kernel(
         target = (tl.load(targets + rows, mask=in_n, other=-1) - v_start).to(tl.int32)
         r = tl.load(reference + rows, mask=in_n, other=0.0) if KEEP == "reference" else 0.0
 
-        z0 = _final_logits(z0, bias, cols0, v, before, after, HAS_BIAS, HAS_SOFTCAP, EXACT)
+        z0 = _final_logits(z0, bias, v_start, cols0, v, before, after, HAS_BIAS, HAS_SOFTCAP, EXACT)
         e0, m0, total0, e_log_e0, e_sq0, logit0, top0, of_target0 = _half_sums(
             z0, cols0, v, target, ENTROPY, SQUARES, MEAN, TOP
         )
@@ -274,6 +292,8 @@ def sums_kernel(
                 col,
                 n,
                 v,
+                kept_span,
+                kept_tile,
                 kept_stride,
                 after,
                 HAS_SOFTCAP,
@@ -282,7 +302,7 @@ def sums_kernel(
                 HALF,
                 KEPT_DESCRIPTOR,
             )
-        z1 = _final_logits(z1, bias, cols1, v, before, after, HAS_BIAS, HAS_SOFTCAP, EXACT)
+        z1 = _final_logits(z1, bias, v_start, cols1, v, before, after, HAS_BIAS, HAS_SOFTCAP, EXACT)
         e1, m1, total1, e_log_e1, e_sq1, logit1, top1, of_target1 = _half_sums(
             z1, cols1, v, target, ENTROPY, SQUARES, MEAN, TOP
         )
@@ -300,6 +320,8 @@ def sums_kernel(
                 at,
                 n,
                 v,
+                kept_span,
+                kept_tile,
                 kept_stride,
                 after,
                 HAS_SOFTCAP,
@@ -423,7 +445,7 @@ def _logit_grads(z, cols, target, m, log_e, of_p, of_target, of_entropy, ENTROPY
     return tl.where(cols[None, :] == target[:, None], g + of_target[:, None], g)
 
 
-@triton.jit(do_not_specialize=["n", "v_start"])
+@triton.jit(do_not_specialize=["n", "v_start", "weight_start"])
 def grads_kernel(
     hidden,
     weight,
@@ -441,6 +463,7 @@ def grads_kernel(
     v,
     d,
     v_start,
+    weight_start,
     hidden_stride,
     weight_stride,
     grad_stride,
@@ -475,6 +498,7 @@ def grads_kernel(
             n,
             v,
             d,
+            weight_start,
             hidden_stride,
             weight_stride,
             SOURCE,
@@ -501,12 +525,12 @@ def grads_kernel(
         if not HAS_SOFTCAP:
             of_p, of_target, of_entropy = of_p * factor, of_target * factor, of_entropy * factor
 
-        z0 = _final_logits(z0, bias, cols0, v, before, after, HAS_BIAS, HAS_SOFTCAP, EXACT)
+        z0 = _final_logits(z0, bias, v_start, cols0, v, before, after, HAS_BIAS, HAS_SOFTCAP, EXACT)
         g0 = _logit_grads(z0, cols0, target, m, log_e, of_p, of_target, of_entropy, ENTROPY)
         if HAS_SOFTCAP:
             g0 *= _slope(z0, after) * factor
         _store(grad, g0, row, col, n, v, grad_stride, BLOCK_N, HALF, GRAD_DESCRIPTOR)
-        z1 = _final_logits(z1, bias, cols1, v, before, after, HAS_BIAS, HAS_SOFTCAP, EXACT)
+        z1 = _final_logits(z1, bias, v_start, cols1, v, before, after, HAS_BIAS, HAS_SOFTCAP, EXACT)
         g1 = _logit_grads(z1, cols1, target, m, log_e, of_p, of_target, of_entropy, ENTROPY)
         if HAS_SOFTCAP:
             g1 *= _slope(z1, after) * factor
@@ -572,6 +596,74 @@ def target_logit_kernel(
         w = tl.load(weight + target * weight_stride + at * weight_step, mask=at < d, other=0.0).to(h.dtype)
         total += h.to(tl.float32) * w.to(tl.float32)
     tl.store(out + row, tl.sum(total, 0))
+
+
+@triton.jit(do_not_specialize=["v"])
+def far_rows_kernel(
+    hidden,
+    weight,
+    bias,
+    targets,
+    row_max,
+    row_e,
+    reference,
+    total,
+    v,
+    d,
+    hidden_stride,
+    weight_stride,
+    weight_step,
+    total_stride,
+    before,
+    after,
+    least_logp,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    OPERAND: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Where log p(target) < least_logp: total = sum of e * slope * weight over all other columns, reference = row_max.
+
+    One program a row, which nearly always has nothing to do: `reference` holds the target's logit when it comes.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    m = tl.load(row_max + row)
+    if tl.load(reference + row) - m - tl.log(tl.load(row_e + row)) < least_logp:
+        tl.store(reference + row, m)
+        target = tl.load(targets + row)
+        ks = tl.arange(0, BLOCK_D)
+        for k in range(0, d, BLOCK_D):
+            tl.store(total + row * total_stride + k + ks, tl.zeros((BLOCK_D,), tl.float32), mask=k + ks < d)
+        sum_e = 0.0
+        for start in range(0, v, BLOCK_V):
+            tl.debug_barrier()  # what one thread has added to `total` may be another one's to read
+            cols = start + tl.arange(0, BLOCK_V)
+            at = cols.to(tl.int64)[:, None] * weight_stride
+            z = tl.zeros((BLOCK_V,), tl.float32)
+            for k in range(0, d, BLOCK_D):
+                mask = (cols < v)[:, None] & (k + ks < d)[None, :]
+                w = tl.load(weight + at + (k + ks)[None, :] * weight_step, mask=mask, other=0.0).to(OPERAND)
+                h = tl.load(hidden + row * hidden_stride + k + ks, mask=k + ks < d, other=0.0)
+                z += tl.sum(w.to(tl.float32) * h.to(tl.float32)[None, :], 1)
+            z = _final_logits(z[None, :], bias, 0, cols, v, before, after, HAS_BIAS, HAS_SOFTCAP, True)
+            e = _exp(z - m)
+            sum_e += tl.sum(tl.where((cols < v)[None, :], e, 0.0))
+            if HAS_SOFTCAP:
+                e *= _slope(z, after)
+            e = tl.reshape(tl.where(((cols < v) & (cols != target))[None, :], e, 0.0), (BLOCK_V, 1))
+            for k in range(0, d, BLOCK_D):
+                mask = (cols < v)[:, None] & (k + ks < d)[None, :]
+                w = tl.load(weight + at + (k + ks)[None, :] * weight_step, mask=mask, other=0.0).to(OPERAND)
+                out = total + row * total_stride + k + ks
+                so_far = tl.load(out, mask=k + ks < d, other=0.0)
+                tl.store(out, so_far + tl.sum(w.to(tl.float32) * e, 0), mask=k + ks < d)
+        # These logits are rounded in other places than those of row_e, which must not show in p = e / sum e.
+        same = tl.load(row_e + row) / sum_e
+        tl.debug_barrier()
+        for k in range(0, d, BLOCK_D):
+            out = total + row * total_stride + k + ks
+            tl.store(out, tl.load(out, mask=k + ks < d, other=0.0) * same, mask=k + ks < d)
 
 
 @triton.jit

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -24,7 +24,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 KEPT_ONE: float = kernels.KEPT_ONE.value
 
 
-_ONE_BLOCK_EACH = 2**30
+_ONE_BLOCK_EACH = _ALL_COLUMNS = 2**30
 
 
 @dataclass(frozen=True)
@@ -70,22 +70,101 @@ def half_block(device: torch.device) -> int:
     return blocks_for(device).v // 2
 
 
+class Rows:
+    """Some tokens of a problem as the left operand of the kernels' product, made once for many launches."""
+
+    def __init__(self, problem: Problem, tokens: slice, hidden: Tensor) -> None:
+        """`hidden` [n, D]: those of the tokens, in the operand dtype, rows contiguous."""
+        self.problem, self.tokens, self.hidden = problem, tokens, hidden
+        self.targets = problem.targets[tokens]
+        self._options: dict[Blocks, dict[str, Any]] = {}
+
+    def __len__(self) -> int:
+        return self.hidden.shape[0]
+
+    def options(self, blocks: Blocks) -> dict[str, Any]:
+        """What every launch for these tokens is given; `weight` and `weight_start` where the head serves as it is."""
+        if blocks not in self._options:
+            self._options[blocks] = self._make_options(blocks)
+        return self._options[blocks]
+
+    def _make_options(self, blocks: Blocks) -> dict[str, Any]:
+        p = self.problem
+        options: dict[str, Any] = {
+            "bias": None if p.bias is None else p.bias.contiguous(),
+            "targets": self.targets,
+            "n": len(self),
+            "d": self.hidden.shape[1],
+            "before": p.scale / p.temperature if p.softcap is None else p.scale / p.softcap,
+            "after": 1.0 if p.softcap is None else p.softcap / p.temperature,
+            "HAS_BIAS": p.bias is not None,
+            "HAS_SOFTCAP": p.softcap is not None,
+            # A program's stride from block to block is a constant of the kernel. The number of blocks differs with
+            # every shape, so it must not be that constant.
+            "PROGRAMS": blocks.programs or _ONE_BLOCK_EACH,
+            "BLOCK_N": blocks.n,
+            "BLOCK_V": blocks.v,
+            "BLOCK_D": blocks.d,
+            "GROUP": blocks.group,
+            "FLATTEN": blocks.flatten,
+            "num_warps": blocks.warps,
+            "num_stages": blocks.stages,
+        }
+        if self.hidden.dtype.itemsize == 4:
+            return options | {"hidden_stride": 0, "weight_stride": 0, "weight_start": 0, "SOURCE": "memory"}
+        # Triton's interpreter multiplies the bits of bf16; in fp32 the same products are exact.
+        hidden = self.hidden if self.hidden.is_cuda else self.hidden.float()
+        weight = p.weight if is_operand(p.weight, p) and p.weight.is_cuda else None  # None: tile after tile
+        described = blocks.descriptor and _describable(hidden)
+        described &= hidden.shape[1] * hidden.element_size() % 16 == 0 if weight is None else _describable(weight)
+        if described:
+            descriptor = TensorDescriptor.from_tensor(hidden, [blocks.n, blocks.d])
+            options |= {"hidden": descriptor, "hidden_stride": 0, "SOURCE": "descriptor"}
+        else:
+            options |= {"hidden": hidden, "hidden_stride": hidden.stride(0), "SOURCE": "pointer"}
+        return options if weight is None else options | _right(weight, options["SOURCE"], blocks)
+
+    def launch(self, tile: Tile, blocks: Blocks) -> tuple[dict[str, Any], tuple[int]]:
+        """Arguments that `sums_kernel` and `grads_kernel` share, and the grid."""
+        options, weight = self.options(blocks), tile.weight
+        here: dict[str, Any] = {"v": tile.v, "v_start": tile.vocab.start}
+        if options["SOURCE"] == "memory":  # the library's fp32 product: tensor cores have none
+            z = torch.mm(self.hidden, weight.t())
+            here |= {"hidden": z, "hidden_stride": z.stride(0), "weight": None}
+        elif "weight" in options:
+            here["weight_start"] = tile.vocab.start
+        else:
+            weight = weight if weight.is_cuda else weight.float()
+            here |= {"weight_start": 0, **_right(weight, options["SOURCE"], blocks)}
+        count = _blocks(len(self), blocks.n) * _blocks(tile.v, blocks.v)
+        return options | here, (min(count, options["PROGRAMS"]),)
+
+
+def _right(weight: Tensor, source: str, blocks: Blocks) -> dict[str, Any]:
+    """The right operand of the kernels' product, [v, D]."""
+    if source == "descriptor":
+        return {"weight": TensorDescriptor.from_tensor(weight, [blocks.v, blocks.d]), "weight_stride": 0}
+    return {"weight": weight, "weight_stride": weight.stride(0)}
+
+
+def is_operand(x: Tensor, problem: Problem) -> bool:
+    """Whether `x` can enter a product as it is: in the operand dtype, rows contiguous."""
+    return x.dtype == problem.operand_dtype and x.stride(1) == 1 and x.stride(0) >= x.shape[1]
+
+
 @dataclass(frozen=True)
 class Tile:
-    """Some tokens of a problem against some columns of its vocabulary, as operands of the product."""
+    """Some tokens against some columns of the vocabulary."""
 
-    problem: Problem
-    hidden: Tensor
-    """[n, D] in the operand dtype, rows contiguous"""
+    rows: Rows
     weight: Tensor
-    """[v, D], likewise"""
-    tokens: slice
+    """[v, D], the rows of the head of these columns, in the operand dtype, rows contiguous"""
     vocab: slice
 
     @property
     def n(self) -> int:
         """Tokens."""
-        return self.hidden.shape[0]
+        return len(self.rows)
 
     @property
     def v(self) -> int:
@@ -93,66 +172,49 @@ class Tile:
         return self.weight.shape[0]
 
 
-def _source(tile: Tile, blocks: Blocks) -> tuple[Any, Any, int, int, str]:
-    """What `kernels._logits` takes: two operands, their row strides, and how it is to read them."""
-    hidden, weight = tile.hidden, tile.weight
-    if hidden.dtype.itemsize == 4:  # the library's fp32 product: tensor cores have none
-        z = torch.mm(hidden, weight.t())
-        return z, None, z.stride(0), 0, "memory"
-    if not hidden.is_cuda:  # Triton's interpreter multiplies the bits of bf16; in fp32 the same products are exact
-        hidden, weight = hidden.float(), weight.float()
-    if blocks.descriptor and all(_describable(x) for x in (hidden, weight)):
-        a = TensorDescriptor.from_tensor(hidden, [blocks.n, blocks.d])
-        b = TensorDescriptor.from_tensor(weight, [blocks.v, blocks.d])
-        return a, b, 0, 0, "descriptor"
-    return hidden, weight, hidden.stride(0), weight.stride(0), "pointer"
-
-
 def _describable(x: Tensor) -> bool:
     return x.data_ptr() % 16 == 0 and (x.stride(0) * x.element_size()) % 16 == 0 and x.stride(1) == 1
 
 
-def _logits_options(tile: Tile, blocks: Blocks) -> tuple[dict[str, Any], tuple[int]]:
-    """Arguments that `sums_kernel` and `grads_kernel` share, and the grid."""
-    p = tile.problem
-    hidden, weight, hidden_stride, weight_stride, source = _source(tile, blocks)
-    count = triton.cdiv(tile.n, blocks.n) * triton.cdiv(tile.v, blocks.v)
-    # A program's stride from block to block is a constant of the kernel. The number of blocks differs with every shape,
-    # so it must not be that constant.
-    programs = blocks.programs or _ONE_BLOCK_EACH
-    options = {
-        "hidden": hidden,
-        "weight": weight,
-        "bias": None if p.bias is None else p.bias[tile.vocab].contiguous(),
-        "targets": p.targets[tile.tokens],
-        "n": tile.n,
-        "v": tile.v,
-        "d": tile.hidden.shape[1],
-        "v_start": tile.vocab.start,
-        "hidden_stride": hidden_stride,
-        "weight_stride": weight_stride,
-        "before": p.scale / p.temperature if p.softcap is None else p.scale / p.softcap,
-        "after": 1.0 if p.softcap is None else p.softcap / p.temperature,
-        "SOURCE": source,
-        "HAS_BIAS": p.bias is not None,
-        "HAS_SOFTCAP": p.softcap is not None,
-        "PROGRAMS": programs,
-        "BLOCK_N": blocks.n,
-        "BLOCK_V": blocks.v,
-        "BLOCK_D": blocks.d,
-        "GROUP": blocks.group,
-        "FLATTEN": blocks.flatten,
-        "num_warps": blocks.warps,
-        "num_stages": blocks.stages,
-    }
-    return options, (min(count, programs),)
+def _blocks(size: int, block: int) -> int:
+    """How many; `triton.cdiv` is a function for kernels, and slow here."""
+    return -(-size // block)
 
 
-def _target_of_stores(out: Tensor, blocks: Blocks) -> tuple[Any, bool]:
-    """A [n, v] tile as the kernels store into it, and whether through a descriptor."""
-    if blocks.descriptor and _describable(out):
-        return TensorDescriptor.from_tensor(out, [blocks.n, blocks.v // 2]), True
-    return out, False
+class Kept(NamedTuple):
+    """Where the sums' kernel keeps what it makes on the way, see its `KEEP`."""
+
+    tiles: Tensor
+    """[tiles, n, span], rows contiguous; span is a whole number of blocks unless there is one tile"""
+    largest: Tensor | None = None
+    """[halves of blocks of columns, n]: is given the largest logits"""
+    reference: Tensor | None = None
+    """[n]: given instead of those"""
+
+    def arguments(self, blocks: Blocks) -> dict[str, Any]:
+        """For the kernel."""
+        tiles, described = self.tiles, False
+        if blocks.descriptor and _describable(tiles[0]) and tiles.stride(0) * tiles.element_size() % 16 == 0:
+            shape, strides = list(tiles.shape), list(tiles.stride())
+            tiles, described = TensorDescriptor(tiles, shape, strides, [1, blocks.n, blocks.v // 2]), True
+        return {
+            "kept": tiles,
+            "kept_span": self.tiles.shape[2] if len(self.tiles) > 1 else _ALL_COLUMNS,
+            "kept_tile": self.tiles.stride(0),
+            "kept_stride": self.tiles.stride(1),
+            "kept_max": self.largest,
+            "reference": self.reference,
+            "KEEP": "half" if self.reference is None else "reference",
+            "KEPT_DESCRIPTOR": described,
+        }
+
+
+_KEEP_NOTHING = {
+    **dict.fromkeys(("kept", "kept_max", "reference")),
+    **dict.fromkeys(("kept_span", "kept_tile", "kept_stride"), 0),
+    "KEEP": "no",
+    "KEPT_DESCRIPTOR": False,
+}
 
 
 class BlockSums:
@@ -161,7 +223,7 @@ class BlockSums:
     def __init__(self, problem: Problem, n: int, columns: int) -> None:
         self.outputs, self.n, hidden = problem.outputs, n, problem.hidden
         self.block_v = blocks_for(hidden.device).v
-        self.count = triton.cdiv(columns, self.block_v)
+        self.count = _blocks(columns, self.block_v)
 
         def part(wanted: bool = True, dtype: torch.dtype = torch.float32) -> Tensor | None:
             return hidden.new_empty((self.count, n), dtype=dtype) if wanted else None
@@ -176,44 +238,26 @@ class BlockSums:
             part("is_top1" in outputs, torch.int32),
         )
 
-    def add(
-        self,
-        tile: Tile,
-        rows: RowSums,
-        *,
-        start: int = 0,
-        kept: Tensor | None = None,
-        kept_max: Tensor | None = None,
-        reference: Tensor | None = None,
-    ) -> None:
-        """Make the sums of a tile's blocks, of which the first column is the `start`-th here, and its targets' logits.
-
-        `kept` [n, v] with `kept_max` [halves of blocks, n] or `reference` [n]: see `KEEP` of `kernels.sums_kernel`.
-        """
-        blocks = blocks_for(tile.hidden.device, stores=kept is not None)
-        options, grid = _logits_options(tile, blocks)
+    def add(self, tile: Tile, sums: RowSums, *, start: int = 0, keep: Kept | None = None) -> None:
+        """Make the sums of a tile, whose first column is the `start`-th here, and the targets' logits in it."""
+        blocks = blocks_for(tile.weight.device, stores=keep is not None)
+        options, grid = tile.rows.launch(tile, blocks)
         first = start // self.block_v
         names = ("block_max", "block_e", "block_e_log_e", "block_e_sq", "block_logit", "block_top")
-        target, described = (None, False) if kept is None else _target_of_stores(kept, blocks)
         kernels.sums_kernel[grid](
             **options,
             **{name: None if x is None else x[first:] for name, x in zip(names, self.parts, strict=True)},
             **self._flags(),
-            target_logit=rows.target[tile.tokens],
-            kept=target,
-            kept_max=kept_max,
-            reference=reference,
-            kept_stride=0 if kept is None else kept.stride(0),
-            KEEP="no" if kept is None else "half" if reference is None else "reference",
-            KEPT_DESCRIPTOR=described,
+            target_logit=sums.target[tile.rows.tokens],
+            **(_KEEP_NOTHING if keep is None else keep.arguments(blocks)),
         )
 
-    def fold(self, rows: RowSums, tokens: slice) -> None:
+    def fold(self, sums: RowSums, tokens: slice) -> None:
         """Into the tokens' running sums."""
         block_n = 32
-        sums = (rows.max, rows.e, rows.e_log_e, rows.e_sq, rows.logit, rows.top)
-        kernels.fold_kernel[(triton.cdiv(self.n, block_n),)](
-            *(None if x is None else x[tokens] for x in sums),
+        fields = (sums.max, sums.e, sums.e_log_e, sums.e_sq, sums.logit, sums.top)
+        kernels.fold_kernel[(_blocks(self.n, block_n),)](
+            *(None if x is None else x[tokens] for x in fields),
             *self.parts,
             self.n,
             self.count,
@@ -237,13 +281,13 @@ def logit_grads(tile: Tile, grads: TokenGrads, out: Tensor, *, d_bias: bool) -> 
     Returns:
         Their sums over the tokens, [v] fp32, if `d_bias`.
     """
-    blocks = blocks_for(tile.hidden.device, stores=True)
+    blocks, problem = blocks_for(out.device, stores=True), tile.rows.problem
     if d_bias:  # whose sums across warps take shared memory too
         blocks = replace(blocks, stages=blocks.stages - 1)
-    options, grid = _logits_options(tile, blocks)
+    options, grid = tile.rows.launch(tile, blocks)
     d_entropy, entropy = grads.entropy or (None, None)
     sums = _d_bias_parts(tile, blocks.n) if d_bias else None
-    target, described = _target_of_stores(out, blocks)
+    described = blocks.descriptor and _describable(out)
     kernels.grads_kernel[grid](
         **options,
         row_max=grads.max,
@@ -252,10 +296,10 @@ def logit_grads(tile: Tile, grads: TokenGrads, out: Tensor, *, d_bias: bool) -> 
         d_lse=None if grads.lse is None else grads.lse.contiguous(),
         d_entropy=None if d_entropy is None else d_entropy.contiguous(),
         row_entropy=entropy,
-        grad=target,
+        grad=TensorDescriptor.from_tensor(out, [blocks.n, blocks.v // 2]) if described else out,
         block_d_bias=sums,
         grad_stride=out.stride(0),
-        factor=tile.problem.scale / tile.problem.temperature,
+        factor=problem.scale / problem.temperature,
         LSE=grads.lse is not None,
         ENTROPY=grads.entropy is not None,
         D_BIAS=d_bias,
@@ -267,14 +311,14 @@ def logit_grads(tile: Tile, grads: TokenGrads, out: Tensor, *, d_bias: bool) -> 
 def kept_logit_grads(
     tile: Tile, kept: Tensor, of_e: Tensor, of_target: Tensor, out: Tensor, *, d_bias: bool
 ) -> Tensor | None:
-    """As `logit_grads`, from what `BlockSums.add` kept: e * of_e [halves, n], and of_target [n] more at the targets."""
-    block_v = half_block(tile.hidden.device)
+    """As `logit_grads`, from what `Kept` has: e * of_e [halves, n], and of_target [n] more at the targets."""
+    block_v = half_block(out.device)
     block_n = 16 if INTERPRETED else 32
     sums = _d_bias_parts(tile, block_n) if d_bias else None
-    kernels.kept_grads_kernel[(triton.cdiv(tile.v, block_v) * triton.cdiv(tile.n, block_n),)](
+    kernels.kept_grads_kernel[(_blocks(tile.v, block_v) * _blocks(tile.n, block_n),)](
         kept,
         of_e,
-        tile.problem.targets[tile.tokens],
+        tile.rows.targets,
         of_target,
         out,
         sums,
@@ -293,7 +337,7 @@ def kept_logit_grads(
 
 
 def _d_bias_parts(tile: Tile, block_n: int) -> Tensor:
-    return tile.hidden.new_empty((triton.cdiv(tile.n, block_n), tile.v), dtype=torch.float32)
+    return tile.weight.new_empty((_blocks(tile.n, block_n), tile.v), dtype=torch.float32)
 
 
 def target_logits(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -305,6 +349,41 @@ def target_logits(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         hidden, weight, targets, out, d, *strides, BLOCK_D=min(1024, triton.next_power_of_2(d))
     )
     return out
+
+
+def far_rows(rows: Rows, sums: RowSums, reference: Tensor, total: Tensor, least_logp: float) -> None:
+    """Make rows of `total` [n, D] again whose target's log p is below `least_logp`, relative to the largest logit.
+
+    That becomes their `reference` [n]. The GPU finds out which rows these are, and hardly ever there is one.
+    """
+    p, tokens = rows.problem, rows.tokens
+    options = rows.options(blocks_for(total.device))
+    weight = p.weight
+    block_d = min(64, triton.next_power_of_2(total.shape[1]))
+    kernels.far_rows_kernel[(len(rows),)](
+        rows.hidden,
+        weight,
+        options["bias"],
+        rows.targets,
+        sums.max[tokens],
+        sums.e[tokens],
+        reference,
+        total,
+        weight.shape[0],
+        total.shape[1],
+        rows.hidden.stride(0),
+        weight.stride(0),
+        weight.stride(1),
+        total.stride(0),
+        options["before"],
+        options["after"],
+        least_logp,
+        HAS_BIAS=options["HAS_BIAS"],
+        HAS_SOFTCAP=options["HAS_SOFTCAP"],
+        OPERAND=_TRITON[p.operand_dtype],
+        BLOCK_V=64,
+        BLOCK_D=block_d,
+    )
 
 
 def target_rows(
@@ -345,7 +424,7 @@ def scale_(x: Tensor, factor: Tensor) -> Tensor:
     """`x` times a scalar in place; where that is 1, the GPU finds out and does nothing."""
     flat = x.view(-1)
     block = 64 if INTERPRETED else 8192
-    kernels.scale_kernel[(triton.cdiv(len(flat), block),)](flat, factor, len(flat), BLOCK=block, num_warps=8)
+    kernels.scale_kernel[(_blocks(len(flat), block),)](flat, factor, len(flat), BLOCK=block, num_warps=8)
     return x
 
 
