@@ -393,6 +393,8 @@ def _stores(problem: Problem, d_weight: Tensor, *, workspace: bool) -> list[_Sto
     more = max(0, min(n - first, (plan.left - first * 4 * _halves(problem)) // each))
     if not workspace or more < n // 8:  # too few rows would not fill the GPU
         more = 0
+    elif first + more < n:
+        more -= more % blocks_for(d_weight.device).n  # whole blocks
     hidden = _operand(problem.hidden, problem)
 
     def rows(start: int, stop: int) -> Rows:

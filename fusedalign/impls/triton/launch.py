@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -47,8 +47,8 @@ class Blocks:
 
 
 @functools.cache
-def blocks_for(device: torch.device, *, stores: bool = False) -> Blocks:
-    """A fixed choice for each generation, so that no training step waits for a search; n and v are equal in both uses.
+def blocks_for(device: torch.device) -> Blocks:
+    """A fixed choice for each generation, so that no training step waits for a search.
 
     Shared memory of a program: stages * (n + v) * d * 2 bytes and, where blocks are stored, n * v: at most 227 KiB
     (Hopper and later data-centre GPUs), 163 KiB (A100) or 99 KiB (consumer Ampere, Ada and Blackwell).
@@ -59,7 +59,7 @@ def blocks_for(device: torch.device, *, stores: bool = False) -> Blocks:
     shared = 65536 if torch.version.hip else properties.shared_memory_per_block_optin
     if shared >= 220 * 1024 and torch.cuda.get_device_capability(device) >= (9, 0):
         many = properties.multi_processor_count
-        return Blocks(128, 256, 64, warps=8, stages=4, programs=many, descriptor=True, flatten=stores)
+        return Blocks(128, 256, 64, warps=8, stages=3, programs=many, descriptor=True, flatten=True)
     if shared >= 160 * 1024:
         return Blocks(128, 256, 32, warps=8, stages=3)
     return Blocks(128, 128, 32, warps=4, stages=3)
@@ -240,7 +240,7 @@ class BlockSums:
 
     def add(self, tile: Tile, sums: RowSums, *, start: int = 0, keep: Kept | None = None) -> None:
         """Make the sums of a tile, whose first column is the `start`-th here, and the targets' logits in it."""
-        blocks = blocks_for(tile.weight.device, stores=keep is not None)
+        blocks = blocks_for(tile.weight.device)
         options, grid = tile.rows.launch(tile, blocks)
         first = start // self.block_v
         names = ("block_max", "block_e", "block_e_log_e", "block_e_sq", "block_logit", "block_top")
@@ -281,9 +281,7 @@ def logit_grads(tile: Tile, grads: TokenGrads, out: Tensor, *, d_bias: bool) -> 
     Returns:
         Their sums over the tokens, [v] fp32, if `d_bias`.
     """
-    blocks, problem = blocks_for(out.device, stores=True), tile.rows.problem
-    if d_bias:  # whose sums across warps take shared memory too
-        blocks = replace(blocks, stages=blocks.stages - 1)
+    blocks, problem = blocks_for(out.device), tile.rows.problem
     options, grid = tile.rows.launch(tile, blocks)
     d_entropy, entropy = grads.entropy or (None, None)
     sums = _d_bias_parts(tile, blocks.n) if d_bias else None
