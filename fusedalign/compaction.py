@@ -40,15 +40,24 @@ def compact(
     Raises:
         ValueError: a target out of range.
     """
+    index = _those_that_count(targets.reshape(-1), weight.shape[0], ignore_index)
+    places = Places(targets.shape, index)
+    return Problem(places.gather(hidden), weight, places.gather(targets), **options), places
+
+
+def _those_that_count(targets: Tensor, vocab: int, ignore_index: int) -> Tensor | None:
+    """Where the [N] targets are not ignored, [n] int64; None where none is. ValueError where one is out of range."""
     # One copy and one wait for the device. To look at them there takes eight launches and, where tokens are ignored, a
     # second wait, and meanwhile the GPU has nothing to do.
-    host = targets.reshape(-1).cpu()
+    host = targets.cpu()
+    if not len(host):
+        return None
+    least, most = (x.item() for x in host.aminmax())
+    if least >= 0 and most < vocab and not least <= ignore_index <= most:
+        return None
     counts = host != ignore_index
-    vocab = weight.shape[0]
     wrong = counts & ((host < 0) | (host >= vocab))
     if wrong.any():
         came = host[wrong][0].item()
         raise ValueError(f"targets must be in [0, {vocab}) or ignore_index={ignore_index}, got {came}")
-    index = None if counts.all() else counts.nonzero().squeeze(-1).to(targets.device, non_blocking=True)
-    places = Places(targets.shape, index)
-    return Problem(places.gather(hidden), weight, places.gather(targets), **options), places
+    return None if counts.all() else counts.nonzero().squeeze(-1).to(targets.device, non_blocking=True)

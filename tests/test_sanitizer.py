@@ -23,6 +23,7 @@ def run(d, dtype):
         linear_logps(hidden, weight, targets, bias=bias, outputs=OUTPUTS, **head)
     # sums_kernel with KEEP "reference", target_logit_kernel, target_rows_kernel
     linear_logps(trained[0], weight, targets, **head).logps.sum().backward()
+    linear_logps(trained[0], 30 * weight, targets, impl="triton").logps.sum().backward()  # far_rows_kernel
     # sums_kernel with KEEP "half", kept_grads_kernel, grads_kernel, scale_kernel
     loss = linear_cross_entropy(*trained[:2], targets, bias=trained[2], **head)
     (2 * loss).backward()

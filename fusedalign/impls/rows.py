@@ -19,13 +19,14 @@ class RowSums:
     def __init__(self, problem: Problem) -> None:
         outputs = problem.outputs
 
-        # All at once: on a GPU these small launches come before the first large one.
-        zeros = problem.hidden.new_zeros((5, len(problem.hidden)), dtype=problem.logit_dtype)
-        self.e, self.target, e_log_e, e_sq, logit = zeros
+        # All zeros at once: on a GPU these small launches come before the first large one.
+        names = [name for name in ("entropy", "log_sum_sq_probs", "mean_logit") if name in outputs]
+        zeros = problem.hidden.new_zeros((2 + len(names), len(problem.hidden)), dtype=problem.logit_dtype)
+        self.e, self.target, *others = zeros.unbind()
+        of = dict(zip(names, others, strict=True))
         self.max = torch.full_like(self.e, -torch.inf)
-        self.e_log_e = e_log_e if "entropy" in outputs else None
-        self.e_sq = e_sq if "log_sum_sq_probs" in outputs else None
-        self.logit = logit if "mean_logit" in outputs else None
+        self.e_log_e, self.e_sq = of.get("entropy"), of.get("log_sum_sq_probs")
+        self.logit = of.get("mean_logit")
         self.top = torch.full_like(problem.targets, -1) if "is_top1" in outputs else None
 
     def log_e(self, tokens: slice = slice(None)) -> Tensor:
