@@ -6,7 +6,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import Allocations, error
+from helpers import DEVICES, IMPLS, Allocations, error
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -272,22 +272,22 @@ def head_alone(layer, hidden, targets):
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["bf16 base", "autocast"])
 @pytest.mark.parametrize("config", ["lora", "rslora", "tokens"])
-@pytest.mark.parametrize("impl", ["pytorch", "triton"])
+@pytest.mark.parametrize("impl", [name for name in IMPLS if name != "reference"])
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("seed", [0, 1])
-def test_bf16_with_adapters_in_fp32(config, autocast, impl, seed):
+def test_bf16_with_adapters_in_fp32(config, autocast, impl, device, seed):
     """At most twice the error of the layer's own forward, whose logits are bf16; root mean squares, of few numbers."""
-    if impl == "triton":
-        pytest.importorskip("triton")
     wrapped = adapted("llama", CONFIGS[config], torch.float32 if autocast else torch.bfloat16)
-    layer = wrapped.get_base_model().lm_head
+    layer = wrapped.to(device).get_base_model().lm_head
     g = torch.Generator().manual_seed(seed)
     hidden, targets = torch.randn(2, 9, D, generator=g), torch.randint(0, V, (2, 9), generator=g)
+    hidden, targets = hidden.to(device), targets.to(device)
     targets[0] = 4
     hidden = (hidden if autocast else hidden.bfloat16()).requires_grad_()
     wide = copy.deepcopy(layer).double()
     exact_hidden = hidden.detach().double().requires_grad_()
     exact = head_alone(wide, exact_hidden, targets) | {"hidden": exact_hidden.grad}
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+    with torch.autocast(device, torch.bfloat16, enabled=autocast):
         eager = head_alone(layer, hidden, targets) | {"hidden": hidden.grad}
         hidden.grad = None
         layer.zero_grad()

@@ -156,6 +156,19 @@ def test_autocast_rounds_the_operands_and_nothing_else(impl, device):
 
 
 @each
+def test_a_wide_part_beside_a_narrow_one_keeps_its_digits(impl, device):
+    """Where hidden asks for fp32 products nothing is rounded, whatever the other parts are."""
+    case = make_parts((3, 9), (16, 8, 4), 67, dtypes=(BF16, F32, BF16), trained=(False, True, True), device=device)
+    case = replace(case, hidden=case.hidden.float() + 1e-3, bias=case.bias.float())
+    want = split(case, run(case.whole(F64).to(F64), ("logps",), impl="reference"))
+    got = run(case, ("logps",), impl=impl)
+    for name in ("logps", "dhidden", "dweight1", "dbias"):
+        assert got[name].dtype == F32
+        assert error(got[name], want[name]) < 1e-5, name
+    assert error(got["dweight2"], want["dweight2"]) <= 2**-8 * want["dweight2"].abs().max()
+
+
+@each
 def test_a_backward_twice_and_a_kept_graph(impl, device):
     case = make_parts((3, 9), (16, 8), 67, dtypes=(F32, F32), trained=(True, True), device=device).leaves()
     for loss in (case.logps(impl=impl).logps.sum(), linear_cross_entropy(*args(case), impl=impl)):
