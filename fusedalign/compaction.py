@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedalign.problem import Problem
+from fusedalign.problem import Parts, Problem
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Places:
 
 
 def compact(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *, ignore_index: int, **options: Any
+    hidden: Tensor, weight: Tensor | Parts, targets: Tensor, *, ignore_index: int, **options: Any
 ) -> tuple[Problem, Places]:
     """The problem of the tokens that are not ignored, once their targets are known to be in range.
 

@@ -292,8 +292,9 @@ def _returned(
     grads: Grads, needs: Needs, places: Places, hidden: Tensor, weight: Tensor, bias: Tensor | None
 ) -> list[Tensor]:
     """As an operator returns them: of the inputs' shapes, zeros where nothing came, empty where nothing is needed."""
-    d_hidden, d_weight, d_bias = grads
+    d_hidden, parts, d_bias = grads
     d_hidden = None if d_hidden is None else places.scatter(d_hidden)
+    d_weight = None if parts is None else parts[0]
     made = []
     for grad, x, needed in zip((d_hidden, d_weight, d_bias), (hidden, weight, bias), needs, strict=True):
         if needed and x is not None:

@@ -3,6 +3,9 @@
 Configurations keep names that the forward of their family never reads (Aya Vision's text model has a `logit_scale`
 that the vision model leaves out), so a name counts only where the forward that calls the head mentions it. What cannot
 be read with certainty is refused.
+
+Adapters on the head become further parts of its weight, with further columns of hidden states: no merged weight is
+made, and nothing of the head's size for a gradient.
 """
 
 from __future__ import annotations
@@ -12,11 +15,14 @@ import inspect
 import math
 import re
 import sys
+from collections.abc import Callable
 from types import CodeType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from fusedalign.ops import operand_dtype
 
 #: Every name under which a forward reads a transform of its logits, and what it does with the value.
 _TRANSFORMS = {
@@ -48,34 +54,61 @@ _SOFTCAP_HELPERS = {"tanh", "soft_cap"}
 #: Configuration names with "logit" in them that are not about the LM head.
 _NOT_THE_HEAD = re.compile(r"to_keep|att(e)?n|router|moe|_init_value|ratio|time_logit")
 
+#: The columns of hidden [..., D] that an adapter's part of the head multiplies, in an operand dtype that is given.
+Adapter = Callable[[Tensor, torch.dtype], Tensor]
+#: The parts of a linear head, its bias, and for each part but the first its columns.
+_Linear = tuple[tuple[Tensor, ...], "Tensor | None", tuple[Adapter, ...]]
+
 _MISSING = object()
+_USE_INSTEAD = "use LoRA (also use_rslora=True), trainable_token_indices or modules_to_save for the head"
 _CANNOT = "expected logits that weight, bias, scale and softcap describe"
 
 
 class LMHead(NamedTuple):
-    """logits = softcap * tanh(scale * (hidden @ weight.T + bias) / softcap); no tanh where softcap is None.
+    """logits = softcap * tanh(scale * (expand(hidden) @ weight.T + bias) / softcap); no tanh where softcap is None.
 
-    `hidden` is the last hidden state that the backbone returns.
+    `hidden` is the last hidden state that the backbone returns. Every head is served by `linear_logps(
+    head.expand(hidden), head.weight, targets, bias=head.bias, scale=head.scale, softcap=head.softcap)`, and by
+    `linear_cross_entropy` likewise.
     """
 
-    weight: Tensor
-    """[V, D]; the model's own parameter, shared with the embedding where they are tied"""
+    weight: Tensor | tuple[Tensor, ...]
+    """[V, D]; the model's own parameter, shared with the embedding where they are tied. With adapters on the head, this
+    and a thin part for each of them"""
     bias: Tensor | None = None
-    """[V]; the model's own parameter"""
+    """[V]; the model's own parameter, or the sum of it and those of adapters"""
     scale: float = 1.0
     softcap: float | None = None
+    adapters: tuple[Adapter, ...] = ()
+    """of each further part of `weight`, its columns of hidden"""
+
+    def expand(self, hidden: Tensor) -> Tensor:
+        """`hidden` [..., D] with the columns that the further parts of `weight` multiply: itself where there are none.
+
+        Call it within autocast where the model runs so, once a step: an adapter's dropout is drawn here.
+        """
+        if not self.adapters:
+            return hidden
+        dtype = operand_dtype(hidden, self.weight[0])
+        return torch.cat([hidden, *(adapter(hidden, dtype).to(dtype) for adapter in self.adapters)], -1)
 
 
 def lm_head(model: nn.Module) -> LMHead:
     """The head of `model` as it is now: adapters, FSDP and users replace heads, so ask again at every step.
 
     `model` is a causal LM of transformers, text or vision, bare or inside of DDP, FSDP, DeepSpeed, `torch.compile` or
-    PEFT. With PEFT's `modules_to_save` on the head, the copy of the active adapter is taken. Forward hooks on the head
-    are not looked at.
+    PEFT. Of PEFT's adapters on the head, LoRA (also rank-stabilised, with a bias, several at once),
+    `trainable_token_indices` and `modules_to_save` are read in their present state: which are active, disabled, merged
+    or in training. As in PEFT's own forward, a merged adapter that is disabled is taken out of the weight again.
+    Forward hooks on the head are not looked at.
+
+    Prompt learning leaves the head alone, but puts virtual tokens before the sequence: the last hidden states are as
+    many longer than the labels, so align them from the right.
 
     Raises:
-        TypeError: `model` is not a decoder-only causal LM with a plain linear head: encoder-decoder models, heads that
-            are quantised or carry an adapter, layers between backbone and head.
+        TypeError: `model` is not a decoder-only causal LM with a linear head: encoder-decoder models, quantised heads,
+            heads with any other adapter (DoRA, AdaLoRA, IA3, VeRA, ..., `adapter_names` for mixed batches), layers
+            between backbone and head.
         ValueError: its forward or its configuration transforms the logits in a way that `LMHead` cannot express.
     """
     outer = _unwrap(model)
@@ -98,12 +131,12 @@ def lm_head(model: nn.Module) -> LMHead:
             f"expected {_name(owner)} to have one backbone below self.{attribute}, its forward uses {layers}"
         )
 
-    linear = _plain_linear(head, f"{_name(owner)}.{attribute}")
+    weight, bias, adapters = _linear(head, f"{_name(owner)}.{attribute}")
     backbone = owner._modules[layers[0]] if layers else None
-    scale, softcap = _transforms(owner, backbone, linear, names)
+    scale, softcap = _transforms(owner, backbone, names, vocab=len(weight[0]), has_bias=bias is not None)
     if outer is not owner:  # its forward returns the inner model's logits: it must leave them alone
         _refuse_unknown(outer, _forward_names(type(outer)), set())
-    return LMHead(linear.weight, linear.bias, scale, softcap)
+    return LMHead(weight if adapters else weight[0], bias, scale, softcap, adapters)
 
 
 def _unwrap(model: Any) -> Any:
@@ -131,29 +164,119 @@ def _owner(model: Any, head: nn.Module) -> tuple[Any, str]:
     raise TypeError(f"expected the output embeddings to be a layer of {_name(model)}, got {_name(head)} from elsewhere")
 
 
-def _plain_linear(head: Any, where: str) -> nn.Linear:
-    """`head` as an nn.Linear that does nothing else; PEFT's modules_to_save resolved."""
+def _linear(head: Any, where: str) -> _Linear:
+    """What `head` computes; PEFT's layers resolved."""
+    for hook in getattr(head, "_forward_pre_hooks", {}).values():  # PEFT has them while its forward runs
+        if "adapter_names" in getattr(hook, "keywords", ()):
+            raise TypeError(f"expected the same adapters for all of a batch in {where}, got adapter_names")
     copies = getattr(head, "modules_to_save", None)
     if isinstance(copies, nn.ModuleDict) and hasattr(head, "original_module"):
         active = list(head.active_adapters)
         use_copy = active and not head.disable_adapters and all(adapter in copies for adapter in active)
         head = copies[active[0]] if use_copy else head.original_module
+    layer = getattr(head, "token_adapter", head)  # in PEFT's wrapper for trainable_token_indices
+    if _computes_as(layer, "peft.tuners.lora.layer", "Linear"):
+        return _with_lora(layer, where)
+    if _computes_as(layer, "peft.tuners.trainable_tokens.layer", "TrainableTokensLayer"):
+        return _with_tokens(layer, where)
     own_forward = "forward" in vars(head) and not hasattr(head, "_hf_hook")  # accelerate's hooks only move tensors
     if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward or own_forward:
         came = f"{type(head).__module__}.{_name(head)}" + (" with a forward of its own" if own_forward else "")
-        raise TypeError(f"expected {where} to be a plain nn.Linear, got {came}")
-    for kind, tensor in (("weight", head.weight), ("bias", head.bias)):
-        if tensor is None:
+        use = f"; {_USE_INSTEAD}" if came.startswith("peft.") else ""
+        raise TypeError(f"expected {where} to be a plain nn.Linear, got {came}{use}")
+    _check_tensor(head.weight, f"weight of {where}")
+    if head.bias is not None:
+        _check_tensor(head.bias, f"bias of {where}")
+    return (head.weight,), head.bias, ()
+
+
+def _check_tensor(tensor: Tensor, what: str) -> None:
+    dtensor = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", ())
+    plain = type(tensor) in (Tensor, nn.Parameter) or isinstance(tensor, dtensor)
+    if not plain or tensor.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        got = f"{type(tensor).__name__} of {tensor.dtype}"
+        raise TypeError(f"expected the {what} to be a floating-point tensor, got {got}")
+
+
+def _computes_as(layer: Any, module: str, name: str) -> bool:
+    """Whether `layer` is one of PEFT's classes, or of a subclass that forwards as it does; PEFT is not imported."""
+    base = next((c for c in type(layer).__mro__ if (c.__module__, c.__name__) == (module, name)), None)
+    return base is not None and type(layer).forward is base.forward and "forward" not in vars(layer)  # type: ignore[attr-defined]
+
+
+def _active(layer: Any) -> list[str]:
+    """The adapters of one of PEFT's layers that take part in its forward beside its base layer."""
+    if layer.disable_adapters and layer.merged:
+        layer.unmerge()
+    return [] if layer.disable_adapters or layer.merged else list(layer.active_adapters)
+
+
+def _with_lora(layer: Any, where: str) -> _Linear:
+    """weight, B1, B2, ... of which B1 multiplies scaling * A1(dropout(hidden))."""
+    weight, bias, adapters = _linear(layer.base_layer, where)
+    for name in _active(layer):
+        if name not in layer.lora_A:
             continue
-        dtensor = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", ())
-        plain = type(tensor) in (Tensor, nn.Parameter) or isinstance(tensor, dtensor)
-        if not plain or tensor.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-            got = f"{type(tensor).__name__} of {tensor.dtype}"
-            raise TypeError(f"expected the {kind} of {where} to be a floating-point tensor, got {got}")
-    return head
+        variant = getattr(layer, "lora_variant", {}).get(name)
+        if variant is not None or layer.use_dora.get(name):
+            came = _name(variant) if variant is not None else "DoRA"
+            raise TypeError(f"expected {where} to have plain LoRA, got {came} in adapter {name!r}; {_USE_INSTEAD}")
+        b = layer.lora_B[name]
+        _check_tensor(b.weight, f"lora_B of {where}")
+        weight, adapters = (*weight, b.weight), (*adapters, functools.partial(_lora_columns, layer, name))
+        if b.bias is not None:
+            more = layer.scaling[name] * b.bias
+            bias = more if bias is None else bias + more
+    return weight, bias, adapters
 
 
-def _transforms(owner: Any, backbone: Any, linear: nn.Linear, names: set[str]) -> tuple[float, float | None]:
+def _lora_columns(layer: Any, name: str, hidden: Tensor, dtype: torch.dtype) -> Tensor:
+    a = layer.lora_A[name]
+    if getattr(layer, "cast_input_dtype_enabled", True):
+        hidden = hidden.to(a.weight.dtype)
+    return layer.scaling[name] * a(layer.lora_dropout[name](hidden))
+
+
+def _with_tokens(layer: Any, where: str) -> _Linear:
+    """weight, and what puts hidden @ (rows - weight[index]).T into the columns of the tokens whose rows are others."""
+    weight, bias, adapters = _linear(layer.base_layer, where)
+    names = [name for name in _active(layer) if name in layer.token_indices]
+    indices = [i for name in names for i in layer.token_indices[name]]
+    if not indices:
+        return weight, bias, adapters
+    if adapters:
+        raise TypeError(f"expected a plain nn.Linear below the trainable tokens of {where}, got one with an adapter")
+    if bias is not None:
+        raise TypeError(f"expected {where} to have no bias below trainable tokens: PEFT's forward leaves it out")
+    if len(set(indices)) < len(indices):
+        raise ValueError(f"expected trainable tokens that differ in {where}, got some of {sorted(indices)} twice")
+    rows = [layer.trainable_tokens_delta[name] for name in names]
+    index = torch.tensor(indices, device=weight[0].device)
+    # Two columns for each token: a logit that came in one half-precision number would be off by 2**-9. Products like
+    # multiples of 8 columns.
+    width = -(-2 * len(indices) // 8) * 8
+    places = weight[0].new_zeros(len(weight[0]), width)
+    places[torch.cat([index, index]), torch.arange(2 * len(indices), device=index.device)] = 1
+    adapters = (functools.partial(_token_columns, weight[0], index, rows, width),)
+    return (*weight, places), bias, adapters
+
+
+def _token_columns(
+    weight: Tensor, index: Tensor, rows: list[Tensor], width: int, hidden: Tensor, dtype: torch.dtype
+) -> Tensor:
+    wide = torch.promote_types(dtype, torch.float32)
+    with torch.autocast(hidden.device.type, enabled=False):
+        # Each rounded as the product's operands are, the difference no more.
+        new = torch.cat([x.to(weight.dtype).to(dtype) for x in rows]).to(wide)
+        z = nn.functional.linear(hidden.to(dtype).to(wide), new - weight[index].to(dtype).to(wide))
+    high = z.to(dtype)
+    low = (z - high).detach().to(dtype)  # the gradient of one of them is that of z
+    return torch.cat([high, low, z.new_zeros(*z.shape[:-1], width - 2 * len(index))], -1)
+
+
+def _transforms(
+    owner: Any, backbone: Any, names: set[str], *, vocab: int, has_bias: bool
+) -> tuple[float, float | None]:
     """Scale and softcap that the forward of `owner` applies, as the model has them now."""
     config = _config(owner, text=bool(names & {"text_config", "get_text_config"}))
     scale, softcap = 1.0, None
@@ -173,9 +296,9 @@ def _transforms(owner: Any, backbone: Any, linear: nn.Linear, names: set[str]) -
             softcap = float(value)
         elif how == "logits *":
             scale *= value
-        elif (how == "logits /" or (how == "hidden /" and linear.bias is None)) and value != 0:
+        elif (how == "logits /" or (how == "hidden /" and not has_bias)) and value != 0:
             scale /= value
-        elif how != "vocabulary" or value < linear.out_features:  # also a softcap of 0, a division by 0, a second cap
+        elif how != "vocabulary" or value < vocab:  # also a softcap of 0, a division by 0, a second cap
             raise ValueError(f"{_CANNOT}, got {_name(owner)} with {name}={value}")
     read = names & _TRANSFORMS.keys()
     helpers = _SOFTCAP_HELPERS if any(_TRANSFORMS[name] == "softcap" for name in read) else set()

@@ -14,14 +14,14 @@ from fusedalign import graphs
 from fusedalign.compaction import Places, compact
 from fusedalign.impls import check_name, resolve
 from fusedalign.losses.sft import scalar_loss
-from fusedalign.problem import OUTPUTS, Problem, Tiling, TokenLogps
+from fusedalign.problem import OUTPUTS, Parts, Problem, Tiling, TokenLogps, beside
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def linear_logps(
     hidden: Tensor,
-    weight: Tensor,
+    weight: Tensor | tuple[Tensor, ...],
     targets: Tensor,
     *,
     bias: Tensor | None = None,
@@ -44,7 +44,10 @@ def linear_logps(
 
     Args:
         hidden: [..., D] fp64/fp32/bf16/fp16, the input of the LM head.
-        weight: [V, D], the head; may differ from `hidden` in dtype, the product then takes the wider one.
+        weight: [V, D], the head; may differ from `hidden` in dtype, the product then takes the wider one. Or a tuple
+            of tensors [V, D1], [V, D2], ... that stand side by side, D1 + D2 + ... = D: they are put together a tile
+            of rows at a time, and each takes its own gradient in its own dtype, or none. The first one's dtype decides
+            about the product's. `fusedalign.head` describes adapters so. `torch.compile` breaks its graph here.
         targets: [...] int64, aligned with `hidden`: `hidden[..., t, :]` predicts `targets[..., t]`. See
             `fusedalign.sequence.shift_labels` for unshifted labels.
         bias: [V] or None.
@@ -73,7 +76,7 @@ def linear_logps(
         >>> out.logps.shape, round(out.entropy[0, 0].exp().item())
         (torch.Size([2, 3]), 50)
     """
-    options = _check(
+    head, options = _check(
         hidden,
         weight,
         targets,
@@ -87,17 +90,17 @@ def linear_logps(
         tiling=_check_tiling(workspace=workspace, token_chunk=token_chunk, vocab_chunk=vocab_chunk),
         impl=impl,
     )
-    if torch.compiler.is_compiling() and impl in graphs.NAMES:
-        return graphs.linear_logps(hidden, weight, targets, bias, options)
+    if torch.compiler.is_compiling() and impl in graphs.NAMES and isinstance(head, Tensor):
+        return graphs.linear_logps(hidden, head, targets, bias, options)
     with torch.autocast(hidden.device.type, enabled=False):
-        problem, places = _compact(hidden, weight, targets, bias, options)
+        problem, places = _compact(hidden, head, targets, bias, options)
         out = _outside_of_graphs(resolve(impl, problem).token_logps, problem)
     return TokenLogps(*(None if x is None else places.scatter(x) for x in out))  # type: ignore[arg-type]
 
 
 def linear_cross_entropy(
     hidden: Tensor,
-    weight: Tensor,
+    weight: Tensor | tuple[Tensor, ...],
     targets: Tensor,
     *,
     bias: Tensor | None = None,
@@ -154,7 +157,7 @@ def linear_cross_entropy(
         raise ValueError(f"num_items must be None with reduction='sum', which divides by nothing, got {num_items}")
     if not z_loss >= 0:
         raise ValueError(f"z_loss must be >= 0, got {z_loss}")
-    options = _check(
+    head, options = _check(
         hidden,
         weight,
         targets,
@@ -168,28 +171,35 @@ def linear_cross_entropy(
         tiling=_check_tiling(workspace=workspace, token_chunk=token_chunk, vocab_chunk=vocab_chunk),
         impl=impl,
     )
-    if torch.compiler.is_compiling() and impl in graphs.NAMES:
+    if torch.compiler.is_compiling() and impl in graphs.NAMES and isinstance(head, Tensor):
         how = loss_type, z_loss, reduction, num_items
-        return graphs.linear_cross_entropy(hidden, weight, targets, bias, options, *how)
+        return graphs.linear_cross_entropy(hidden, head, targets, bias, options, *how)
     with torch.autocast(hidden.device.type, enabled=False):
-        problem, _ = _compact(hidden, weight, targets, bias, options)
+        problem, _ = _compact(hidden, head, targets, bias, options)
         items = len(problem.targets) if num_items is None else num_items
         share = scalar_loss(loss_type, z_loss, reduction, items)
         return _outside_of_graphs(resolve(impl, problem).token_loss_sum, problem, share)
 
 
-def _check(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, **options: Any) -> graphs.Options:
-    """Everything of a call beside its tensors, once all fits together; targets are looked at later, by `compact`."""
-    _check_tensors(hidden, weight, targets, bias)
+def _check(
+    hidden: Tensor, weight: Tensor | tuple[Tensor, ...], targets: Tensor, bias: Tensor | None, **options: Any
+) -> tuple[Tensor | Parts, graphs.Options]:
+    """The head, and everything of a call beside its tensors, once all fits together.
+
+    Targets are looked at later, by `compact`.
+    """
+    parts = weight if isinstance(weight, tuple) else (weight,)
+    _check_tensors(hidden, parts, targets, bias)
     _check_head(options["scale"], options["softcap"], options["temperature"])
     check_name(options["impl"])
-    on = torch.is_grad_enabled()
-    needs = tuple(on and x is not None and x.requires_grad for x in (hidden, weight, bias))
-    return graphs.Options(operand_dtype=_operand_dtype(hidden, weight), needs=needs, **options)  # type: ignore[arg-type]
+    on, dtype = torch.is_grad_enabled(), operand_dtype(hidden, parts[0])
+    head = beside(parts, dtype)
+    needs = tuple(on and x is not None and x.requires_grad for x in (hidden, head, bias))
+    return head, graphs.Options(operand_dtype=dtype, needs=needs, **options)  # type: ignore[arg-type]
 
 
 def _compact(
-    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, options: graphs.Options
+    hidden: Tensor, weight: Tensor | Parts, targets: Tensor, bias: Tensor | None, options: graphs.Options
 ) -> tuple[Problem, Places]:
     fields = options._asdict()
     del fields["impl"], fields["needs"]
@@ -205,7 +215,11 @@ def _outside_of_graphs(function: Callable, *args: Any) -> Any:
     return torch.compiler.disable(function)(*args) if "torch._dynamo" in sys.modules else function(*args)
 
 
-def _operand_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+def operand_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    """What enters the head's product: autocast's dtype where that is on, else the wider of the two.
+
+    `weight` is the head or, of several parts, the first.
+    """
     wider = torch.promote_types(hidden.dtype, weight.dtype)
     device = hidden.device.type
     if wider != torch.float64 and torch.is_autocast_enabled(device):
@@ -213,8 +227,12 @@ def _operand_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     return wider
 
 
-def _check_tensors(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None) -> None:
-    named = {"hidden": hidden, "weight": weight, "targets": targets} | ({} if bias is None else {"bias": bias})
+def _check_tensors(hidden: Tensor, parts: tuple[Tensor, ...], targets: Tensor, bias: Tensor | None) -> None:
+    if not parts:
+        raise ValueError("weight must have one part at least, got an empty tuple")
+    names = ["weight"] if len(parts) == 1 else [f"weight[{i}]" for i in range(len(parts))]
+    named = {"hidden": hidden, **dict(zip(names, parts, strict=True)), "targets": targets}
+    named |= {} if bias is None else {"bias": bias}
     for name, x in named.items():
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
@@ -226,13 +244,17 @@ def _check_tensors(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor
             raise ValueError(f"{name} must be on {hidden.device} like hidden, got {x.device}")
     if hidden.ndim < 1 or hidden.shape[-1] == 0:
         raise ValueError(f"hidden must have shape [..., D] with D > 0, got {tuple(hidden.shape)}")
-    if weight.ndim != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] == 0:
-        raise ValueError(f"weight must have shape [V, {hidden.shape[-1]}] to match hidden, got {tuple(weight.shape)}")
+    d, v = hidden.shape[-1], parts[0].shape[:1]
+    shapes = [tuple(x.shape) for x in parts]
+    if any(x.ndim != 2 or x.shape[:1] != v for x in parts) or sum(shape[1] for shape in shapes) != d or v[0] == 0:
+        if len(parts) == 1:
+            raise ValueError(f"weight must have shape [V, {d}] to match hidden, got {shapes[0]}")
+        raise ValueError(f"weight must have parts [V, D1], [V, D2], ... of {d} columns to match hidden, got {shapes}")
     if targets.shape != hidden.shape[:-1]:
         expected = tuple(hidden.shape[:-1])
         raise ValueError(f"targets must have shape {expected} to match hidden, got {tuple(targets.shape)}")
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias must have shape ({weight.shape[0]},) to match weight, got {tuple(bias.shape)}")
+    if bias is not None and bias.shape != v:
+        raise ValueError(f"bias must have shape ({v[0]},) to match weight, got {tuple(bias.shape)}")
 
 
 def _check_head(scale: float, softcap: float | None, temperature: float) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -52,6 +53,60 @@ class Tiling(NamedTuple):
     """vocabulary columns a tile"""
 
 
+@dataclass(frozen=True, eq=False)
+class Parts:
+    """A head of several tensors that stand side by side, of which a few rows at a time are ever put together.
+
+    It answers as the `[V, D]` tensor that `torch.cat(tensors, 1)` would be, as far as impls ask.
+    """
+
+    tensors: tuple[Tensor, ...]
+    """[V, D1], [V, D2], ..., in any dtypes"""
+    dtype: torch.dtype
+    """of rows"""
+
+    @property
+    def columns(self) -> tuple[slice, ...]:
+        """Where each tensor stands."""
+        ends = list(itertools.accumulate(x.shape[1] for x in self.tensors))
+        return tuple(map(slice, [0, *ends[:-1]], ends))
+
+    @property
+    def shape(self) -> torch.Size:
+        """[V, D]"""
+        return torch.Size([len(self.tensors[0]), sum(x.shape[1] for x in self.tensors)])
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether any tensor does."""
+        return any(x.requires_grad for x in self.tensors)
+
+    def is_contiguous(self) -> bool:
+        """Rows are always a copy."""
+        return False
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        return self._beside([x[rows] for x in self.tensors])
+
+    def index_select(self, dim: int, index: Tensor) -> Tensor:
+        """Rows; `dim` is 0."""
+        return self._beside([x.index_select(dim, index) for x in self.tensors])
+
+    def _beside(self, rows: list[Tensor]) -> Tensor:
+        """[n, D] of contiguous rows, each on a boundary of 16 bytes, as tensor cores like it."""
+        n, d = len(rows[0]), self.shape[1]
+        unit = 16 // self.dtype.itemsize
+        out = rows[0].new_empty((n, -(-d // unit) * unit), dtype=self.dtype)[:, :d]
+        for columns, part in zip(self.columns, rows, strict=True):
+            out[:, columns] = part
+        return out
+
+
+def beside(tensors: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor | Parts:
+    """A head of these tensors: one alone stays as it is."""
+    return tensors[0] if len(tensors) == 1 else Parts(tensors, dtype)
+
+
 @dataclass(frozen=True)
 class Problem:
     """One head and N tokens that all count: checked by `ops`, without ignored positions, ready for an impl.
@@ -61,12 +116,15 @@ class Problem:
 
     hidden: Tensor
     """[N, D] fp64/fp32/bf16/fp16"""
-    weight: Tensor
+    weight: Tensor | Parts
     """[V, D], any of these dtypes"""
     targets: Tensor
     """[N] int64 in [0, V)"""
     operand_dtype: torch.dtype
-    """What enters the head's product: autocast's dtype where that is on, else the wider of hidden's and weight's."""
+    """What enters the head's product: autocast's dtype where that is on, else the wider of hidden's and the head's.
+
+    The head's is that of its first part.
+    """
     bias: Tensor | None = None
     """[V]"""
     scale: float = 1.0
@@ -76,6 +134,13 @@ class Problem:
     filter_eps: float | None = None
     """None asks for dense, exact gradients."""
     tiling: Tiling = Tiling()  # noqa: RUF009 (immutable)
+
+    @property
+    def head(self) -> tuple[tuple[slice, Tensor], ...]:
+        """The tensors of the head, each with the columns of hidden that it multiplies."""
+        if isinstance(self.weight, Parts):
+            return tuple(zip(self.weight.columns, self.weight.tensors, strict=True))
+        return ((slice(None), self.weight),)
 
     @property
     def logit_dtype(self) -> torch.dtype:

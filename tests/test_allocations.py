@@ -180,6 +180,22 @@ def test_triton_makes_no_logits_and_no_wide_head_beyond_the_workspace(impl, devi
     assert allocations.made.count((V * D, torch.bfloat16)) == (1 if "dweight" in results(path) else 0)
 
 
+@each(triton)
+@pytest.mark.usefixtures("_as_on_a_gpu")
+@pytest.mark.parametrize("path", [logps_alone, scalar], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("trained", [True, False])
+def test_triton_makes_nothing_of_the_size_of_a_frozen_part(impl, device, path, trained):
+    """Beside a thin one, as an adapter is: no copy of it and no gradient, whole; nor the logits."""
+    n, thin = 40, 4
+    case = make_case((n,), D + thin, V, dtype=torch.bfloat16, device=device, ignored=0.0).leaves(1, 0, 0)
+    case.weight = (case.weight[:, :D].contiguous(), case.weight[:, D:].float().requires_grad_(trained))
+    with Allocations() as allocations:
+        path(case, impl=impl, workspace=40_000)
+    assert V < allocations.largest() < V * D < n * V
+    assert allocations.made.count((V * thin, torch.float32)) == trained
+    assert (case.weight[1].grad is not None) == trained
+
+
 def results(path) -> set[str]:
     """Which gradients a path is to make."""
     if path == "no grad":

@@ -77,19 +77,20 @@ def test_shapes_and_dtypes_of_the_true_calls(monkeypatch, dtype):
     """Meta tensors run PyTorch's own rules for every call, `torch.mm(..., out_dtype=)` among them, without numbers."""
     monkeypatch.setattr(pytorch, "_half_products", lambda problem: True)
     hidden = torch.empty(48, 32, dtype=dtype, device="meta")
-    weight = torch.empty(200, 32, dtype=dtype, device="meta")
-    bias, targets = weight[:, 0], torch.empty(48, dtype=torch.int64, device="meta")
+    weight = torch.empty(200, 32, dtype=dtype, device="meta", requires_grad=True)
+    bias, targets = weight.detach()[:, 0], torch.empty(48, dtype=torch.int64, device="meta")
     problem = Problem(hidden, weight, targets, dtype, bias, softcap=3.0, outputs=frozenset(["entropy", "lse"]))
     with torch.no_grad():
         sums, jacobian = pytorch.sweep(problem, "jacobian")
         grads = TokenGrads(sums.max, sums.log_e(), sums.e, sums.e, (sums.e, sums.e))
         two_pass = pytorch.two_pass_grads(problem, grads, (True, True, True))
-    loss, one_pass = pytorch.one_pass(
-        problem, lambda logps, lse: (lse - logps, -torch.ones_like(logps), torch.ones_like(lse)), (True, True, True)
-    )
+        loss, one_pass = pytorch.one_pass(
+            problem, lambda logps, lse: (lse - logps, -torch.ones_like(logps), torch.ones_like(lse)), (True, True, True)
+        )
     assert {x.dtype for x in [loss, *sums.results(problem)[:3]]} == {torch.float32}
-    for x, grad in zip((hidden, weight, bias, hidden, weight, bias), [*two_pass, *one_pass], strict=True):
-        assert (grad.shape, grad.dtype) == (x.shape, dtype)
+    for d_hidden, (d_weight,), d_bias in (two_pass, one_pass):
+        for x, grad in ((hidden, d_hidden), (weight, d_weight), (bias, d_bias)):
+            assert (grad.shape, grad.dtype) == (x.shape, dtype)
     assert jacobian.rows.dtype == torch.float16
 
 

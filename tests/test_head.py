@@ -430,7 +430,7 @@ def test_refuses_logits_that_lose_columns():
     refused(ValueError, f"unpadded_vocab_size={V - 1}", model)
 
 
-# --- PEFT ------------------------------------------------------------------------------------------------------------
+# --- PEFT; adapters on the head itself: test_adapters.py --------------------------------------------------------------
 
 
 def peft_model(model, adapter="default", **config):
@@ -472,20 +472,3 @@ def test_peft_modules_to_save():
         assert lm_head(wrapped).weight is original
         hidden, logits = last_hidden_and_logits(model)
         torch.testing.assert_close(logits_of(hidden, lm_head(wrapped)), logits, rtol=1e-5, atol=1e-5)
-
-
-def test_refuses_peft_lora_on_the_head():
-    wrapped = peft_model(qwen3(tie_word_embeddings=False), target_modules=["q_proj", "lm_head"])
-    refused(TypeError, "plain nn.Linear, got peft.tuners.lora.layer.Linear", wrapped)
-    wrapped = peft_model(qwen3(tie_word_embeddings=False), target_parameters=["lm_head.weight"])
-    refused(TypeError, "plain nn.Linear, got peft.tuners.lora.layer.ParamWrapper", wrapped)
-
-
-@pytest.mark.parametrize("tied", [True, False])
-def test_peft_trainable_tokens(tied):
-    model = qwen3(tie_word_embeddings=tied)
-    wrapped = peft_model(model, trainable_token_indices=[3, 4])
-    if tied:
-        refused(TypeError, "plain nn.Linear, got peft.utils.other.TrainableTokensWrapper", wrapped)
-    else:
-        assert lm_head(wrapped).weight is model.lm_head.weight

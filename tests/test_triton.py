@@ -24,6 +24,7 @@ from helpers import (
     run,
     run_loss,
     run_loss_exact,
+    upstream,
 )
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -186,6 +187,19 @@ def test_frozen_head_where_most_targets_are_far_from_likely(recomputed, device, 
     assert_within_budget(case, got, ("logps",), roundings=2)
     assert_loss_within_budget(case, run_loss(case, FROZEN, impl="triton", vocab_chunk=96))
     assert not recomputed
+
+
+@devices
+@dtypes
+def test_frozen_parts_where_most_targets_are_far_from_likely(device, dtype):
+    case = make_case((3, 11), 24, 103, dtype=dtype, device=device, bias=False)
+    case.hidden *= torch.linspace(4, 25, 33, device=device).reshape(3, 11, 1)
+    exact = run(case.to(torch.float64), ("logps",), FROZEN, (), impl="reference")
+    assert (exact["logps"] < -60).any()
+    hidden, parts = case.hidden.clone().requires_grad_(), (case.weight[:, :16], case.weight[:, 16:])
+    upstream_of_logps = upstream(case)["logps"].float()
+    (linear_logps(hidden, parts, case.targets, impl="triton").logps * upstream_of_logps).sum().backward()
+    assert_within_budget(case, {"dhidden": hidden.grad}, ("logps",), roundings=2)
 
 
 @devices

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -9,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fusedalign.impls.rows import RowSums, TokenGrads, grads_of_token_loss
-from fusedalign.problem import OUTPUTS, Problem, TokenLogps, TokenLoss
+from fusedalign.impls.rows import RowSums, TokenGrads, grads_of_token_loss, of_each_part, trained
+from fusedalign.problem import OUTPUTS, Problem, TokenLogps, TokenLoss, beside
 
-#: Gradients of hidden, weight and bias, None where not needed.
-Grads = tuple[Tensor | None, Tensor | None, Tensor | None]
+#: Gradients of hidden, of each tensor of the head, and of bias; None where not needed.
+Grads = tuple[Tensor | None, tuple[Tensor | None, ...] | None, Tensor | None]
 #: What a sweep keeps for the backward.
 Keep = Literal["nothing", "jacobian", "head"]
 #: Which of hidden, weight and bias need a gradient.
@@ -87,7 +88,7 @@ def token_logps(paths: Paths, problem: Problem) -> TokenLogps:
     """`TokenLogps` of [N] tokens, by the cheapest path that gives the gradients which are needed."""
     if not any(_needs(problem)):
         return paths.sweep(problem, "nothing")[0].results(problem)
-    return TokenLogps(*_TokenLogps.apply(problem.hidden, problem.weight, problem.bias, paths, problem))
+    return TokenLogps(*_TokenLogps.apply(paths, problem, problem.hidden, problem.bias, *_tensors(problem)))
 
 
 def token_loss_sum(paths: Paths, problem: Problem, token_loss: TokenLoss) -> Tensor:
@@ -99,7 +100,7 @@ def token_loss_sum(paths: Paths, problem: Problem, token_loss: TokenLoss) -> Ten
         out = token_logps(paths, problem)
         assert out.lse is not None  # ops always asks for it here
         return token_loss(out.logps, out.lse)[0].sum()
-    return _Ready.apply(problem.hidden, problem.weight, problem.bias, paths, *made)
+    return _Ready.apply(paths, *made, problem.hidden, problem.bias, *_tensors(problem))
 
 
 def loss_and_grads(paths: Paths, problem: Problem, token_loss: TokenLoss, needs: Needs) -> tuple[Tensor, Grads]:
@@ -163,8 +164,9 @@ def _two_pass_grads(
     """Zeros where there is no token: tiles of nothing are nobody's business."""
     if len(problem.targets):
         return paths.two_pass_grads(problem, grads, needs, head)
-    tensors = zip((problem.hidden, problem.weight, problem.bias), needs, strict=True)
-    d_hidden, d_weight, d_bias = (torch.zeros_like(x) if x is not None and needed else None for x, needed in tensors)
+    pair = zip((problem.hidden, problem.bias), needs[::2], strict=True)
+    d_hidden, d_bias = (torch.zeros_like(x) if x is not None and needed else None for x, needed in pair)
+    d_weight = of_each_part(problem, (torch.zeros_like(x) for _, x in trained(problem))) if needs[1] else None
     return d_hidden, d_weight, d_bias
 
 
@@ -173,32 +175,34 @@ class _TokenLogps(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, paths: Paths, problem: Problem
+        ctx: Any, paths: Paths, problem: Problem, hidden: Tensor, bias: Tensor | None, *weight: Tensor
     ) -> tuple[Tensor | None, ...]:
         ctx.set_materialize_grads(False)
-        out, state = forward(paths, problem, ctx.needs_input_grad[:3])
+        out, state = forward(paths, problem, _needs_of(ctx))
         ctx.mark_non_differentiable(*(x for x in out[3:] if x is not None))
         ctx.paths, ctx.problem = paths, _without_tensors(problem)
         # A backward that only scales a kept Jacobian holds on to neither hidden states nor head.
-        inputs: tuple[Tensor | None, ...] = (hidden.new_empty(0), None, None, None)
-        if state.max is not None:
-            inputs = (hidden, weight, bias, problem.targets)
+        inputs: tuple[Tensor | None, ...] = (hidden.new_empty(0), None, None)
+        if state.max is None:
+            weight = ()
+        else:
+            inputs = (hidden, bias, problem.targets)
         jacobian, head = state.jacobian or (None, None), state.head or (None, None, None)
-        ctx.save_for_backward(*inputs, *jacobian, *head, *state[2:])
+        ctx.save_for_backward(*jacobian, *head, *state[2:], *inputs, *weight)
         return tuple(out)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_logps: Tensor | None, d_entropy: Tensor | None, d_lse: Tensor | None, *_: None) -> tuple:
-        *tensors, rows, scale, memory, largest, target, maximum, log_e, entropy = ctx.saved_tensors
+        rows, scale, memory, largest, target, maximum, log_e, entropy, *tensors = ctx.saved_tensors
         problem = _with_tensors(ctx.problem, *tensors)
         jacobian = None if rows is None else Jacobian(rows, scale)
         # What is kept for the head is used up by one backward; where the graph is kept, the logits are made again.
         head = None if memory is None or _graph_is_kept() else KeptHead(memory, largest, target)
         state = State(jacobian, head, maximum, log_e, entropy)
         with torch.autocast(problem.hidden.device.type, enabled=False):
-            grads = backward(ctx.paths, problem, state, ctx.needs_input_grad[:3], d_logps, d_entropy, d_lse)
-        return *grads, None, None
+            d_hidden, d_weight, d_bias = backward(ctx.paths, problem, state, _needs_of(ctx), d_logps, d_entropy, d_lse)
+        return None, None, d_hidden, d_bias, *(d_weight or [None] * len(ctx.needs_input_grad[4:]))
 
 
 class _Ready(torch.autograd.Function):
@@ -207,15 +211,16 @@ class _Ready(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
         paths: Paths,
         loss: Tensor,
         grads: Grads,
+        hidden: Tensor,
+        bias: Tensor | None,
+        *weight: Tensor,
     ) -> Tensor:
         ctx.paths = paths
-        ctx.save_for_backward(*grads)
+        d_hidden, d_weight, d_bias = grads
+        ctx.save_for_backward(d_hidden, d_bias, *(d_weight or [None] * len(weight)))
         return loss.view_as(loss)
 
     @staticmethod
@@ -225,13 +230,24 @@ class _Ready(torch.autograd.Function):
         # another backward, which will need the gradients unscaled.
         kept, scale_ = _graph_is_kept(), ctx.paths.scale_
         scaled = [g if g is None else g * upstream if kept else scale_(g, upstream) for g in ctx.saved_tensors]
-        return *scaled, None, None, None
+        return None, None, None, *scaled
 
 
 def _needs(problem: Problem) -> Needs:
     tensors = (problem.hidden, problem.weight, problem.bias)
     on = torch.is_grad_enabled()
     return tuple(on and x is not None and x.requires_grad for x in tensors)  # type: ignore[return-value]
+
+
+def _needs_of(ctx: Any) -> Needs:
+    """The same within `_TokenLogps`, from its arguments."""
+    hidden, bias, *weight = ctx.needs_input_grad[2:]
+    return hidden, any(weight), bias
+
+
+def _tensors(problem: Problem) -> Iterator[Tensor]:
+    """The head's, as arguments of an autograd function."""
+    return (x for _, x in problem.head)
 
 
 def _graph_is_kept() -> bool:
@@ -245,9 +261,10 @@ def _without_tensors(problem: Problem) -> Problem:
     return replace(problem, hidden=None, weight=None, bias=None, targets=None)  # type: ignore[arg-type]
 
 
-def _with_tensors(problem: Problem, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Problem:
-    """The problem whose tensors were taken out."""
-    return replace(problem, hidden=hidden, weight=weight, bias=bias, targets=targets)
+def _with_tensors(problem: Problem, hidden: Tensor, bias: Tensor | None, targets: Tensor, *weight: Tensor) -> Problem:
+    """The problem whose tensors were taken out; without a head where none was saved."""
+    head = beside(weight, problem.operand_dtype) if weight else None
+    return replace(problem, hidden=hidden, weight=head, bias=bias, targets=targets)  # type: ignore[arg-type]
 
 
 assert TokenLogps._fields[1:] == OUTPUTS  # the autograd function returns them in this order

@@ -26,7 +26,16 @@ from torch import Tensor
 
 from fusedalign.impls import autograd
 from fusedalign.impls.autograd import Grads, Jacobian, Keep, Needs
-from fusedalign.impls.rows import RowSums, TokenGrads, fit_half, grads_of_token_loss, times
+from fusedalign.impls.rows import (
+    RowSums,
+    TokenGrads,
+    fit_half,
+    grads_of_token_loss,
+    head_grads,
+    of_each_part,
+    times,
+    trained,
+)
 from fusedalign.problem import DEFAULT_WORKSPACE, Problem, TokenLogps, TokenLoss
 
 ABOUT = "tiles in plain PyTorch, any device"
@@ -97,8 +106,7 @@ def _plan_one_pass(problem: Problem) -> _Plan | None:
     wanted = max(1, -(-n // 4))  # never all rows at once, which would be the logits after all
     item = problem.logit_dtype.itemsize
     budget = (problem.tiling.workspace or DEFAULT_WORKSPACE) - 3 * item * plan.vocab * d
-    if _needs_compensation(problem):
-        budget -= v * d * problem.weight.dtype.itemsize
+    budget -= sum(x.numel() * x.dtype.itemsize for _, x in trained(problem) if _needs_compensation(x, problem))
     rows = budget // (item * v + _bytes_per_logit(problem) * plan.vocab + 2 * item * d)
     return replace(plan, tokens=min(rows, wanted)) if rows >= min(wanted, 256) else None
 
@@ -107,8 +115,8 @@ def _bytes_per_logit(problem: Problem) -> int:
     return 3 * problem.logit_dtype.itemsize + 2
 
 
-def _needs_compensation(problem: Problem) -> bool:
-    return problem.weight.requires_grad and problem.weight.dtype.itemsize < problem.logit_dtype.itemsize
+def _needs_compensation(weight: Tensor, problem: Problem) -> bool:
+    return weight.dtype.itemsize < problem.logit_dtype.itemsize
 
 
 def _operand(x: Tensor, problem: Problem) -> Tensor:
@@ -261,11 +269,11 @@ def two_pass_grads(problem: Problem, grads: TokenGrads, needs: Needs, head: None
     needs_hidden, needs_weight, needs_bias = needs
     grads, undo = fit_half(problem, grads) if _half_products(problem) else (grads, None)
     d_hidden = torch.zeros_like(problem.hidden, dtype=dtype) if needs_hidden else None
-    d_weight = torch.empty_like(problem.weight, memory_format=torch.contiguous_format) if needs_weight else None
+    d_weight = head_grads(problem) if needs_weight else []
     d_bias = torch.empty_like(problem.bias) if needs_bias and problem.bias is not None else None
     for vocab in plan.vocab_tiles(problem):
         weight = _operand(problem.weight[vocab], problem)
-        d_weight_tile = weight.new_zeros(weight.shape, dtype=dtype) if needs_weight else None
+        d_weight_tiles = [weight.new_zeros(len(weight), x.shape[1], dtype=dtype) for _, x in d_weight]
         d_bias_tile = weight.new_zeros(weight.shape[0], dtype=dtype) if needs_bias else None
         for tokens in plan.token_tiles(problem):
             hidden, targets = _operand(problem.hidden[tokens], problem), problem.targets[tokens]
@@ -276,17 +284,20 @@ def two_pass_grads(problem: Problem, grads: TokenGrads, needs: Needs, head: None
             grad = grad.to(weight.dtype)
             if d_hidden is not None:
                 _add_product(d_hidden[tokens], grad, weight)
-            if d_weight_tile is not None:
-                _add_product(d_weight_tile, grad.t(), hidden)
-        if d_weight is not None and d_weight_tile is not None:
-            d_weight[vocab] = times(d_weight_tile, undo)
+            for (columns, _), d_weight_tile in zip(d_weight, d_weight_tiles, strict=True):
+                _add_product(d_weight_tile, grad.t(), hidden[:, columns])
+        for (_, d_part), d_weight_tile in zip(d_weight, d_weight_tiles, strict=True):
+            d_part[vocab] = times(d_weight_tile, undo)
         if d_bias is not None and d_bias_tile is not None:
             d_bias[vocab] = times(d_bias_tile, undo)
-    return None if d_hidden is None else times(d_hidden, undo).to(problem.hidden.dtype), d_weight, d_bias
+    d_parts = of_each_part(problem, (x for _, x in d_weight)) if needs_weight else None
+    return None if d_hidden is None else times(d_hidden, undo).to(problem.hidden.dtype), d_parts, d_bias
 
 
 class _HeadGrad:
-    """The [V, D] gradient summed over token chunks in its final dtype, beside it the low-order half if that is half.
+    """The gradient of a tensor of the head summed over token chunks in its final dtype.
+
+    Beside it stands the low-order half if that is half.
 
     Rounding each partial sum to bf16 would add 1.1e-3 of relative error a chunk. High and low half together carry 16
     bits of mantissa, so that the number of chunks does not matter, at half the size of an fp32 sum.
@@ -321,7 +332,8 @@ def one_pass(problem: Problem, token_loss: TokenLoss, needs: Needs) -> tuple[Ten
     loss = problem.hidden.new_zeros((), dtype=problem.result_dtype)
     d_hidden = torch.empty_like(problem.hidden) if needs_hidden else None
     several = plan.tokens < problem.hidden.shape[0]
-    d_weight = _HeadGrad(problem.weight, several and _needs_compensation(problem)) if needs_weight else None
+    parts = trained(problem) if needs_weight else []
+    d_weight = [(columns, _HeadGrad(x, several and _needs_compensation(x, problem))) for columns, x in parts]
     d_bias = problem.bias.new_zeros(problem.bias.shape, dtype=problem.logit_dtype) if needs_bias else None  # type: ignore
     for tokens in plan.token_tiles(problem):
         hidden, targets = _operand(problem.hidden[tokens], problem), problem.targets[tokens]
@@ -343,12 +355,13 @@ def one_pass(problem: Problem, token_loss: TokenLoss, needs: Needs) -> tuple[Ten
             grad = grad.to(hidden.dtype)
             if d_hidden_rows is not None:
                 _add_product(d_hidden_rows, grad, _operand(problem.weight[vocab], problem))
-            if d_weight is not None:
-                d_weight.add(vocab, times(_product(grad.t(), hidden), undo))
+            for columns, d_part in d_weight:
+                d_part.add(vocab, times(_product(grad.t(), hidden[:, columns]), undo))
         if d_hidden is not None and d_hidden_rows is not None:
             d_hidden[tokens] = times(d_hidden_rows, undo).to(d_hidden.dtype)
     d_bias = None if d_bias is None else d_bias.to(problem.bias.dtype)  # type: ignore
-    return loss, (d_hidden, None if d_weight is None else d_weight.high, d_bias)
+    d_parts = of_each_part(problem, (d_part.high for _, d_part in d_weight)) if needs_weight else None
+    return loss, (d_hidden, d_parts, d_bias)
 
 
 def scale_(x: Tensor, factor: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ def supports(problem: Problem) -> str | None:
 def token_logps(problem: Problem) -> TokenLogps:
     """`TokenLogps` of [N] tokens from the [N, V] logits."""
     p, outputs = problem, problem.outputs
-    logits = F.linear(_operand(p.hidden, p), _operand(p.weight, p))
+    logits = F.linear(_operand(p.hidden, p), _operand(p.weight[:], p))
     if p.bias is not None:
         logits = logits + p.bias.to(p.logit_dtype)
     logits = p.scale * logits

@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from fusedalign.problem import Problem, TokenLogps, TokenLoss
+
+
+def head_grads(problem: Problem) -> list[tuple[slice, Tensor]]:
+    """Memory for the gradients of the head's tensors that need one, each with the columns of hidden that make it."""
+    return [(c, torch.empty_like(x, memory_format=torch.contiguous_format)) for c, x in trained(problem)]
+
+
+def trained(problem: Problem) -> list[tuple[slice, Tensor]]:
+    """What needs a gradient of `problem.head`."""
+    return [(columns, x) for columns, x in problem.head if x.requires_grad]
+
+
+def of_each_part(problem: Problem, grads: Iterable[Tensor]) -> tuple[Tensor | None, ...]:
+    """The gradients of what needs one, in the order of the head's tensors: None for the others."""
+    grads = iter(grads)
+    return tuple(next(grads) if x.requires_grad else None for _, x in problem.head)
 
 
 class RowSums:

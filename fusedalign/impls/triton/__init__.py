@@ -27,7 +27,15 @@ from torch import Tensor
 
 from fusedalign.impls import autograd
 from fusedalign.impls.autograd import Grads, Jacobian, Keep, KeptHead, Needs
-from fusedalign.impls.rows import RowSums, TokenGrads, fit_half, grads_of_token_loss, times
+from fusedalign.impls.rows import (
+    RowSums,
+    TokenGrads,
+    fit_half,
+    grads_of_token_loss,
+    head_grads,
+    of_each_part,
+    times,
+)
 from fusedalign.impls.triton.launch import (
     INTERPRETED,
     KEPT_ONE,
@@ -116,7 +124,7 @@ def _on_device(problem: Problem) -> torch.cuda.device:
 def sweep(problem: Problem, keep: Keep) -> tuple[RowSums, Jacobian | KeptHead | None]:
     """The softmax sums of all tokens, and what is to be kept for the backward."""
     rows = RowSums(problem)
-    if keep == "head" and len(problem.targets):
+    if keep == "head" and len(problem.targets) and isinstance(problem.weight, Tensor):
         d_weight = torch.empty_like(problem.weight, memory_format=torch.contiguous_format)
         first, *_ = _swept(problem, _stores(problem, d_weight, workspace=False), rows)
         assert first.of_e is not None
@@ -132,8 +140,11 @@ def sweep(problem: Problem, keep: Keep) -> tuple[RowSums, Jacobian | KeptHead | 
             scale = None if jacobian.scale is None else jacobian.scale[tokens]
             rows_of_head.combine(_ones(rows, tokens), jacobian.rows[tokens], scale)
             del rows_of_head
-        return rows, jacobian
-    _fold_all(problem, rows)
+        if not _any_row_is_lost(problem, rows):
+            return rows, jacobian
+        del jacobian
+    else:
+        _fold_all(problem, rows)
     # What `two_pass_grads` gives for an upstream gradient of 1, once in fp32.
     wide, _, _ = two_pass_grads(problem, _ones(rows), (True, False, False), round_hidden=False)
     assert wide is not None
@@ -182,17 +193,20 @@ class _RowsOfHead:
         of_target = grads.of_target(self.logps) * factor
         of_target = of_target if self.slope is None else of_target * self.slope
         of_total = grads.of_others() * self.p_reference * factor
-        target_rows(self.total, p.weight, p.targets[self.tokens], of_target, of_total, out, scale, p.operand_dtype)
+        weight, targets = _rows_of_targets(p, self.tokens)
+        target_rows(self.total, weight, targets, of_target, of_total, out, scale, p.operand_dtype)
 
 
 def _rows_of_head(problem: Problem, rows: RowSums) -> Iterator[tuple[slice, _RowsOfHead]]:
     """For some tokens after others; `rows` holds their sums by then."""
     d, v = problem.hidden.shape[1], problem.weight.shape[0]
-    plan = _plan(problem, token_bytes=4 * d + _block_bytes(problem, v), logit_bytes=problem.operand_dtype.itemsize)
+    item = problem.operand_dtype.itemsize
+    of_target = 0 if isinstance(problem.weight, Tensor) else d * item
+    plan = _plan(problem, token_bytes=4 * d + of_target + _block_bytes(problem, v), logit_bytes=item)
     for tokens in plan.token_tiles(problem):
         hidden, targets = _operand(problem.hidden[tokens], problem), problem.targets[tokens]
         left = Rows(problem, tokens, hidden)
-        reference = _final_logits(problem, target_logits(hidden, problem.weight, targets), targets)
+        reference = _final_logits(problem, target_logits(hidden, *_rows_of_targets(problem, tokens)), targets)
         total = hidden.new_zeros(hidden.shape, dtype=torch.float32)
         memory = hidden.new_empty((len(hidden), plan.vocab))
         sums = BlockSums(problem, len(hidden), v)
@@ -204,11 +218,25 @@ def _rows_of_head(problem: Problem, rows: RowSums) -> Iterator[tuple[slice, _Row
         sums.fold(rows, tokens)
         del sums
         del memory
-        far_rows(left, rows, reference, total, _LEAST_LOGP)
+        if isinstance(problem.weight, Tensor):
+            far_rows(left, rows, reference, total, _LEAST_LOGP)
         p_reference = (reference - rows.max[tokens]).exp() / rows.e[tokens]
         slope = _slope(problem, rows.target[tokens])
         yield tokens, _RowsOfHead(problem, tokens, slope, total, p_reference, rows.logps(tokens))
         del total  # before the next tokens' is made
+
+
+def _any_row_is_lost(problem: Problem, rows: RowSums) -> bool:
+    """Whether `_rows_of_head` gives a wrong sum: of parts, whose rows `far_rows` cannot read. A wait for the GPU."""
+    return not isinstance(problem.weight, Tensor) and bool((rows.logps() < _LEAST_LOGP).any())
+
+
+def _rows_of_targets(problem: Problem, tokens: slice) -> tuple[Tensor, Tensor]:
+    """Rows of the head, and which of them are those of the tokens' targets."""
+    targets = problem.targets[tokens]
+    if isinstance(problem.weight, Tensor):
+        return problem.weight, targets
+    return problem.weight.index_select(0, targets), torch.arange(len(targets), device=targets.device)
 
 
 def _final_logits(problem: Problem, z: Tensor, columns: Tensor) -> Tensor:
@@ -262,12 +290,13 @@ def one_pass(problem: Problem, token_loss: TokenLoss, needs: Needs) -> tuple[Ten
         loss += chunk_loss
         rows_of_head.combine(grads, d_hidden[tokens])
         del rows_of_head
-    return loss, (d_hidden, None, None)
+    return None if _any_row_is_lost(problem, rows) else (loss, (d_hidden, None, None))
 
 
 def _one_pass_with_head(problem: Problem, token_loss: TokenLoss, needs: Needs) -> tuple[Tensor, Grads]:
-    rows, everything = RowSums(problem), slice(0, len(problem.hidden))
-    d_weight = torch.empty_like(problem.weight, memory_format=torch.contiguous_format)
+    rows, everything, d_weight = RowSums(problem), slice(0, len(problem.hidden)), None
+    if isinstance(problem.weight, Tensor):
+        d_weight = torch.empty_like(problem.weight, memory_format=torch.contiguous_format)
     stores = _swept(problem, _stores(problem, d_weight, workspace=True), rows)
     loss, grads = grads_of_token_loss(rows, everything, token_loss, problem.result_dtype)
     return loss, _grads(problem, stores, grads, needs, target=rows.target, d_weight=d_weight)
@@ -378,14 +407,17 @@ class _Store:
         return kept_logit_grads(tile, kept.tiles[0], kept.largest, self.of_target, out, d_bias=d_bias)
 
 
-def _stores(problem: Problem, d_weight: Tensor, *, workspace: bool) -> list[_Store]:
+def _stores(problem: Problem, d_weight: Tensor | None, *, workspace: bool) -> list[_Store]:
     """All tokens: the first in the memory of dW, more in the `workspace` if it may be used, the others nowhere.
+
+    Without such memory, which the gradients of several parts would not be, there are none of the first.
 
     e is kept as fp16 (2**-12 of rounding, below that of the gradient's operands), as fp32 where operands are.
     """
     n, v, plan = len(problem.hidden), problem.weight.shape[0], _plan_grads(problem)
     dtype = torch.float16 if problem.operand_dtype.itemsize == 2 else torch.float32
-    memory = d_weight.view(-1).view(torch.uint8)
+    memory = problem.targets.new_empty(0) if d_weight is None else d_weight.view(-1)
+    memory = memory.view(torch.uint8)
     flat = memory[: len(memory) // dtype.itemsize * dtype.itemsize].view(dtype)
     height = flat.numel() // v
     first = min(n, height)
@@ -394,13 +426,13 @@ def _stores(problem: Problem, d_weight: Tensor, *, workspace: bool) -> list[_Sto
     if not workspace or more < n // 8:  # too few rows would not fill the GPU
         more = 0
     elif first + more < n:
-        more -= more % blocks_for(d_weight.device).n  # whole blocks
+        more -= more % blocks_for(flat.device).n  # whole blocks
     hidden = _operand(problem.hidden, problem)
 
     def rows(start: int, stop: int) -> Rows:
         return Rows(problem, slice(start, stop), hidden[start:stop])
 
-    stores = [_Store(rows(0, first), plan.vocab, flat, height)]
+    stores = [_Store(rows(0, first), plan.vocab, flat, height)] if d_weight is not None else []
     if more:
         stores.append(_Store(rows(first, first + more), plan.vocab, flat.new_empty(more * v), more))
     if first + more < n:
@@ -413,21 +445,21 @@ class _GradSums:
 
     def __init__(self, problem: Problem, needs: Needs, undo: Tensor | None, d_weight: Tensor | None = None) -> None:
         needs_hidden, needs_weight, needs_bias = needs
-        hidden, weight = problem.hidden, problem.weight
+        hidden, self.problem = problem.hidden, problem
         self.plan, self.undo, self.dtype = _plan_grads(problem), undo, hidden.dtype
         self.tile = hidden.new_empty((len(hidden), self.plan.vocab), dtype=problem.operand_dtype)
         self.d_hidden = torch.zeros_like(hidden, dtype=torch.float32) if needs_hidden else None
-        if needs_weight and d_weight is None:
-            d_weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
-        self.d_weight = d_weight
+        self.d_weight: list[tuple[slice, Tensor]] | None = None
+        if needs_weight:
+            self.d_weight = head_grads(problem) if d_weight is None else [(slice(None), d_weight)]
         self.d_bias = torch.empty_like(problem.bias) if needs_bias and problem.bias is not None else None
 
     def add(self, vocab: slice, grad: Tensor, hidden: Tensor, weight: Tensor, d_bias: Tensor | None) -> None:
         """Add the part of a tile: `grad` [N, v] and `weight` [v, D] in the operand dtype, `d_bias` [v] fp32."""
         if self.d_hidden is not None:
             _add_product(self.d_hidden, grad, weight)
-        if self.d_weight is not None:
-            _write_product(self.d_weight[vocab], grad.t(), hidden, self.undo)
+        for columns, d_part in self.d_weight or ():
+            _write_product(d_part[vocab], grad.t(), hidden[:, columns], self.undo)
         if self.d_bias is not None and d_bias is not None:
             self.d_bias[vocab] = times(d_bias, self.undo)
 
@@ -436,7 +468,8 @@ class _GradSums:
         d_hidden = None if self.d_hidden is None else times(self.d_hidden, self.undo)
         if d_hidden is not None and round_hidden:
             d_hidden = d_hidden.to(self.dtype)
-        return d_hidden, self.d_weight, self.d_bias
+        parts = None if self.d_weight is None else of_each_part(self.problem, (x for _, x in self.d_weight))
+        return d_hidden, parts, self.d_bias
 
 
 # --------------------------------------------------------------------------------------------------- tiles and products

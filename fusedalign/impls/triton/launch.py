@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 import triton
@@ -15,7 +15,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fusedalign.impls.rows import RowSums, TokenGrads
 from fusedalign.impls.triton import kernels
-from fusedalign.problem import Problem
+from fusedalign.problem import Parts, Problem
 
 #: Triton runs its kernels on the CPU, in Python: for tests and debugging.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -147,9 +147,9 @@ def _right(weight: Tensor, source: str, blocks: Blocks) -> dict[str, Any]:
     return {"weight": weight, "weight_stride": weight.stride(0)}
 
 
-def is_operand(x: Tensor, problem: Problem) -> bool:
+def is_operand(x: Tensor | Parts, problem: Problem) -> TypeGuard[Tensor]:
     """Whether `x` can enter a product as it is: in the operand dtype, rows contiguous."""
-    return x.dtype == problem.operand_dtype and x.stride(1) == 1 and x.stride(0) >= x.shape[1]
+    return isinstance(x, Tensor) and x.dtype == problem.operand_dtype and x.stride(1) == 1 and x.stride(0) >= x.shape[1]
 
 
 @dataclass(frozen=True)
@@ -354,9 +354,9 @@ def far_rows(rows: Rows, sums: RowSums, reference: Tensor, total: Tensor, least_
 
     That becomes their `reference` [n]. The GPU finds out which rows these are, and hardly ever there is one.
     """
-    p, tokens = rows.problem, rows.tokens
+    p, tokens, weight = rows.problem, rows.tokens, rows.problem.weight
+    assert isinstance(weight, Tensor)
     options = rows.options(blocks_for(total.device))
-    weight = p.weight
     block_d = min(64, triton.next_power_of_2(total.shape[1]))
     kernels.far_rows_kernel[(len(rows),)](
         rows.hidden,
