@@ -33,6 +33,7 @@ BAD = [
     ((H, W, T), {"temperature": None}, TypeError, "temperature must be a number, got NoneType"),
     ((H, W, T), {"workspace": True}, ValueError, "workspace must be a positive integer or None, got True"),
     ((H, W, T), {"workspace": 0}, ValueError, "workspace must be a positive integer or None, got 0"),
+    ((H, W, T), {"keep_head": None}, ValueError, "keep_head must be True or False, got None"),
     ((H, W, T), {"token_chunk": 1.5}, ValueError, "token_chunk must be a positive integer or None, got 1.5"),
 ]
 

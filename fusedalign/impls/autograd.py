@@ -93,11 +93,11 @@ def token_logps(paths: Paths, problem: Problem) -> TokenLogps:
 def token_loss_sum(paths: Paths, problem: Problem, token_loss: TokenLoss) -> Tensor:
     """Sum over [N] tokens of `token_loss(logps, lse)`, a scalar: in one pass where the impl can."""
     needs = _needs(problem)
+    early = any(needs) and len(problem.targets) and (problem.tiling.keep_head or not needs[1])
     with torch.no_grad():
-        made = paths.one_pass(problem, token_loss, needs) if any(needs) and len(problem.targets) else None
+        made = paths.one_pass(problem, token_loss, needs) if early else None
     if made is None:
         out = token_logps(paths, problem)
-        assert out.lse is not None  # ops always asks for it here
         return token_loss(out.logps, out.lse)[0].sum()
     return _Ready.apply(problem.hidden, problem.weight, problem.bias, paths, *made)
 
@@ -115,6 +115,7 @@ def loss_and_grads(paths: Paths, problem: Problem, token_loss: TokenLoss, needs:
 
 def forward(paths: Paths, problem: Problem, needs: Needs, *, keep_head: bool = True) -> tuple[TokenLogps, State]:
     """The results, and what `backward` needs beside the problem itself."""
+    keep_head = keep_head and problem.tiling.keep_head
     keep: Keep = "jacobian" if needs == (True, False, False) else "head" if needs[1] and keep_head else "nothing"
     sums, kept = paths.sweep(problem, keep)
     out = sums.results(problem)
