@@ -95,7 +95,7 @@ def linear_logps(
         return graphs.linear_logps(hidden, weight, targets, bias, options)
     with torch.autocast(hidden.device.type, enabled=False):
         problem, places = _compact(hidden, weight, targets, bias, options)
-        out = _outside_of_graphs(resolve(impl, problem).token_logps, problem)
+        out = _outside_of_graphs(lambda: resolve(impl, problem).token_logps(problem))
     return TokenLogps(*(None if x is None else places.scatter(x) for x in out))  # type: ignore[arg-type]
 
 
@@ -181,7 +181,7 @@ def linear_cross_entropy(
         problem, _ = _compact(hidden, weight, targets, bias, options)
         items = len(problem.targets) if num_items is None else num_items
         share = ScalarLoss(loss_type, z_loss, reduction, items)
-        return _outside_of_graphs(resolve(impl, problem).token_loss_sum, problem, share)
+        return _outside_of_graphs(lambda: resolve(impl, problem).token_loss_sum(problem, share))
 
 
 def _check(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, **options: Any) -> graphs.Options:
@@ -202,13 +202,13 @@ def _compact(
     return compact(hidden, weight, targets, bias=bias, **fields)
 
 
-def _outside_of_graphs(function: Callable, *args: Any) -> Any:
+def _outside_of_graphs(function: Callable[[], Any]) -> Any:
     """Call a function that `torch.compile` of the model around it must not look into.
 
     It would unroll the loops over tiles into one graph and take minutes to compile that. Where nobody has loaded the
     compiler there is nothing to keep out, and loading it costs a second.
     """
-    return torch.compiler.disable(function)(*args) if "torch._dynamo" in sys.modules else function(*args)
+    return torch.compiler.disable(function)() if "torch._dynamo" in sys.modules else function()
 
 
 def _operand_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:

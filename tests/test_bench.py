@@ -254,7 +254,7 @@ def test_trl_is_the_baseline_where_it_runs():
 def test_every_impl_of_ours_is_a_row(monkeypatch):
     monkeypatch.setitem(peers.MODULES, "new", "fusedalign.impls.new")
     names = list(peers.implementations())
-    assert [x.name for x in peers.choose("ours")] == [name for name in peers.MODULES if name != "reference"]
+    assert [x.name for x in peers.choose("ours")] == ["triton", "pytorch", "new"]
     assert names.index("new") < names.index("eager")
     _, rows = report_of("new", tasks=["logps"])
     assert "impl='new' cannot do this" in rows["logps", "new"].reason

@@ -67,7 +67,14 @@ class State(NamedTuple):
     entropy: Tensor | None
 
 
-class Paths(Protocol):
+class Scaler(Protocol):
+    """What a backward that only scales asks of an impl."""
+
+    def scale_(self, x: Tensor, factor: Tensor) -> Tensor:
+        """`x` times a scalar in place, for nothing where that is 1."""
+
+
+class Paths(Scaler, Protocol):
     """An impl's own arithmetic, without autograd; a module or an object."""
 
     def sweep(self, problem: Problem, keep: Keep) -> tuple[RowSums, Jacobian | KeptHead | None]:
@@ -75,9 +82,6 @@ class Paths(Protocol):
 
     def two_pass_grads(self, problem: Problem, grads: TokenGrads, needs: Needs, head: KeptHead | None = None) -> Grads:
         """The gradients of any loss, from logits that are computed again where `head` does not save that."""
-
-    def scale_(self, x: Tensor, factor: Tensor) -> Tensor:
-        """`x` times a scalar in place, for nothing where that is 1."""
 
     def one_pass(self, problem: Problem, token_loss: TokenLoss, needs: Needs) -> tuple[Tensor, Grads] | None:
         """A loss summed over tokens and its gradients at once; None where the workspace has no room for that."""
@@ -99,7 +103,12 @@ def token_loss_sum(paths: Paths, problem: Problem, token_loss: TokenLoss) -> Ten
     if made is None:
         out = token_logps(paths, problem)
         return token_loss(out.logps, out.lse)[0].sum()
-    return _Ready.apply(problem.hidden, problem.weight, problem.bias, paths, *made)
+    return ready(paths, problem, *made)
+
+
+def ready(scaler: Scaler, problem: Problem, loss: Tensor, grads: Grads) -> Tensor:
+    """`loss`, a scalar whose gradients exist already: the backward scales them."""
+    return _Ready.apply(problem.hidden, problem.weight, problem.bias, scaler, loss, grads)
 
 
 def loss_and_grads(paths: Paths, problem: Problem, token_loss: TokenLoss, needs: Needs) -> tuple[Tensor, Grads]:
@@ -211,11 +220,11 @@ class _Ready(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        paths: Paths,
+        scaler: Scaler,
         loss: Tensor,
         grads: Grads,
     ) -> Tensor:
-        ctx.paths = paths
+        ctx.scaler = scaler
         ctx.save_for_backward(*grads)
         return loss.view_as(loss)
 
@@ -224,7 +233,7 @@ class _Ready(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple:
         # In place, since a second copy of the head's gradient could be the memory peak; not where the graph is kept for
         # another backward, which will need the gradients unscaled.
-        kept, scale_ = _graph_is_kept(), ctx.paths.scale_
+        kept, scale_ = _graph_is_kept(), ctx.scaler.scale_
         scaled = [g if g is None else g * upstream if kept else scale_(g, upstream) for g in ctx.saved_tensors]
         return *scaled, None, None, None
 
