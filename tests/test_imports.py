@@ -18,6 +18,7 @@ ROOMS = [
     "graphs",
     "ops",
     "head",
+    "modules",
     "embedded",
     "trl",
     "bench",
