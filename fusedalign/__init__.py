@@ -15,12 +15,14 @@ from fusedalign.losses import (
     tpo_loss,
     wpo_weights,
 )
+from fusedalign.modules import LinearCrossEntropyLoss
 from fusedalign.ops import linear_cross_entropy, linear_logps
 from fusedalign.problem import Problem, TokenLogps
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "LinearCrossEntropyLoss",
     "PreferenceLoss",
     "Problem",
     "TokenLogps",

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from fusedalign.impls import explain
+from fusedalign.impls import auto_choices, explain, reach
 
 _USAGE = """\
 usage: fusedalign COMMAND [--debug] [...]
@@ -115,10 +115,22 @@ def _env(argv: list[str]) -> None:
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
         print(f"{name:<{width}}  {value}")
-    print(f"\n{'impl':<{width}}  {'here':<5}  {'auto':<5}  what it is, or why it cannot run")
-    for verdict in explain():
-        here, auto = ("no" if verdict.reason else "yes"), ("yes" if verdict.auto else "no")
-        print(f"{verdict.impl:<{width}}  {here:<5}  {auto:<5}  {verdict.reason or verdict.about}")
+    print()
+    titles = ["impl", "here", "auto", "version", "devices", "dtypes", "exact in", "outputs beside logps", "head"]
+    table, why = [titles], []
+    for v in explain():
+        version = _version(v.package) if v.package else "-"
+        row = [v.impl, "no" if v.reason else "yes", "yes" if v.auto else "no", version]
+        *can, caveats = reach(v.impl) if v.reason is None else [[]] * 6
+        table.append([*row, *(" ".join(words) or "-" for words in can)])
+        why.append(f"{v.impl:<{width}}  {v.reason or v.about}")
+        why += [f"{'':<{width}}  not exact: {caveat}" for caveat in caveats]
+    widths = [max(len(row[i]) for row in table) for i in range(len(titles))]
+    for row in table:
+        print("  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)).rstrip())
+    print("\n" + "\n".join(why))
+    chosen = ", ".join(f"{impl} in {' '.join(dtypes)}" for impl, dtypes in auto_choices().items())
+    print(f"\nrecommended here: impl='auto', which takes {chosen}")
 
 
 def _version(name: str) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor
 from fusedalign.compaction import Places, compact
 from fusedalign.impls import autograd, resolve
 from fusedalign.impls.autograd import Grads, Needs, Paths
-from fusedalign.losses.sft import scalar_loss
+from fusedalign.losses.sft import ScalarLoss
 from fusedalign.problem import OUTPUTS, Problem, Tiling, TokenLogps
 
 #: The names of impls that have operators here.
@@ -51,7 +51,7 @@ class Options(NamedTuple):
 
 def _unpacked(numbers: Sequence[float], sizes: Sequence[int], operand_dtype: torch.dtype, names: str) -> Options:
     scale, softcap, temperature, filter_eps = numbers
-    ignore_index, workspace, token_chunk, vocab_chunk, *needs = sizes
+    ignore_index, workspace, token_chunk, vocab_chunk, keep_head, *needs = sizes
     impl, *outputs = names.split()
     return Options(
         scale=scale,
@@ -61,7 +61,7 @@ def _unpacked(numbers: Sequence[float], sizes: Sequence[int], operand_dtype: tor
         operand_dtype=operand_dtype,
         outputs=frozenset(outputs),
         filter_eps=None if filter_eps < 0 else filter_eps,
-        tiling=Tiling(workspace or None, token_chunk or None, vocab_chunk or None),
+        tiling=Tiling(workspace or None, token_chunk or None, vocab_chunk or None, bool(keep_head)),
         impl=impl,
         needs=cast(tuple[bool, bool, bool], tuple(map(bool, needs))),
     )
@@ -225,6 +225,10 @@ def linear_cross_entropy(
     num_items: int | Tensor | None,
 ) -> Tensor:
     """As `ops.linear_cross_entropy`; arguments are checked already."""
+    if not options.tiling.keep_head:  # the operator below returns gradients, to be held until the backward
+        out = linear_logps(hidden, weight, targets, bias, options)
+        count = (targets != options.ignore_index).sum() if num_items is None else num_items
+        return ScalarLoss(loss_type, z_loss, reduction, count)(out.logps, out.lse)[0].sum()
     items = targets.new_tensor(num_items) if isinstance(num_items, int) else num_items
     how = f"{loss_type} {reduction}"
     return _cross_entropy(hidden, weight, targets, bias, items, z_loss, how, *options.packed())[0]
@@ -248,7 +252,7 @@ def _cross_entropy(
     loss_type, reduction = how.split()
     options = _unpacked(numbers, sizes, operand_dtype, names)
     problem, places, paths = _problem(hidden, weight, targets, bias, options)
-    per_token = scalar_loss(loss_type, z_loss, reduction, len(problem.targets) if num_items is None else num_items)
+    per_token = ScalarLoss(loss_type, z_loss, reduction, len(problem.targets) if num_items is None else num_items)
     loss, made = autograd.loss_and_grads(paths, problem, per_token, options.needs)
     return [loss, *_returned(made, options.needs, places, hidden, weight, bias)]
 

@@ -131,12 +131,23 @@ def lm_head(model: nn.Module) -> LMHead:
             f"expected {_name(owner)} to have one backbone below self.{attribute}, its forward uses {layers}"
         )
 
-    weight, bias, adapters = _linear(head, f"{_name(owner)}.{attribute}")
+    plain = layer_head(head, f"{_name(owner)}.{attribute}")
+    vocab = len(plain.weight if isinstance(plain.weight, Tensor) else plain.weight[0])
     backbone = owner._modules[layers[0]] if layers else None
-    scale, softcap = _transforms(owner, backbone, names, vocab=len(weight[0]), has_bias=bias is not None)
+    scale, softcap = _transforms(owner, backbone, names, vocab=vocab, has_bias=plain.bias is not None)
     if outer is not owner:  # its forward returns the inner model's logits: it must leave them alone
         _refuse_unknown(outer, _forward_names(type(outer)), set())
-    return LMHead(weight if adapters else weight[0], bias, scale, softcap, adapters)
+    return plain._replace(scale=scale, softcap=softcap)
+
+
+def layer_head(layer: nn.Module, name: str = "output_embeddings") -> LMHead:
+    """The head that a layer alone is, without what its model does to hidden states or logits; `name` is for errors.
+
+    Raises:
+        TypeError: as `lm_head`, for what the layer is.
+    """
+    weight, bias, adapters = _linear(layer, name)
+    return LMHead(weight if adapters else weight[0], bias, adapters=adapters)
 
 
 def _unwrap(model: Any) -> Any:

@@ -13,7 +13,7 @@ from torch import Tensor
 from fusedalign import graphs
 from fusedalign.compaction import Places, compact
 from fusedalign.impls import check_name, resolve
-from fusedalign.losses.sft import scalar_loss
+from fusedalign.losses.sft import ScalarLoss
 from fusedalign.problem import OUTPUTS, Parts, Problem, Tiling, TokenLogps, beside
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -35,6 +35,7 @@ def linear_logps(
     workspace: int | None = None,
     token_chunk: int | None = None,
     vocab_chunk: int | None = None,
+    keep_head: bool = True,
 ) -> TokenLogps:
     """Per-token log-probabilities of `targets` under an LM head, without the `[tokens, vocab]` logits.
 
@@ -61,6 +62,9 @@ def linear_logps(
         workspace: bytes that the tiles may take beyond inputs, results and what the backward keeps; default 256 MiB.
         token_chunk: tokens a tile, instead of what `workspace` gives.
         vocab_chunk: vocabulary columns a tile, likewise.
+        keep_head: False where many forwards wait for their backwards, as in pipeline parallelism: a forward then holds
+            nothing of the head's size until its backward, which makes the logits again. It changes no result beyond
+            rounding.
 
     Returns:
         `TokenLogps` of [...] tensors; `logps`, `entropy` and `lse` are differentiable (once) by hidden, weight, bias.
@@ -87,14 +91,14 @@ def linear_logps(
         ignore_index=ignore_index,
         outputs=_check_outputs(outputs),
         filter_eps=filter_eps,
-        tiling=_check_tiling(workspace=workspace, token_chunk=token_chunk, vocab_chunk=vocab_chunk),
+        tiling=_check_tiling(keep_head, workspace=workspace, token_chunk=token_chunk, vocab_chunk=vocab_chunk),
         impl=impl,
     )
     if torch.compiler.is_compiling() and impl in graphs.NAMES and isinstance(head, Tensor):
         return graphs.linear_logps(hidden, head, targets, bias, options)
     with torch.autocast(hidden.device.type, enabled=False):
         problem, places = _compact(hidden, head, targets, bias, options)
-        out = _outside_of_graphs(resolve(impl, problem).token_logps, problem)
+        out = _outside_of_graphs(lambda: resolve(impl, problem).token_logps(problem))
     return TokenLogps(*(None if x is None else places.scatter(x) for x in out))  # type: ignore[arg-type]
 
 
@@ -117,6 +121,7 @@ def linear_cross_entropy(
     workspace: int | None = None,
     token_chunk: int | None = None,
     vocab_chunk: int | None = None,
+    keep_head: bool = True,
 ) -> Tensor:
     """The scalar training loss of an LM head, its gradients made in the forward where that is cheaper.
 
@@ -127,7 +132,8 @@ def linear_cross_entropy(
 
     Args:
         hidden, weight, targets, bias, scale, softcap, temperature, ignore_index, impl, filter_eps, workspace,
-            token_chunk, vocab_chunk: as in `linear_logps`.
+            token_chunk, vocab_chunk, keep_head: as in `linear_logps`; without keep_head the gradients of a trained head
+            are made in the backward, in 4 products.
         loss_type: "nll" or "dft", see `fusedalign.losses.sft_loss`.
         z_loss: >= 0, weight of the squared log-sum-exp of each token.
         reduction: "mean" or "sum" over the tokens that are not ignored.
@@ -166,9 +172,9 @@ def linear_cross_entropy(
         softcap=softcap,
         temperature=temperature,
         ignore_index=ignore_index,
-        outputs=frozenset(["lse"]),
+        outputs=frozenset(["lse"] if z_loss else []),
         filter_eps=filter_eps,
-        tiling=_check_tiling(workspace=workspace, token_chunk=token_chunk, vocab_chunk=vocab_chunk),
+        tiling=_check_tiling(keep_head, workspace=workspace, token_chunk=token_chunk, vocab_chunk=vocab_chunk),
         impl=impl,
     )
     if torch.compiler.is_compiling() and impl in graphs.NAMES and isinstance(head, Tensor):
@@ -177,8 +183,8 @@ def linear_cross_entropy(
     with torch.autocast(hidden.device.type, enabled=False):
         problem, _ = _compact(hidden, head, targets, bias, options)
         items = len(problem.targets) if num_items is None else num_items
-        share = scalar_loss(loss_type, z_loss, reduction, items)
-        return _outside_of_graphs(resolve(impl, problem).token_loss_sum, problem, share)
+        share = ScalarLoss(loss_type, z_loss, reduction, items)
+        return _outside_of_graphs(lambda: resolve(impl, problem).token_loss_sum(problem, share))
 
 
 def _check(
@@ -206,13 +212,13 @@ def _compact(
     return compact(hidden, weight, targets, bias=bias, **fields)
 
 
-def _outside_of_graphs(function: Callable, *args: Any) -> Any:
+def _outside_of_graphs(function: Callable[[], Any]) -> Any:
     """Call a function that `torch.compile` of the model around it must not look into.
 
     It would unroll the loops over tiles into one graph and take minutes to compile that. Where nobody has loaded the
     compiler there is nothing to keep out, and loading it costs a second.
     """
-    return torch.compiler.disable(function)(*args) if "torch._dynamo" in sys.modules else function(*args)
+    return torch.compiler.disable(function)() if "torch._dynamo" in sys.modules else function()
 
 
 def operand_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
@@ -278,8 +284,10 @@ def _check_outputs(outputs: Iterable[str]) -> frozenset[str]:
     return frozenset(names)
 
 
-def _check_tiling(**wishes: int | None) -> Tiling:
+def _check_tiling(keep_head: bool, **wishes: int | None) -> Tiling:
+    if not isinstance(keep_head, bool):
+        raise ValueError(f"keep_head must be True or False, got {keep_head!r}")
     for name, value in wishes.items():
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
             raise ValueError(f"{name} must be a positive integer or None, got {value!r}")
-    return Tiling(**wishes)
+    return Tiling(**wishes, keep_head=keep_head)

@@ -17,8 +17,10 @@ OUTPUTS = ("entropy", "lse", "mean_logit", "log_sum_sq_probs", "is_top1")
 DEFAULT_WORKSPACE = 256 * 2**20
 
 #: (logps [N], lse [N]) -> losses [N] and their derivatives by logps and by lse (None: zero): a loss summed over tokens,
-#: so that the gradient can be taken in the forward. The first is differentiable too.
-TokenLoss = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor | None]]
+#: so that the gradient can be taken in the forward. The first is differentiable too. The lse may be None where the
+#: problem's outputs do not ask for it. One that weighs the NLL of all tokens alike may say so in an attribute
+#: `nll_weight`, a scalar tensor or None, for the libraries that have a function for just that.
+TokenLoss = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor, Tensor | None]]
 
 
 class TokenLogps(NamedTuple):
@@ -43,7 +45,7 @@ class TokenLogps(NamedTuple):
 
 
 class Tiling(NamedTuple):
-    """What the caller wishes of the tiles, None: as the impl sees fit. No wish changes a result beyond rounding."""
+    """What the caller wishes of tiles and memory, None: as the impl sees fit. It changes no result beyond rounding."""
 
     workspace: int | None = None
     """bytes"""
@@ -51,6 +53,8 @@ class Tiling(NamedTuple):
     """tokens a tile"""
     vocab_chunk: int | None = None
     """vocabulary columns a tile"""
+    keep_head: bool = True
+    """whether a forward may hold memory of the head's size until its backward, which saves products"""
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,7 +1,9 @@
 """What every test has: no network, no silent use of uninitialised memory, and Triton's kernels also without a GPU."""
 
+import importlib
 import itertools
 import os
+import traceback
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -34,6 +36,41 @@ def pytest_collection_modifyitems(config, items):
     for cases in by_test.values():
         for item in set(cases) - set(_covering(cases)):
             item.add_marker(pytest.mark.slow)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem):
+    """Hold an adapter to what it says of itself: refusals skip, and exactness is not asked of one with a caveat.
+
+    Budgets that eager code sets (`helpers.assert_within_budget`) bind it all the same. tests/test_adapters.py names
+    what is refused and why.
+    """
+    from fusedalign import impls
+
+    impl = _params(pyfuncitem).get("impl")
+    if impl not in impls.ADAPTERS:
+        return (yield)
+    caveats, module = set(), importlib.import_module(impls.MODULES[impl])
+    supports = module.supports
+
+    def listening(problem):
+        caveats.add(module.caveat(problem))
+        return supports(problem)
+
+    module.supports = listening
+    try:
+        return (yield)
+    except ValueError as error:
+        if str(error).startswith(f"impl={impl!r} cannot do this: "):
+            pytest.skip(f"refused: {str(error).partition(': ')[2].partition('; impls')[0]}")
+        raise
+    except AssertionError as error:
+        inexact = caveats - {None}
+        if inexact and not any(entry.name == "_assert_each" for entry in traceback.extract_tb(error.__traceback__)):
+            pytest.xfail(f"not exact, as it says: {'; '.join(sorted(inexact))}")
+        raise
+    finally:
+        module.supports = supports
 
 
 def _params(item) -> dict:

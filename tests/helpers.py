@@ -12,15 +12,18 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fusedalign import linear_cross_entropy, linear_logps
-from fusedalign.impls import MODULES
+from fusedalign import explain, linear_cross_entropy, linear_logps
+from fusedalign.impls import ADAPTERS, MODULES
 from fusedalign.problem import OUTPUTS
 
 DIFFERENTIABLE = ("logps", "entropy", "lse")
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)] if torch.cuda.is_available() else ["cpu"]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
+#: Adapters whose library is here. What such an impl refuses, and what it does not claim, tests/conftest.py skips.
+ADAPTED = [verdict.impl for verdict in explain() if verdict.impl in ADAPTERS and verdict.reason is None]
 #: Where triton is not installed, tests/test_triton.py is the skip that says so.
-IMPLS = [name for name in sorted(MODULES) if name != "triton" or importlib.util.find_spec("triton")]
+OURS = [name for name in sorted(set(MODULES) - set(ADAPTERS)) if name != "triton" or importlib.util.find_spec("triton")]
+IMPLS = [*OURS, *ADAPTED]
 #: Triton's kernels run on the CPU where there is no CUDA device (tests/conftest.py asks for it), and slowly.
 INTERPRETED = not torch.cuda.is_available()
 #: (leading dims, D, V): nothing divides anything, batches above 1.
@@ -30,7 +33,7 @@ HEADS = [{}, {"softcap": 5.0}, {"scale": 0.3, "temperature": 0.7}, {"scale": 2.0
 
 def finest(impl: str) -> torch.dtype:
     """The dtype in which an impl's formulas show with the least rounding."""
-    return torch.float32 if impl == "triton" else torch.float64
+    return {"triton": torch.float32, "liger": torch.float32, "cce": torch.bfloat16}.get(impl, torch.float64)
 
 
 def rounds_logit_grads(impl: str, device: str) -> bool:

@@ -11,6 +11,7 @@ from fusedalign.bench import peers
 from fusedalign.bench.cases import CASES, Case, parse_cases
 from fusedalign.bench.data import TARGET, make_data, statistics
 from fusedalign.bench.measure import median_ms, peak_bytes
+from fusedalign.bench.microbatches import Figures, Stage, _row, _with, report
 from fusedalign.bench.profiling import _covered
 from fusedalign.bench.runner import Settings, run
 from fusedalign.bench.table import header, markdown, section
@@ -254,7 +255,7 @@ def test_trl_is_the_baseline_where_it_runs():
 def test_every_impl_of_ours_is_a_row(monkeypatch):
     monkeypatch.setitem(peers.MODULES, "new", "fusedalign.impls.new")
     names = list(peers.implementations())
-    assert [x.name for x in peers.choose("ours")] == [name for name in peers.MODULES if name != "reference"]
+    assert [x.name for x in peers.choose("ours")] == ["triton", "pytorch", "new"]
     assert names.index("new") < names.index("eager")
     _, rows = report_of("new", tasks=["logps"])
     assert "impl='new' cannot do this" in rows["logps", "new"].reason
@@ -304,6 +305,43 @@ def test_covered_time():
     assert _covered([(4, 6), (0, 2), (1, 3), (4.5, 5)]) == 5
 
 
+def test_microbatches(tmp_path, capsys):
+    """What the forwards hold counts as often as there are micro-batches, unless they are told to hold nothing."""
+    argv = ["bench", "microbatches", "--count", "4", "--out", str(tmp_path / "new")]
+    names = ["full logits", "chunked loss on the logits", "cce", "pytorch"]
+    assert main([*argv, "--rows", ";".join(names)]) == 0, capsys.readouterr().err
+    printed = capsys.readouterr().out
+    assert (tmp_path / "new" / "microbatches.md").read_text() == printed
+    rows = {row["name"]: row for row in json.loads((tmp_path / "new" / "microbatches.json").read_text())["rows"]}
+    assert list(rows) == names
+    assert "impl='cce' cannot do this" in rows["cce"]["reason"] or torch.cuda.is_available()
+    for name in ("full logits", "chunked loss on the logits", "pytorch"):
+        assert rows[name]["errors"].keys() == {"loss", "dH", "dW"}
+        assert max(rows[name]["errors"].values()) < BUDGETS[torch.float32]["dH"], name
+    if not torch.cuda.is_available():
+        n, d, v = 32, 24, 300
+        inputs = 4 * (v * d + 4 * n * d)
+        assert rows["full logits"]["peak_gb"] * 1e9 >= inputs + 4 * 4 * n * v
+        assert inputs + 4 * 2 * v * d < rows["pytorch"]["peak_gb"] * 1e9 < rows["full logits"]["peak_gb"] * 1e9
+
+
+def test_microbatches_in_flight_hold_gradients_of_the_head_unless_told_not_to():
+    stage = Stage(Case("", 64, 16, 200), 6, data="trained", seed=0, dtype=torch.float32, device="cpu")
+    head = 200 * 16 * 4 / 1e9
+    held, lean = (stage.measure(_row("x", _with("pytorch", keep_head=keep))) for keep in (True, False))
+    assert held.peak_gb - lean.peak_gb > 3 * head
+    assert max(held.errors["dH"], lean.errors["dH"]) < 1e-5
+
+
+def test_microbatches_quotes_what_was_reported_for_that_shape_alone():
+    figures = [Figures("full logits", False, None, 9.9, 100.0, {"loss": 1e-3, "dH": 1e-3, "dW": 1e-3})]
+    text = report(CASES["qwen3-1.7b"], 8, figures, torch.bfloat16, "cpu")
+    assert "reported then" in text
+    assert "10.50" in text
+    assert "error: loss" in text
+    assert "reported then" not in report(CASES["qwen3-1.7b"], 4, figures, torch.bfloat16, "cpu")
+
+
 def test_help(capsys):
     assert main(["bench", "--help"]) == 0
     out = capsys.readouterr().out
@@ -317,6 +355,9 @@ def test_help(capsys):
     ("argv", "message"),
     [
         (["gpro"], "a task must be one of logps, sft, frozen, dpo, got 'gpro'"),
+        (["microbatches", "--rows", "full logits; vllm"], "rows must be all, or among full logits; full logits, fp32;"),
+        (["microbatches", "--count", "0"], "a count of at least 1"),
+        (["microbatches", "--fast"], "bench microbatches: unrecognized arguments: --fast"),
         (["--cases", "llama"], "a case must be one of qwen3-1.7b, llama3-8b, qwen3-4b, gemma2-2b, tiny, or like N="),
         (["--cases", "N=8,D=8"], "a case must have N, D and V, and may have a softcap, got 'N=8,D=8'"),
         (["--cases", "N=8,D=x,V=9"], "N, D and V of a case must be integers and softcap a number, got"),

@@ -26,6 +26,14 @@ def test_python_blocks_of_the_losses_page():
         assert names[name].isfinite(), name
 
 
+def test_python_blocks_of_the_impls_page(capsys):
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/impls.md").read_text(), flags=re.S)
+    names: dict = {}
+    exec(compile(block, "docs/impls.md", "exec"), names)
+    assert names["loss"].isfinite()
+    assert "pytorch exact" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "name",
     sorted({*dpo.LOSS_TYPES, *cpo.LOSS_TYPES, *kto.LOSS_TYPES, *sft.LOSS_TYPES, "tpo-l", *fusedalign.losses.__all__}),

@@ -24,7 +24,12 @@ BAD = [
     ((H, W, T + 11), {}, ValueError, "targets must be in [0, 11) or ignore_index=-100, got 11"),
     ((H, W, T - 1), {}, ValueError, "targets must be in [0, 11) or ignore_index=-100, got -1"),
     ((H, W, T - 100), {"ignore_index": -1}, ValueError, "targets must be in [0, 11) or ignore_index=-1, got -100"),
-    ((H, W, T), {"impl": "cuda"}, ValueError, "impl must be one of auto, triton, pytorch, reference, got 'cuda'"),
+    (
+        (H, W, T),
+        {"impl": "cuda"},
+        ValueError,
+        "impl must be one of auto, triton, liger, cce, pytorch, reference, got 'cuda'",
+    ),
     ((H, W, T), {"softcap": 0.0}, ValueError, "softcap must be > 0 or None, got 0.0"),
     ((H, W, T), {"temperature": -1}, ValueError, "temperature must be > 0, got -1"),
     ((H, W, T), {"temperature": float("nan")}, ValueError, "temperature must be > 0, got nan"),
@@ -33,6 +38,7 @@ BAD = [
     ((H, W, T), {"temperature": None}, TypeError, "temperature must be a number, got NoneType"),
     ((H, W, T), {"workspace": True}, ValueError, "workspace must be a positive integer or None, got True"),
     ((H, W, T), {"workspace": 0}, ValueError, "workspace must be a positive integer or None, got 0"),
+    ((H, W, T), {"keep_head": None}, ValueError, "keep_head must be True or False, got None"),
     ((H, W, T), {"token_chunk": 1.5}, ValueError, "token_chunk must be a positive integer or None, got 1.5"),
 ]
 
@@ -91,4 +97,4 @@ def test_a_broken_impl_is_a_reason_and_not_a_crash(monkeypatch, tmp_path):
 def test_explain_a_problem():
     problem = Problem(H.flatten(0, 1), W, T.flatten(), torch.float32, filter_eps=1e-5)
     assert {v.impl: v.reason is None for v in explain(problem)} == dict.fromkeys(impls.MODULES, False)
-    assert [v.impl for v in explain() if v.auto] in (["pytorch"], ["triton", "pytorch"])
+    assert [v.impl for v in explain() if v.auto and v.impl != "triton"] == ["liger", "cce", "pytorch"]

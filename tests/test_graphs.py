@@ -30,6 +30,11 @@ def all_outputs(hidden, weight, bias, impl):
     return (out.logps * ramp).sum() + out.entropy.sum() + 0.1 * out.lse.sum() + out.is_top1.sum() + out.mean_logit.sum()
 
 
+def scalar_without_keeping(hidden, weight, bias, impl):
+    targets = TARGETS.to(hidden.device)
+    return linear_cross_entropy(torch.tanh(hidden), weight, targets, bias=bias, z_loss=0.1, impl=impl, keep_head=False)
+
+
 def logps_alone(hidden, weight, bias, impl):
     out = linear_logps(torch.tanh(hidden), weight, TARGETS.to(hidden.device), bias=bias, impl=impl, scale=0.5)
     return (out.logps * torch.arange(7, device=hidden.device)).sum()
@@ -43,7 +48,7 @@ def scalar(hidden, weight, bias, impl):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("impl", IN_GRAPHS)
-@pytest.mark.parametrize("f", [all_outputs, logps_alone, scalar])
+@pytest.mark.parametrize("f", [all_outputs, logps_alone, scalar, scalar_without_keeping])
 @pytest.mark.parametrize("needs", NEEDS)
 def test_one_graph_gives_the_same_numbers(impl, device, f, needs):
     results = []
@@ -76,7 +81,9 @@ def options(impl, dtype, needs, outputs):
 
 
 def test_options_survive_the_operators_schema():
-    for tiling, filter_eps, softcap in itertools.product((Tiling(), Tiling(5, None, 7)), (None, 0.1), (None, 2.0)):
+    for tiling, filter_eps, softcap in itertools.product(
+        (Tiling(), Tiling(5, None, 7, keep_head=False)), (None, 0.1), (None, 2.0)
+    ):
         before = options("auto", torch.bfloat16, (1, 0, 1), OUTPUTS[:2])
         before = before._replace(tiling=tiling, filter_eps=filter_eps, softcap=softcap)
         assert graphs._unpacked(*before.packed()) == before

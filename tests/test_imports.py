@@ -18,14 +18,15 @@ ROOMS = [
     "graphs",
     "ops",
     "head",
+    "modules",
     "embedded",
     "trl",
     "bench",
     "demo",
     "cli",
 ]
-#: What impls share: the records of tokens, and the autograd around an impl's own arithmetic.
-SHARED = ["rows", "autograd"]
+#: What impls share: the records of tokens, the autograd around an impl's own arithmetic, what adapters have in common.
+SHARED = ["rows", "autograd", "adapter"]
 TORCH_ONLY = ["losses", "sequence"]
 OPTIONAL = ["triton", "transformers", "trl", "liger_kernel", "cut_cross_entropy", "datasets", "peft", "accelerate"]
 

@@ -8,6 +8,7 @@
     runner.py     one table a case and task
     table.py      Markdown, JSON, plot
     profiling.py  where the time of one row goes
+    microbatches.py  a pipeline's last stage, with many forwards in flight
     command.py    the words on the command line
 
 A benchmark of another kind (of whole training steps, say) is a module of its own, chosen by its word in

@@ -11,6 +11,7 @@ import torch
 
 from fusedalign.bench.cases import CASES, DEFAULT_CPU, DEFAULT_CUDA, parse_cases
 from fusedalign.bench.data import KINDS
+from fusedalign.bench.microbatches import WORD, microbatches
 from fusedalign.bench.peers import choose, implementations
 from fusedalign.bench.profiling import profile_row
 from fusedalign.bench.runner import Settings, free, inputs, reason, run
@@ -32,6 +33,7 @@ def _parser() -> _Parser:
     parser = _Parser(
         prog="fusedalign bench",
         description="This package's impls beside other libraries: time, memory and error of the head and loss.\n"
+        f"By itself: fusedalign bench {WORD}, a pipeline's last stage; --help after it.\n"
         f"\ntasks (default: all)\n{tasks}\n\ncases\n{cases}\n\nimpls\n  {', '.join(implementations())}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         add_help=False,
@@ -58,6 +60,9 @@ def bench(argv: list[str]) -> None:
     Raises:
         ValueError: a word that does not fit; one line with what was expected and came.
     """
+    if argv[:1] == [WORD]:
+        microbatches(argv[1:])
+        return
     parser = _parser()
     options = parser.parse_args(argv)
     if options.help:

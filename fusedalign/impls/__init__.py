@@ -6,16 +6,26 @@ and which is missing or broken costs nobody else anything.
 
 from __future__ import annotations
 
+import functools
 import importlib
-from typing import NamedTuple, Protocol, cast
+import logging
+from typing import Any, NamedTuple, Protocol, cast
 
+import torch
 from torch import Tensor
 
-from fusedalign.problem import Problem, TokenLogps, TokenLoss
+from fusedalign.problem import OUTPUTS, Problem, TokenLogps, TokenLoss
+
+_log = logging.getLogger("fusedalign")
 
 
 class Impl(Protocol):
-    """What `ops` calls."""
+    """What `ops` calls.
+
+    An adapter to a library also has `PACKAGE`, the name of its distribution, and `caveat(problem)`: None where it
+    serves `problem` exactly, else what is not exact, for which "auto" passes it by. `caveat` is asked first and loads
+    the library only where `supports` would otherwise say yes.
+    """
 
     ABOUT: str
 
@@ -23,7 +33,7 @@ class Impl(Protocol):
         """Why the impl cannot run on this machine, whatever the problem; None where it can."""
 
     def supports(self, problem: Problem) -> str | None:
-        """None where the impl serves `problem` exactly as asked, else the reason why not."""
+        """None where the impl serves `problem` as asked, else the reason why not."""
 
     def token_logps(self, problem: Problem) -> TokenLogps:
         """The [N] outputs that `problem.outputs` names, and `logps`."""
@@ -41,15 +51,38 @@ class Verdict(NamedTuple):
     """None: can serve. Else why it cannot."""
     auto: bool
     """Whether `impl="auto"` considers it."""
+    caveat: str | None = None
+    """None: exactly, as far as is known. Else what is not exact, for which "auto" passes it by."""
+    package: str | None = None
+    """The distribution that it needs beside torch."""
+
+
+class Reach(NamedTuple):
+    """What an impl serves on this machine, found by asking its `supports` and `caveat` about small problems."""
+
+    devices: list[str]
+    dtypes: list[str]
+    exact: list[str]
+    """those of `dtypes` that have no caveat"""
+    outputs: list[str]
+    """beside logps, in any of these dtypes"""
+    head: list[str]
+    """what it knows of bias, softcap and filter_eps"""
+    caveats: list[str]
+    """why some of `dtypes` are not exact"""
 
 
 #: Impl -> module, and the order in which "auto" tries them.
 MODULES = {
     "triton": "fusedalign.impls.triton",
+    "liger": "fusedalign.impls.liger",
+    "cce": "fusedalign.impls.cce",
     "pytorch": "fusedalign.impls.pytorch",
     "reference": "fusedalign.impls.reference",
 }
-AUTO = ("triton", "pytorch")
+AUTO = ("triton", "liger", "cce", "pytorch")
+#: Those that call another library.
+ADAPTERS = ("liger", "cce")
 
 
 def check_name(name: str) -> None:
@@ -59,39 +92,112 @@ def check_name(name: str) -> None:
 
 
 def explain(problem: Problem | None = None) -> list[Verdict]:
-    """Every impl and why it can or cannot run here or, with a problem, serve that problem."""
+    """Every impl and why it can or cannot run here or, with a problem, serve that problem and how exactly."""
     return [_judge(name, problem) for name in MODULES]
 
 
+def reach(name: str) -> Reach:
+    """What the impl serves on this machine."""
+    devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
+    served = {}
+    for device in devices:
+        verdicts = {d: _judge(name, _probe(device, d)) for d in _DTYPES}
+        if good := {d: v for d, v in verdicts.items() if v.reason is None}:
+            served[device] = good
+
+    def any_dtype(**options: Any) -> bool:
+        return any(_judge(name, _probe(x, d, **options)).reason is None for x in served for d in served[x])
+
+    best = next(iter(served.values()), {})
+    heads: dict[str, Any] = {"bias": {"bias": True}, "softcap": {"softcap": 1.0}, "filter_eps": {"filter_eps": 1e-4}}
+    return Reach(
+        list(served),
+        [_name(d) for d in best],
+        [_name(d) for d, v in best.items() if v.caveat is None],
+        [output for output in OUTPUTS if any_dtype(outputs=frozenset([output]))],
+        [what for what, options in heads.items() if any_dtype(**options)],
+        list(dict.fromkeys(v.caveat for v in best.values() if v.caveat is not None)),
+    )
+
+
+def auto_choices() -> dict[str, list[str]]:
+    """The impls that "auto" takes on this machine's GPU, else on its CPU, each with the dtypes that it takes it for."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    chosen: dict[str, list[str]] = {}
+    for dtype in _DTYPES:
+        verdicts = (_judge(name, _probe(device, dtype), caveat_first=True) for name in AUTO)
+        fit = (v.impl for v in verdicts if v.auto and v.reason is None and v.caveat is None)
+        chosen.setdefault(next(fit, "none"), []).append(_name(dtype))
+    return chosen
+
+
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
+
+
+def _probe(device: str, dtype: torch.dtype, *, bias: bool = False, **options: Any) -> Problem:
+    """A problem of one token, whose head takes a gradient."""
+    one = torch.zeros(1, 1, device=device, dtype=dtype).requires_grad_()
+    targets = torch.zeros(1, device=device, dtype=torch.int64)
+    return Problem(one, one, targets, dtype, bias=one[0] if bias else None, **options)
+
+
 def resolve(name: str, problem: Problem) -> Impl:
-    """The impl to use: the named one or nothing; for "auto" the first of `AUTO` that supports the problem.
+    """The impl to use: the named one or nothing; for "auto" the first of `AUTO` that serves the problem exactly.
+
+    The choice of "auto" is logged (level INFO of the logger "fusedalign"), once for each set of reasons.
 
     Raises:
         ValueError: unknown name, or what was asked for cannot be done; says why and which impl can.
     """
     check_name(name)
-    for candidate in AUTO if name == "auto" else (name,):
-        verdict = _judge(candidate, problem)
-        if verdict.reason is None and (verdict.auto or candidate == name):
-            return _load(candidate)
-    verdicts = explain(problem)
     if name == "auto":
-        reasons = "; ".join(f"{v.impl}: {v.reason}" for v in verdicts if v.auto)
-        raise ValueError(f"impl='auto' found no impl for this ({reasons})")
-    reason = next(v.reason for v in verdicts if v.impl == name)
-    able = [v.impl for v in verdicts if v.reason is None]
+        return _resolve_auto(problem)
+    if (reason := _judge(name, problem).reason) is None:
+        return _load(name)
+    able = [v.impl for v in explain(problem) if v.reason is None]
     raise ValueError(f"impl={name!r} cannot do this: {reason}; impls that can: {', '.join(able) or 'none'}")
+
+
+def _resolve_auto(problem: Problem) -> Impl:
+    passed: list[str] = []
+    for candidate in AUTO:
+        verdict = _judge(candidate, problem, caveat_first=True)
+        if verdict.auto and verdict.reason is None and verdict.caveat is None:
+            _log_once(f"impl='auto' takes {candidate}" + (f" ({'; '.join(passed)})" if passed else ""))
+            return _load(candidate)
+        if verdict.auto:
+            passed.append(f"{candidate}: {verdict.reason or f'not exact: {verdict.caveat}'}")
+    raise ValueError(f"impl='auto' found no impl for this ({'; '.join(passed)})")
+
+
+@functools.cache
+def _log_once(message: str) -> None:
+    _log.info(message)
 
 
 def _load(name: str) -> Impl:
     return cast(Impl, importlib.import_module(MODULES[name]))
 
 
-def _judge(name: str, problem: Problem | None) -> Verdict:
+def _judge(name: str, problem: Problem | None, *, caveat_first: bool = False) -> Verdict:
+    """With `caveat_first` one that has a caveat is not asked for more, and so need not load the library it adapts."""
     try:
         impl = _load(name)
     except Exception as error:  # a broken optional package can raise anything on import
         return Verdict(name, "", f"cannot be imported ({type(error).__name__}: {error})", name in AUTO)
-    interpreted = getattr(impl, "INTERPRETED", False)  # a debugger, which "auto" must not walk into
-    reason = impl.unavailable() if problem is None else impl.supports(problem)
-    return Verdict(name, impl.ABOUT, reason, name in AUTO and not interpreted)
+    # Its interpreter is a debugger, which "auto" must not walk into.
+    verdict = Verdict(name, impl.ABOUT, None, name in AUTO and not getattr(impl, "INTERPRETED", False))
+    verdict = verdict._replace(package=getattr(impl, "PACKAGE", None))
+    if problem is None:
+        return verdict._replace(reason=impl.unavailable())
+    if caveat_first and not verdict.auto:
+        return verdict
+    if (caveat := getattr(impl, "caveat", None)) is not None:
+        verdict = verdict._replace(caveat=caveat(problem))
+        if caveat_first and verdict.caveat is not None:
+            return verdict
+    return verdict._replace(reason=impl.supports(problem))

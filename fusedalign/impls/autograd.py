@@ -68,7 +68,14 @@ class State(NamedTuple):
     entropy: Tensor | None
 
 
-class Paths(Protocol):
+class Scaler(Protocol):
+    """What a backward that only scales asks of an impl."""
+
+    def scale_(self, x: Tensor, factor: Tensor) -> Tensor:
+        """`x` times a scalar in place, for nothing where that is 1."""
+
+
+class Paths(Scaler, Protocol):
     """An impl's own arithmetic, without autograd; a module or an object."""
 
     def sweep(self, problem: Problem, keep: Keep) -> tuple[RowSums, Jacobian | KeptHead | None]:
@@ -76,9 +83,6 @@ class Paths(Protocol):
 
     def two_pass_grads(self, problem: Problem, grads: TokenGrads, needs: Needs, head: KeptHead | None = None) -> Grads:
         """The gradients of any loss, from logits that are computed again where `head` does not save that."""
-
-    def scale_(self, x: Tensor, factor: Tensor) -> Tensor:
-        """`x` times a scalar in place, for nothing where that is 1."""
 
     def one_pass(self, problem: Problem, token_loss: TokenLoss, needs: Needs) -> tuple[Tensor, Grads] | None:
         """A loss summed over tokens and its gradients at once; None where the workspace has no room for that."""
@@ -94,13 +98,18 @@ def token_logps(paths: Paths, problem: Problem) -> TokenLogps:
 def token_loss_sum(paths: Paths, problem: Problem, token_loss: TokenLoss) -> Tensor:
     """Sum over [N] tokens of `token_loss(logps, lse)`, a scalar: in one pass where the impl can."""
     needs = _needs(problem)
+    early = any(needs) and len(problem.targets) and (problem.tiling.keep_head or not needs[1])
     with torch.no_grad():
-        made = paths.one_pass(problem, token_loss, needs) if any(needs) and len(problem.targets) else None
+        made = paths.one_pass(problem, token_loss, needs) if early else None
     if made is None:
         out = token_logps(paths, problem)
-        assert out.lse is not None  # ops always asks for it here
         return token_loss(out.logps, out.lse)[0].sum()
-    return _Ready.apply(paths, *made, problem.hidden, problem.bias, *_tensors(problem))
+    return ready(paths, problem, *made)
+
+
+def ready(scaler: Scaler, problem: Problem, loss: Tensor, grads: Grads) -> Tensor:
+    """`loss`, a scalar whose gradients exist already: the backward scales them."""
+    return _Ready.apply(scaler, loss, grads, problem.hidden, problem.bias, *_tensors(problem))
 
 
 def loss_and_grads(paths: Paths, problem: Problem, token_loss: TokenLoss, needs: Needs) -> tuple[Tensor, Grads]:
@@ -116,6 +125,7 @@ def loss_and_grads(paths: Paths, problem: Problem, token_loss: TokenLoss, needs:
 
 def forward(paths: Paths, problem: Problem, needs: Needs, *, keep_head: bool = True) -> tuple[TokenLogps, State]:
     """The results, and what `backward` needs beside the problem itself."""
+    keep_head = keep_head and problem.tiling.keep_head
     keep: Keep = "jacobian" if needs == (True, False, False) else "head" if needs[1] and keep_head else "nothing"
     sums, kept = paths.sweep(problem, keep)
     out = sums.results(problem)
@@ -211,14 +221,14 @@ class _Ready(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        paths: Paths,
+        scaler: Scaler,
         loss: Tensor,
         grads: Grads,
         hidden: Tensor,
         bias: Tensor | None,
         *weight: Tensor,
     ) -> Tensor:
-        ctx.paths = paths
+        ctx.scaler = scaler
         d_hidden, d_weight, d_bias = grads
         ctx.save_for_backward(d_hidden, d_bias, *(d_weight or [None] * len(weight)))
         return loss.view_as(loss)
@@ -228,7 +238,7 @@ class _Ready(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple:
         # In place, since a second copy of the head's gradient could be the memory peak; not where the graph is kept for
         # another backward, which will need the gradients unscaled.
-        kept, scale_ = _graph_is_kept(), ctx.paths.scale_
+        kept, scale_ = _graph_is_kept(), ctx.scaler.scale_
         scaled = [g if g is None else g * upstream if kept else scale_(g, upstream) for g in ctx.saved_tensors]
         return None, None, None, *scaled
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from fusedalign.losses.preference import (
@@ -107,23 +109,39 @@ def sft_loss(
     return mean_over(losses.sum(), mask.sum() if num_items is None else num_items)
 
 
-def scalar_loss(
-    loss_type: str, z_loss: float, reduction: str, num_items: int | Tensor
-) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor | None]]:
-    """(logps, lse) -> each token's share of the loss, which is their sum, and its derivatives by the two; all [N]."""
-    check_loss_type(loss_type, LOSS_TYPES)
+@dataclass(frozen=True)
+class ScalarLoss:
+    """(logps, lse) -> each token's share of the loss, which is their sum, and its derivatives by the two; all [N].
 
-    def share(logps: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    The lse is not looked at, and may be None, where z_loss is 0.
+    """
+
+    loss_type: str
+    z_loss: float
+    reduction: str
+    num_items: int | Tensor
+
+    def __post_init__(self) -> None:
+        check_loss_type(self.loss_type, LOSS_TYPES)
+
+    def __call__(self, logps: Tensor, lse: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """See above."""
         # Divided here and not at the end, so that in most backwards nothing is left to scale.
-        def part(x: Tensor) -> Tensor:
-            return x if reduction == "sum" else mean_over(x, num_items)
+        weight = LOSS_TYPES[self.loss_type](logps.detach())
+        if lse is None or not self.z_loss:
+            return self._part(weight * logps), self._part(weight), None
+        losses = weight * logps + self.z_loss * lse.square()
+        return self._part(losses), self._part(weight), self._part(2 * self.z_loss * lse)
 
-        weight = LOSS_TYPES[loss_type](logps.detach())
-        if not z_loss:
-            return part(weight * logps), part(weight), None
-        return part(weight * logps + z_loss * lse.square()), part(weight), part(2 * z_loss * lse)
+    @property
+    def nll_weight(self) -> Tensor | None:
+        """What the NLL of every token is multiplied with; None where tokens differ or there is more to the loss."""
+        if self.loss_type != "nll" or self.z_loss:
+            return None
+        return self._part(torch.ones((), device=getattr(self.num_items, "device", None)))
 
-    return share
+    def _part(self, x: Tensor) -> Tensor:
+        return x if self.reduction == "sum" else mean_over(x, self.num_items)
 
 
 def mean_over(total: Tensor, num_items: int | Tensor) -> Tensor:

@@ -1,0 +1,252 @@
+"""`fusedalign bench microbatches`: the last stage of a pipeline, where many forwards wait for their backwards.
+
+All micro-batches go forward, each holding what its backward needs, then all go backward and add up in one gradient of
+the head: the order of GPipe. What one forward holds therefore counts as often as there are micro-batches.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fusedalign.bench.cases import Case, parse_cases
+from fusedalign.bench.data import Data, make_data
+from fusedalign.bench.measure import median_ms, peak_bytes
+from fusedalign.bench.peers import Functions, Implementation
+from fusedalign.bench.runner import free, machine, reason
+from fusedalign.bench.table import aligned
+from fusedalign.bench.tasks import BUDGETS, TASKS, Reference, reference, relative_error
+from fusedalign.ops import linear_cross_entropy
+
+WORD = "microbatches"
+CUDA, CPU = "qwen3-1.7b", "N=32,D=24,V=300"
+COUNT = 8
+
+#: GB in the comparison that this repeats: Qwen3's vocabulary, D=2048, 8 micro-batches of 4096 tokens, bf16.
+REPORTED = {"full logits": 10.50, "chunked loss on the logits": 10.59, "pytorch": 5.96, "cce, filtering": 1.82}
+
+
+def _logits(d: Data) -> Tensor:
+    return F.cross_entropy(F.linear(d.hidden, d.weight), d.targets)
+
+
+def _wide_logits(d: Data) -> Tensor:
+    return F.cross_entropy(F.linear(d.hidden, d.weight).float(), d.targets)
+
+
+def _chunked_loss(d: Data) -> Tensor:
+    logits, size = F.linear(d.hidden, d.weight), max(1, len(d.targets) // 4)
+    parts = zip(logits.split(size), d.targets.split(size), strict=True)
+    return torch.stack([F.cross_entropy(z, t, reduction="sum") for z, t in parts]).sum() / len(d.targets)
+
+
+def _with(impl: str, **options: Any) -> Callable[[Data], Tensor]:
+    return lambda d: linear_cross_entropy(d.hidden, d.weight, d.targets, impl=impl, **options)
+
+
+def _row(name: str, nll: Callable[[Data], Tensor], *, ours: bool = False) -> Implementation:
+    return Implementation(name, lambda: Functions(None, nll), ours=ours)
+
+
+#: The rows; "held" is what a forward keeps of the head's size.
+ROWS = {
+    row.name: row
+    for row in (
+        _row("full logits", _logits),
+        _row("full logits, fp32", _wide_logits),
+        _row("chunked loss on the logits", _chunked_loss),
+        _row("liger", _with("liger")),
+        _row("liger, nothing held", _with("liger", keep_head=False)),
+        _row("cce, filtering", _with("cce", filter_eps=2**-12)),
+        _row("cce", _with("cce")),
+        _row("pytorch", _with("pytorch", keep_head=False), ours=True),
+        _row("triton", _with("triton", keep_head=False), ours=True),
+        _row("triton, 64 MiB", _with("triton", keep_head=False, workspace=2**26), ours=True),
+        _row("triton, head held", _with("triton"), ours=True),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Figures:
+    """One row, or the reason why there is none."""
+
+    name: str
+    ours: bool
+    reason: str | None = None
+    peak_gb: float | None = None
+    """10^9 bytes: head, hidden states, their gradients, what is held, and tiles"""
+    ms: float | None = None
+    """all forwards and backwards"""
+    errors: dict[str, float] = dataclasses.field(default_factory=dict)
+    """relative, of loss, dH and dW"""
+
+
+class Stage:
+    """The micro-batches of one case, and what to do with them."""
+
+    def __init__(self, case: Case, count: int, *, data: str, seed: int, dtype: torch.dtype, device: str) -> None:
+        whole = dataclasses.replace(case, tokens=count * case.tokens)
+        self.device, self.dtype = device, dtype
+        self.data = make_data(data, whole, dtype=dtype, device=device, seed=seed)
+        self.exact: Reference = reference(TASKS["sft"], self.data, seed=seed)
+        self.weight = self.data.weight.requires_grad_()
+        self.hidden = [h.clone().requires_grad_() for h in self.data.hidden.chunk(count)]
+        self.targets = self.data.targets.chunk(count)
+
+    def inputs(self) -> list[Tensor]:
+        """The head and all hidden states."""
+        return [self.weight, *self.hidden]
+
+    def step(self, nll: Callable[[Data], Tensor]) -> Tensor:
+        """All forwards, then all backwards into fresh gradients; the mean loss."""
+        for x in self.inputs():
+            x.grad = None
+        count = len(self.hidden)
+        waiting = [
+            nll(Data(h, self.weight, t, self.data.softcap)) / count
+            for h, t in zip(self.hidden, self.targets, strict=True)
+        ]
+        total = torch.stack([loss.detach() for loss in waiting]).sum()
+        waiting.reverse()
+        while waiting:
+            waiting.pop().backward()
+        return total
+
+    def measure(self, row: Implementation) -> Figures:
+        """The figures of a row; whatever a library raises becomes the reason for none."""
+        try:
+            nll = row.load().nll
+            assert nll is not None
+            errors = self._errors(self.step(nll))
+            ms = median_ms(lambda: self.step(nll), self.device)
+            for x in self.inputs():
+                x.grad = None
+            peak = peak_bytes(lambda: self.step(nll), self.device) + sum(x.nbytes for x in self.inputs())
+            return Figures(row.name, row.ours, None, peak / 1e9, ms, errors)
+        except Exception as error:
+            return Figures(row.name, row.ours, reason(error, row))
+        finally:
+            for x in self.inputs():
+                x.grad = None
+            free(self.device)
+
+    def _errors(self, loss: Tensor) -> dict[str, float]:
+        d_hidden = torch.cat([h.grad for h in self.hidden])  # type: ignore[misc]
+        assert self.weight.grad is not None
+        assert self.exact.weight_grad is not None
+        return {
+            "loss": abs(loss.item() / self.exact.loss - 1),
+            "dH": relative_error(d_hidden, self.exact.hidden_grad),
+            "dW": relative_error(self.weight.grad, self.exact.weight_grad),
+        }
+
+
+def microbatches(argv: list[str]) -> None:
+    """Run `fusedalign bench microbatches` with the words that follow it.
+
+    Raises:
+        ValueError: a word that does not fit; one line with what was expected and came.
+    """
+    parser = _parser()
+    options = parser.parse_args(argv)
+    if options.help:
+        print(parser.format_help(), end="")
+        return
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    (case, *more) = parse_cases([options.case or (CUDA if device == "cuda" else CPU)])
+    if more or options.count < 1:
+        raise ValueError(f"expected one case and a count of at least 1, got {options.case!r} and {options.count}")
+    rows = _choose(options.rows)
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    stage = Stage(case, options.count, data=options.data, seed=options.seed, dtype=dtype, device=device)
+    figures = []
+    for row in rows:
+        print(f"{row.name}", file=sys.stderr, flush=True)
+        figures.append(stage.measure(row))
+    text = report(case, options.count, figures, dtype, device)
+    print(text)
+    if options.out is not None:
+        options.out.mkdir(parents=True, exist_ok=True)
+        (options.out / f"{WORD}.md").write_text(text + "\n", encoding="utf-8")
+        whole = {"machine": machine(device), "case": dataclasses.asdict(case), "count": options.count}
+        whole["rows"] = [dataclasses.asdict(f) for f in figures]
+        (options.out / f"{WORD}.json").write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+
+
+def report(case: Case, count: int, figures: list[Figures], dtype: torch.dtype, device: str) -> str:
+    """The table, in Markdown."""
+    versions = ", ".join(value if name == "device" else f"{name} {value}" for name, value in machine(device).items())
+    budgets = BUDGETS[dtype]
+    as_reported = (case.tokens, case.hidden_size, case.vocab, count) == (4096, 2048, 151936, COUNT)
+    table = [["", "peak GB", *(["reported then"] if as_reported else []), "ms", "loss err.", "dH err.", "dW err.", ""]]
+    for f in figures:
+        then = [f"{REPORTED[f.name]:.2f}" if f.name in REPORTED else "-"] if as_reported else []
+        name = f"**fusedalign {f.name}**" if f.ours else f.name
+        if f.reason is not None:
+            table.append([name, "-", *then, "-", "-", "-", "-", f.reason.replace("|", "/")])
+            continue
+        errors = [f"{f.errors[key]:.1e}" for key in ("loss", "dH", "dW")]
+        over = [key for key in ("loss", "dH") if not f.errors[key] <= budgets[key]]
+        verdict = f"error: {', '.join(over)}" if over else "exact"
+        table.append([name, f"{f.peak_gb:.3g}", *then, f"{f.ms:.3g}", *errors, verdict])
+    return "\n".join(
+        [
+            f"# {count} micro-batches in flight, {case.title}",
+            "",
+            versions,
+            "",
+            f"{str(dtype).removeprefix('torch.')}. GB: 10^9 bytes, the most that is allocated at once: head, hidden",
+            "states, their gradients, what forwards hold, and tiles. ms: all forwards and backwards. Errors: relative,",
+            f"against an fp32 reference; exact: loss {budgets['loss']:g}, dH {budgets['dH']:g}. dW is the sum of",
+            f"{count} gradients in the head's dtype, which rounds it the same in every row.",
+            "",
+            *aligned(table),
+        ]
+    )
+
+
+def _choose(words: str) -> list[Implementation]:
+    if words == "all":
+        return list(ROWS.values())
+    names = [word.strip() for word in words.split(";")]
+    for name in names:
+        if name not in ROWS:
+            raise ValueError(f"rows must be all, or among {'; '.join(ROWS)}, got {name!r}")
+    return [ROWS[name] for name in names]
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line and no usage, like every other command."""
+        raise ValueError(f"bench {WORD}: {message}")
+
+
+def _parser() -> _Parser:
+    parser = _Parser(
+        prog=f"fusedalign bench {WORD}",
+        description="A pipeline's last stage: all micro-batches forward, then all backward, one gradient of the head.\n"
+        f"\nrows\n  {'; '.join(ROWS)}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        add_help=False,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("-h", "--help", action="store_true", help="show this text")
+    add("--case", help=f"a name of `fusedalign bench`, or N=..,D=..,V=..; default: {CUDA} on a GPU, {CPU} on a CPU")
+    add("--count", type=int, default=COUNT, help=f"micro-batches; default: {COUNT}")
+    add("--rows", default="all", help="all (default), or names with semicolons between")
+    add("--data", default="trained", choices=("trained", "random"), help="as in `fusedalign bench`")
+    add("--seed", type=int, default=0, help="of the data; default: 0")
+    add("--out", type=Path, metavar="DIR", help=f"also write {WORD}.md and {WORD}.json there")
+    return parser

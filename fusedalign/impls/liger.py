@@ -1,0 +1,167 @@
+"""Adapter to Liger Kernel, which has two functions of a head, each for what it can do.
+
+* `LigerFusedLinearScaledCrossEntropyFunction`: the NLL of each token, and the entropy. On Hopper with
+  `nvidia-cutlass-dsl` a CuTe kernel; elsewhere chunks of 512 tokens in plain PyTorch, on any device.
+* `LigerFusedLinearCrossEntropyFunction`: chunks of logits and Triton; knows bias and softcap. Per token its gradients
+  are made in the backward; for the NLL summed with one weight for all tokens already in the forward.
+
+Source: Hsu et al. 2024 (Liger Kernel), arXiv:2410.10989.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fusedalign.impls import adapter, autograd
+from fusedalign.problem import Problem, TokenLogps, TokenLoss
+
+ABOUT = "Liger Kernel; Triton on a GPU, CuTe on Hopper, plain PyTorch on a CPU"
+PACKAGE = "liger-kernel"
+
+_INSTALL = "pip install 'liger-kernel>=0.8.5'"
+_CUTE = "nvidia-cutlass-dsl"
+
+
+class _Library(NamedTuple):
+    chunks: Any
+    """LigerFusedLinearCrossEntropyFunction"""
+    tokens: Any
+    """LigerFusedLinearScaledCrossEntropyFunction"""
+
+
+def _load() -> _Library:
+    from liger_kernel import ops
+
+    return _Library(ops.LigerFusedLinearCrossEntropyFunction, ops.LigerFusedLinearScaledCrossEntropyFunction)
+
+
+_find = adapter.finder("liger_kernel", _INSTALL, _load)
+
+
+def unavailable() -> str | None:
+    """None, or why this impl cannot run on this machine, whatever the problem."""
+    return _find().reason
+
+
+def supports(problem: Problem) -> str | None:
+    """None, or why this impl cannot serve `problem`; see `caveat` for how well."""
+    p = problem
+    if (reason := adapter.refusal_of_parts(p)) is not None:
+        return reason
+    if p.filter_eps is not None:
+        return "its gradients are always dense (filter_eps must be None)"
+    if p.operand_dtype == torch.float64 or p.hidden.dtype == torch.float64:
+        return "it computes in float32, bfloat16 and float16, not in float64"
+    if more := sorted(p.outputs - {"entropy"}):
+        return f"it gives logps and entropy, but no {', '.join(more)}"
+    if (reason := _find().reason) is not None:
+        return reason
+    extras = [name for name, x in (("bias", p.bias), ("softcap", p.softcap)) if x is not None]
+    if extras and not _runs_triton(p.hidden.device):
+        return f"its function with a {' or a '.join(extras)} needs a GPU"
+    if "entropy" in p.outputs:
+        if extras:
+            return f"its entropy knows no {' and no '.join(extras)}"
+        if _is_hopper(p.hidden.device) and not _has_cute(p):
+            return f"its entropy on compute capability 9.0 takes bfloat16 alone, and {_CUTE}"
+    return None
+
+
+def caveat(problem: Problem) -> str | None:
+    """None, or what is not exact, for which "auto" passes this impl by."""
+    p = problem
+    if not _runs_triton(p.hidden.device):
+        return "on this device it is plain PyTorch that builds the logits of 512 tokens, whatever the workspace"
+    if p.operand_dtype.itemsize == 2 and (_has_extras(p) or not _has_cute(p)):
+        return "logits are rounded to the dtype of the operands, and gradients of the head summed in it"
+    if "entropy" in p.outputs:
+        half = p.operand_dtype.itemsize == 2
+        return "its entropy is rounded to bfloat16" if half else "its entropy builds the logits of 512 tokens"
+    if p.operand_dtype.itemsize == 2 and p.weight.requires_grad and len(p.targets) > 1024:
+        return "gradients of the head are summed in bfloat16, 1024 tokens at a time"
+    if p.operand_dtype.itemsize == 2 and not adapter.is_power_of_2(p.scale):
+        return f"scale = {p.scale:g} is folded into the hidden states, which rounds them"
+    return None
+
+
+def token_logps(problem: Problem) -> TokenLogps:
+    """The logps of [N] tokens and, if asked for, their entropy."""
+    if not len(problem.targets):
+        return adapter.of_no_tokens(problem)
+    if _takes_chunks(problem):
+        return TokenLogps(adapter.logps_of(_chunks(problem, "none"), problem))
+    hidden, weight = adapter.operands(problem, problem.scale)
+    entropy = "entropy" in problem.outputs
+    # temperature, ignore_index (no target is ignored here), what the CuTe kernel takes for compatibility, entropy
+    out = _find().library.tokens.apply(hidden, weight, problem.targets, float(problem.temperature), -100, 1, entropy)
+    if not entropy:
+        return TokenLogps(adapter.logps_of(out, problem))
+    return TokenLogps(adapter.logps_of(out[0], problem), entropy=out[1].to(problem.result_dtype).clamp(min=0))
+
+
+def token_loss_sum(problem: Problem, token_loss: TokenLoss) -> Tensor:
+    """Sum over [N] tokens of `token_loss(logps, lse)`, a scalar; a plain NLL has its gradients made in the forward."""
+    weight = getattr(token_loss, "nll_weight", None)
+    trains_head = problem.weight.requires_grad
+    early = problem.hidden.requires_grad and (problem.tiling.keep_head or not trains_head)  # it looks at hidden alone
+    if weight is None or not early or not torch.is_grad_enabled() or not len(problem.targets):
+        return adapter.summed(token_logps(problem), token_loss)
+    if not _runs_triton(problem.hidden.device) or (_has_cute(problem) and not _has_extras(problem)):
+        return adapter.summed(token_logps(problem), token_loss)
+    # Its backward scales what it has kept in place, so that a second one would be wrong: ours runs instead.
+    tensors = problem.hidden, adapter.whole(problem.weight), problem.bias
+    leaves = [None if x is None else x.detach().requires_grad_(x.requires_grad) for x in tensors]
+    own = replace(problem, hidden=leaves[0], weight=leaves[1], bias=leaves[2])  # type: ignore[arg-type]
+    loss = _chunks(own, "mean")
+    needed = [x for x in leaves if x is not None and x.requires_grad]
+    made = iter(torch.autograd.grad(loss, needed))
+    d_hidden, d_weight, d_bias = (next(made) if x is not None and x.requires_grad else None for x in leaves)
+    ours = sys.modules[__name__]
+    mean = autograd.ready(ours, problem, loss.detach().to(problem.result_dtype), (d_hidden, (d_weight,), d_bias))
+    return mean * (weight * len(problem.targets)).to(mean.device)
+
+
+def scale_(x: Tensor, by: Tensor) -> Tensor:
+    """`x` times a scalar in place."""
+    return x.mul_(by)
+
+
+def _takes_chunks(problem: Problem) -> bool:
+    """Whether the function that chunks the logits serves; else the one per token."""
+    if "entropy" in problem.outputs or not _runs_triton(problem.hidden.device):
+        return False
+    return _has_extras(problem) or not _has_cute(problem)
+
+
+def _chunks(problem: Problem, reduction: str) -> Tensor:
+    by = adapter.factor(problem)
+    hidden, weight = adapter.operands(problem, by)
+    bias = None if problem.bias is None else (problem.bias * by).to(problem.operand_dtype)
+    # class weights, ignore_index (no target is ignored here), z-loss, label smoothing
+    options = None, -100, 0.0, 0.0, reduction, adapter.softcap(problem)
+    return _find().library.chunks.apply(hidden, weight, problem.targets, bias, *options)[0]
+
+
+def _has_extras(problem: Problem) -> bool:
+    return problem.bias is not None or problem.softcap is not None
+
+
+def _runs_triton(device: torch.device) -> bool:
+    return device.type == "cuda"
+
+
+def _is_hopper(device: torch.device) -> bool:
+    hip = torch.version.hip is not None
+    return device.type == "cuda" and not hip and torch.cuda.get_device_capability(device) == (9, 0)
+
+
+def _has_cute(problem: Problem) -> bool:
+    """Whether the CuTe kernel would serve, were there no bias and no softcap."""
+    here = importlib.util.find_spec("cutlass") is not None
+    return here and problem.operand_dtype == torch.bfloat16 and _is_hopper(problem.hidden.device)
