@@ -241,9 +241,7 @@ def test_what_cannot_be_attached_is_refused(make_trainer, monkeypatch):
     with pytest.raises(TypeError, match="trainer must be one of TRL's SFTTrainer, DPOTrainer, got str"):
         attach("trainer")
     trainer = make_trainer("sft")
-    with pytest.raises(
-        ValueError, match="impl must be one of auto, triton, liger, cce, pytorch, reference, got 'cuda'"
-    ):
+    with pytest.raises(ValueError, match=r"impl must be one of auto, triton, .*, reference, got 'cuda'"):
         attach(trainer, impl="cuda")
     monkeypatch.setattr(trl_utils, "_ChunkedLogProbFunction", type("Theirs", (), {"__module__": "another.library"}))
     with pytest.raises(RuntimeError, match=r"got another\.library\.Theirs in its place"):
