@@ -65,6 +65,10 @@ class LMHead(NamedTuple):
     scale: float = 1.0
     softcap: float | None = None
 
+    def expand(self, hidden: Tensor) -> Tensor:
+        """[..., D] as `weight` takes it."""
+        return hidden
+
 
 def lm_head(model: nn.Module) -> LMHead:
     """The head of `model` as it is now: adapters, FSDP and users replace heads, so ask again at every step.
