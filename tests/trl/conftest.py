@@ -4,12 +4,14 @@ import pytest
 
 pytest.importorskip("trl")
 
+import tiny
 import torch
 from datasets import load_dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from fusedalign.embedded import build_embedded_model, data_directory
+from fusedalign.trl import attach
 
 TRAINERS = {"sft": (SFTTrainer, SFTConfig, "sft"), "dpo": (DPOTrainer, DPOConfig, "preferences")}
 
@@ -64,3 +66,88 @@ def make_trainer(embedded, datasets, tmp_path):
         )
 
     return make
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory):
+    """tiny_folder("qwen3") -> a folder with the model of `tiny.MODELS`, always the same one."""
+    made = {}
+
+    def folder(name):
+        if name not in made:
+            made[name] = tmp_path_factory.mktemp(name)
+            torch.manual_seed(1)
+            model = tiny.MODELS[name]()
+            for parameter in model.parameters():
+                if parameter.ndim > 1:  # so that logits differ by more than rounding does
+                    parameter.data.mul_(8)
+            model.save_pretrained(made[name])
+        return made[name]
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def build(tiny_folder, tmp_path_factory):
+    """build("dpo", "stock" | "attach" | "fused", model="qwen3", ..., **config) -> a trainer, else always the same one."""
+    output = str(tmp_path_factory.mktemp("runs"))
+    tokenizer, datasets = tiny.tokenizer(), {}
+
+    def dataset(kind, n):
+        if (kind, n) not in datasets:
+            datasets[kind, n] = tiny.data(kind, n)
+        return datasets[kind, n]
+
+    def make(kind, how, model="qwen3", rows=12, cls=None, arguments=(), head=(), prepare=None, **options):
+        stock, fused, config_cls = tiny.classes(kind)
+        config = {
+            "output_dir": output,
+            "max_steps": 5,
+            "logging_steps": 1,
+            "per_device_train_batch_size": 4,
+            "per_device_eval_batch_size": 4,
+            "learning_rate": 1e-3,
+            "bf16": False,
+            "use_cpu": True,
+            "report_to": "none",
+            "save_strategy": "no",
+            "disable_tqdm": True,
+            "gradient_checkpointing": False,
+            "seed": 0,
+            "max_length": 64,
+        }
+        if kind in ("grpo", "rloo"):
+            del config["max_length"]
+        arguments = {name: make() for name, make in dict(arguments).items()}
+        lm = arguments.pop("model", None)
+        if lm is None:
+            auto = AutoModelForSeq2SeqLM if model == "t5" else AutoModelForCausalLM
+            lm = auto.from_pretrained(tiny_folder(model), attn_implementation="eager")
+        if prepare is not None:
+            lm = prepare(lm)
+        torch.manual_seed(0)
+        trainer = (cls or (fused if how == "fused" else stock))(
+            model=lm,
+            args=config_cls(**config | options),
+            train_dataset=dataset(kind, rows),
+            **({} if kind in ("grpo", "rloo") else {"eval_dataset": dataset(kind, 6)}),
+            **({"processing_class": tokenizer} | arguments),
+            **(dict(head) if how == "fused" else {}),
+        )
+        return attach(trainer, **dict(head)) if how == "attach" else trainer
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def stock_history(build):
+    """stock_history(kind, **options) -> every logged row of stock TRL, made once for all tests that ask for it."""
+    made = {}
+
+    def history(kind, **options):
+        key = repr((kind, sorted(options.items(), key=lambda item: item[0])))
+        if key not in made:
+            made[key] = tiny.history(build(kind, "stock", **options))
+        return made[key]
+
+    return history

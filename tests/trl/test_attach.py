@@ -238,7 +238,10 @@ def test_a_forward_that_raises_does_not_stay_active(make_trainer):
 
 
 def test_what_cannot_be_attached_is_refused(make_trainer, monkeypatch):
-    with pytest.raises(TypeError, match="trainer must be one of TRL's SFTTrainer, DPOTrainer, got str"):
+    with pytest.raises(
+        TypeError,
+        match="trainer must be one of TRL's SFTTrainer, DPOTrainer, KTOTrainer, GRPOTrainer, RLOOTrainer, got str",
+    ):
         attach("trainer")
     trainer = make_trainer("sft")
     with pytest.raises(ValueError, match="impl must be one of auto, triton, pytorch, reference, got 'cuda'"):
