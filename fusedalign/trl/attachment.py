@@ -94,10 +94,11 @@ def _check_head(model: nn.Module, options: HeadOptions, trainer: Any) -> None:
     came = fused_by(base)
     if came != "trl":
         raise RuntimeError(f"expected TRL's own fused forward, got {came} in its place: undo that before attach()")
-    head, stock = options.check(base, trainer.args.device), base.get_output_embeddings()
-    if isinstance(head.weight, tuple) or not hasattr(stock, "bias"):
+    head = base.get_output_embeddings()
+    if not hasattr(head, "bias"):  # PEFT's trainable_token_indices
         name = f"Fused{type(trainer).__name__}"
-        raise TypeError(f"expected a head that TRL reads, got {type(stock).__name__}: use {name} instead of attach()")
+        raise TypeError(f"expected a head that TRL reads, got {type(head).__name__}: use {name} instead of attach()")
+    options.check(head.weight, trainer.args.device)
 
 
 def detach(trainer: Any) -> Any:

@@ -57,7 +57,7 @@ def add_lm_head(
     Raises:
         TypeError, ValueError: the head cannot be read, see `lm_head`, or the model's backbone cannot be told.
     """
-    options.check(model)
+    options.check(_first(lm_head(model)))
     if model.base_model is model:
         raise TypeError(f"expected a model whose base_model is its backbone, got {type(model).__name__}")
     original = model.forward
@@ -103,6 +103,11 @@ def _read(model: Any) -> LMHead:
     return lm_head(model)
 
 
+def _first(head: LMHead) -> Tensor:
+    """[V, D], whatever an adapter has put beside it."""
+    return head.weight[0] if isinstance(head.weight, tuple) else head.weight
+
+
 def _score(
     head: LMHead,
     hidden: Tensor,
@@ -113,7 +118,7 @@ def _score(
 ) -> dict[str, Tensor]:
     """TRL's per-token fields, [B, T], and `row_mean_logits`, [B], where it is wanted."""
     # A model that is split over devices can end on another one than that of its head.
-    device = (head.weight[0] if isinstance(head.weight, tuple) else head.weight).device
+    device = _first(head).device
     hidden, targets = head.expand(hidden.to(device)), targets.to(device)
     of_head = {"bias": head.bias, "scale": head.scale, "softcap": head.softcap, **options._asdict()}
     wanted = {theirs: ours for theirs, ours in OUTPUT_NAMES.items() if theirs in outputs}

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor
 
-from fusedalign.head import LMHead, lm_head
 from fusedalign.impls import check_name, resolve
 from fusedalign.problem import Problem, Tiling
 
@@ -25,21 +24,15 @@ class HeadOptions(NamedTuple):
         check_name(made.impl)
         return made
 
-    def check(self, model: nn.Module, device: Any = None) -> LMHead:
-        """The head of `model`, once it is known that it can be read and that an impl can serve it as asked.
+    def check(self, weight: Tensor, device: Any = None) -> None:
+        """Raises ValueError where no impl does what the options ask for.
 
         Args:
-            model: as `lm_head` takes it.
-            device: where the head will be; default: where it is.
-
-        Raises:
-            TypeError, ValueError: as `lm_head`; or no impl does what the options ask for.
+            weight: [V, D], the head.
+            device: where it will be; default: where it is.
         """
-        head = lm_head(model)
-        weight = head.weight[0] if isinstance(head.weight, tuple) else head.weight
         device = weight.device if device is None else device
         hidden, targets = weight.new_empty((0, weight.shape[-1]), device=device), weight.new_empty(0, device=device)
         tiling = Tiling(workspace=self.workspace)
         problem = Problem(hidden, hidden, targets.long(), weight.dtype, filter_eps=self.filter_eps, tiling=tiling)
         resolve(self.impl, problem)
-        return head

@@ -95,7 +95,7 @@ class FusedCPOTrainer(_FusedForward, CPOTrainer):
 class FusedORPOTrainer(_FusedForward, ORPOTrainer):
     """`trl.experimental.orpo.ORPOTrainer` without logits; see `FusedSFTTrainer`.
 
-    A completion without tokens has an average log-probability of 0, where TRL's is NaN.
+    Average log-probabilities are at most -1.2e-7, also that of a completion without tokens, where TRL's loss is NaN.
     """
 
     _mean_positions = slice(None, -1)
@@ -104,7 +104,10 @@ class FusedORPOTrainer(_FusedForward, ORPOTrainer):
         """As TRL's; [B] mean logits in the place of logits, of which only the mean is logged."""
         if self.is_encoder_decoder:
             return super().concatenated_forward(model, batch)
-        return self._completion_forward(model, batch, with_prompt=True, mean=True, aux=self.aux_loss_enabled)
+        made = self._completion_forward(model, batch, with_prompt=True, mean=True, aux=self.aux_loss_enabled)
+        # The odds of a probability of 1, also that of nothing, are infinite.
+        chosen_logps, rejected_logps = (x.clamp(max=-torch.finfo(torch.float32).eps) for x in made[:2])
+        return (chosen_logps, rejected_logps, *made[2:])
 
 
 class FusedTPOTrainer(_FusedForward, TPOTrainer):

@@ -1,5 +1,7 @@
 """A model, data, and a way to train a few steps twice."""
 
+import gc
+
 import pytest
 
 pytest.importorskip("trl")
@@ -7,12 +9,13 @@ pytest.importorskip("trl")
 import tiny
 import torch
 from datasets import load_dataset
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSeq2SeqLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from fusedalign.embedded import build_embedded_model, data_directory
 from fusedalign.trl import attach
 
+AUTO = {"t5": AutoModelForSeq2SeqLM, "qwen2_5_vl": AutoModelForImageTextToText}
 TRAINERS = {"sft": (SFTTrainer, SFTConfig, "sft"), "dpo": (DPOTrainer, DPOConfig, "preferences")}
 
 
@@ -68,6 +71,15 @@ def make_trainer(embedded, datasets, tmp_path):
     return make
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _quick_garbage_collection():
+    """Each training ends with a collection that looks at what all these libraries have made: half of its time."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory):
     """tiny_folder("qwen3") -> a folder with the model of `tiny.MODELS`, always the same one."""
@@ -89,7 +101,7 @@ def tiny_folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def build(tiny_folder, tmp_path_factory):
-    """build("dpo", "stock" | "attach" | "fused", model="qwen3", ..., **config) -> a trainer, else always the same one."""
+    """build("dpo", "stock" | "attach" | "fused", model="qwen3", ..., **config) -> a trainer, always the same one."""
     output = str(tmp_path_factory.mktemp("runs"))
     tokenizer, datasets = tiny.tokenizer(), {}
 
@@ -121,8 +133,7 @@ def build(tiny_folder, tmp_path_factory):
         arguments = {name: make() for name, make in dict(arguments).items()}
         lm = arguments.pop("model", None)
         if lm is None:
-            auto = AutoModelForSeq2SeqLM if model == "t5" else AutoModelForCausalLM
-            lm = auto.from_pretrained(tiny_folder(model), attn_implementation="eager")
+            lm = AUTO.get(model, AutoModelForCausalLM).from_pretrained(tiny_folder(model), attn_implementation="eager")
         if prepare is not None:
             lm = prepare(lm)
         torch.manual_seed(0)

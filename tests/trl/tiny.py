@@ -51,6 +51,22 @@ MODELS = {
     "mixtral": lambda: transformers.MixtralForCausalLM(
         transformers.MixtralConfig(**SMALL, **EXPERTS, head_dim=8, num_local_experts=4)
     ),
+    "qwen2_5_vl": lambda: transformers.Qwen2_5_VLForConditionalGeneration(
+        transformers.Qwen2_5_VLConfig(
+            text_config=SMALL | {"rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2]}},
+            vision_config={
+                "depth": 1,
+                "hidden_size": 16,
+                "intermediate_size": 24,
+                "num_heads": 2,
+                "out_hidden_size": 16,
+                "fullatt_block_indexes": [0],
+            },
+            image_token_id=400,
+            vision_start_token_id=401,
+            vision_end_token_id=402,
+        )
+    ),
     "t5": lambda: transformers.T5ForConditionalGeneration(
         transformers.T5Config(
             vocab_size=419, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2, decoder_start_token_id=0
@@ -58,7 +74,8 @@ MODELS = {
     ),
 }
 
-WORDS = "a good answer is short and says what you want to know but this one goes on and on about boats".split()
+SENTENCE = "a good answer is short and says what you want to know but this one goes on and on about boats"
+WORDS = SENTENCE.split()
 
 
 def _text(start, length):
