@@ -44,7 +44,7 @@ def section(case: CaseReport, report: Report) -> str:
         rows.append([name, f"{s.entropy:.2f}", f"{s.likely:.0f}", f"{s.tail:.3f}", *shares])
     rates = f"{case.rate / 1e12:.4g} TFLOP/s before the rows and {case.rate_after / 1e12:.4g} after"
     lines = [f"## {case.case.title}", "", f"U = {case.u_ms:.4g} ms; the large product ran at {rates}.", ""]
-    lines += _aligned(rows)
+    lines += aligned(rows)
     for table in case.tables:
         lines += ["", *_table(table)]
     return "\n".join(lines)
@@ -57,7 +57,7 @@ def _table(table: Table) -> list[str]:
     rows = [[*titles, "loss err.", "dH err.", "dW err.", speedup]]
     rows += [_cells(row, table) for row in table.rows]
     head = [f"### {table.task}: {TASKS[table.task].about}", "", f"Budgets: {budgets}."]
-    return [*head, "", *_aligned(rows)]
+    return [*head, "", *aligned(rows)]
 
 
 def _cells(row: Row, table: Table) -> list[str]:
@@ -82,7 +82,8 @@ def _verdict(row: Row, table: Table) -> str:
     return "-" if row.speedup is None else f"{row.speedup:.2f}"
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a Markdown table, the first row its titles."""
     # The last column is as wide as its title: a reason in it may be a long line.
     widths = [*(max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)), len(rows[0][-1])]
     lines = ["| " + " | ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)) + " |" for row in rows]

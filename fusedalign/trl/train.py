@@ -42,13 +42,18 @@ class Method:
     """of the configuration, where they are not TRL's"""
 
     @property
-    def holder(self) -> Any:
-        """The module that has both classes: `trl`, or one of `trl.experimental`."""
-        if hasattr(trl, self.trainer):
-            return trl
-        with warnings.catch_warnings():  # of being experimental
-            warnings.simplefilter("ignore")
-            return importlib.import_module(f"trl.experimental.{self.trainer.removesuffix('Trainer').lower()}")
+    def experimental(self) -> bool:
+        """Whether the classes are those of `trl.experimental`."""
+        return not hasattr(trl, self.trainer)
+
+
+def trl_class(name: str) -> Any:
+    """A trainer or configuration by its name: of `trl`, else of `trl.experimental`."""
+    if hasattr(trl, name):
+        return getattr(trl, name)
+    with warnings.catch_warnings():  # of being experimental
+        warnings.simplefilter("ignore")
+        return getattr(importlib.import_module(f"trl.experimental.{re.sub('Trainer|Config', '', name).lower()}"), name)
 
 
 _PAIRS = (("chosen", "rejected"),)
@@ -138,7 +143,7 @@ def parse(method: str, argv: Sequence[str]) -> Arguments:
 
 
 def _parser(method: str) -> _Parser:
-    config = getattr(METHODS[method].holder, METHODS[method].config)
+    config = trl_class(METHODS[method].config)
     types: Any = (trl.ScriptArguments, config, trl.ModelConfig, trl.DatasetMixtureConfig, FusedArguments)
     parser = _Parser(types, prog=f"fusedalign {method}", allow_abbrev=False)
     parser.set_defaults(**METHODS[method].defaults)
@@ -185,16 +190,18 @@ def build(method: str, arguments: Arguments, *, fused: bool = True) -> Any:
         "dtype": model.dtype,
         **(training.model_init_kwargs or {}),
     }
-    name, holder = METHODS[method].trainer, METHODS[method].holder
+    name = METHODS[method].trainer
     more = {"quantization_config": trl.get_quantization_config(model)}
-    if holder is not trl:  # there these trainers leave all to the model's arguments, and would spread it over devices
+    if METHODS[
+        method
+    ].experimental:  # there these trainers leave all to the model's arguments, and would spread it over devices
         training.model_init_kwargs |= {"device_map": None, **more}
         # They pad with what the tokenizer pads with before they have seen to it that it does.
         remote = {"revision": model.model_revision, "trust_remote_code": training.trust_remote_code}
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, **remote)
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
         more = {"processing_class": tokenizer}  # type: ignore[dict-item]
-    cls = getattr(fusedalign.trl, f"Fused{name}") if fused else getattr(holder, name)
+    cls = getattr(fusedalign.trl, f"Fused{name}") if fused else trl_class(name)
     trainer = cls(
         model=path,
         args=training,
@@ -227,7 +234,7 @@ def run(trainer: Any) -> Written:
 def train(method: str, argv: Sequence[str]) -> tuple[Any, Written]:
     """The whole command: parse, build, run. Returns the trainer and what was written."""
     arguments = parse(method, argv)
-    if _sharded(arguments.training) and METHODS[method].holder is trl:  # TRL's own forward gathers the head
+    if _sharded(arguments.training) and not METHODS[method].experimental:  # TRL's own forward gathers the head
         trainer = attach(build(method, arguments, fused=False), **arguments.fused.head)
     else:
         trainer = build(method, arguments)
@@ -293,7 +300,7 @@ def help_text(method: str, *, everything: bool = False) -> str:
     if everything:
         return parser.format_help()
     actions = {action.dest: action for action in parser._actions}
-    config = getattr(about.holder, about.config)
+    config = trl_class(about.config)
     inherited = {f.name for f in fields(transformers.TrainingArguments)} | set(_USUAL)
     own = [f.name for f in fields(config) if f.name not in inherited and f.name in actions]
     columns = " or ".join("+".join(choice) for choice in about.columns)
