@@ -152,8 +152,13 @@ def history(trainer, evaluate=True):
 
 
 def assert_same(got, want, tolerance=1e-5):
-    """The same names, and the same values within the tolerance, absolute and relative."""
+    """The same names, and the same values within the tolerance, absolute and relative.
+
+    Where policy and reference are still one model the rewards are rounding, and which is larger says nothing.
+    """
     assert [row.keys() for row in got] == [row.keys() for row in want]
     for a, b in zip(got, want, strict=True):
         for name in a:
+            if name.endswith("rewards/accuracies") and abs(b[name.replace("accuracies", "margins")]) < tolerance:
+                continue
             assert a[name] == pytest.approx(b[name], rel=tolerance, abs=tolerance, nan_ok=True), (name, a["step"])
