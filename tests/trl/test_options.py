@@ -187,6 +187,8 @@ def test_attach_to_online_trainers(build, stock_history, kind, more):
     }
     got = tiny.history(build(kind, "attach", **options), evaluate=False)
     want = tiny.history(build(kind, "stock", **options), evaluate=False)
+    if kind == "rloo":  # whose rewards have the KL in them, at step 1 rounding: equal rewards may differ by that
+        got, want = ([{k: v for k, v in row.items() if k != "frac_reward_zero_std"} for row in x] for x in (got, want))
     tiny.assert_same(got, want)
     assert any(row.get("grad_norm", 0) > 0 for row in got)
 
