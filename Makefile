@@ -8,7 +8,7 @@ PIP     = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help install demo test test-all lint format clean
+.PHONY: help install demo test test-all test-oldest lint format clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -33,6 +33,17 @@ test: $(STAMP)  ## what CI runs
 test-all: $(STAMP)  ## the slow tests too
 	$(BIN)/python -m pytest -q
 
+OLDEST = .venv-oldest
+test-oldest: $(OLDEST)/.installed  ## the TRL suite against the oldest TRL that is supported, in a .venv-oldest of its own
+	$(OLDEST)/bin/python -m pytest -q -m 'not slow' tests/trl tests/losses/test_trl_parity.py
+
+$(OLDEST)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(OLDEST)
+	grep -v '^trl==' constraints.txt > $(OLDEST)/constraints.txt
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -c $(OLDEST)/constraints.txt \
+		-e '.[trl,dev]' 'trl==1.15.0'
+	@touch $@
+
 lint: $(STAMP)  ## ruff (lint and format) and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -43,4 +54,4 @@ format: $(STAMP)  ## let ruff rewrite what it can
 	$(BIN)/ruff format .
 
 clean:  ## remove .venv, runs/ and caches
-	rm -rf $(VENV) runs .pytest_cache .ruff_cache .mypy_cache .hypothesis build dist
+	rm -rf $(VENV) $(OLDEST) runs .pytest_cache .ruff_cache .mypy_cache .hypothesis build dist

@@ -1,4 +1,4 @@
-"""The command `fusedalign`: sft | dpo | bench | demo | env."""
+"""The command `fusedalign`: sft | dpo | kto | cpo | simpo | orpo | bench | demo | env."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ usage: fusedalign COMMAND [--debug] [...]
 
   sft   supervised fine-tuning             fusedalign sft --config recipes/sft.yaml --learning_rate 1e-4
   dpo   direct preference optimisation     fusedalign dpo --config recipes/dpo.yaml --beta 0.2
+  kto, cpo, simpo, orpo                    likewise, each with a recipe of its name
   bench time, memory and error of every impl beside other libraries    fusedalign bench logps --cases qwen3-1.7b
   demo  SFT, then DPO with stock TRL and with fusedalign, on built-in data: a table and a picture
   env   versions, devices, and which impl can run here
 
-sft and dpo take every field of TRL's configuration as --field VALUE or as a key of the YAML file; flags win.
-fusedalign sft --help lists them. --debug shows the traceback of an error."""
+These take every field of TRL's configurations as --field VALUE or as a key of the YAML file; flags win.
+fusedalign sft --help lists the usual ones. --debug shows the traceback of an error."""
 
 _PACKAGES = ("triton", "transformers", "trl", "datasets", "accelerate", "peft", "liger-kernel", "cut-cross-entropy")
 
@@ -81,9 +82,14 @@ def _calm_threads() -> None:
 
 def _train(method: str) -> Callable[[list[str]], None]:
     def command(argv: list[str]) -> None:
-        from fusedalign.trl.train import train
+        from fusedalign.trl.train import help_text, launched_elsewhere, train
 
+        if {"-h", "--help", "--help_all"} & set(argv):
+            print(help_text(method, everything="--help_all" in argv))
+            return
         _calm_threads()
+        if launched_elsewhere(method, argv):
+            return
         trainer, written = train(method, argv)
         if trainer.is_world_process_zero():
             print(f"model: {written.model}  metrics: {written.metrics}  plot: {written.plot}")
@@ -141,8 +147,7 @@ def _version(name: str) -> str:
 
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
-    "sft": _train("sft"),
-    "dpo": _train("dpo"),
+    **{method: _train(method) for method in ("sft", "dpo", "kto", "cpo", "simpo", "orpo")},
     "bench": _bench,
     "demo": _demo,
     "env": _env,

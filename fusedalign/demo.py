@@ -86,7 +86,7 @@ def _train(method: str, name: str, model: str) -> Run:
         "true",
     ]
     with _quiet():
-        trainer = build(method, parse(method, flags))
+        trainer = build(method, parse(method, flags), fused=False)
         if name == "fusedalign":
             attach(trainer)
         with _Probe() as probe:

@@ -392,3 +392,32 @@ def test_out_without_matplotlib_is_told_before_the_measurements(monkeypatch, cap
     err = capsys.readouterr().err
     assert "--out needs matplotlib for the plot: pip install 'fusedalign[bench]'" in err
     assert "reference" not in err
+
+
+# ------------------------------------------------------------------------------------------------------- bench trl
+
+
+def test_bench_trl_prints_one_line_a_training_and_the_losses_agree(capsys):
+    pytest.importorskip("trl")
+    assert main(["bench", "trl", "sft", "orpo", "--steps", "1"]) == 0
+    lines = [line.strip("| ").split("|") for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    rows = [[cell.strip() for cell in line] for line in lines if not line[0].startswith("-")]
+    assert [row[0] for row in rows] == ["training", "SFT", "ORPO"]
+    for row in rows[1:]:
+        assert float(row[1]) > 0
+        assert float(row[2]) > 0
+        assert float(row[-1]) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["ppo"], "a training must be one of sft, dpo-lora, dpo, orpo, simpo, kto, got 'ppo'"),
+        (["--steps", "0"], "--steps must be at least 1, got 0"),
+        (["--impl", "cuda"], "impl must be one of auto, triton, pytorch"),
+    ],
+)
+def test_bench_trl_refuses(capsys, words, message):
+    pytest.importorskip("trl")
+    assert main(["bench", "trl", *words]) == 2
+    assert message in capsys.readouterr().err

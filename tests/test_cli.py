@@ -30,7 +30,7 @@ def test_help(capsys):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["cpo"], "command must be one of sft, dpo, bench, demo, env, got 'cpo'"),
+        (["ppo"], "command must be one of sft, dpo, kto, cpo, simpo, orpo, bench, demo, env, got 'ppo'"),
         (["env", "now"], "env takes no arguments, got now"),
         (["demo", "--fast"], "demo takes no arguments, got --fast"),
     ],
@@ -117,6 +117,99 @@ def test_dpo_trains_a_folder_and_a_file_it_has_never_seen(tmp_path, llama, capsy
 
     before, after = (AutoModelForCausalLM.from_pretrained(p).lm_head.weight for p in (llama / "llama", out))
     assert not torch.equal(before, after)
+
+
+@pytest.mark.parametrize("method", ["kto", "cpo", "simpo", "orpo"])
+def test_each_recipe_trains(tmp_path, llama, capsys, method):
+    file = write(tmp_path / "mine.jsonl", pairs(6))
+    argv = [method, "--config", f"recipes/{method}.yaml", *flags(tmp_path, llama, dataset_name=file, logging_steps=1)]
+    assert main([*argv, "--fused_impl", "pytorch", "--fused_workspace", "1000000"]) == 0, capsys.readouterr().err
+    rows = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert any("rewards/chosen" in row for row in rows)
+
+
+def test_simpo_is_cpo_with_that_loss_and_flags_win():
+    from fusedalign.trl.train import parse
+
+    training = parse("simpo", ["--output_dir", "out", "--bf16", "false"]).training
+    assert (training.loss_type, training.cpo_alpha, training.beta) == ("simpo", 0.0, 2.0)
+    assert parse("simpo", ["--output_dir", "out", "--bf16", "false", "--cpo_alpha", "0.5"]).training.cpo_alpha == 0.5
+
+
+def test_the_flags_of_the_head_reach_the_trainer(tmp_path, llama):
+    from fusedalign.trl import HeadOptions
+    from fusedalign.trl.train import build, parse
+
+    file = write(tmp_path / "mine.jsonl", pairs(4))
+    config = tmp_path / "mine.yaml"
+    config.write_text("fused_workspace: 12345\nfused_impl: reference\n")
+    argv = ["--config", str(config), *flags(tmp_path, llama, dataset_name=file, bf16="false")]
+    trainer = build("dpo", parse("dpo", [*argv, "--fused_impl", "pytorch"]))
+    assert type(trainer).__name__ == "FusedDPOTrainer"
+    assert trainer.head_options == HeadOptions("pytorch", None, 12345)
+
+
+@pytest.mark.parametrize("method", ["sft", "dpo", "kto", "cpo", "simpo", "orpo"])
+def test_help_is_short_and_names_what_matters(capsys, method):
+    assert main([method, "--help"]) == 0
+    text = capsys.readouterr().out
+    assert len(text.splitlines()) < 120
+    assert all(len(line) <= 120 for line in text.splitlines())
+    for flag in ("--model_name_or_path", "--fused_impl", "--max_length", "--help_all"):
+        assert flag in text
+    assert f"recipes/{method}.yaml" in text
+    if method != "sft":
+        assert "--beta" in text
+
+
+def test_help_all(capsys):
+    assert main(["sft", "--help_all"]) == 0
+    assert "--adam_beta1" in capsys.readouterr().out
+
+
+def test_a_mixture_of_data_sets(tmp_path, llama, capsys):
+    """`datasets`, TRL's DatasetMixtureConfig."""
+    files = [write(tmp_path / f"{name}.jsonl", pairs(4)) for name in "ab"]
+    config = tmp_path / "mine.yaml"
+    config.write_text("datasets:\n" + "".join(f"  - path: json\n    data_files: {file}\n" for file in files))
+    argv = ["orpo", "--config", str(config), *flags(tmp_path, llama, bf16="false", report_to="none")]
+    assert main(argv) == 0, capsys.readouterr().err
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def test_accelerate_config_starts_the_command_anew(tmp_path, llama, monkeypatch, capsys):
+    """From a flag, or from the file; what is started has `accelerate launch`'s environment and trains."""
+    from fusedalign.trl import train as module
+
+    calls = []
+
+    class Done:
+        returncode = 0
+
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    monkeypatch.setattr(module.subprocess, "run", lambda command: calls.append(command) or Done())
+    config = tmp_path / "mine.yaml"
+    config.write_text("accelerate_config: multi_gpu\nlearning_rate: 0.1\n")
+    assert main(["dpo", "--config", str(config)]) == 0
+    assert main(["sft", "--accelerate_config", "fsdp2", "--seed", "3"]) == 0
+    (first, second) = calls
+    assert first[1:4] == ["-m", "accelerate.commands.launch", "--config_file"]
+    assert first[4].endswith("multi_gpu.yaml")
+    assert first[5:] == ["-m", "fusedalign", "dpo", "--config", str(config)]
+    assert second[5:] == ["-m", "fusedalign", "sft", "--accelerate_config", "fsdp2", "--seed", "3"]
+    assert main(["sft", "--accelerate_config", "no_such"]) == 2
+    assert "no_such is neither a file nor a valid config" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_accelerate_config_for_real(tmp_path, llama):
+    config = tmp_path / "cpu.yaml"
+    config.write_text("distributed_type: 'NO'\nuse_cpu: true\nnum_processes: 1\nmixed_precision: 'no'\n")
+    argv = [*flags(tmp_path, llama, dataset_name=write(tmp_path / "mine.jsonl", pairs(4)), bf16="false")]
+    command = [sys.executable, "-m", "fusedalign", "orpo", *argv, "--accelerate_config", str(config)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
 def test_sft_with_a_folder_of_splits_and_evaluation(tmp_path, llama, capsys):

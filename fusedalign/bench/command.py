@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import sys
 from pathlib import Path
 from typing import NoReturn
@@ -17,6 +18,7 @@ from fusedalign.bench.profiling import profile_row
 from fusedalign.bench.runner import Settings, free, inputs, reason, run
 from fusedalign.bench.table import check_plot, header, section, write
 from fusedalign.bench.tasks import TASKS
+from fusedalign.impls import check_name
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -63,6 +65,9 @@ def bench(argv: list[str]) -> None:
     if argv[:1] == [WORD]:
         microbatches(argv[1:])
         return
+    if argv[:1] == ["trl"]:
+        _trainers(argv[1:])
+        return
     parser = _parser()
     options = parser.parse_args(argv)
     if options.help:
@@ -80,6 +85,36 @@ def bench(argv: list[str]) -> None:
         print("\n" + section(report.cases[-1], report), flush=True)
         if options.out is not None:
             write(report, options.out)
+
+
+def _trainers(argv: list[str]) -> None:
+    if importlib.util.find_spec("trl") is None:
+        raise ValueError("bench trl needs TRL: pip install 'fusedalign[trl]', on Python 3.11 or later")
+    from fusedalign.bench.trainers import DEFAULT, SIZES, TRAININGS, run, table
+
+    rows = "\n".join(f"  {name:<9} {training.about}" for name, training in TRAININGS.items())
+    parser = _Parser(
+        prog="fusedalign bench trl",
+        description="Training steps of stock TRL beside the Fused trainers: time, peak memory, whether losses agree.\n"
+        f"\ntrainings\n{rows}\n\nmodel\n" + "\n".join(f"  on {name}: {size.name}" for name, size in SIZES.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("trainings", nargs="*", metavar="TRAINING", help=f"default: {' '.join(DEFAULT)}")
+    parser.add_argument("--steps", type=int, default=5, help="that are measured; default: 5")
+    parser.add_argument("--impl", default="auto", help="of the Fused trainers; default: auto")
+    options = parser.parse_args(argv)
+    names = options.trainings or list(DEFAULT)
+    for name in names:
+        if name not in TRAININGS:
+            raise ValueError(f"a training must be one of {', '.join(TRAININGS)}, got {name!r}")
+    if options.steps < 1:
+        raise ValueError(f"--steps must be at least 1, got {options.steps}")
+    check_name(options.impl)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    size = SIZES[device]
+    measured = run(names, size, options.steps, options.impl, device, lambda line: print(line, file=sys.stderr))
+    print(table(list(measured), size, options.steps, options.impl, device))
 
 
 def _profile(settings: Settings) -> None:

@@ -83,7 +83,7 @@ def _verdict(row: Row, table: Table) -> str:
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """A Markdown table; the first row has the titles."""
+    """Lines of a Markdown table, the first row its titles."""
     # The last column is as wide as its title: a reason in it may be a long line.
     widths = [*(max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)), len(rows[0][-1])]
     lines = ["| " + " | ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)) + " |" for row in rows]

@@ -17,28 +17,24 @@ from typing import Any
 import torch
 import trl
 import trl.trainer.utils as trl_utils
+from accelerate.utils import is_peft_model
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from fusedalign.impls import check_name
 from fusedalign.ops import linear_logps
+from fusedalign.trl.forward import OUTPUT_NAMES, fused_by
+from fusedalign.trl.options import HeadOptions
+from fusedalign.trl.refusals import refuse_arguments, refuse_zero3
+from fusedalign.trl.trainers import Fused
 
-SUPPORTED = ("SFTTrainer", "DPOTrainer")
-
-#: TRL's name of each per-token output -> ours, in the order in which TRL's function returns them after the logps.
-_OUTPUT_NAMES = {
-    "entropy": "entropy",
-    "log_sum_sq_probs": "log_sum_sq_probs",
-    "mean_logits": "mean_logit",
-    "is_top1": "is_top1",
-}
+SUPPORTED = ("SFTTrainer", "DPOTrainer", "KTOTrainer", "GRPOTrainer", "RLOOTrainer")
 
 
 @dataclass
 class _Attachment:
-    """One attached trainer: which impl serves it, and the hooks that mark its models' forwards."""
+    """One attached trainer: what serves it, and the hooks that mark its models' forwards."""
 
-    impl: str
+    options: HeadOptions
     handles: list[RemovableHandle] = field(default_factory=list)
 
 
@@ -47,21 +43,21 @@ _active: ContextVar[_Attachment | None] = ContextVar("fusedalign_active_attachme
 _attached: weakref.WeakKeyDictionary[Any, _Attachment] = weakref.WeakKeyDictionary()
 
 
-def attach(trainer: Any, *, impl: str = "auto") -> Any:
+def attach(trainer: Any, **options: Any) -> Any:
     """Let a built trainer compute its log-probabilities with fusedalign.
 
-    Attaching again replaces the impl and is otherwise harmless. `detach` takes it back.
+    Attaching again replaces the options and is otherwise harmless. `detach` takes it back.
 
     Args:
-        trainer: a `trl.SFTTrainer` or `trl.DPOTrainer`, or an instance of a subclass.
-        impl: as in `fusedalign.linear_logps`.
+        trainer: one of TRL's trainers in `SUPPORTED`, or an instance of a subclass.
+        options: those of `HeadOptions`.
 
     Returns:
         The same trainer.
 
     Raises:
-        TypeError: any other trainer.
-        ValueError: no impl has this name.
+        TypeError: any other trainer or option; a head that TRL's own forward cannot read.
+        ValueError: no impl has this name or does what is asked; what the trainer is set to would build the logits.
         RuntimeError: another library has replaced TRL's head, or this TRL has none that can be replaced.
 
     Example::
@@ -72,15 +68,37 @@ def attach(trainer: Any, *, impl: str = "auto") -> Any:
     supported: tuple[Any, ...] = tuple(getattr(trl, name) for name in SUPPORTED)
     if not isinstance(trainer, supported):
         raise TypeError(f"trainer must be one of TRL's {', '.join(SUPPORTED)}, got {type(trainer).__name__}")
-    check_name(impl)
+    if unknown := options.keys() - set(HeadOptions._fields):
+        raise TypeError(f"options must be among {', '.join(HeadOptions._fields)}, got {', '.join(sorted(unknown))}")
+    attachment = _Attachment(HeadOptions.of(options))
+    if isinstance(trainer, Fused):
+        raise TypeError(f"expected a trainer with TRL's head, got {type(trainer).__name__}: give it the options itself")
+    if isinstance(trainer, trl.SFTTrainer):
+        refuse_arguments("attach()", {"args": trainer.args, "compute_loss_func": trainer.compute_loss_func})
+    refuse_zero3(trainer)
+    models = [model for model in (trainer.model, getattr(trainer, "ref_model", None)) if isinstance(model, nn.Module)]
+    for model in models:
+        _check_head(model, attachment.options, trainer)
     detach(trainer)
     _install_switch()
-    attachment = _Attachment(impl)
-    for model in (trainer.model, getattr(trainer, "ref_model", None)):
-        if isinstance(model, nn.Module):
-            attachment.handles += _mark(model, attachment)
+    for model in models:
+        attachment.handles += _mark(model, attachment)
     _attached[trainer] = attachment
     return trainer
+
+
+def _check_head(model: nn.Module, options: HeadOptions, trainer: Any) -> None:
+    """Raises unless TRL's fused forward is in place, reads this head, and an impl serves it as asked."""
+    base: Any = trainer.accelerator.unwrap_model(model, keep_torch_compile=False)
+    base = base.get_base_model() if is_peft_model(base) else base
+    came = fused_by(base)
+    if came != "trl":
+        raise RuntimeError(f"expected TRL's own fused forward, got {came} in its place: undo that before attach()")
+    head = base.get_output_embeddings()
+    if not hasattr(head, "bias"):  # PEFT's trainable_token_indices
+        name = f"Fused{type(trainer).__name__}"
+        raise TypeError(f"expected a head that TRL reads, got {type(head).__name__}: use {name} instead of attach()")
+    options.check(head.weight, trainer.args.device)
 
 
 def detach(trainer: Any) -> Any:
@@ -133,7 +151,7 @@ class _Switch:
         scale: float = 1.0,
         outputs: tuple[str, ...] = (),
     ) -> tuple[Tensor | None, ...]:
-        """TRL's arguments in TRL's order; returns (logps, *fields of `_OUTPUT_NAMES`), all [N], None if not asked."""
+        """TRL's arguments in TRL's order; returns (logps, *fields of `OUTPUT_NAMES`), all [N], None if not asked."""
         attachment = _active.get()
         if attachment is None and self.original is None:
             raise RuntimeError(
@@ -149,10 +167,10 @@ class _Switch:
             scale=scale,
             softcap=softcap,
             temperature=temperature,
-            outputs=[ours for theirs, ours in _OUTPUT_NAMES.items() if theirs in outputs],
-            impl=attachment.impl,
+            outputs=[ours for theirs, ours in OUTPUT_NAMES.items() if theirs in outputs],
+            **attachment.options._asdict(),
         )
-        return (out.logps, *(getattr(out, ours) for ours in _OUTPUT_NAMES.values()))
+        return (out.logps, *(getattr(out, ours) for ours in OUTPUT_NAMES.values()))
 
     def project_valid_tokens_only(self, device: torch.device) -> bool:
         """Stands in for TRL's question whether to leave out ignored tokens before the head: here always."""

@@ -1,11 +1,18 @@
-"""`fusedalign sft` and `fusedalign dpo`: TRL's own arguments, data and trainers, with this package's head attached."""
+"""`fusedalign sft`, `dpo`, `kto`, `cpo`, `simpo`, `orpo`: TRL's own arguments and data, and the Fused trainers."""
 
 from __future__ import annotations
 
 import difflib
+import importlib
 import json
+import os
+import re
+import subprocess
+import sys
+import textwrap
+import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -14,8 +21,10 @@ import transformers
 import trl
 import yaml
 
+import fusedalign.trl
 from fusedalign.embedded import EMBEDDED_NAME, build_embedded_model, data_directory
 from fusedalign.trl.attachment import attach
+from fusedalign.trl.options import HeadOptions
 
 
 @dataclass(frozen=True)
@@ -28,23 +37,82 @@ class Method:
     """name of the configuration class in `trl`"""
     columns: tuple[tuple[str, ...], ...]
     """sets of columns of which a data set must have one"""
+    about: str
+    defaults: dict[str, Any] = field(default_factory=dict)
+    """of the configuration, where they are not TRL's"""
+
+    @property
+    def experimental(self) -> bool:
+        """Whether the classes are those of `trl.experimental`."""
+        return not hasattr(trl, self.trainer)
 
 
+def trl_class(name: str) -> Any:
+    """A trainer or configuration by its name: of `trl`, else of `trl.experimental`."""
+    if hasattr(trl, name):
+        return getattr(trl, name)
+    with warnings.catch_warnings():  # of being experimental
+        warnings.simplefilter("ignore")
+        return getattr(importlib.import_module(f"trl.experimental.{re.sub('Trainer|Config', '', name).lower()}"), name)
+
+
+_PAIRS = (("chosen", "rejected"),)
 METHODS = {
     "sft": Method(
-        "SFTTrainer", "SFTConfig", (("messages",), ("prompt", "completion"), ("text",), ("input_ids",), ("chosen",))
+        "SFTTrainer",
+        "SFTConfig",
+        (("messages",), ("prompt", "completion"), ("text",), ("input_ids",), ("chosen",)),
+        "supervised fine-tuning",
     ),
-    "dpo": Method("DPOTrainer", "DPOConfig", (("chosen", "rejected"),)),
+    "dpo": Method("DPOTrainer", "DPOConfig", _PAIRS, "direct preference optimisation, fifteen losses"),
+    "kto": Method("KTOTrainer", "KTOConfig", (("completion", "label"), *_PAIRS), "good and bad answers, unpaired"),
+    "cpo": Method("CPOTrainer", "CPOConfig", _PAIRS, "contrastive preference optimisation, no reference model"),
+    "simpo": Method(
+        "CPOTrainer",
+        "CPOConfig",
+        _PAIRS,
+        "simple preference optimisation: CPO with the loss simpo and without its NLL; AlphaPO with --alpha",
+        {"loss_type": "simpo", "cpo_alpha": 0.0, "beta": 2.0, "simpo_gamma": 1.0},
+    ),
+    "orpo": Method("ORPOTrainer", "ORPOConfig", _PAIRS, "SFT and an odds ratio at once, no reference model"),
 }
 
 
+@dataclass
+class FusedArguments:
+    """This package's own flags, in TRL's style."""
+
+    fused_impl: str = field(
+        default=HeadOptions().impl,
+        metadata={"help": "The impl of the head: auto, or one that `fusedalign env` lists."},
+    )
+    fused_filter_eps: float | None = field(
+        default=HeadOptions().filter_eps,
+        metadata={"help": "Gradients of probabilities below this may be dropped; exact where not given."},
+    )
+    fused_workspace: int | None = field(
+        default=HeadOptions().workspace,
+        metadata={"help": "Bytes that the tiles of the head may take; 256 MiB where not given."},
+    )
+    accelerate_config: str | None = field(
+        default=None,
+        metadata={"help": "Start through `accelerate launch`: a file, or single_gpu, multi_gpu, fsdp2, ... of TRL's."},
+    )
+
+    @property
+    def head(self) -> dict[str, Any]:
+        """As the Fused trainers and `attach` take it."""
+        return {name: getattr(self, f"fused_{name}") for name in HeadOptions._fields}
+
+
 class Arguments(NamedTuple):
-    """TRL's four argument classes, in the order in which its parser returns them."""
+    """TRL's four argument classes and ours, in the order in which the parser returns them."""
 
     script: Any
     training: Any
     model: Any
     mixture: Any
+    fused: FusedArguments
 
 
 class Written(NamedTuple):
@@ -68,11 +136,18 @@ def parse(method: str, argv: Sequence[str]) -> Arguments:
         ValueError: a field that does not exist, or a value that does not fit.
         FileNotFoundError: no such configuration file.
     """
-    types: Any = (trl.ScriptArguments, getattr(trl, METHODS[method].config), trl.ModelConfig, trl.DatasetMixtureConfig)
-    parser = _Parser(types, prog=f"fusedalign {method}", allow_abbrev=False)
+    parser = _parser(method)
     # Before TRL looks at any value, so that a misspelt name is not hidden behind another complaint.
     _check_names(parser, METHODS[method].config, argv)
     return Arguments(*parser.parse_args_and_config(list(argv)))
+
+
+def _parser(method: str) -> _Parser:
+    config = trl_class(METHODS[method].config)
+    types: Any = (trl.ScriptArguments, config, trl.ModelConfig, trl.DatasetMixtureConfig, FusedArguments)
+    parser = _Parser(types, prog=f"fusedalign {method}", allow_abbrev=False)
+    parser.set_defaults(**METHODS[method].defaults)
+    return parser
 
 
 def _check_names(parser: _Parser, config: str, argv: Sequence[str]) -> None:
@@ -81,10 +156,10 @@ def _check_names(parser: _Parser, config: str, argv: Sequence[str]) -> None:
         at = flags.index("--config")
         if at + 1 == len(flags):
             raise ValueError("--config must be followed by a YAML file, got nothing")
-        fields = yaml.safe_load(Path(flags[at + 1]).read_text(encoding="utf-8"))
-        if not isinstance(fields, dict):
+        content = yaml.safe_load(Path(flags[at + 1]).read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
             raise ValueError(f"--config must name a YAML file of `field: value` lines, got {flags[at + 1]}")
-        names = [f"--{name}" for name in fields if name != "env"]
+        names = [f"--{name}" for name in content if name != "env"]
         del flags[at : at + 2]
     names += parser.parse_known_args(flags)[1]
     known = [flag for action in parser._actions for flag in action.option_strings]
@@ -97,14 +172,14 @@ def _check_names(parser: _Parser, config: str, argv: Sequence[str]) -> None:
             raise ValueError(f"expected fields of TRL's {config}, got the unknown {name}{hint}")
 
 
-def build(method: str, arguments: Arguments) -> Any:
-    """The trainer on the model and data that `arguments` name; stock TRL, nothing attached yet.
+def build(method: str, arguments: Arguments, *, fused: bool = True) -> Any:
+    """The trainer on the model and data that `arguments` name: the Fused one, or stock TRL's with nothing attached.
 
     Raises:
         ValueError: no model or data named, a data set without the split or columns, a model without an LM head.
         FileNotFoundError: a folder without a model.
     """
-    script, training, model, _ = arguments
+    script, training, model, *_ = arguments
     train_dataset, eval_dataset = _load_data(method, arguments)
     path = _model_path(model.model_name_or_path, training)
     _check_has_head(path, model, training)
@@ -115,13 +190,26 @@ def build(method: str, arguments: Arguments) -> Any:
         "dtype": model.dtype,
         **(training.model_init_kwargs or {}),
     }
-    trainer = getattr(trl, METHODS[method].trainer)(
+    name = METHODS[method].trainer
+    more = {"quantization_config": trl.get_quantization_config(model)}
+    if METHODS[
+        method
+    ].experimental:  # there these trainers leave all to the model's arguments, and would spread it over devices
+        training.model_init_kwargs |= {"device_map": None, **more}
+        # They pad with what the tokenizer pads with before they have seen to it that it does.
+        remote = {"revision": model.model_revision, "trust_remote_code": training.trust_remote_code}
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path, **remote)
+        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+        more = {"processing_class": tokenizer}  # type: ignore[dict-item]
+    cls = getattr(fusedalign.trl, f"Fused{name}") if fused else trl_class(name)
+    trainer = cls(
         model=path,
         args=training,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
-        quantization_config=trl.get_quantization_config(model),
         peft_config=trl.get_peft_config(model),
+        **more,
+        **(arguments.fused.head if fused else {}),
     )
     if script.ignore_bias_buffers:  # DDP cannot broadcast boolean buffers
         buffers = [name for name, buffer in trainer.model.named_buffers() if buffer.dtype == torch.bool]
@@ -144,9 +232,96 @@ def run(trainer: Any) -> Written:
 
 
 def train(method: str, argv: Sequence[str]) -> tuple[Any, Written]:
-    """The whole command: parse, build, attach, run. Returns the trainer and what was written."""
-    trainer = attach(build(method, parse(method, argv)))
+    """The whole command: parse, build, run. Returns the trainer and what was written."""
+    arguments = parse(method, argv)
+    if _sharded(arguments.training) and not METHODS[method].experimental:  # TRL's own forward gathers the head
+        trainer = attach(build(method, arguments, fused=False), **arguments.fused.head)
+    else:
+        trainer = build(method, arguments)
     return trainer, run(trainer)
+
+
+def _sharded(training: Any) -> bool:
+    return bool(training.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+
+
+def launched_elsewhere(method: str, argv: Sequence[str]) -> bool:
+    """Whether `accelerate_config` was given, and the command has now been run by `accelerate launch`.
+
+    Raises:
+        ValueError: no such configuration.
+        RuntimeError: the command failed there, which has said why.
+    """
+    if "ACCELERATE_MIXED_PRECISION" in os.environ:  # this is what was launched
+        return False
+    name = _accelerate_config(argv)
+    if name is None:
+        return False
+    from trl.cli.accelerate_config import resolve_accelerate_config_argument
+
+    words = resolve_accelerate_config_argument(["--accelerate_config", name])
+    command = [sys.executable, "-m", "accelerate.commands.launch", *words, "-m", "fusedalign", method, *argv]
+    status = subprocess.run(command).returncode
+    if status:
+        raise RuntimeError(f"accelerate launch ended with status {status}")
+    return True
+
+
+def _accelerate_config(argv: Sequence[str]) -> str | None:
+    """That one field, of the flags or the file, looked up before a device is touched."""
+    flags = list(argv)
+    for flag, read in (("--accelerate_config", str), ("--config", _accelerate_config_in)):
+        if flag in flags[:-1]:
+            found = read(flags[flags.index(flag) + 1])
+            if found is not None:
+                return str(found)
+    return None
+
+
+def _accelerate_config_in(path: str) -> str | None:
+    content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    return content.get("accelerate_config") if isinstance(content, dict) else None
+
+
+# ---------------------------------------------------------------------------------------------------------------- help
+
+_USUAL = (
+    "model_name_or_path", "dtype", "dataset_name", "dataset_train_split", "dataset_test_split", "output_dir",
+    "max_length", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "num_train_epochs",
+    "max_steps", "warmup_steps", "lr_scheduler_type", "bf16", "gradient_checkpointing", "logging_steps",
+    "eval_strategy", "save_strategy", "report_to", "seed", "use_peft", "lora_r", "lora_alpha", "lora_target_modules",
+    "load_in_4bit",
+)  # fmt: skip
+
+
+def help_text(method: str, *, everything: bool = False) -> str:
+    """What `fusedalign METHOD --help` prints: the usual flags and the method's own; or all of several hundred."""
+    parser, about = _parser(method), METHODS[method]
+    if everything:
+        return parser.format_help()
+    actions = {action.dest: action for action in parser._actions}
+    config = trl_class(about.config)
+    inherited = {f.name for f in fields(transformers.TrainingArguments)} | set(_USUAL)
+    own = [f.name for f in fields(config) if f.name not in inherited and f.name in actions]
+    columns = " or ".join("+".join(choice) for choice in about.columns)
+    parts = [
+        f"fusedalign {method}: {about.about}",
+        f"usage: fusedalign {method} --config recipes/{method}.yaml [--field VALUE ...]",
+        textwrap.fill(f"Data with the columns {columns}. Flags win over the file; both have the same names.", 112),
+    ]
+    groups = {"The usual": _USUAL, f"{about.config}'s own": own, "The head": [f.name for f in fields(FusedArguments)]}
+    for title, names in groups.items():
+        parts.append("\n".join([f"{title}:", *(_help_line(actions[name]) for name in names if name in actions)]))
+    parts.append(f"fusedalign {method} --help_all lists the other fields of TRL's and transformers' configurations.")
+    return "\n\n".join(parts)
+
+
+def _help_line(action: Any) -> str:
+    text = re.sub(r"\s+", " ", action.help or "").replace("%%", "%").replace("`", "")
+    text = re.split(r"(?<=[a-z)\]])\. ", text)[0].rstrip(".")
+    default = "" if action.default in (None, "==SUPPRESS==") else f" [{action.default}]"
+    body = textwrap.shorten(text, 150, placeholder=" ...") + default
+    return textwrap.fill(body, 112, initial_indent=f"  --{action.dest:<30} ", subsequent_indent=" " * 35)
 
 
 # --------------------------------------------------------------------------------------------------------- model, data
@@ -183,7 +358,7 @@ def _check_has_head(path: str, model: Any, training: Any) -> None:
 
 def _load_data(method: str, arguments: Arguments) -> tuple[Any, Any]:
     """Train and evaluation split; the latter is None where none is wanted."""
-    script, training, _, mixture = arguments
+    script, training, _, mixture, _ = arguments
     if mixture.datasets:
         name, splits = "datasets", trl.get_dataset(mixture)
     elif script.dataset_name:

@@ -1,45 +1,67 @@
 """A model, data, and a way to train a few steps twice."""
 
+import gc
+
 import pytest
 
 pytest.importorskip("trl")
 
+import tiny
 import torch
-from datasets import load_dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSeq2SeqLM
 
-from fusedalign.embedded import build_embedded_model, data_directory
+from fusedalign.trl import attach
 
-TRAINERS = {"sft": (SFTTrainer, SFTConfig, "sft"), "dpo": (DPOTrainer, DPOConfig, "preferences")}
+AUTO = {"t5": AutoModelForSeq2SeqLM, "qwen2_5_vl": AutoModelForImageTextToText}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quick_garbage_collection():
+    """Each training ends with a collection that looks at what all these libraries have made: half of its time."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")
-def embedded(tmp_path_factory):
-    return build_embedded_model(tmp_path_factory.mktemp("embedded"))
+def tiny_folder(tmp_path_factory):
+    """tiny_folder("qwen3") -> a folder with the model of `tiny.MODELS`, always the same one."""
+    made = {}
+
+    def folder(name):
+        if name not in made:
+            made[name] = tmp_path_factory.mktemp(name)
+            torch.manual_seed(1)
+            model = tiny.MODELS[name]()
+            for parameter in model.parameters():
+                if parameter.ndim > 1:  # so that logits differ by more than rounding does
+                    parameter.data.mul_(8)
+            model.save_pretrained(made[name])
+        return made[name]
+
+    return folder
 
 
 @pytest.fixture(scope="session")
-def datasets(tmp_path_factory):
-    cache = str(tmp_path_factory.mktemp("datasets"))
-    return {kind: load_dataset(str(data_directory() / kind), cache_dir=cache) for kind in ("sft", "preferences")}
+def build(tiny_folder, tmp_path_factory):
+    """build("dpo", "stock" | "attach" | "fused", model="qwen3", ..., **config) -> a trainer, always the same one."""
+    output = str(tmp_path_factory.mktemp("runs"))
+    tokenizer, datasets = tiny.tokenizer(), {}
 
+    def dataset(kind, n):
+        if (kind, n) not in datasets:
+            datasets[kind, n] = tiny.data(kind, n)
+        return datasets[kind, n]
 
-@pytest.fixture
-def make_trainer(embedded, datasets, tmp_path):
-    """make_trainer("dpo", model=None, rows=24, peft_config=None, **config) -> a built trainer, always the same one."""
-    count = 0
-
-    def make(kind, model=None, rows=24, **options):
-        nonlocal count
-        count += 1
-        cls, config_cls, data = TRAINERS[kind]
-        peft_config = options.pop("peft_config", None)
+    def make(kind, how, model="qwen3", rows=12, cls=None, arguments=(), head=(), prepare=None, **options):
+        stock, fused, config_cls = tiny.classes(kind)
         config = {
-            "output_dir": str(tmp_path / f"run{count}"),
+            "output_dir": output,
             "max_steps": 5,
             "logging_steps": 1,
             "per_device_train_batch_size": 4,
+            "per_device_eval_batch_size": 4,
             "learning_rate": 1e-3,
             "bf16": False,
             "use_cpu": True,
@@ -48,19 +70,39 @@ def make_trainer(embedded, datasets, tmp_path):
             "disable_tqdm": True,
             "gradient_checkpointing": False,
             "seed": 0,
+            "max_length": 64,
         }
-        path = embedded
-        if model is not None:  # from a folder, where DPO looks for the reference
-            path = tmp_path / f"model{count}"
-            model().save_pretrained(path)
+        if kind in ("grpo", "rloo"):
+            del config["max_length"]
+        arguments = {name: make() for name, make in dict(arguments).items()}
+        lm = arguments.pop("model", None)
+        if lm is None:
+            lm = AUTO.get(model, AutoModelForCausalLM).from_pretrained(tiny_folder(model), attn_implementation="eager")
+        if prepare is not None:
+            lm = prepare(lm)
         torch.manual_seed(0)
-        return cls(
-            model=AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager"),
+        trainer = (cls or (fused if how == "fused" else stock))(
+            model=lm,
             args=config_cls(**config | options),
-            train_dataset=datasets[data]["train"].select(range(rows)),
-            eval_dataset=datasets[data]["test"].select(range(6)),
-            processing_class=AutoTokenizer.from_pretrained(embedded),
-            peft_config=peft_config,
+            train_dataset=dataset(kind, rows),
+            **({} if kind in ("grpo", "rloo") else {"eval_dataset": dataset(kind, 6)}),
+            **({"processing_class": tokenizer} | arguments),
+            **(dict(head) if how == "fused" else {}),
         )
+        return attach(trainer, **dict(head)) if how == "attach" else trainer
 
     return make
+
+
+@pytest.fixture(scope="session")
+def stock_history(build):
+    """stock_history(kind, **options) -> every logged row of stock TRL, made once for all tests that ask for it."""
+    made = {}
+
+    def history(kind, **options):
+        key = repr((kind, sorted(options.items(), key=lambda item: item[0])))
+        if key not in made:
+            made[key] = tiny.history(build(kind, "stock", **options))
+        return made[key]
+
+    return history

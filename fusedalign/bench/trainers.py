@@ -1,0 +1,275 @@
+"""`fusedalign bench trl`: whole training steps, stock TRL beside the Fused trainers, in one run and one table.
+
+The model is built on the device from a configuration, the data of random words on the spot: nothing is loaded or saved.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from fusedalign.bench.measure import synchronize
+from fusedalign.bench.runner import free, machine
+from fusedalign.bench.table import aligned
+
+_WARM_UP = 2  # steps: kernels compile, the optimizer makes its state
+
+
+@dataclass(frozen=True)
+class Training:
+    """A row of the table: a trainer and how it trains."""
+
+    trainer: str
+    """without "Trainer" """
+    about: str
+    pairs: bool = True
+    """whether an example is two sequences"""
+    lora: bool = False
+    config: dict[str, Any] = field(default_factory=dict)
+
+
+TRAININGS = {
+    "sft": Training("SFT", "SFT", pairs=False),
+    "dpo-lora": Training("DPO", "DPO with LoRA", lora=True),
+    "dpo": Training("DPO", "DPO, all weights"),
+    "orpo": Training("ORPO", "ORPO", config={"max_completion_length": None}),
+    "simpo": Training("CPO", "SimPO", config={"loss_type": "simpo", "cpo_alpha": 0.0}),
+    "kto": Training("KTO", "KTO", pairs=False),
+}
+DEFAULT = ("sft", "dpo-lora", "dpo", "orpo")
+
+
+@dataclass(frozen=True)
+class Size:
+    """The model, after Qwen3, and a batch."""
+
+    name: str
+    config: dict[str, Any]
+    sequences: int
+    length: int
+    """tokens a sequence, of which half are the prompt"""
+
+
+_COMMON = {"tie_word_embeddings": True, "pad_token_id": 0, "eos_token_id": 2, "bos_token_id": None}
+QWEN3 = {
+    "vocab_size": 151_936,
+    "hidden_size": 1024,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+}
+TINY = {
+    "vocab_size": 997,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+}
+SIZES = {
+    "cuda": Size("Qwen3-0.6B from its configuration", QWEN3 | _COMMON, 8, 2048),
+    "cpu": Size("a tiny Qwen3 from its configuration", TINY | _COMMON, 4, 32),
+}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one training took."""
+
+    step_ms: float | None = None
+    """median"""
+    peak_bytes: int | None = None
+    """of the device, model and optimizer included; None on a CPU"""
+    losses: tuple[float, ...] = ()
+    """of each step"""
+    reason: str = ""
+    """why there is nothing else"""
+
+
+def run(
+    names: list[str], size: Size, steps: int, impl: str, device: str, progress: Callable[[str], None] = lambda _: None
+) -> Iterator[tuple[Training, Measured, Measured]]:
+    """Each training with stock TRL, then with its Fused trainer.
+
+    Raises:
+        ValueError: TRL is not installed.
+    """
+    for name in names:
+        training, measured = TRAININGS[name], []
+        for fused in (False, True):
+            progress(f"{training.about}: {'fusedalign' if fused else 'stock TRL'}")
+            measured.append(_measure(training, size, steps, impl, device, fused))
+            free(device)
+        yield training, measured[0], measured[1]
+
+
+def table(rows: list[tuple[Training, Measured, Measured]], size: Size, steps: int, impl: str, device: str) -> str:
+    """Markdown: the machine, the setting, a line a training."""
+    where = ", ".join(x if name == "device" else f"{name} {x}" for name, x in machine(device).items())
+    precision = "bf16 weights, mixed precision" if size is SIZES["cuda"] else "fp32"
+    setting = f"{size.name}, {size.sequences} x {size.length} tokens a step, half of them prompt, {precision}, "
+    head = [where, f"{setting}gradient checkpointing; median of {steps} steps after {_WARM_UP}; impl {impl}", ""]
+    titles = ["training", "TRL ms", "fusedalign ms", "faster by", "TRL GiB", "fusedalign GiB", "smaller by"]
+    return "\n".join([*head, *aligned([[*titles, "loss differs by"], *(_cells(*row) for row in rows)])])
+
+
+def _cells(training: Training, stock: Measured, ours: Measured) -> list[str]:
+    def number(x: float | None, unit: float = 1.0) -> str:
+        return "-" if x is None else f"{x / unit:.4g}"
+
+    def ratio(a: float | None, b: float | None) -> str:
+        return "-" if a is None or b is None else f"{a / b:.2f}"
+
+    differs = max((abs(a - b) / abs(a) for a, b in zip(stock.losses, ours.losses, strict=False) if a), default=None)
+    gib = 2.0**30
+    return [
+        training.about,
+        number(stock.step_ms) if not stock.reason else stock.reason,
+        number(ours.step_ms) if not ours.reason else ours.reason,
+        ratio(stock.step_ms, ours.step_ms),
+        number(stock.peak_bytes, gib),
+        number(ours.peak_bytes, gib),
+        ratio(stock.peak_bytes, ours.peak_bytes),
+        "-" if differs is None else f"{differs:.1e}",
+    ]
+
+
+def _measure(training: Training, size: Size, steps: int, impl: str, device: str, fused: bool) -> Measured:
+    with tempfile.TemporaryDirectory() as folder, _quiet():
+        try:
+            trainer = _trainer(training, size, steps, impl, device, fused, folder)
+            stopwatch = _stopwatch(device)
+            trainer.add_callback(stopwatch)
+            trainer.train()
+        except torch.OutOfMemoryError:
+            return Measured(reason="out of memory")
+    losses = tuple(row["loss"] for row in trainer.state.log_history if "loss" in row)
+    peak = torch.cuda.max_memory_allocated() if device == "cuda" else None
+    return Measured(statistics.median(stopwatch.ms[_WARM_UP:]), peak, losses)
+
+
+def _stopwatch(device: str) -> Any:
+    import transformers
+
+    class Stopwatch(transformers.TrainerCallback):
+        """The time of each step, from the batch to the optimizer's end; peak memory starts anew after the warm-up."""
+
+        def __init__(self) -> None:
+            self.ms: list[float] = []
+            self.start = 0.0
+
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            if len(self.ms) == _WARM_UP and device == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            synchronize(device)
+            self.start = time.perf_counter()
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            synchronize(device)
+            self.ms.append((time.perf_counter() - self.start) * 1e3)
+
+    return Stopwatch()
+
+
+def _trainer(training: Training, size: Size, steps: int, impl: str, device: str, fused: bool, folder: str) -> Any:
+    import transformers
+
+    import fusedalign.trl
+    from fusedalign.trl.train import trl_class
+
+    cuda = device == "cuda"
+    torch.manual_seed(0)
+    with torch.device(device):
+        config = transformers.Qwen3Config(**size.config, max_position_embeddings=2 * size.length)
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16 if cuda else torch.float32)
+    batch = size.sequences // 2 if training.pairs else size.sequences
+    args = trl_class(f"{training.trainer}Config")(
+        output_dir=folder,
+        max_steps=_WARM_UP + steps,
+        per_device_train_batch_size=batch,
+        max_length=size.length,
+        gradient_checkpointing=True,
+        learning_rate=1e-6,
+        bf16=cuda,
+        use_cpu=not cuda,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=training.trainer not in ("CPO", "ORPO"),
+        **training.config,
+    )
+    more: dict[str, Any] = {"impl": impl} if fused else {}
+    if training.lora:
+        import peft
+
+        more["peft_config"] = peft.LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")
+    elif training.trainer in ("DPO", "KTO"):
+        more["ref_model"] = copy.deepcopy(model)
+    cls = (
+        getattr(fusedalign.trl, f"Fused{training.trainer}Trainer") if fused else trl_class(f"{training.trainer}Trainer")
+    )
+    data = _data(training, size, batch * (_WARM_UP + steps))
+    return cls(model=model, args=args, train_dataset=data, processing_class=_tokenizer(size), **more)
+
+
+def _tokenizer(size: Size) -> Any:
+    """Words w3, w4, ... as tokens."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocab = {"<pad>": 0, "<unk>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, size.config["vocab_size"])}
+    backend = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="<unk>", pad_token="<pad>", eos_token="</s>", model_max_length=size.length
+    )
+
+
+def _data(training: Training, size: Size, rows: int) -> Any:
+    """Random words, all prompts and completions as long as one another."""
+    from datasets import Dataset
+
+    half, random = size.length // 2, torch.Generator().manual_seed(0)
+
+    def text(length: int) -> str:
+        words = torch.randint(3, size.config["vocab_size"], (length,), generator=random)
+        return " ".join(f"w{word}" for word in words.tolist())
+
+    def row(i: int) -> dict[str, Any]:
+        prompt, answer = text(half), " " + text(half - 1)  # and the end of the sequence
+        if training.pairs:
+            return {"prompt": prompt, "chosen": answer, "rejected": " " + text(half - 1)}
+        return {"prompt": prompt, "completion": answer} | ({"label": i % 2 == 0} if training.trainer == "KTO" else {})
+
+    return Dataset.from_list([row(i) for i in range(rows)])
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the trainers' own lines and bars."""
+    import io
+
+    from datasets.utils import logging as datasets_logging
+
+    datasets_logging.disable_progress_bar()
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(logging.NOTSET)

@@ -1,0 +1,175 @@
+"""The forward that the Fused trainers give their models: TRL's contract of a fused head, with this package's head.
+
+`model(..., labels=labels, fused_lm_head=True)` returns log-probabilities instead of logits, as after TRL's
+`add_fused_lm_head`; without that argument the model is as it was. The head is read at every call, by `lm_head`, so any
+head serves that `lm_head` can read.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from trl.trainer.utils import FusedCausalLMOutput
+
+from fusedalign.head import LMHead, lm_head
+from fusedalign.ops import linear_logps
+from fusedalign.sequence import shift_labels as shifted
+from fusedalign.trl.options import HeadOptions
+
+#: TRL's name of each per-token output -> ours, in the order in which TRL's own function returns them.
+OUTPUT_NAMES = {
+    "entropy": "entropy",
+    "log_sum_sq_probs": "log_sum_sq_probs",
+    "mean_logits": "mean_logit",
+    "is_top1": "is_top1",
+}
+
+
+@dataclass
+class FusedOutput(FusedCausalLMOutput):
+    """TRL's record, and what the trainers ask for whose stock forms keep the logits."""
+
+    row_mean_logits: Tensor | None = None
+    """[B]: the mean logit of each row over the vocabulary and all positions, padding too; no gradient."""
+
+
+def add_lm_head(
+    model: PreTrainedModel,
+    outputs: tuple[str, ...] = ("log_probs",),
+    *,
+    options: HeadOptions,
+    mean_positions: slice | None = None,
+) -> None:
+    """Give `model` the forward described above.
+
+    Args:
+        model: a causal LM of transformers, its layers with adapters or not, but not a `PeftModel` around it.
+        outputs: which fields of TRL's `FusedCausalLMOutput` to fill, beside `loss`, `log_probs` and `label_mask`.
+        options: of the head.
+        mean_positions: the positions over which `row_mean_logits` averages; None: it is not wanted.
+
+    Raises:
+        TypeError, ValueError: the head cannot be read, see `lm_head`, or the model's backbone cannot be told.
+    """
+    options.check(_first(lm_head(model)))
+    if model.base_model is model:
+        raise TypeError(f"expected a model whose base_model is its backbone, got {type(model).__name__}")
+    original = model.forward
+
+    @functools.wraps(type(model).forward)  # `generate` validates its arguments against the signature
+    def fusedalign_forward(
+        self: Any,
+        *args: Any,
+        fused_lm_head: bool = False,
+        labels: Tensor | None = None,
+        shift_labels: Tensor | None = None,
+        num_items_in_batch: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        if not fused_lm_head:
+            more = {"labels": labels, "shift_labels": shift_labels, "num_items_in_batch": num_items_in_batch}
+            return original(*args, **kwargs, **{name: x for name, x in more.items() if x is not None})
+        config = self.config.get_text_config()
+        kwargs["use_cache"] = False
+        if getattr(config, "output_router_logits", False):
+            kwargs.setdefault("output_router_logits", True)
+        backbone = self.base_model(*args, **kwargs)
+        # Aligned targets instead of shifted hidden states, which would be a copy of them.
+        targets = shift_labels if shift_labels is not None or labels is None else shifted(labels)
+        if targets is None:
+            raise ValueError("fused_lm_head=True needs labels or shift_labels, got neither")
+        out = _score(_read(self), backbone.last_hidden_state, targets, outputs, mean_positions, options)
+        if shift_labels is None:  # TRL's fields have no place for the last position
+            out = {name: x if x.ndim < 2 else x[:, :-1] for name, x in out.items()}
+        count = out["label_mask"].sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+        loss, aux_loss = -out["log_probs"].sum() / count, None
+        if kwargs.get("output_router_logits"):
+            aux_loss = _router_loss(config, backbone.router_logits, kwargs.get("attention_mask"))
+            loss = loss + getattr(config, "router_aux_loss_coef", 0.0) * aux_loss
+        return FusedOutput(loss=loss, aux_loss=aux_loss, **out)
+
+    model.forward = types.MethodType(fusedalign_forward, model)
+
+
+@torch.compiler.disable
+def _read(model: Any) -> LMHead:
+    """Reading a head is no work for a graph."""
+    return lm_head(model)
+
+
+def _first(head: LMHead) -> Tensor:
+    """[V, D], whatever an adapter has put beside it."""
+    return head.weight[0] if isinstance(head.weight, tuple) else head.weight
+
+
+def _score(
+    head: LMHead,
+    hidden: Tensor,
+    targets: Tensor,
+    outputs: tuple[str, ...],
+    mean_positions: slice | None,
+    options: HeadOptions,
+) -> dict[str, Tensor]:
+    """TRL's per-token fields, [B, T], and `row_mean_logits`, [B], where it is wanted."""
+    # A model that is split over devices can end on another one than that of its head.
+    device = _first(head).device
+    hidden, targets = head.expand(hidden.to(device)), targets.to(device)
+    of_head = {"bias": head.bias, "scale": head.scale, "softcap": head.softcap, **options._asdict()}
+    wanted = {theirs: ours for theirs, ours in OUTPUT_NAMES.items() if theirs in outputs}
+    out = linear_logps(hidden, head.weight, targets, outputs=tuple(wanted.values()), **of_head)
+    fields = {"log_probs": out.logps, "label_mask": targets != -100}
+    fields |= {theirs: getattr(out, ours) for theirs, ours in wanted.items()}
+    if mean_positions is not None:
+        with torch.no_grad():
+            fields["row_mean_logits"] = _row_mean_logits(head, hidden[:, mean_positions], of_head)
+    return fields
+
+
+def _row_mean_logits(head: LMHead, hidden: Tensor, of_head: dict[str, Any]) -> Tensor:
+    """[B]: the mean logit over the vocabulary and the positions of each row."""
+    if head.softcap is not None:  # then there is no way around the logits of every position; a tile at a time
+        targets = hidden.new_zeros(hidden.shape[:-1], dtype=torch.int64)
+        mean_logit = linear_logps(hidden, head.weight, targets, outputs=["mean_logit"], **of_head).mean_logit
+        assert mean_logit is not None
+        return mean_logit.mean(-1)
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    parts = head.weight if isinstance(head.weight, tuple) else (head.weight,)
+    mean_row = torch.cat([part.mean(0, dtype=wide) for part in parts])
+    with torch.autocast(hidden.device.type, enabled=False):
+        means = hidden.mean(1, dtype=wide) @ mean_row
+    return head.scale * (means if head.bias is None else means + head.bias.mean(dtype=wide))
+
+
+def _router_loss(config: Any, router_logits: Any, attention_mask: Tensor | None) -> Tensor:
+    """The load-balancing loss, which is Mixtral's in every mixture of experts of transformers."""
+    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+    loss = load_balancing_loss_func(router_logits, config.num_experts, config.num_experts_per_tok, attention_mask)
+    assert isinstance(loss, Tensor)
+    return loss
+
+
+def fused_by(model: nn.Module) -> str:
+    """Whose forward an instance has: "fusedalign", "trl", else the name of what stands in their place."""
+    forward: Any = model.forward
+    while forward is not None:
+        name, where = _code(forward)
+        if (name, where) == ("fusedalign_forward", __name__):
+            return "fusedalign"
+        if name == "_fused_forward" and where.startswith("trl."):
+            return "trl"
+        forward = getattr(forward, "__wrapped__", None)
+    return ".".join(reversed(_code(model.forward)))
+
+
+def _code(function: Any) -> tuple[str, str]:
+    """A function's own name and module, whatever `functools.wraps` has written over them."""
+    function = getattr(function, "__func__", function)
+    code, names = getattr(function, "__code__", None), getattr(function, "__globals__", {})
+    return str(getattr(code, "co_name", type(function).__name__)), str(names.get("__name__", type(function).__module__))

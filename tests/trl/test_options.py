@@ -1,0 +1,374 @@
+"""What the matrix does not have: adapters, low precision, encoder-decoders, vision, compilation, refusals."""
+
+import collections
+import math
+
+import peft
+import pytest
+import tiny
+import torch
+import trl
+import trl.trainer.utils as trl_utils
+from helpers import Allocations
+from transformers import AutoModelForCausalLM
+from trl.trainer import dpo_trainer
+
+from fusedalign.impls import pytorch
+from fusedalign.trl import FusedCPOTrainer, FusedDPOTrainer, FusedSFTTrainer, HeadOptions, attach
+from fusedalign.trl.forward import add_lm_head, fused_by
+
+KINDS = ("sft", "dpo", "kto", "cpo", "orpo", "tpo")
+LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False, "task_type": "CAUSAL_LM"}
+PEFT = {
+    "lora": lambda: peft.LoraConfig(**LORA),
+    "head to save": lambda: peft.LoraConfig(**LORA, modules_to_save=["lm_head"]),
+    "prompt tuning": lambda: peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["lora", "head to save"])
+def test_adapters(build, stock_history, kind, name):
+    options = {"arguments": [("peft_config", PEFT[name])]}
+    tiny.assert_same(tiny.history(build(kind, "fused", **options)), stock_history(kind, **options))
+
+
+@pytest.mark.parametrize("kind", ["sft", "dpo", "kto"])
+def test_virtual_tokens_of_prompt_tuning(build, stock_history, kind):
+    options = {"arguments": [("peft_config", PEFT["prompt tuning"])]}
+    tiny.assert_same(tiny.history(build(kind, "fused", **options)), stock_history(kind, **options))
+
+
+@pytest.mark.parametrize("how", ["attach", "fused"])
+def test_the_reference_of_an_adapter_that_is_trained_further(build, stock_history, how):
+    """TRL copies it as an adapter "ref" and switches to that."""
+    options = {"prepare": _with_adapter}
+    tiny.assert_same(tiny.history(build("dpo", how, **options)), stock_history("dpo", **options))
+
+
+def _with_adapter(model):
+    torch.manual_seed(3)
+    return peft.get_peft_model(model, peft.LoraConfig(**LORA))
+
+
+@pytest.mark.parametrize("kind", ["sft", "dpo", "orpo"])
+def test_the_backward_does_not_touch_a_frozen_head(build, kind, monkeypatch):
+    """A frozen head takes the path that keeps d logps / d hidden, and two_pass_grads reads the head again."""
+    monkeypatch.setattr(pytorch, "two_pass_grads", None)
+    monkeypatch.setattr(pytorch, "one_pass", None)
+    trainer = build(kind, "fused", head=[("impl", "pytorch")], max_steps=1, arguments=[("peft_config", PEFT["lora"])])
+    trainer.train()
+    assert trainer.state.log_history[0]["grad_norm"] > 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bf16_autocast_is_as_near_to_fp32_as_stock(build, stock_history, kind):
+    """With a learning rate of 0: weights that move drift apart in bf16 whatever the head does, and hide that."""
+    fp32, stock = (stock_history(kind, learning_rate=0.0, bf16=bf16) for bf16 in (False, True))
+    ours = tiny.history(build(kind, "fused", learning_rate=0.0, bf16=True))
+    assert [row.keys() for row in ours] == [row.keys() for row in stock]
+
+    def distances(rows):
+        """Of each metric the largest over all batches, those of the evaluation among them."""
+        largest = collections.defaultdict(float)
+        for row, exact in zip(rows, fp32, strict=True):
+            for key in row:
+                name = key.removeprefix("eval_")
+                largest[name] = max(largest[name], abs(row[key] - exact[key]))
+        return largest
+
+    got, budget = distances(ours), distances(stock)
+    assert all(got[name] <= 2 * budget[name] for name in got), (got, budget)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_no_step_makes_the_logits(build, kind, mode):
+    """N the tokens that count, V large; stock TRL's step shows that the check can fail."""
+
+    def largest(how):
+        trainer = build(kind, how, per_device_train_batch_size=12)
+        batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+        trainer.model.train(mode == "train")
+        with Allocations() as allocations:
+            if mode == "train":
+                trainer.compute_loss(trainer.model, batch).backward()
+            else:
+                trainer.prediction_step(trainer.model, batch, prediction_loss_only=True)
+        names = {"sft": "labels", "cpo": "chosen_labels", "orpo": "chosen_labels"}
+        counted = batch[names[kind]] != -100 if kind in names else batch["completion_mask"]
+        return allocations.largest(), int(counted.sum()) * trainer.model.config.vocab_size
+
+    made, logits = largest("fused")
+    assert made < logits
+    made, logits = largest("stock")
+    assert made >= logits
+
+
+@pytest.mark.parametrize("kind", ["cpo", "orpo"])
+def test_an_encoder_decoder_keeps_trls_path(build, stock_history, kind, caplog):
+    options = {"model": "t5", "max_completion_length": 16}
+    trainer = build(kind, "fused", **options)
+    assert "keeps TRL's own path, with logits" in caplog.text
+    tiny.assert_same(tiny.history(trainer), stock_history(kind, **options))
+
+
+@pytest.mark.parametrize("kind", ["dpo", "sft"])
+def test_a_vision_model_on_text(build, stock_history, kind):
+    options = {"model": "qwen2_5_vl"}
+    tiny.assert_same(tiny.history(build(kind, "fused", **options)), stock_history(kind, **options))
+
+
+def test_a_vision_model_runs_its_whole_backbone(tiny_folder):
+    torch.manual_seed(0)
+    model = tiny.MODELS["qwen2_5_vl"]()
+    vision = model.config.vision_config
+    patch = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+    ids = torch.tensor([[5, 401, 400, 400, 400, 400, 402, 7, 8, 9]])
+    inputs = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "pixel_values": torch.randn(16, patch),
+        "image_grid_thw": torch.tensor([[1, 4, 4]]),
+        "mm_token_type_ids": (ids == 400).long(),
+    }
+    labels = ids.masked_fill(ids > 300, -100)
+    expected = model(**inputs).logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+    add_lm_head(model, options=HeadOptions())
+    out = model(**inputs, labels=labels, fused_lm_head=True)
+    torch.testing.assert_close(out.log_probs, expected.where(labels[:, 1:] != -100, 0))
+    blind = model(**inputs | {"pixel_values": torch.zeros(16, patch)}, labels=labels, fused_lm_head=True)
+    assert not torch.allclose(blind.log_probs, out.log_probs)
+
+
+def test_aligned_labels_are_not_shifted_again(tiny_folder):
+    """`shift_labels`, of context and sequence parallelism."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_folder("qwen3"))
+    add_lm_head(model, outputs=("log_probs", "entropy"), options=HeadOptions())
+    ids = torch.randint(3, 400, (2, 7))
+    labels = ids.masked_fill(torch.rand(2, 7) < 0.3, -100)
+    aligned = torch.cat([labels[:, 1:], torch.full((2, 1), -100)], 1)
+    want = model(ids, labels=labels, fused_lm_head=True)
+    got = model(ids, shift_labels=aligned, fused_lm_head=True)
+    assert got.log_probs.shape == (2, 7)
+    for name in ("log_probs", "entropy", "label_mask"):
+        torch.testing.assert_close(getattr(got, name)[:, :-1], getattr(want, name))
+    torch.testing.assert_close(got.loss, want.loss)
+
+
+@pytest.mark.parametrize("kind", ["sft", "dpo", "tpo"])
+def test_compute_metrics_is_given_the_logits(build, stock_history, kind):
+    """The user asks for them: an evaluation makes them in a forward of its own, a training step does not."""
+    options = {"arguments": [("compute_metrics", lambda: _mean_logit)]}
+    got = tiny.history(build(kind, "fused", **options))
+    assert "eval_mean_logit" in got[-1]
+    tiny.assert_same(got, stock_history(kind, **options))
+
+
+def _mean_logit(prediction):
+    return {"mean_logit": float(prediction.predictions[prediction.predictions != -100].mean())}
+
+
+def _reward(completions, **_):
+    return [float(len(set(completion)) % 5) for completion in completions]
+
+
+@pytest.mark.parametrize("kind", ["grpo", "rloo"])
+@pytest.mark.parametrize("more", [{}, {"beta": 0.1, "temperature": 0.7}])
+def test_attach_to_online_trainers(build, stock_history, kind, more):
+    options = {
+        "arguments": [("reward_funcs", lambda: _reward)],
+        "max_steps": 2,
+        "num_generations": 2,
+        "max_completion_length": 6,
+        "optim": "sgd",  # Adam's first steps have the size of the sign of a gradient, which may be rounding
+        "learning_rate": 0.1,
+        **more,
+    }
+    got = tiny.history(build(kind, "attach", **options), evaluate=False)
+    want = tiny.history(build(kind, "stock", **options), evaluate=False)
+    if kind == "rloo":  # whose rewards have the KL in them, at step 1 rounding: equal rewards may differ by that
+        got, want = ([{k: v for k, v in row.items() if k != "frac_reward_zero_std"} for row in x] for x in (got, want))
+    tiny.assert_same(got, want)
+    assert any(row.get("grad_norm", 0) > 0 for row in got)
+
+
+def test_attach_to_grpo_with_a_head_in_fp32_and_an_entropy_bonus(build):
+    options = {
+        "arguments": [("reward_funcs", lambda: _reward)],
+        "max_steps": 1,
+        "num_generations": 2,
+        "max_completion_length": 6,
+        "cast_lm_head_to_fp32": True,
+        "bf16": True,
+    }
+    got, want = (tiny.history(build("grpo", how, **options), evaluate=False) for how in ("attach", "stock"))
+    tiny.assert_same(got, want, tolerance=1e-2)
+
+
+# ------------------------------------------------------------------------------------------------------------ pitfalls
+
+
+@pytest.mark.parametrize("kind", ["dpo", "kto"])
+def test_at_step_0_policy_is_reference(build, kind):
+    trainer = build(kind, "fused", max_steps=1)
+    trainer.train()
+    expected = {"dpo": math.log(2), "kto": 0.5}[kind]
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["sft", "dpo", "orpo", "tpo"])
+def test_accumulation_1x8_equals_8x1(build, kind):
+    """Uneven lengths: every token of the window weighs the same for SFT, every pair for DPO.
+
+    ORPO's and TPO's NLL is a mean over the tokens of each batch, in TRL too, so there the two are different losses:
+    what must agree then is stock TRL.
+    """
+    runs = []
+    for size in (1, 8):
+        options = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 8 // size, "max_steps": 2}
+        how = "fused" if kind in ("sft", "dpo") or size == 1 else "stock"
+        if kind in ("orpo", "tpo"):
+            options |= {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8}
+        trainer = build(kind, how, **options)
+        trainer.train()
+        runs.append([(row["loss"], row["grad_norm"]) for row in trainer.state.log_history if "loss" in row])
+    torch.testing.assert_close(torch.tensor(runs[0]), torch.tensor(runs[1]), rtol=1e-4, atol=1e-5)
+
+
+def test_kto_with_one_side_alone(build, stock_history):
+    options = {"per_device_train_batch_size": 1, "loss_type": "apo_zero_unpaired"}
+    tiny.assert_same(tiny.history(build("kto", "fused", **options)), stock_history("kto", **options))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_batch_without_any_token_that_counts(build, kind):
+    """Finite, and connected to the graph."""
+    trainer = build(kind, "fused", per_device_train_batch_size=2)
+    batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    for name in batch:
+        if name.endswith("completion_mask"):
+            batch[name] = torch.zeros_like(batch[name])
+        elif name.endswith("labels"):
+            batch[name] = torch.full_like(batch[name], -100)
+    trainer.model.train()
+    loss = trainer.compute_loss(trainer.model, batch)
+    loss.backward()
+    assert torch.isfinite(loss)
+
+
+@pytest.mark.parametrize("kind", ["sft", "cpo"])
+def test_generate_save_and_reload(build, kind, tmp_path):
+    trainer = build(kind, "fused", max_steps=1)
+    trainer.train()
+    ids = torch.tensor([[3, 5, 6, 7]])
+    answer = trainer.model.generate(ids, max_new_tokens=5, do_sample=False)
+    trainer.save_model(str(tmp_path))
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(reloaded(ids).logits, trainer.model(ids).logits)
+    assert torch.equal(reloaded.generate(ids, max_new_tokens=5, do_sample=False), answer)
+
+
+def test_trl_is_as_it_was_after_the_construction_even_if_that_fails(build):
+    before = dpo_trainer.add_fused_lm_head, dpo_trainer.BaseTunerLayer
+    assert fused_by(build("dpo", "fused").model) == "fusedalign"
+    assert fused_by(build("dpo", "stock").model) == "trl"
+    with pytest.raises(ValueError, match="exo_pair"):
+        build("dpo", "fused", loss_type="exo_pair")
+    assert (dpo_trainer.add_fused_lm_head, dpo_trainer.BaseTunerLayer) == before
+
+
+def test_a_subclass(build, stock_history):
+    class Mine(FusedDPOTrainer):
+        pass
+
+    tiny.assert_same(tiny.history(build("dpo", "fused", cls=Mine)), stock_history("dpo"))
+
+
+# ------------------------------------------------------------------------------------------------------------ refusals
+
+
+@pytest.mark.parametrize("how", ["attach", "fused"])
+def test_what_takes_the_logits_is_refused_at_construction(build, how):
+    with pytest.raises(
+        ValueError, match=r"needs label_smoothing_factor=0, got 0\.1, which takes the logits: in a loop"
+    ):
+        build("sft", how, label_smoothing_factor=0.1)
+    with pytest.raises(ValueError, match="needs compute_loss_func=None, got a function: it is given the logits"):
+        build("sft", how, arguments=[("compute_loss_func", lambda: lambda *a, **k: None)])
+
+
+def test_model_init_is_refused(build):
+    with pytest.raises(ValueError, match="FusedORPOTrainer needs model_init=None, got a function"):
+        build("orpo", "fused", arguments=[("model_init", lambda: lambda: None)])
+
+
+@pytest.mark.parametrize("kind", ["sft", "cpo"])
+def test_options_are_checked_at_construction(build, kind):
+    with pytest.raises(ValueError, match="impl must be one of auto, triton, pytorch"):
+        build(kind, "fused", head=[("impl", "cuda")])
+    with pytest.raises(ValueError, match="filter_eps must be None"):
+        build(kind, "fused", head=[("impl", "pytorch"), ("filter_eps", 1e-4)])
+    trainer = build(kind, "fused", head=[("impl", "reference"), ("workspace", 10**6)])
+    assert trainer.head_options == HeadOptions("reference", None, 10**6)
+
+
+def test_the_options_of_attach(build):
+    trainer = build("sft", "stock")
+    with pytest.raises(TypeError, match="options must be among impl, filter_eps, workspace, got chunk"):
+        attach(trainer, chunk=3)
+    with pytest.raises(ValueError, match="filter_eps must be None"):
+        attach(trainer, impl="pytorch", filter_eps=1e-4)
+
+
+def test_the_workspace_reaches_the_head(build, monkeypatch):
+    seen = []
+    plan = pytorch._plan
+    monkeypatch.setattr(pytorch, "_plan", lambda p: seen.append(p.tiling.workspace) or plan(p))
+    for how in ("attach", "fused"):
+        build("dpo", how, max_steps=1, head=[("workspace", 77_777)]).train()
+    assert set(seen) == {77_777}
+
+
+def test_a_head_that_cannot_be_read_is_refused_at_construction(build):
+    def tanh(model):
+        model.lm_head.forward = lambda hidden: hidden
+        return model
+
+    for kind in ("dpo", "cpo"):
+        with pytest.raises(TypeError, match=r"expected .*lm_head to be a plain nn.Linear"):
+            build(kind, "fused", prepare=tanh)
+
+
+def test_another_librarys_forward_is_named(build):
+    trainer = build("sft", "stock")
+
+    def lce_forward(*args, **kwargs):
+        return None
+
+    trainer.model.forward = lce_forward
+    with pytest.raises(RuntimeError, match=r"expected TRL's own fused forward, got .*test_options\.lce_forward in its"):
+        attach(trainer)
+
+
+def test_attach_to_a_fused_trainer_is_refused(build):
+    with pytest.raises(TypeError, match="got FusedSFTTrainer: give it the options itself"):
+        attach(build("sft", "fused"))
+    with pytest.raises(TypeError, match="trainer must be one of TRL's"):
+        attach(build("orpo", "stock"))
+
+
+def test_the_classes_are_trls():
+    assert issubclass(FusedSFTTrainer, trl.SFTTrainer)
+    assert FusedCPOTrainer.__name__ == "FusedCPOTrainer"
+    assert hasattr(trl_utils, "add_fused_lm_head")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["attach", "fused"])
+@pytest.mark.parametrize("kind", ["sft", "dpo", "orpo"])
+def test_torch_compile(build, stock_history, kind, how):
+    if how == "attach" and kind == "orpo":
+        pytest.skip("attach serves other trainers")
+    got = tiny.history(build(kind, how, torch_compile=True, max_steps=2))
+    tiny.assert_same(got, stock_history(kind, max_steps=2), tolerance=1e-4)
