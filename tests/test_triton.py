@@ -395,12 +395,12 @@ PATHS = {
 paths = pytest.mark.parametrize("path", PATHS)
 
 
-def assert_path_within_budget(path: str, case: Case, got: dict[str, torch.Tensor]) -> None:
+def assert_path_within_budget(path: str, case: Case, got: dict[str, torch.Tensor], roundings: int = 1) -> None:
     if "one pass" in path:
         assert_loss_within_budget(case, got, num_items=1)
     else:
         names = {"frozen head": ("logps",), "any loss": ("logps", "lse")}.get(path, DIFFERENTIABLE)
-        assert_within_budget(case, got, names, roundings=2 if path == "frozen head" else 1)
+        assert_within_budget(case, got, names, roundings=2 if path == "frozen head" else roundings)
 
 
 @devices
@@ -470,8 +470,10 @@ def test_tiny(device, dtype, path, n, v):
     case = make_case((n + 1,), 8, v, dtype=dtype, device=device, ignored=0.0)
     case.targets[0] = -100
     got = PATHS[path](case)
-    if n:
-        assert_path_within_budget(path, case, got)
+    if (
+        n
+    ):  # The logit's gradient is rounded and the result is; eager code does so too, but on one token it may be lucky.
+        assert_path_within_budget(path, case, got, roundings=2)
     else:
         assert not any(x.any() for x in got.values())
 

@@ -10,7 +10,8 @@ Source: Hsu et al. 2024 (Liger Kernel), arXiv:2410.10989.
 
 from __future__ import annotations
 
-import importlib.util
+import functools
+import importlib
 import sys
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -163,5 +164,14 @@ def _is_hopper(device: torch.device) -> bool:
 
 def _has_cute(problem: Problem) -> bool:
     """Whether the CuTe kernel would serve, were there no bias and no softcap."""
-    here = importlib.util.find_spec("cutlass") is not None
-    return here and problem.operand_dtype == torch.bfloat16 and _is_hopper(problem.hidden.device)
+    return problem.operand_dtype == torch.bfloat16 and _is_hopper(problem.hidden.device) and _cute_runs()
+
+
+@functools.cache
+def _cute_runs() -> bool:
+    """Whether what Liger's CuTe kernels import is there, and whole."""
+    try:
+        importlib.import_module("cutlass.cute")
+    except Exception:  # of a broken installation
+        return False
+    return True

@@ -216,8 +216,7 @@ def _rows_of_head(problem: Problem, rows: RowSums) -> Iterator[tuple[slice, _Row
             sums.add(Tile(left, weight, vocab), rows, start=vocab.start, keep=Kept(kept[None], reference=reference))
             _add_product(total, kept, weight)
         sums.fold(rows, tokens)
-        del sums
-        del memory
+        del sums, memory, kept  # before the next tokens' are made
         if isinstance(problem.weight, Tensor):
             far_rows(left, rows, reference, total, _LEAST_LOGP)
         p_reference = (reference - rows.max[tokens]).exp() / rows.e[tokens]
