@@ -15,7 +15,8 @@ from torch import Tensor
 from fusedalign.compaction import Places, compact
 from fusedalign.impls import autograd, resolve
 from fusedalign.impls.autograd import Grads, Needs, Paths
-from fusedalign.losses.sft import ScalarLoss
+from fusedalign.losses.preference import check_loss_type
+from fusedalign.losses.sft import LOSS_TYPES, ScalarLoss, mean_over, token_losses
 from fusedalign.problem import OUTPUTS, Problem, Tiling, TokenLogps
 
 #: The names of impls that have operators here.
@@ -226,9 +227,11 @@ def linear_cross_entropy(
 ) -> Tensor:
     """As `ops.linear_cross_entropy`; arguments are checked already."""
     if not options.tiling.keep_head:  # the operator below returns gradients, to be held until the backward
+        check_loss_type(loss_type, LOSS_TYPES)
         out = linear_logps(hidden, weight, targets, bias, options)
+        total = token_losses(out.logps, out.lse, loss_type=loss_type, z_loss=z_loss)[0].sum()
         count = (targets != options.ignore_index).sum() if num_items is None else num_items
-        return ScalarLoss(loss_type, z_loss, reduction, count)(out.logps, out.lse)[0].sum()
+        return total if reduction == "sum" else mean_over(total, count)
     items = targets.new_tensor(num_items) if isinstance(num_items, int) else num_items
     how = f"{loss_type} {reduction}"
     return _cross_entropy(hidden, weight, targets, bias, items, z_loss, how, *options.packed())[0]

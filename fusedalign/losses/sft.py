@@ -109,6 +109,16 @@ def sft_loss(
     return mean_over(losses.sum(), mask.sum() if num_items is None else num_items)
 
 
+def token_losses(
+    logps: Tensor, lse: Tensor | None, *, loss_type: str, z_loss: float
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Each token's loss before any division, and its derivatives by logps and lse (None: zero); all [N]."""
+    weight = LOSS_TYPES[loss_type](logps.detach())
+    if lse is None or not z_loss:
+        return weight * logps, weight, None
+    return weight * logps + z_loss * lse.square(), weight, 2 * z_loss * lse
+
+
 @dataclass(frozen=True)
 class ScalarLoss:
     """(logps, lse) -> each token's share of the loss, which is their sum, and its derivatives by the two; all [N].
@@ -126,12 +136,9 @@ class ScalarLoss:
 
     def __call__(self, logps: Tensor, lse: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         """See above."""
+        losses, d_logps, d_lse = token_losses(logps, lse, loss_type=self.loss_type, z_loss=self.z_loss)
         # Divided here and not at the end, so that in most backwards nothing is left to scale.
-        weight = LOSS_TYPES[self.loss_type](logps.detach())
-        if lse is None or not self.z_loss:
-            return self._part(weight * logps), self._part(weight), None
-        losses = weight * logps + self.z_loss * lse.square()
-        return self._part(losses), self._part(weight), self._part(2 * self.z_loss * lse)
+        return self._part(losses), self._part(d_logps), None if d_lse is None else self._part(d_lse)
 
     @property
     def nll_weight(self) -> Tensor | None:
