@@ -276,8 +276,8 @@ def head_alone(layer, hidden, targets):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("seed", [0, 1])
 def test_bf16_with_adapters_in_fp32(config, autocast, impl, device, seed):
-    """At most twice the error of the layer's own forward, whose logits are bf16, and the rounding of operands, which are
-    bf16 where that forward's adapters are fp32; root mean squares, of few numbers.
+    """At most twice the error of the layer's own forward, whose logits are bf16, and the rounding of operands, bf16 too
+    where that forward has fp32 adapters; root mean squares, of few numbers.
     """
     wrapped = adapted("llama", CONFIGS[config], torch.float32 if autocast else torch.bfloat16)
     layer = wrapped.to(device).get_base_model().lm_head

@@ -249,7 +249,7 @@ def test_20_steps_end_where_the_reference_ends(impl, reference_losses):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("impl", IMPLS)
 def test_20_steps_in_bf16_on_a_gpu(impl):
-    """Weights in bf16 round every update, so that runs part: at most twice as far as that of bf16 logits parts, and 1%."""
+    """bf16 weights round every update, so that runs part: at most twice as far as one of bf16 logits does, and 1%."""
     reference, eager, ours = (train(name, "cuda", torch.bfloat16) for name in ("reference", "eager", impl))
     assert ours[-1] < ours[0] / 3
     assert ((ours - reference) / reference).abs().max() <= 2 * ((eager - reference) / reference).abs().max() + 1e-2
