@@ -27,11 +27,13 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)  ## SFT, then DPO with stock TRL and with fusedalign: one table and one picture
 	$(BIN)/fusedalign demo
 
+PYTEST = $(BIN)/python -m pytest -q -n logical --maxprocesses 8
+
 test: $(STAMP)  ## what CI runs
-	$(BIN)/python -m pytest -q -m 'not slow'
+	$(PYTEST) -m 'not slow'
 
 test-all: $(STAMP)  ## the slow tests too
-	$(BIN)/python -m pytest -q
+	$(PYTEST)
 
 OLDEST = .venv-oldest
 test-oldest: $(OLDEST)/.installed  ## the TRL suite against the oldest TRL that is supported, in a .venv-oldest of its own
