@@ -16,7 +16,7 @@ from fusedalign.bench.microbatches import WORD, microbatches
 from fusedalign.bench.peers import choose, implementations
 from fusedalign.bench.profiling import profile_row
 from fusedalign.bench.runner import Settings, free, inputs, reason, run
-from fusedalign.bench.table import check_plot, header, section, write
+from fusedalign.bench.table import about, check_plot, header, tabled, write
 from fusedalign.bench.tasks import TASKS
 from fusedalign.impls import check_name
 
@@ -82,7 +82,10 @@ def bench(argv: list[str]) -> None:
     for done, report in enumerate(run(settings, lambda line: print(line, file=sys.stderr, flush=True))):
         if not done:
             print(header(report))
-        print("\n" + section(report.cases[-1], report), flush=True)
+        case = report.cases[-1]
+        if len(case.tables) == 1:
+            print("\n" + about(case, report))
+        print("\n" + tabled(case.tables[-1]), flush=True)
         if options.out is not None:
             write(report, options.out)
 

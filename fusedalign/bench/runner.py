@@ -81,6 +81,7 @@ class CaseReport:
     rate: float
     """FLOP/s of a large product before the rows; U is from this one"""
     rate_after: float
+    """the same after those that there are"""
     u_ms: float
     tables: tuple[Table, ...]
 
@@ -103,24 +104,28 @@ def run(settings: Settings, progress: Callable[[str], None] = lambda _: None) ->
         progress: gets a line before each step.
 
     Yields:
-        The report so far after each case, so that a run which is cut short has something to show.
+        The report so far after each table, so that a run which is cut short has something to show.
     """
     dtype = str(settings.dtype).removeprefix("torch.")
     report = Report(machine(settings.device), settings.data, settings.seed, dtype, ())
     for case in settings.cases:
-        report = dataclasses.replace(report, cases=(*report.cases, _case(case, settings, progress)))
+        before = report.cases
+        for so_far in _case(case, settings, progress):
+            report = dataclasses.replace(report, cases=(*before, so_far))
+            yield report
         free(settings.device)
-        yield report
 
 
-def _case(case: Case, settings: Settings, progress: Callable[[str], None]) -> CaseReport:
+def _case(case: Case, settings: Settings, progress: Callable[[str], None]) -> Iterator[CaseReport]:
     progress(f"{case.name}: data")
     data = inputs(case, settings)
     reached = statistics(data)
     rate = product_rate(settings.device)
     u_ms = case.flops / rate * 1e3
-    tables = [_table(case, data, task, u_ms, settings, progress) for task in settings.tasks]
-    return CaseReport(case, reached, rate, product_rate(settings.device), u_ms, tuple(tables))
+    tables: tuple[Table, ...] = ()
+    for task in settings.tasks:
+        tables = (*tables, _table(case, data, task, u_ms, settings, progress))
+        yield CaseReport(case, reached, rate, product_rate(settings.device), u_ms, tables)
 
 
 def inputs(case: Case, settings: Settings) -> Data:

@@ -35,6 +35,11 @@ speed-up."""
 
 def section(case: CaseReport, report: Report) -> str:
     """One case: its data, and a table a task."""
+    return "\n\n".join([about(case, report), *(tabled(table) for table in case.tables)])
+
+
+def about(case: CaseReport, report: Report) -> str:
+    """The case and its data, without the tables."""
     rows = [["data", "entropy", "p > 2^-12", "tail mass", "tiles 2^-12", "2^-14", "2^-16"]]
     wanted = [(f"{report.data}, seed {report.seed}", case.statistics)]
     if report.data == "trained":
@@ -44,20 +49,18 @@ def section(case: CaseReport, report: Report) -> str:
         rows.append([name, f"{s.entropy:.2f}", f"{s.likely:.0f}", f"{s.tail:.3f}", *shares])
     rates = f"{case.rate / 1e12:.4g} TFLOP/s before the rows and {case.rate_after / 1e12:.4g} after"
     lines = [f"## {case.case.title}", "", f"U = {case.u_ms:.4g} ms; the large product ran at {rates}.", ""]
-    lines += aligned(rows)
-    for table in case.tables:
-        lines += ["", *_table(table)]
-    return "\n".join(lines)
+    return "\n".join([*lines, *aligned(rows)])
 
 
-def _table(table: Table) -> list[str]:
+def tabled(table: Table) -> str:
+    """One task's rows."""
     budgets = ", ".join(f"{name} {value:g}" for name, value in table.budgets.items())
     speedup = f"speed-up over {table.baseline}" if table.baseline else "speed-up"
     titles = ["impl", "fwd ms", "fwd+bwd ms", "fwd U", "fwd+bwd U", "fwd MiB", "fwd+bwd MiB", "over grads MiB"]
     rows = [[*titles, "loss err.", "dH err.", "dW err.", speedup]]
     rows += [_cells(row, table) for row in table.rows]
     head = [f"### {table.task}: {TASKS[table.task].about}", "", f"Budgets: {budgets}."]
-    return [*head, "", *aligned(rows)]
+    return "\n".join([*head, "", *aligned(rows)])
 
 
 def _cells(row: Row, table: Table) -> list[str]:
