@@ -415,7 +415,7 @@ def test_bench_trl_prints_one_line_a_training_and_the_losses_agree(capsys):
     [
         (["ppo"], "a training must be one of sft, dpo-lora, dpo, orpo, simpo, kto, got 'ppo'"),
         (["--steps", "0"], "--steps must be at least 1, got 0"),
-        (["--impl", "cuda"], "impl must be one of auto, triton, pytorch"),
+        (["--impl", "cuda"], "impl must be one of auto, triton, liger, cce, pytorch"),
     ],
 )
 def test_bench_trl_refuses(capsys, words, message):

@@ -16,7 +16,7 @@ from fusedalign.bench.microbatches import WORD, microbatches
 from fusedalign.bench.peers import choose, implementations
 from fusedalign.bench.profiling import profile_row
 from fusedalign.bench.runner import Settings, free, inputs, reason, run
-from fusedalign.bench.table import about, check_plot, header, tabled, write
+from fusedalign.bench.table import about, afterwards, check_plot, header, tabled, write
 from fusedalign.bench.tasks import TASKS
 from fusedalign.impls import check_name
 
@@ -86,6 +86,8 @@ def bench(argv: list[str]) -> None:
         if len(case.tables) == 1:
             print("\n" + about(case, report))
         print("\n" + tabled(case.tables[-1]), flush=True)
+        if len(case.tables) == len(settings.tasks):
+            print("\n" + afterwards(case), flush=True)
         if options.out is not None:
             write(report, options.out)
 
