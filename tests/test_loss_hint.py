@@ -285,3 +285,21 @@ def test_an_unknown_loss():
     case = make_case((7,), 5, 11)
     with pytest.raises(ValueError, match=r"loss_hint must be one of nll, dft, or None, got 'dpo'"):
         case.logps(loss_hint="dpo")
+
+
+def test_a_graph_ignores_it(calls):
+    """Its operators return what they keep, and a backward's may not write into it."""
+    case = make_case((3, 17), 23, 252)
+
+    def loss(hidden, weight, hint):
+        return -linear_logps(hidden, weight, case.targets, loss_hint=hint, impl="pytorch").logps.mean()
+
+    def grads(f, hint):
+        leaves = case.leaves()
+        f(leaves.hidden, leaves.weight, hint).backward()
+        return leaves.hidden.grad, leaves.weight.grad
+
+    got = grads(torch.compile(loss, fullgraph=True, backend="aot_eager"), "nll")
+    assert calls == ["two_pass_grads"]
+    for a, b in zip(got, grads(loss, None), strict=True):
+        torch.testing.assert_close(a, b)
