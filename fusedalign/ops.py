@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from fusedalign import graphs
 from fusedalign.compaction import Places, compact
 from fusedalign.impls import check_name, resolve
-from fusedalign.losses.sft import ScalarLoss
+from fusedalign.losses.sft import LOSS_TYPES, ScalarLoss
 from fusedalign.problem import OUTPUTS, Parts, Problem, Tiling, TokenLogps, beside
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -36,6 +37,7 @@ def linear_logps(
     token_chunk: int | None = None,
     vocab_chunk: int | None = None,
     keep_head: bool = True,
+    loss_hint: str | None = None,
 ) -> TokenLogps:
     """Per-token log-probabilities of `targets` under an LM head, without the `[tokens, vocab]` logits.
 
@@ -65,6 +67,13 @@ def linear_logps(
         keep_head: False where many forwards wait for their backwards, as in pipeline parallelism: a forward then holds
             nothing of the head's size until its backward, which makes the logits again. It changes no result beyond
             rounding.
+        loss_hint: "nll" or "dft" where the loss is likely to be that of `fusedalign.losses.sft_loss`, times any number.
+            The gradients of a trained head may then be made in the forward, in 3 products as in
+            `linear_cross_entropy`, with its needs of workspace, and are held until the backward. That looks at the
+            upstream gradient (one wait for the device) and makes them again where the loss is another one, so the hint
+            changes no result beyond rounding. None: nothing is known of the loss. Where it would gain nothing it is
+            ignored: with a frozen head, keep_head=False, fp16 gradients, under torch.compile, by other impls than
+            "pytorch".
 
     Returns:
         `TokenLogps` of [...] tensors; `logps`, `entropy` and `lse` are differentiable (once) by hidden, weight, bias.
@@ -94,10 +103,14 @@ def linear_logps(
         tiling=_check_tiling(keep_head, workspace=workspace, token_chunk=token_chunk, vocab_chunk=vocab_chunk),
         impl=impl,
     )
+    if loss_hint is not None and loss_hint not in LOSS_TYPES:
+        raise ValueError(f"loss_hint must be one of {', '.join(LOSS_TYPES)}, or None, got {loss_hint!r}")
     if torch.compiler.is_compiling() and impl in graphs.NAMES and isinstance(head, Tensor):
         return graphs.linear_logps(hidden, head, targets, bias, options)
     with torch.autocast(hidden.device.type, enabled=False):
         problem, places = _compact(hidden, head, targets, bias, options)
+        if loss_hint is not None:  # the mean, which is most often asked for: nothing is left to scale then
+            problem = replace(problem, expected_loss=ScalarLoss(loss_hint, 0.0, "mean", len(problem.targets)))
         out = _outside_of_graphs(lambda: resolve(impl, problem).token_logps(problem))
     return TokenLogps(*(None if x is None else places.scatter(x) for x in out))  # type: ignore[arg-type]
 

@@ -138,6 +138,8 @@ class Problem:
     filter_eps: float | None = None
     """None asks for dense, exact gradients."""
     tiling: Tiling = Tiling()  # noqa: RUF009 (immutable)
+    expected_loss: TokenLoss | None = None
+    """The loss that is likely to be made of logps alone, times any number. It changes no result beyond rounding."""
 
     @property
     def head(self) -> tuple[tuple[slice, Tensor], ...]:

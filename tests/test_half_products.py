@@ -84,7 +84,7 @@ def test_shapes_and_dtypes_of_the_true_calls(monkeypatch, dtype):
         sums, jacobian = pytorch.sweep(problem, "jacobian")
         grads = TokenGrads(sums.max, sums.log_e(), sums.e, sums.e, (sums.e, sums.e))
         two_pass = pytorch.two_pass_grads(problem, grads, (True, True, True))
-        loss, one_pass = pytorch.one_pass(
+        _, loss, one_pass = pytorch.one_pass(
             problem, lambda logps, lse: (lse - logps, -torch.ones_like(logps), torch.ones_like(lse)), (True, True, True)
         )
     assert {x.dtype for x in [loss, *sums.results(problem)[:3]]} == {torch.float32}

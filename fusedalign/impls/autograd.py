@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -84,14 +84,22 @@ class Paths(Scaler, Protocol):
     def two_pass_grads(self, problem: Problem, grads: TokenGrads, needs: Needs, head: KeptHead | None = None) -> Grads:
         """The gradients of any loss, from logits that are computed again where `head` does not save that."""
 
-    def one_pass(self, problem: Problem, token_loss: TokenLoss, needs: Needs) -> tuple[Tensor, Grads] | None:
-        """A loss summed over tokens and its gradients at once; None where the workspace has no room for that."""
+    def one_pass(self, problem: Problem, token_loss: TokenLoss, needs: Needs) -> tuple[RowSums, Tensor, Grads] | None:
+        """The sums of all tokens, a loss summed over these and its gradients, at once; None where there is no room."""
 
 
 def token_logps(paths: Paths, problem: Problem) -> TokenLogps:
     """`TokenLogps` of [N] tokens, by the cheapest path that gives the gradients which are needed."""
-    if not any(_needs(problem)):
+    needs = _needs(problem)
+    if not any(needs):
         return paths.sweep(problem, "nothing")[0].results(problem)
+    if problem.expected_loss is not None and _may_expect(problem, needs):
+        with torch.no_grad():
+            made = paths.one_pass(problem, problem.expected_loss, needs)
+        if made is not None:
+            sums, _, grads = made
+            tensors = problem.hidden, problem.bias, *_tensors(problem)
+            return TokenLogps(*_ExpectedLoss.apply(paths, problem, sums, grads, *tensors))
     return TokenLogps(*_TokenLogps.apply(paths, problem, problem.hidden, problem.bias, *_tensors(problem)))
 
 
@@ -100,11 +108,11 @@ def token_loss_sum(paths: Paths, problem: Problem, token_loss: TokenLoss) -> Ten
     needs = _needs(problem)
     early = any(needs) and len(problem.targets) and (problem.tiling.keep_head or not needs[1])
     with torch.no_grad():
-        made = paths.one_pass(problem, token_loss, needs) if early else None
+        made = paths.one_pass(replace(problem, outputs=frozenset()), token_loss, needs) if early else None
     if made is None:
         out = token_logps(paths, problem)
         return token_loss(out.logps, out.lse)[0].sum()
-    return ready(paths, problem, *made)
+    return ready(paths, problem, *made[1:])
 
 
 def ready(scaler: Scaler, problem: Problem, loss: Tensor, grads: Grads) -> Tensor:
@@ -115,9 +123,10 @@ def ready(scaler: Scaler, problem: Problem, loss: Tensor, grads: Grads) -> Tenso
 def loss_and_grads(paths: Paths, problem: Problem, token_loss: TokenLoss, needs: Needs) -> tuple[Tensor, Grads]:
     """What `token_loss_sum` gives, and its gradients, without autograd around it."""
     with torch.no_grad():
-        made = paths.one_pass(problem, token_loss, needs) if any(needs) and len(problem.targets) else None
+        early, alone = any(needs) and len(problem.targets), replace(problem, outputs=frozenset())
+        made = paths.one_pass(alone, token_loss, needs) if early else None
         if made is not None:
-            return made
+            return made[1:]
         sums, _ = paths.sweep(problem, "nothing")
         loss, grads = grads_of_token_loss(sums, slice(None), token_loss, problem.result_dtype)
         return loss, _two_pass_grads(paths, problem, grads, needs)
@@ -188,7 +197,7 @@ class _TokenLogps(torch.autograd.Function):
         ctx: Any, paths: Paths, problem: Problem, hidden: Tensor, bias: Tensor | None, *weight: Tensor
     ) -> tuple[Tensor | None, ...]:
         ctx.set_materialize_grads(False)
-        out, state = forward(paths, problem, _needs_of(ctx))
+        out, state = forward(paths, problem, _needs_of(ctx, 2))
         ctx.mark_non_differentiable(*(x for x in out[3:] if x is not None))
         ctx.paths, ctx.problem = paths, _without_tensors(problem)
         # A backward that only scales a kept Jacobian holds on to neither hidden states nor head.
@@ -211,8 +220,58 @@ class _TokenLogps(torch.autograd.Function):
         head = None if memory is None or _graph_is_kept() else KeptHead(memory, largest, target)
         state = State(jacobian, head, maximum, log_e, entropy)
         with torch.autocast(problem.hidden.device.type, enabled=False):
-            d_hidden, d_weight, d_bias = backward(ctx.paths, problem, state, _needs_of(ctx), d_logps, d_entropy, d_lse)
+            d_hidden, d_weight, d_bias = backward(
+                ctx.paths, problem, state, _needs_of(ctx, 2), d_logps, d_entropy, d_lse
+            )
         return None, None, d_hidden, d_bias, *(d_weight or [None] * len(ctx.needs_input_grad[4:]))
+
+
+class _ExpectedLoss(torch.autograd.Function):
+    """`TokenLogps` as a tuple, and the gradients of the loss that is expected of them.
+
+    The backward looks whether the upstream gradient is that loss's, times any number: one wait for the device. Where it
+    is, the gradients are scaled; where it is not, the logits are made again.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        paths: Paths,
+        problem: Problem,
+        sums: RowSums,
+        grads: Grads,
+        hidden: Tensor,
+        bias: Tensor | None,
+        *weight: Tensor,
+    ) -> tuple[Tensor | None, ...]:
+        ctx.set_materialize_grads(False)
+        out = sums.results(problem)
+        ctx.mark_non_differentiable(*(x for x in out[3:] if x is not None))
+        ctx.paths, ctx.problem = paths, _without_tensors(problem)
+        assert problem.expected_loss is not None
+        _, expected, _ = problem.expected_loss(out.logps, out.lse)
+        entropy = None if out.entropy is None else sums.entropy()
+        d_hidden, d_weight, d_bias = grads
+        made = (d_hidden, d_bias, *(d_weight or [None] * len(weight)))
+        inputs = (hidden, bias, problem.targets, *weight)
+        ctx.save_for_backward(*made, expected, sums.max, sums.log_e(), entropy, *inputs)
+        return tuple(out)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_logps: Tensor | None, d_entropy: Tensor | None, d_lse: Tensor | None, *_: None) -> tuple:
+        count = len(ctx.needs_input_grad) - 4  # of hidden, bias and the head's tensors
+        made, (expected, maximum, log_e, entropy, *tensors) = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
+        if d_logps is not None and d_entropy is None and d_lse is None:
+            factor, fits = _multiple_of(expected, d_logps)
+            if fits:
+                return None, None, None, None, *_scaled(ctx.paths, made, factor)
+        problem = _with_tensors(ctx.problem, *tensors)
+        state = State(None, None, maximum, log_e, entropy)
+        needs = _needs_of(ctx, 4)
+        with torch.autocast(problem.hidden.device.type, enabled=False):
+            d_hidden, d_weight, d_bias = backward(ctx.paths, problem, state, needs, d_logps, d_entropy, d_lse)
+        return None, None, None, None, d_hidden, d_bias, *(d_weight or [None] * (count - 2))
 
 
 class _Ready(torch.autograd.Function):
@@ -236,11 +295,41 @@ class _Ready(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple:
-        # In place, since a second copy of the head's gradient could be the memory peak; not where the graph is kept for
-        # another backward, which will need the gradients unscaled.
-        kept, scale_ = _graph_is_kept(), ctx.scaler.scale_
-        scaled = [g if g is None else g * upstream if kept else scale_(g, upstream) for g in ctx.saved_tensors]
-        return None, None, None, *scaled
+        return None, None, None, *_scaled(ctx.scaler, ctx.saved_tensors, upstream)
+
+
+def _scaled(scaler: Scaler, grads: Iterable[Tensor | None], factor: Tensor) -> list[Tensor | None]:
+    """Gradients that exist already, times a scalar."""
+    # In place, since a second copy of the head's gradient could be the memory peak; not where the graph is kept for
+    # another backward, which will need the gradients unscaled.
+    kept = _graph_is_kept()
+    return [g if g is None else g * factor if kept else scaler.scale_(g, factor) for g in grads]
+
+
+def _may_expect(problem: Problem, needs: Needs) -> bool:
+    """Whether gradients may be made before the loss is known: of a trained head, at once and not in fp16.
+
+    A frozen head has a path of 2 products for any loss. Gradients in fp16 could leave its range before they are scaled.
+    """
+    tensors = (problem.hidden, problem.bias, *_tensors(problem))
+    fp16 = any(x is not None and x.requires_grad and x.dtype == torch.float16 for x in tensors)
+    return needs[1] and problem.tiling.keep_head and len(problem.targets) > 0 and not fp16
+
+
+def _multiple_of(expected: Tensor, grad: Tensor) -> tuple[Tensor, bool]:
+    """A factor, on the CPU, and whether `grad` is `expected` times that, to rounding; both [N].
+
+    One wait for the device, after which a factor of 1 is seen to be one.
+    """
+    sizes = expected.abs()
+    largest = sizes.argmax()
+    factor = grad[largest] / expected[largest]
+    limits = torch.finfo(expected.dtype)
+    # Below the least normal number rounding is absolute; the largest must be far above it. No comparison holds for NaN.
+    budget = sizes.clamp(min=limits.tiny) * (factor.abs() * 8 * limits.eps)
+    fits = ((grad - factor * expected).abs() <= budget).all() & (sizes[largest] * limits.eps >= limits.tiny)
+    factor, fits = torch.stack([factor, fits.to(factor.dtype)]).cpu().unbind()
+    return factor, bool(fits)
 
 
 def _needs(problem: Problem) -> Needs:
@@ -249,9 +338,9 @@ def _needs(problem: Problem) -> Needs:
     return tuple(on and x is not None and x.requires_grad for x in tensors)  # type: ignore[return-value]
 
 
-def _needs_of(ctx: Any) -> Needs:
-    """The same within `_TokenLogps`, from its arguments."""
-    hidden, bias, *weight = ctx.needs_input_grad[2:]
+def _needs_of(ctx: Any, start: int) -> Needs:
+    """The same within a function whose arguments from `start` on are hidden, bias and the head's tensors."""
+    hidden, bias, *weight = ctx.needs_input_grad[start:]
     return hidden, any(weight), bias
 
 

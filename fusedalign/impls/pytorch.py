@@ -4,7 +4,8 @@ Costs in units of U = 2*N*D*V FLOPs, one product of all hidden states with the h
 
 * no gradient: one sweep folds every tile into running softmax sums, 1U;
 * frozen head: the same sweep keeps J = d logps / d hidden, `[N, D]`; the backward is `grad[:, None] * J`, 2U in all;
-* a sum over tokens (`token_loss_sum`): the logits of a few tokens at a time become gradients at once, 3U;
+* a sum over tokens (`token_loss_sum`), or tokens of which that is expected: the logits of a few at a time become
+  gradients at once, 3U;
 * anything else: the backward recomputes the tiles vocabulary-major and writes each tile of dW once, 4U.
 
 Logits, their sums and the accumulated products are fp32 (fp64 for fp64 operands). What enters a product: on CUDA the
@@ -317,8 +318,8 @@ class _HeadGrad:
         self.low[vocab] = total.sub_(high)
 
 
-def one_pass(problem: Problem, token_loss: TokenLoss, needs: Needs) -> tuple[Tensor, Grads] | None:
-    """The summed loss, and its gradients by hidden, weight and bias (None where not needed).
+def one_pass(problem: Problem, token_loss: TokenLoss, needs: Needs) -> tuple[RowSums, Tensor, Grads] | None:
+    """The softmax sums, the summed loss, and its gradients by hidden, weight and bias (None where not needed).
 
     The gradient of a half-precision head summed over several token chunks needs its low-order half beside it while it
     is summed, `[V, D]` in the head's dtype. Where the workspace has no room for that: None.
@@ -327,7 +328,6 @@ def one_pass(problem: Problem, token_loss: TokenLoss, needs: Needs) -> tuple[Ten
     if plan is None:
         return None
     needs_hidden, needs_weight, needs_bias = needs
-    problem = replace(problem, outputs=frozenset())
     sums = _Sums(problem)
     loss = problem.hidden.new_zeros((), dtype=problem.result_dtype)
     d_hidden = torch.empty_like(problem.hidden) if needs_hidden else None
@@ -361,7 +361,7 @@ def one_pass(problem: Problem, token_loss: TokenLoss, needs: Needs) -> tuple[Ten
             d_hidden[tokens] = times(d_hidden_rows, undo).to(d_hidden.dtype)
     d_bias = None if d_bias is None else d_bias.to(problem.bias.dtype)  # type: ignore
     d_parts = of_each_part(problem, (d_part.high for _, d_part in d_weight)) if needs_weight else None
-    return loss, (d_hidden, d_parts, d_bias)
+    return sums, loss, (d_hidden, d_parts, d_bias)
 
 
 def scale_(x: Tensor, factor: Tensor) -> Tensor:

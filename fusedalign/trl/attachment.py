@@ -25,7 +25,7 @@ from fusedalign.ops import linear_logps
 from fusedalign.trl.forward import OUTPUT_NAMES, fused_by
 from fusedalign.trl.options import HeadOptions
 from fusedalign.trl.refusals import refuse_arguments, refuse_zero3
-from fusedalign.trl.trainers import Fused
+from fusedalign.trl.trainers import Fused, loss_hint
 
 SUPPORTED = ("SFTTrainer", "DPOTrainer", "KTOTrainer", "GRPOTrainer", "RLOOTrainer")
 
@@ -35,6 +35,7 @@ class _Attachment:
     """One attached trainer: what serves it, and the hooks that mark its models' forwards."""
 
     options: HeadOptions
+    loss_hint: str | None
     handles: list[RemovableHandle] = field(default_factory=list)
 
 
@@ -70,7 +71,7 @@ def attach(trainer: Any, **options: Any) -> Any:
         raise TypeError(f"trainer must be one of TRL's {', '.join(SUPPORTED)}, got {type(trainer).__name__}")
     if unknown := options.keys() - set(HeadOptions._fields):
         raise TypeError(f"options must be among {', '.join(HeadOptions._fields)}, got {', '.join(sorted(unknown))}")
-    attachment = _Attachment(HeadOptions.of(options))
+    attachment = _Attachment(HeadOptions.of(options), loss_hint(type(trainer), trainer.args))
     if isinstance(trainer, Fused):
         raise TypeError(f"expected a trainer with TRL's head, got {type(trainer).__name__}: give it the options itself")
     if isinstance(trainer, trl.SFTTrainer):
@@ -168,6 +169,7 @@ class _Switch:
             softcap=softcap,
             temperature=temperature,
             outputs=[ours for theirs, ours in OUTPUT_NAMES.items() if theirs in outputs],
+            loss_hint=attachment.loss_hint,
             **attachment.options._asdict(),
         )
         return (out.logps, *(getattr(out, ours) for ours in OUTPUT_NAMES.values()))

@@ -45,6 +45,7 @@ def add_lm_head(
     *,
     options: HeadOptions,
     mean_positions: slice | None = None,
+    loss_hint: str | None = None,
 ) -> None:
     """Give `model` the forward described above.
 
@@ -53,6 +54,7 @@ def add_lm_head(
         outputs: which fields of TRL's `FusedCausalLMOutput` to fill, beside `loss`, `log_probs` and `label_mask`.
         options: of the head.
         mean_positions: the positions over which `row_mean_logits` averages; None: it is not wanted.
+        loss_hint: as in `linear_logps`.
 
     Raises:
         TypeError, ValueError: the head cannot be read, see `lm_head`, or the model's backbone cannot be told.
@@ -84,7 +86,7 @@ def add_lm_head(
         targets = shift_labels if shift_labels is not None or labels is None else shifted(labels)
         if targets is None:
             raise ValueError("fused_lm_head=True needs labels or shift_labels, got neither")
-        out = _score(_read(self), backbone.last_hidden_state, targets, outputs, mean_positions, options)
+        out = _score(_read(self), backbone.last_hidden_state, targets, outputs, mean_positions, options, loss_hint)
         if shift_labels is None:  # TRL's fields have no place for the last position
             out = {name: x if x.ndim < 2 else x[:, :-1] for name, x in out.items()}
         count = out["label_mask"].sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
@@ -115,6 +117,7 @@ def _score(
     outputs: tuple[str, ...],
     mean_positions: slice | None,
     options: HeadOptions,
+    loss_hint: str | None,
 ) -> dict[str, Tensor]:
     """TRL's per-token fields, [B, T], and `row_mean_logits`, [B], where it is wanted."""
     # A model that is split over devices can end on another one than that of its head.
@@ -122,7 +125,7 @@ def _score(
     hidden, targets = head.expand(hidden.to(device)), targets.to(device)
     of_head = {"bias": head.bias, "scale": head.scale, "softcap": head.softcap, **options._asdict()}
     wanted = {theirs: ours for theirs, ours in OUTPUT_NAMES.items() if theirs in outputs}
-    out = linear_logps(hidden, head.weight, targets, outputs=tuple(wanted.values()), **of_head)
+    out = linear_logps(hidden, head.weight, targets, outputs=tuple(wanted.values()), loss_hint=loss_hint, **of_head)
     fields = {"log_probs": out.logps, "label_mask": targets != -100}
     fields |= {theirs: getattr(out, ours) for theirs, ours in wanted.items()}
     if mean_positions is not None:

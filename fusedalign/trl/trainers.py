@@ -29,18 +29,19 @@ class Fused:
         options = HeadOptions.of(kwargs)
         kwargs = {name: value for name, value in kwargs.items() if name not in HeadOptions._fields}
         signature = inspect.signature(super().__init__)
-        refuse_arguments(type(self).__name__, signature.bind(*args, **kwargs).arguments)
+        arguments = signature.bind(*args, **kwargs).arguments
+        refuse_arguments(type(self).__name__, arguments)
         self.head_options = options
-        with self._head_in_place():
+        with self._head_in_place(loss_hint(type(self), arguments.get("args"))):
             super().__init__(*args, **kwargs)
         refuse_sharded(self)
 
     @contextlib.contextmanager
-    def _head_in_place(self) -> Iterator[None]:
+    def _head_in_place(self, hint: str | None) -> Iterator[None]:
         stock = next(cls for cls in type(self).__mro__ if cls.__module__.startswith("trl."))
         module: Any = sys.modules[stock.__module__]
         ours = {
-            "add_fused_lm_head": functools.partial(add_lm_head, options=self.head_options),
+            "add_fused_lm_head": functools.partial(add_lm_head, options=self.head_options, loss_hint=hint),
             "BaseTunerLayer": _NoAdapter,  # of which TRL asks whether the head is one, in order to refuse it
         }
         before = {name: getattr(module, name) for name in ours if hasattr(module, name)}
@@ -55,6 +56,13 @@ class Fused:
 
 class _NoAdapter:
     """No head is an instance of this."""
+
+
+def loss_hint(cls: type, args: Any) -> str | None:
+    """The `loss_hint` for a trainer of this class: its loss, where that is TRL's own of SFT."""
+    if not issubclass(cls, trl.SFTTrainer) or cls.compute_loss is not trl.SFTTrainer.compute_loss:
+        return None
+    return getattr(args, "loss_type", trl.SFTConfig.loss_type)
 
 
 class FusedSFTTrainer(Fused, trl.SFTTrainer):

@@ -102,9 +102,13 @@ def supports(problem: Problem) -> str | None:
 
 
 def token_logps(problem: Problem) -> TokenLogps:
-    """`TokenLogps` of [N] tokens, by the cheapest of the paths above that gives the gradients which are needed."""
+    """`TokenLogps` of [N] tokens, by the cheapest of the paths above that gives the gradients which are needed.
+
+    No gradient is made before the loss is known: beyond what dW's memory keeps anyway, that would spare only the tokens
+    that fit the workspace, for a wait in the backward.
+    """
     with _on_device(problem):
-        return autograd.token_logps(sys.modules[__name__], problem)
+        return autograd.token_logps(sys.modules[__name__], replace(problem, expected_loss=None))
 
 
 def token_loss_sum(problem: Problem, token_loss: TokenLoss) -> Tensor:
@@ -275,9 +279,8 @@ def two_pass_grads(
     return _grads(problem, [first, *others], grads, needs, target=head.target, d_weight=head.d_weight)
 
 
-def one_pass(problem: Problem, token_loss: TokenLoss, needs: Needs) -> tuple[Tensor, Grads] | None:
-    """The summed loss, and its gradients by hidden, weight and bias (None where not needed)."""
-    problem = replace(problem, outputs=frozenset())
+def one_pass(problem: Problem, token_loss: TokenLoss, needs: Needs) -> tuple[RowSums, Tensor, Grads] | None:
+    """The softmax sums, the summed loss, and its gradients by hidden, weight and bias (None where not needed)."""
     if needs[1]:
         return _one_pass_with_head(problem, token_loss, needs)
     if needs[2] or problem.operand_dtype == torch.float16:
@@ -289,16 +292,16 @@ def one_pass(problem: Problem, token_loss: TokenLoss, needs: Needs) -> tuple[Ten
         loss += chunk_loss
         rows_of_head.combine(grads, d_hidden[tokens])
         del rows_of_head
-    return None if _any_row_is_lost(problem, rows) else (loss, (d_hidden, None, None))
+    return None if _any_row_is_lost(problem, rows) else (rows, loss, (d_hidden, None, None))
 
 
-def _one_pass_with_head(problem: Problem, token_loss: TokenLoss, needs: Needs) -> tuple[Tensor, Grads]:
+def _one_pass_with_head(problem: Problem, token_loss: TokenLoss, needs: Needs) -> tuple[RowSums, Tensor, Grads]:
     rows, everything, d_weight = RowSums(problem), slice(0, len(problem.hidden)), None
     if isinstance(problem.weight, Tensor):
         d_weight = torch.empty_like(problem.weight, memory_format=torch.contiguous_format)
     stores = _swept(problem, _stores(problem, d_weight, workspace=True), rows)
     loss, grads = grads_of_token_loss(rows, everything, token_loss, problem.result_dtype)
-    return loss, _grads(problem, stores, grads, needs, target=rows.target, d_weight=d_weight)
+    return rows, loss, _grads(problem, stores, grads, needs, target=rows.target, d_weight=d_weight)
 
 
 def _swept(problem: Problem, stores: list[_Store], rows: RowSums) -> list[_Store]:

@@ -1,0 +1,88 @@
+"""SFT under TRL: 3 products of the head's size, as its loss is known before it comes; test_matrix has the metrics."""
+
+import pytest
+import tiny
+import torch
+import trl
+from torch.utils.flop_counter import FlopCounterMode
+
+from fusedalign.impls import pytorch
+from fusedalign.trl import FusedSFTTrainer
+
+PYTORCH = [("impl", "pytorch")]
+
+
+def products(trainer):
+    """What the head takes of a training step, in units of the product of the tokens that count with it."""
+    batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    trainer.model.train()
+    with FlopCounterMode(display=False) as step:
+        trainer.compute_loss(trainer.model, batch).backward()
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    with FlopCounterMode(display=False) as backbone:
+        trainer.model.base_model(**inputs).last_hidden_state.sum().backward()
+    v, d = trainer.model.get_output_embeddings().weight.shape
+    tokens = int((batch["labels"][:, 1:] != -100).sum())
+    return (step.get_total_flops() - backbone.get_total_flops()) / (2 * tokens * d * v)
+
+
+@pytest.mark.parametrize("how", ["attach", "fused"])
+@pytest.mark.parametrize("loss_type", ["nll", "dft"])
+@pytest.mark.parametrize("model", ["qwen3", "tied"])
+def test_a_step_takes_three_products(build, how, loss_type, model):
+    assert products(build("sft", how, model=model, loss_type=loss_type, head=PYTORCH)) == 3
+
+
+class _Weighted:
+    """A loss of one's own on top of TRL's contract."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        out = model(**inputs, fused_lm_head=True)
+        weights = torch.linspace(1, 2, out.log_probs.shape[1])
+        return -(out.log_probs * weights).sum() / 50
+
+
+class _Stock(_Weighted, trl.SFTTrainer):
+    pass
+
+
+class _Fused(_Weighted, FusedSFTTrainer):
+    pass
+
+
+@pytest.mark.parametrize("how", ["attach", "fused"])
+def test_of_a_loss_of_ones_own_nothing_is_expected(build, how):
+    """Its gradients would be made twice."""
+    assert products(build("sft", how, cls=_Fused if how == "fused" else _Stock, head=PYTORCH)) == 4
+
+
+@pytest.mark.parametrize("how", ["attach", "fused"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"loss_type": "dft", "gradient_accumulation_steps": 3, "per_device_train_batch_size": 2},
+        {"model": "gemma2"},
+        {"model": "qwen3_moe"},
+        {"gradient_checkpointing": True},
+    ],
+    ids=str,
+)
+def test_no_step_makes_its_logits_again(build, stock_history, how, options, monkeypatch):
+    """Whatever the loss is divided by and added to; every metric as TRL's."""
+    options = {"max_steps": 3} | options
+    want = stock_history("sft", **options)
+    monkeypatch.setattr(pytorch, "two_pass_grads", None)
+    tiny.assert_same(tiny.history(build("sft", how, head=PYTORCH, **options)), want)
+
+
+def test_dpo_expects_nothing(build, monkeypatch):
+    """Its weights come from whole sequences."""
+    monkeypatch.setattr(pytorch, "one_pass", None)
+    for how in ("attach", "fused"):
+        build("dpo", how, head=PYTORCH, max_steps=1).train()
+
+
+def test_an_evaluation_makes_no_gradient(build, monkeypatch):
+    monkeypatch.setattr(pytorch, "one_pass", None)
+    for how in ("attach", "fused"):
+        build("sft", how, head=PYTORCH).evaluate()
