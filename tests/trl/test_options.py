@@ -288,21 +288,6 @@ def test_a_subclass(build, stock_history):
 # ------------------------------------------------------------------------------------------------------------ refusals
 
 
-@pytest.mark.parametrize("how", ["attach", "fused"])
-def test_what_takes_the_logits_is_refused_at_construction(build, how):
-    with pytest.raises(
-        ValueError, match=r"needs label_smoothing_factor=0, got 0\.1, which takes the logits: in a loop"
-    ):
-        build("sft", how, label_smoothing_factor=0.1)
-    with pytest.raises(ValueError, match="needs compute_loss_func=None, got a function: it is given the logits"):
-        build("sft", how, arguments=[("compute_loss_func", lambda: lambda *a, **k: None)])
-
-
-def test_model_init_is_refused(build):
-    with pytest.raises(ValueError, match="FusedORPOTrainer needs model_init=None, got a function"):
-        build("orpo", "fused", arguments=[("model_init", lambda: lambda: None)])
-
-
 @pytest.mark.parametrize("kind", ["sft", "cpo"])
 def test_options_are_checked_at_construction(build, kind):
     with pytest.raises(ValueError, match=r"impl must be one of auto, triton, .*, got 'cuda'"):
