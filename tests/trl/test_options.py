@@ -19,7 +19,7 @@ from fusedalign.trl.forward import add_lm_head, fused_by
 KINDS = ("sft", "dpo", "kto", "cpo", "orpo", "tpo")
 LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False, "task_type": "CAUSAL_LM"}
 PEFT = {
-    "lora": lambda: peft.LoraConfig(**LORA),
+    "lora": tiny.lora,
     "head to save": lambda: peft.LoraConfig(**LORA, modules_to_save=["lm_head"]),
     "prompt tuning": lambda: peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
 }
@@ -50,11 +50,26 @@ def _with_adapter(model):
     return peft.get_peft_model(model, peft.LoraConfig(**LORA))
 
 
+LOW = [
+    pytest.param({"bf16": True}, id="bf16"),
+    pytest.param(
+        {"fp16": True, "use_cpu": False},
+        id="fp16",
+        marks=[
+            pytest.mark.gpu,
+            pytest.mark.skipif(not torch.cuda.is_available(), reason="Trainer has no fp16 mixed precision on a CPU"),
+        ],
+    ),
+]
+
+
+@pytest.mark.parametrize("low", LOW)
 @pytest.mark.parametrize("kind", KINDS)
-def test_bf16_autocast_is_as_near_to_fp32_as_stock(build, stock_history, kind):
+def test_mixed_precision_is_as_near_to_fp32_as_stock(build, stock_history, kind, low):
     """With a learning rate of 0: weights that move drift apart in bf16 whatever the head does, and hide that."""
-    fp32, stock = (stock_history(kind, learning_rate=0.0, bf16=bf16) for bf16 in (False, True))
-    ours = tiny.history(build(kind, "fused", learning_rate=0.0, bf16=True))
+    device = {name: x for name, x in low.items() if name == "use_cpu"}
+    fp32, stock = (stock_history(kind, learning_rate=0.0, **options) for options in (device, low))
+    ours = tiny.history(build(kind, "fused", learning_rate=0.0, **low))
     assert [row.keys() for row in ours] == [row.keys() for row in stock]
 
     def distances(rows):
