@@ -45,6 +45,9 @@ class _FusedForward(Fused):
             _logger.warning("%s is an encoder-decoder: it keeps TRL's own path, with logits", type(model).__name__)
             return
         add_lm_head(model, self._outputs, options=self.head_options, mean_positions=self._mean_positions)
+        if trainer.args.use_liger_kernel:  # which would replace that forward when training starts
+            kernels = trainer.args.liger_kernel_config or {}
+            trainer.args.liger_kernel_config = {**kernels, "fused_linear_cross_entropy": False}
 
     def _completion_forward(self, model: Any, batch: Any, *, with_prompt: bool, mean: bool, aux: bool) -> tuple:
         """What CPO's and ORPO's `concatenated_forward` returns, with mean logits in the place of the logits.

@@ -14,6 +14,11 @@ def refuse_arguments(name: str, arguments: Mapping[str, Any]) -> None:
             f"{name} needs label_smoothing_factor=0, got {args.label_smoothing_factor}, which takes the logits: "
             "in a loop of your own fusedalign.sft_loss has label_smoothing"
         )
+    if getattr(args, "use_liger_kernel", False) and (args.liger_kernel_config or {}).get("fused_linear_cross_entropy"):
+        raise ValueError(
+            f"{name} needs liger_kernel_config without fused_linear_cross_entropy, got True: it replaces "
+            "the forward; leave it out, Liger's other kernels stay"
+        )
     for argument, instead in (
         ("compute_loss_func", "it is given the logits; override compute_loss of a subclass instead"),
         ("model_init", "each of its models would come without the fused head; pass the model"),

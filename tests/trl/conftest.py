@@ -6,6 +6,7 @@ import pytest
 
 pytest.importorskip("trl")
 
+import plain
 import tiny
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSeq2SeqLM
@@ -45,7 +46,10 @@ def tiny_folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def build(tiny_folder, tmp_path_factory):
-    """build("dpo", "stock" | "attach" | "fused", model="qwen3", ..., **config) -> a trainer, always the same one."""
+    """build("dpo", "stock" | "attach" | "fused" | "plain", model="qwen3", ..., **config) -> a trainer, always the same.
+
+    "plain" is the Fused trainer with log-probabilities from full logits, for what stock TRL refuses.
+    """
     output = str(tmp_path_factory.mktemp("runs"))
     tokenizer, datasets = tiny.tokenizer(), {}
 
@@ -81,7 +85,9 @@ def build(tiny_folder, tmp_path_factory):
         if prepare is not None:
             lm = prepare(lm)
         torch.manual_seed(0)
-        trainer = (cls or (fused if how == "fused" else stock))(
+        if cls is None:
+            cls = {"fused": fused, "plain": fused and plain.with_plain_head(fused)}.get(how, stock)
+        trainer = cls(
             model=lm,
             args=config_cls(**config | options),
             train_dataset=dataset(kind, rows),

@@ -1,7 +1,6 @@
 """What the matrix does not have: adapters, low precision, encoder-decoders, vision, compilation, refusals."""
 
 import collections
-import math
 
 import peft
 import pytest
@@ -20,7 +19,7 @@ from fusedalign.trl.forward import add_lm_head, fused_by
 KINDS = ("sft", "dpo", "kto", "cpo", "orpo", "tpo")
 LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False, "task_type": "CAUSAL_LM"}
 PEFT = {
-    "lora": lambda: peft.LoraConfig(**LORA),
+    "lora": tiny.lora,
     "head to save": lambda: peft.LoraConfig(**LORA, modules_to_save=["lm_head"]),
     "prompt tuning": lambda: peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
 }
@@ -51,21 +50,26 @@ def _with_adapter(model):
     return peft.get_peft_model(model, peft.LoraConfig(**LORA))
 
 
-@pytest.mark.parametrize("kind", ["sft", "dpo", "orpo"])
-def test_the_backward_does_not_touch_a_frozen_head(build, kind, monkeypatch):
-    """A frozen head takes the path that keeps d logps / d hidden, and two_pass_grads reads the head again."""
-    monkeypatch.setattr(pytorch, "two_pass_grads", None)
-    monkeypatch.setattr(pytorch, "one_pass", None)
-    trainer = build(kind, "fused", head=[("impl", "pytorch")], max_steps=1, arguments=[("peft_config", PEFT["lora"])])
-    trainer.train()
-    assert trainer.state.log_history[0]["grad_norm"] > 0
+LOW = [
+    pytest.param({"bf16": True}, id="bf16"),
+    pytest.param(
+        {"fp16": True, "use_cpu": False},
+        id="fp16",
+        marks=[
+            pytest.mark.gpu,
+            pytest.mark.skipif(not torch.cuda.is_available(), reason="Trainer has no fp16 mixed precision on a CPU"),
+        ],
+    ),
+]
 
 
+@pytest.mark.parametrize("low", LOW)
 @pytest.mark.parametrize("kind", KINDS)
-def test_bf16_autocast_is_as_near_to_fp32_as_stock(build, stock_history, kind):
+def test_mixed_precision_is_as_near_to_fp32_as_stock(build, stock_history, kind, low):
     """With a learning rate of 0: weights that move drift apart in bf16 whatever the head does, and hide that."""
-    fp32, stock = (stock_history(kind, learning_rate=0.0, bf16=bf16) for bf16 in (False, True))
-    ours = tiny.history(build(kind, "fused", learning_rate=0.0, bf16=True))
+    device = {name: x for name, x in low.items() if name == "use_cpu"}
+    fp32, stock = (stock_history(kind, learning_rate=0.0, **options) for options in (device, low))
+    ours = tiny.history(build(kind, "fused", learning_rate=0.0, **low))
     assert [row.keys() for row in ours] == [row.keys() for row in stock]
 
     def distances(rows):
@@ -206,69 +210,6 @@ def test_attach_to_grpo_with_a_head_in_fp32_and_an_entropy_bonus(build):
     tiny.assert_same(got, want, tolerance=1e-2)
 
 
-# ------------------------------------------------------------------------------------------------------------ pitfalls
-
-
-@pytest.mark.parametrize("kind", ["dpo", "kto"])
-def test_at_step_0_policy_is_reference(build, kind):
-    trainer = build(kind, "fused", max_steps=1)
-    trainer.train()
-    expected = {"dpo": math.log(2), "kto": 0.5}[kind]
-    assert trainer.state.log_history[0]["loss"] == pytest.approx(expected, abs=1e-6)
-
-
-@pytest.mark.parametrize("kind", ["sft", "dpo", "orpo", "tpo"])
-def test_accumulation_1x8_equals_8x1(build, kind):
-    """Uneven lengths: every token of the window weighs the same for SFT, every pair for DPO.
-
-    ORPO's and TPO's NLL is a mean over the tokens of each batch, in TRL too, so there the two are different losses:
-    what must agree then is stock TRL.
-    """
-    runs = []
-    for size in (1, 8):
-        options = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 8 // size, "max_steps": 2}
-        how = "fused" if kind in ("sft", "dpo") or size == 1 else "stock"
-        if kind in ("orpo", "tpo"):
-            options |= {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8}
-        trainer = build(kind, how, **options)
-        trainer.train()
-        runs.append([(row["loss"], row["grad_norm"]) for row in trainer.state.log_history if "loss" in row])
-    torch.testing.assert_close(torch.tensor(runs[0]), torch.tensor(runs[1]), rtol=1e-4, atol=1e-5)
-
-
-def test_kto_with_one_side_alone(build, stock_history):
-    options = {"per_device_train_batch_size": 1, "loss_type": "apo_zero_unpaired"}
-    tiny.assert_same(tiny.history(build("kto", "fused", **options)), stock_history("kto", **options))
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_batch_without_any_token_that_counts(build, kind):
-    """Finite, and connected to the graph."""
-    trainer = build(kind, "fused", per_device_train_batch_size=2)
-    batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
-    for name in batch:
-        if name.endswith("completion_mask"):
-            batch[name] = torch.zeros_like(batch[name])
-        elif name.endswith("labels"):
-            batch[name] = torch.full_like(batch[name], -100)
-    trainer.model.train()
-    loss = trainer.compute_loss(trainer.model, batch)
-    loss.backward()
-    assert torch.isfinite(loss)
-
-
-@pytest.mark.parametrize("kind", ["sft", "cpo"])
-def test_generate_save_and_reload(build, kind, tmp_path):
-    trainer = build(kind, "fused", max_steps=1)
-    trainer.train()
-    ids = torch.tensor([[3, 5, 6, 7]])
-    answer = trainer.model.generate(ids, max_new_tokens=5, do_sample=False)
-    trainer.save_model(str(tmp_path))
-    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path)
-    torch.testing.assert_close(reloaded(ids).logits, trainer.model(ids).logits)
-    assert torch.equal(reloaded.generate(ids, max_new_tokens=5, do_sample=False), answer)
-
-
 def test_trl_is_as_it_was_after_the_construction_even_if_that_fails(build):
     before = dpo_trainer.add_fused_lm_head, dpo_trainer.BaseTunerLayer
     assert fused_by(build("dpo", "fused").model) == "fusedalign"
@@ -288,24 +229,9 @@ def test_a_subclass(build, stock_history):
 # ------------------------------------------------------------------------------------------------------------ refusals
 
 
-@pytest.mark.parametrize("how", ["attach", "fused"])
-def test_what_takes_the_logits_is_refused_at_construction(build, how):
-    with pytest.raises(
-        ValueError, match=r"needs label_smoothing_factor=0, got 0\.1, which takes the logits: in a loop"
-    ):
-        build("sft", how, label_smoothing_factor=0.1)
-    with pytest.raises(ValueError, match="needs compute_loss_func=None, got a function: it is given the logits"):
-        build("sft", how, arguments=[("compute_loss_func", lambda: lambda *a, **k: None)])
-
-
-def test_model_init_is_refused(build):
-    with pytest.raises(ValueError, match="FusedORPOTrainer needs model_init=None, got a function"):
-        build("orpo", "fused", arguments=[("model_init", lambda: lambda: None)])
-
-
 @pytest.mark.parametrize("kind", ["sft", "cpo"])
 def test_options_are_checked_at_construction(build, kind):
-    with pytest.raises(ValueError, match="impl must be one of auto, triton, liger, cce, pytorch"):
+    with pytest.raises(ValueError, match=r"impl must be one of auto, triton, .*, got 'cuda'"):
         build(kind, "fused", head=[("impl", "cuda")])
     with pytest.raises(ValueError, match="filter_eps must be None"):
         build(kind, "fused", head=[("impl", "pytorch"), ("filter_eps", 1e-4)])

@@ -1,5 +1,6 @@
 """Tiny models of many families from their configurations, a little data, and the trainers that the tests compare."""
 
+import peft
 import pytest
 import torch
 import transformers
@@ -126,6 +127,11 @@ def classes(kind):
         holder = import_module(f"trl.experimental.{kind}")
     fused = getattr(fusedalign.trl, f"Fused{name}Trainer", None)
     return getattr(holder, f"{name}Trainer"), fused, getattr(holder, f"{name}Config")
+
+
+def lora():
+    """Adapters elsewhere than on the head."""
+    return peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
 
 
 def tokenizer():

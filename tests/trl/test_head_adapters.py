@@ -1,0 +1,122 @@
+"""Adapters on the head of the Fused trainers, of which stock TRL refuses most.
+
+The oracle is the same trainer with log-probabilities from the model's own forward, PEFT's call of the head in it
+(tests/trl/plain.py).
+"""
+
+import itertools
+
+import peft
+import pytest
+import tiny
+import torch
+from helpers import Allocations
+
+KINDS = ("sft", "dpo", "kto", "cpo", "simpo", "orpo", "tpo")
+LORA = {"r": 4, "target_modules": ["q_proj", "lm_head"], "init_lora_weights": False, "task_type": "CAUSAL_LM"}
+TOKENS = [3, 5, 8, 12]  # words of the data
+ELSEWHERE = LORA | {"target_modules": ["q_proj"]}
+ADAPTERS = {
+    "lora": ("qwen3", lambda: peft.LoraConfig(**LORA)),
+    "rslora": ("phi", lambda: peft.LoraConfig(**LORA, use_rslora=True, lora_alpha=3)),
+    "tokens, tied": ("tied", lambda: peft.LoraConfig(**ELSEWHERE, trainable_token_indices=TOKENS)),
+    "tokens, untied": (
+        "qwen3",
+        lambda: peft.LoraConfig(**ELSEWHERE, trainable_token_indices={"embed_tokens": [3, 4], "lm_head": TOKENS}),
+    ),
+    "softcap": ("gemma2", lambda: peft.LoraConfig(**ELSEWHERE, trainable_token_indices=TOKENS)),
+    "head to save": ("qwen3", lambda: peft.LoraConfig(**ELSEWHERE, modules_to_save=["lm_head"])),
+}
+
+
+def options(kind, adapter, **more):
+    model, config = ADAPTERS[adapter]
+    more = {"model": model, "arguments": [("peft_config", config)], "learning_rate": 1e-2, **more}
+    if kind == "simpo":
+        return "cpo", more | {"loss_type": "simpo", "cpo_alpha": 0.5}
+    return kind, more
+
+
+def assert_as_with_logits(build, kind, more):
+    got, want = (tiny.history(build(kind, how, **more)) for how in ("fused", "plain"))
+    tiny.assert_same(got, want)
+    assert any(row.get("grad_norm", 0) > 0 for row in got)
+
+
+def cases(kinds, adapters, quick):
+    """All pairs, those that are not `quick` marked slow."""
+    for adapter, kind in itertools.product(adapters, kinds):
+        marks = [] if quick(adapter, kind) else [pytest.mark.slow]
+        yield pytest.param(kind, adapter, marks=marks, id=f"{kind}, {adapter}")
+
+
+def one_each(adapter, kind):
+    """LoRA in every trainer, and every adapter in DPO and in one trainer more."""
+    turn = list(ADAPTERS).index(adapter) % len(KINDS)
+    return adapter == "lora" or kind in ("dpo", KINDS[turn], KINDS[(turn + 3) % len(KINDS)])
+
+
+@pytest.mark.parametrize(("kind", "adapter"), cases(KINDS, list(ADAPTERS)[:-1], one_each))
+def test_as_with_logits(build, kind, adapter):
+    """DPO's and KTO's reference is the model with the adapter disabled. A head to save: test_options, stock TRL."""
+    assert_as_with_logits(build, *options(kind, adapter))
+
+
+@pytest.mark.parametrize("kind", ["cpo", "orpo", "tpo"])
+def test_virtual_tokens_of_prompt_tuning(build, kind):
+    """Stock TRL ends in mismatched shapes; of the other trainers it is the oracle, see test_options."""
+    config = [("peft_config", lambda: peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))]
+    assert_as_with_logits(build, kind, {"arguments": config})
+
+
+@pytest.mark.parametrize(
+    ("kind", "adapter"), cases(["dpo", "kto"], ADAPTERS, lambda a, k: (k == "dpo") == (a in ("lora", "tokens, tied")))
+)
+def test_a_precomputed_reference(build, kind, adapter):
+    assert_as_with_logits(build, *options(kind, adapter, precompute_ref_log_probs=True))
+
+
+@pytest.mark.parametrize(
+    ("kind", "adapter"),
+    cases(["dpo", "kto"], ["lora", "tokens, tied"], lambda a, k: (k == "dpo") == (a == "lora")),
+)
+def test_an_adapter_that_is_trained_further(build, kind, adapter):
+    """Its reference is a copy, the adapter "ref", to which TRL switches."""
+    model, config = ADAPTERS[adapter]
+
+    def with_adapter(lm):
+        torch.manual_seed(3)
+        wrapped = peft.get_peft_model(lm, config())
+        for name, x in wrapped.named_parameters():
+            if "trainable_tokens" in name:
+                torch.nn.init.normal_(x)
+        return wrapped
+
+    assert_as_with_logits(build, kind, {"model": model, "prepare": with_adapter, "learning_rate": 1e-2})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_step_makes_logits_or_anything_of_the_heads_size(build, kind):
+    """LoRA on the head, a whole training of one step, the optimiser's included: [V, D] is 6704, N*V is more."""
+
+    def largest(how):
+        name, more = options(kind, "lora", max_steps=1, per_device_train_batch_size=2)
+        trainer = build(name, how, **more)
+        config = trainer.model.config
+        with Allocations() as allocations:
+            trainer.train()
+        return allocations.largest(), config.vocab_size * config.hidden_size
+
+    made, head = largest("fused")
+    assert made < head
+    if kind == "sft":  # the check can fail
+        made, head = largest("plain")
+        assert made >= head
+
+
+@pytest.mark.parametrize("kind", ["sft", "dpo", "kto", "cpo", "orpo", "tpo"])
+def test_dora_is_refused_at_construction(build, kind):
+    name, more = options(kind, "lora", arguments=[("peft_config", lambda: peft.LoraConfig(**LORA, use_dora=True))])
+    use = r"use LoRA \(also use_rslora=True\), trainable_token_indices or modules_to_save for the head"
+    with pytest.raises(TypeError, match=rf"lm_head to have plain LoRA, got Dora\w* in adapter 'default'; {use}"):
+        build(name, "fused", **more)

@@ -1,0 +1,153 @@
+"""Each thing that a trainer refuses when it is built or attached to, by its message."""
+
+import inspect
+import types
+
+import pytest
+import tiny
+import transformers
+import transformers.trainer
+from accelerate.state import AcceleratorState
+
+from fusedalign.trl import attach
+from fusedalign.trl.forward import fused_by
+
+KINDS = ("sft", "dpo", "kto", "cpo", "orpo", "tpo")
+
+
+@pytest.fixture
+def pretend(monkeypatch):
+    """pretend("fsdp"), pretend("zero", 3): the trainers that are built from now on believe to run under that."""
+
+    def under(what, stage=None):
+        create = transformers.Trainer.create_accelerator_and_postprocess
+
+        def created(self):
+            create(self)
+            if what == "fsdp":
+                self.is_fsdp_enabled = True
+                return
+            self.is_deepspeed_enabled = True
+            plugin = types.SimpleNamespace(zero_stage=stage)
+            monkeypatch.setattr(AcceleratorState, "deepspeed_plugin", property(lambda _: plugin))
+
+        monkeypatch.setattr(transformers.Trainer, "create_accelerator_and_postprocess", created)
+
+    return under
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_fused_classes_under_fsdp(build, pretend, kind):
+    pretend("fsdp")
+    instead = r"attach\(\) to TRL's own trainer, whose forward gathers it, or use DDP"
+    with pytest.raises(ValueError, match=rf"Trainer needs a head that is whole on each rank, got FSDP: {instead}"):
+        build(kind, "fused", arguments=[("peft_config", tiny.lora)])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_fused_classes_under_zero_3(build, pretend, kind):
+    pretend("zero", 3)
+    with pytest.raises(ValueError, match="whole on each rank, got DeepSpeed ZeRO-3: use stage 2 or stock TRL"):
+        build(kind, "fused", arguments=[("peft_config", tiny.lora)])
+
+
+@pytest.mark.parametrize("kind", ["sft", "dpo", "kto"])
+def test_attach_under_zero_3(build, pretend, kind):
+    pretend("zero", 3)
+    trainer = build(kind, "stock", arguments=[("peft_config", tiny.lora)])
+    with pytest.raises(ValueError, match="whole on each rank, got DeepSpeed ZeRO-3: use stage 2 or stock TRL"):
+        attach(trainer)
+
+
+@pytest.mark.parametrize("how", ["fused", "attach"])
+def test_zero_2_is_not_refused(build, pretend, how):
+    pretend("zero", 2)
+    build("sft", how)
+
+
+# --------------------------------------------------------------------------------------------------------------- Liger
+
+
+@pytest.fixture
+def liger(monkeypatch):
+    """A stand-in for Liger Kernel, which replaces the forward unless told otherwise when a training starts."""
+    applied = []
+
+    def lce_forward(*args, **kwargs):
+        raise AssertionError("Liger's forward was called")
+
+    def apply(model, config):
+        applied.append(config)
+        if (config or {}).get("fused_linear_cross_entropy", True):
+            model.forward = lce_forward
+
+    monkeypatch.setattr(transformers.trainer, "apply_liger_kernel", apply)
+    monkeypatch.setattr(transformers.trainer, "is_liger_kernel_available", lambda: True, raising=False)
+    return applied
+
+
+@pytest.mark.parametrize("kind", ["cpo", "orpo", "tpo"])
+def test_ligers_other_kernels_leave_the_head_alone(build, liger, kind):
+    """In SFT, DPO and KTO TRL sees to it."""
+    trainer = build(kind, "fused", use_liger_kernel=True, liger_kernel_config={"rope": True}, max_steps=1)
+    trainer.train()
+    assert liger == [{"rope": True, "fused_linear_cross_entropy": False}]
+    assert fused_by(trainer.model) == "fusedalign"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ligers_head_is_refused(build, liger, kind):
+    with pytest.raises(ValueError, match=rf"Fused{kind.upper()}Trainer needs liger_kernel_config without fused_linear"):
+        build(kind, "fused", use_liger_kernel=True, liger_kernel_config={"fused_linear_cross_entropy": True})
+
+
+@pytest.mark.parametrize("kind", ["sft", "dpo", "kto"])
+def test_ligers_forward_is_named_by_attach(build, kind):
+    """Of a trainer whose model it has patched since: what attach() would serve is no longer there."""
+    trainer = build(kind, "stock", arguments=[("peft_config", tiny.lora)])
+
+    def lce_forward(self, *args, **kwargs):
+        return None
+
+    lce_forward.__globals__["__name__"], before = "liger_kernel.transformers.model.qwen3", __name__
+    try:
+        trainer.model.get_base_model().forward = types.MethodType(lce_forward, trainer.model.get_base_model())
+        with pytest.raises(
+            RuntimeError, match=r"got liger_kernel\.transformers\.model\.qwen3\.lce_forward in its place"
+        ):
+            attach(trainer)
+    finally:
+        lce_forward.__globals__["__name__"] = before
+
+
+# ------------------------------------------------------------------------------------------------ arguments and options
+
+
+@pytest.mark.parametrize("kind", ["cpo", "orpo"])
+def test_model_init(build, kind):
+    """Those of TRL's trainers that take one."""
+    for name in KINDS:
+        assert ("model_init" in inspect.signature(tiny.classes(name)[0].__init__).parameters) == (
+            name in ("cpo", "orpo")
+        )
+    instead = "each of its models would come without the fused head; pass the model"
+    with pytest.raises(
+        ValueError, match=rf"Fused{kind.upper()}Trainer needs model_init=None, got a function: {instead}"
+    ):
+        build(kind, "fused", arguments=[("model_init", lambda: lambda: None)])
+
+
+@pytest.mark.parametrize("how", ["attach", "fused"])
+def test_label_smoothing_of_sft(build, how):
+    """fusedalign.sft_loss has it; DFT leaves it out, as in TRL, and so is not refused."""
+    instead = r"which takes the logits: in a loop of your own fusedalign\.sft_loss has label_smoothing"
+    with pytest.raises(ValueError, match=rf"needs label_smoothing_factor=0, got 0\.1, {instead}"):
+        build("sft", how, label_smoothing_factor=0.1)
+    build("sft", how, label_smoothing_factor=0.1, loss_type="dft")
+
+
+@pytest.mark.parametrize("how", ["attach", "fused"])
+def test_compute_loss_func(build, how):
+    instead = "it is given the logits; override compute_loss of a subclass instead"
+    with pytest.raises(ValueError, match=f"needs compute_loss_func=None, got a function: {instead}"):
+        build("sft", how, arguments=[("compute_loss_func", lambda: lambda *a, **k: None)])
