@@ -6,7 +6,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import DEVICES, IMPLS, Allocations, error, rounds_logit_grads
+from helpers import DEVICES, IMPLS, Allocations, error
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -276,9 +276,7 @@ def head_alone(layer, hidden, targets):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("seed", [0, 1])
 def test_bf16_with_adapters_in_fp32(config, autocast, impl, device, seed):
-    """At most twice the error of the layer's own forward, whose logits are bf16, and the rounding of operands, bf16 too
-    where that forward has fp32 adapters; root mean squares, of few numbers.
-    """
+    """At most twice the error of the layer's own forward, whose logits are bf16; root mean squares, of few numbers."""
     wrapped = adapted("llama", CONFIGS[config], torch.float32 if autocast else torch.bfloat16)
     layer = wrapped.to(device).get_base_model().lm_head
     g = torch.Generator().manual_seed(seed)
@@ -301,8 +299,7 @@ def test_bf16_with_adapters_in_fp32(config, autocast, impl, device, seed):
     for name, x in got.items():
         assert x.dtype == eager[name].dtype or name == "logps"
         ours, theirs = ((y.double() - exact[name]).norm() for y in (x, eager[name]))
-        rounding = torch.finfo(torch.bfloat16).eps / 2 * exact[name].norm()
-        assert ours <= 2 * theirs + rounding * rounds_logit_grads(impl, device), (name, ours, theirs, rounding)
+        assert ours <= 2 * theirs, name
 
 
 def test_logits_of_trained_tokens_are_not_rounded():

@@ -379,20 +379,8 @@ def test_a_library_that_is_missing_says_how_to_get_it():
 @pytest.mark.parametrize("shape", [((3, 17), 23, 252), ((2, 5, 13), 64, 1001), ((300,), 128, 5003)])
 @pytest.mark.parametrize("head", [{}, {"softcap": 5.0}, {"scale": 0.5, "temperature": 0.25}])
 def test_on_a_gpu(impl, dtype, shape, head):
-    """Ragged shapes, several tokens ignored; within twice eager code's own error where it is exact, else within 5%."""
+    """Ragged shapes, several tokens ignored; within twice eager code's own error."""
     case = make_case(*shape, dtype=dtype, device="cuda", bias=False, **head)
-    got, loss, frozen = (
-        run(case, ("logps",), outputs=(), impl=impl),
-        run_loss(case, impl=impl),
-        run_loss(case, (1, 0, 1), impl=impl),
-    )
-    problem = Problem(case.hidden.flatten(0, -2), case.weight, case.targets.flatten(), dtype, **head)
-    if next(v.caveat for v in explain(problem) if v.impl == impl) is None:
-        assert_within_budget(case, got, ("logps",))
-        assert_loss_within_budget(case, loss)
-        assert_loss_within_budget(case, frozen)
-        return
-    exact = run(case.to(torch.float64), ("logps",), impl="reference")
-    for made, want in ((got, exact), (loss, run_loss_exact(case)), (frozen, run_loss_exact(case))):
-        for name, x in made.items():
-            assert (x.double() - want[name]).norm() <= 0.05 * want[name].norm(), name
+    assert_within_budget(case, run(case, ("logps",), outputs=(), impl=impl), ("logps",))
+    assert_loss_within_budget(case, run_loss(case, impl=impl))
+    assert_loss_within_budget(case, run_loss(case, (1, 0, 1), impl=impl))
