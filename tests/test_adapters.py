@@ -1,5 +1,6 @@
 """Adapters on the head of real PEFT models: logits, losses and every gradient as the models' own forward gives them."""
 
+import collections
 import contextlib
 import copy
 
@@ -274,32 +275,38 @@ def head_alone(layer, hidden, targets):
 @pytest.mark.parametrize("config", ["lora", "rslora", "tokens"])
 @pytest.mark.parametrize("impl", [name for name in IMPLS if name != "reference"])
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("seed", [0, 1])
-def test_bf16_with_adapters_in_fp32(config, autocast, impl, device, seed):
-    """At most twice the error of the layer's own forward, whose logits are bf16; root mean squares, of few numbers."""
+def test_bf16_with_adapters_in_fp32(config, autocast, impl, device):
+    """At most twice the error of the layer's own forward, whose logits are bf16: root mean squares over 8 batches.
+
+    Of one batch alone the ratio of two such errors, each of a few numbers, is now and then above 2 by chance.
+    """
     wrapped = adapted("llama", CONFIGS[config], torch.float32 if autocast else torch.bfloat16)
     layer = wrapped.to(device).get_base_model().lm_head
-    g = torch.Generator().manual_seed(seed)
-    hidden, targets = torch.randn(2, 9, D, generator=g), torch.randint(0, V, (2, 9), generator=g)
-    hidden, targets = hidden.to(device), targets.to(device)
-    targets[0] = 4
-    hidden = (hidden if autocast else hidden.bfloat16()).requires_grad_()
     wide = copy.deepcopy(layer).double()
-    exact_hidden = hidden.detach().double().requires_grad_()
-    exact = head_alone(wide, exact_hidden, targets) | {"hidden": exact_hidden.grad}
-    with torch.autocast(device, torch.bfloat16, enabled=autocast):
-        eager = head_alone(layer, hidden, targets) | {"hidden": hidden.grad}
-        hidden.grad = None
-        layer.zero_grad()
-        out = of(lm_head(wrapped), hidden, targets, impl=impl)
-    (-out.logps.sum()).backward()
-    got = {n: p.grad for n, p in layer.named_parameters() if p.requires_grad}
-    got |= {"logps": out.logps[..., None].detach(), "hidden": hidden.grad}
-    assert got.keys() == exact.keys()
-    for name, x in got.items():
-        assert x.dtype == eager[name].dtype or name == "logps"
-        ours, theirs = ((y.double() - exact[name]).norm() for y in (x, eager[name]))
-        assert ours <= 2 * theirs, name
+    ours, theirs = collections.defaultdict(float), collections.defaultdict(float)
+    for seed in range(8):
+        g = torch.Generator().manual_seed(seed)
+        hidden, targets = torch.randn(2, 9, D, generator=g), torch.randint(0, V, (2, 9), generator=g)
+        hidden, targets = hidden.to(device), targets.to(device)
+        targets[0] = 4
+        hidden = (hidden if autocast else hidden.bfloat16()).requires_grad_()
+        exact_hidden = hidden.detach().double().requires_grad_()
+        exact = head_alone(wide, exact_hidden, targets) | {"hidden": exact_hidden.grad}
+        with torch.autocast(device, torch.bfloat16, enabled=autocast):
+            eager = head_alone(layer, hidden, targets) | {"hidden": hidden.grad}
+            hidden.grad = None
+            layer.zero_grad()
+            out = of(lm_head(wrapped), hidden, targets, impl=impl)
+        (-out.logps.sum()).backward()
+        got = {n: p.grad for n, p in layer.named_parameters() if p.requires_grad}
+        got |= {"logps": out.logps[..., None].detach(), "hidden": hidden.grad}
+        assert got.keys() == exact.keys()
+        for name, x in got.items():
+            assert x.dtype == eager[name].dtype or name == "logps"
+            ours[name] += (x.double() - exact[name]).square().sum().item()
+            theirs[name] += (eager[name].double() - exact[name]).square().sum().item()
+    for name in ours:
+        assert ours[name] <= 2**2 * theirs[name], name
 
 
 def test_logits_of_trained_tokens_are_not_rounded():

@@ -217,19 +217,19 @@ def reference_losses():
     return train("reference")
 
 
-def train(impl, device="cpu", dtype=torch.float32):
-    """The losses of 20 steps in a plain loop."""
-    model = qwen3(tie_word_embeddings=True, vocab_size=67).to(device, dtype)
-    loss_fn = LinearCrossEntropyLoss(model.get_output_embeddings(), shift=1, impl=impl)
+def train(impl, device="cpu", dtype=torch.float32, seed=0):
+    """The losses of 20 steps in a plain loop; impl "logits" is the model's own loss."""
+    model = qwen3(seed, tie_word_embeddings=True, vocab_size=67).to(device, dtype)
+    loss_fn = None if impl == "logits" else LinearCrossEntropyLoss(model.get_output_embeddings(), shift=1, impl=impl)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    ids, labels = (x.to(device) for x in batch(rows=2, length=9, vocab=67))
+    ids, labels = (x.to(device) for x in batch(seed, rows=2, length=9, vocab=67))
     losses = []
     for _ in range(20):
-        loss = loss_fn(model.model(ids)[0], labels)
+        loss = model(ids, labels=labels).loss if loss_fn is None else loss_fn(model.model(ids)[0], labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(loss.detach())
+        losses.append(loss.detach().float())
     return torch.stack(losses).cpu()
 
 
@@ -240,11 +240,27 @@ def test_20_steps_end_where_the_reference_ends(impl, reference_losses):
     torch.testing.assert_close(losses, reference_losses, rtol=1e-4, atol=1e-5)
 
 
+LOW = {"device": "cuda" if torch.cuda.is_available() else "cpu", "dtype": torch.bfloat16}
+
+
+@pytest.fixture(scope="module")
+def runs_in_bf16():
+    """Of 8 seeds, with the reference and with the model's own logits."""
+    return [torch.stack([train(impl, seed=seed, **LOW) for seed in range(8)]) for impl in ("reference", "logits")]
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("impl", IMPLS)
-def test_20_steps_in_bf16_on_a_gpu(impl):
-    """Each step's loss within 1%: weights in bf16 round every update."""
-    torch.testing.assert_close(
-        train(impl, "cuda", torch.bfloat16), train("reference", "cuda", torch.bfloat16), rtol=1e-2, atol=0
-    )
+@pytest.mark.parametrize("impl", [impl for impl in IMPLS if impl != "reference"])
+def test_20_steps_in_bf16_on_a_gpu(impl, runs_in_bf16):
+    """At most twice as far from the reference as logits lead.
+
+    Weights in bf16 round every update, up or down, so that runs drift apart from the least difference: with logits by
+    one to several percent. Hence the mean distance over 8 seeds.
+    """
+    exact, eager = runs_in_bf16
+    got = torch.stack([train(impl, seed=seed, **LOW) for seed in range(8)])
+    torch.testing.assert_close(got[:, 0], exact[:, 0], rtol=2**-8, atol=0)  # before any update: a logit's rounding
+    distance, allowed = ((losses - exact).abs().mean() for losses in (got, eager))
+    assert distance <= 2 * allowed, (distance, allowed)
+    assert (got[:, -1] < got[:, 0] - 0.1).all()
