@@ -140,6 +140,9 @@ class Problem:
     tiling: Tiling = Tiling()  # noqa: RUF009 (immutable)
     expected_loss: TokenLoss | None = None
     """The loss that is likely to be made of logps alone, times any number. It changes no result beyond rounding."""
+    head_sums: tuple[Tensor | None, ...] = ()
+    """For gradients: of each tensor of the head, contiguous memory of its shape and dtype to which its gradient is to
+    be added; None, or nothing at all: the gradient is to be made."""
 
     @property
     def head(self) -> tuple[tuple[slice, Tensor], ...]:

@@ -1,5 +1,6 @@
 """Two ranks with gloo: equal parameters afterwards, equal to one process, also where one rank has nothing to learn."""
 
+import contextlib
 import os
 
 import pytest
@@ -29,32 +30,41 @@ def batches():
 class Loss(torch.nn.Module):
     """The sum over this rank's tokens divided by the mean number of tokens a rank, since DDP averages gradients."""
 
-    def __init__(self, layers, scalar):
+    def __init__(self, layers, how):
         super().__init__()
-        self.layers, self.scalar = layers, scalar
+        self.layers, self.how = layers, how
 
     def forward(self, inputs, targets, num_items):
         hidden, head = self.layers["body"](inputs), self.layers["head"]
-        if self.scalar:
-            return linear_cross_entropy(hidden, head.weight, targets, bias=head.bias, num_items=num_items)
-        return -linear_logps(hidden, head.weight, targets, bias=head.bias).logps.sum() / num_items
+        options = {"bias": head.bias, "keep_head": self.how != "accumulated"}
+        if self.how == "scalar":
+            return linear_cross_entropy(hidden, head.weight, targets, num_items=num_items, **options)
+        return -linear_logps(hidden, head.weight, targets, **options).logps.sum() / num_items
 
 
-def train(scalar, ranks, wrap=lambda module: module):
-    module = wrap(Loss(model(), scalar))
+def train(how, ranks, wrap=lambda module: module):
+    """The weights at the end; "accumulated": a row at a time, whose backwards add to the head's gradient themselves."""
+    module = wrap(Loss(model(), how))
     optimizer = torch.optim.SGD(module.parameters(), lr=0.5)
+    no_sync = getattr(module, "no_sync", contextlib.nullcontext)
     for inputs, targets in zip(*batches(), strict=True):
         num_items = (targets != -100).sum() / (2 if len(ranks) == 1 else 1)
         optimizer.zero_grad()
-        module(inputs[ranks].flatten(0, 1), targets[ranks].flatten(0, 1), num_items).backward()
+        size = 1 if how == "accumulated" else 99
+        rows = (x[ranks].flatten(0, 1).split(size) for x in (inputs, targets))
+        *first, last = zip(*rows, strict=True)
+        with no_sync():
+            for row in first:
+                module(*row, num_items).backward()
+        module(*last, num_items).backward()
         optimizer.step()
     return [p.detach() for p in module.parameters()]
 
 
-def rank_main(rank, scalar, folder):
+def rank_main(rank, how, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    weights = train(scalar, [rank], torch.nn.parallel.DistributedDataParallel)
+    weights = train(how, [rank], torch.nn.parallel.DistributedDataParallel)
     torch.save(weights, f"{folder}/{rank}.pt")
     dist.barrier()  # a rank that leaves early takes the other's connections along
     dist.destroy_process_group()
@@ -63,10 +73,10 @@ def rank_main(rank, scalar, folder):
     )  # all is saved; ending the interpreter now and then aborts in PyTorch's threads ("terminate called ...")
 
 
-@pytest.mark.parametrize("scalar", [False, True])
-def test_two_ranks_equal_one(tmp_path, scalar):
-    mp.spawn(rank_main, args=(scalar, str(tmp_path)), nprocs=2)
+@pytest.mark.parametrize("how", ["per token", "scalar", "accumulated"])
+def test_two_ranks_equal_one(tmp_path, how):
+    mp.spawn(rank_main, args=(how, str(tmp_path)), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
-    for a, b, c in zip(first, second, train(scalar, [0, 1]), strict=True):
+    for a, b, c in zip(first, second, train("per token", [0, 1]), strict=True):
         assert torch.equal(a, b)
         torch.testing.assert_close(a, c)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fusedalign.impls.rows import RowSums, TokenGrads, grads_of_token_loss, of_each_part, trained
+from fusedalign.impls.rows import RowSums, TokenGrads, grads_of_token_loss, head_grads, of_each_part
 from fusedalign.problem import OUTPUTS, Problem, TokenLogps, TokenLoss, beside
 
 #: Gradients of hidden, of each tensor of the head, and of bias; None where not needed.
@@ -185,7 +185,9 @@ def _two_pass_grads(
         return paths.two_pass_grads(problem, grads, needs, head)
     pair = zip((problem.hidden, problem.bias), needs[::2], strict=True)
     d_hidden, d_bias = (torch.zeros_like(x) if x is not None and needed else None for x, needed in pair)
-    d_weight = of_each_part(problem, (torch.zeros_like(x) for _, x in trained(problem))) if needs[1] else None
+    if not needs[1]:
+        return d_hidden, None, d_bias
+    d_weight = of_each_part(problem, (g.memory if g.adds else g.memory.zero_() for g in head_grads(problem)))
     return d_hidden, d_weight, d_bias
 
 
@@ -219,11 +221,15 @@ class _TokenLogps(torch.autograd.Function):
         # What is kept for the head is used up by one backward; where the graph is kept, the logits are made again.
         head = None if memory is None or _graph_is_kept() else KeptHead(memory, largest, target)
         state = State(jacobian, head, maximum, log_e, entropy)
+        if problem.weight is not None and not problem.tiling.keep_head:
+            problem = replace(problem, head_sums=tuple(_grad_so_far(x) for x in _tensors(problem)))
         with torch.autocast(problem.hidden.device.type, enabled=False):
             d_hidden, d_weight, d_bias = backward(
                 ctx.paths, problem, state, _needs_of(ctx, 2), d_logps, d_entropy, d_lse
             )
-        return None, None, d_hidden, d_bias, *(d_weight or [None] * len(ctx.needs_input_grad[4:]))
+        nothing = (None,) * len(ctx.needs_input_grad[4:])
+        pairs = zip(d_weight or nothing, problem.head_sums or nothing, strict=True)
+        return None, None, d_hidden, d_bias, *(grad if added_to is None else None for grad, added_to in pairs)
 
 
 class _ExpectedLoss(torch.autograd.Function):
@@ -347,6 +353,24 @@ def _needs_of(ctx: Any, start: int) -> Needs:
 def _tensors(problem: Problem) -> Iterator[Tensor]:
     """The head's, as arguments of an autograd function."""
     return (x for _, x in problem.head)
+
+
+def _grad_so_far(x: Tensor) -> Tensor | None:
+    """`x.grad`, where autograd would do nothing with a gradient of `x` but add it to that, in place.
+
+    A backward may then do so itself, and is spared a tensor of the size of `x`. Not under `torch.autograd.grad`, nor
+    where hooks want to see the gradient. Hooks on the node that adds, as DDP has them, look at `x.grad` alone.
+    """
+    grad = x.grad if x.is_leaf else None
+    if grad is None or type(grad) is not Tensor or grad.dtype != x.dtype or not grad.is_contiguous():
+        return None
+    if x._backward_hooks or x._post_accumulate_grad_hooks or _graph_is_kept():
+        return None
+    try:
+        adds = torch._C._will_engine_execute_node(torch.autograd.graph.get_gradient_edge(x).node)
+    except (AttributeError, RuntimeError):  # a PyTorch without it; torch.autograd.grad, which asks for the gradient
+        return None
+    return grad if adds else None
 
 
 def _graph_is_kept() -> bool:

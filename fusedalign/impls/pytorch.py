@@ -274,7 +274,7 @@ def two_pass_grads(problem: Problem, grads: TokenGrads, needs: Needs, head: None
     d_bias = torch.empty_like(problem.bias) if needs_bias and problem.bias is not None else None
     for vocab in plan.vocab_tiles(problem):
         weight = _operand(problem.weight[vocab], problem)
-        d_weight_tiles = [weight.new_zeros(len(weight), x.shape[1], dtype=dtype) for _, x in d_weight]
+        d_weight_tiles = [weight.new_zeros(len(weight), g.memory.shape[1], dtype=dtype) for g in d_weight]
         d_bias_tile = weight.new_zeros(weight.shape[0], dtype=dtype) if needs_bias else None
         for tokens in plan.token_tiles(problem):
             hidden, targets = _operand(problem.hidden[tokens], problem), problem.targets[tokens]
@@ -285,13 +285,13 @@ def two_pass_grads(problem: Problem, grads: TokenGrads, needs: Needs, head: None
             grad = grad.to(weight.dtype)
             if d_hidden is not None:
                 _add_product(d_hidden[tokens], grad, weight)
-            for (columns, _), d_weight_tile in zip(d_weight, d_weight_tiles, strict=True):
-                _add_product(d_weight_tile, grad.t(), hidden[:, columns])
-        for (_, d_part), d_weight_tile in zip(d_weight, d_weight_tiles, strict=True):
-            d_part[vocab] = times(d_weight_tile, undo)
+            for d_part, d_weight_tile in zip(d_weight, d_weight_tiles, strict=True):
+                _add_product(d_weight_tile, grad.t(), hidden[:, d_part.columns])
+        for d_part, d_weight_tile in zip(d_weight, d_weight_tiles, strict=True):
+            d_part.write(vocab, times(d_weight_tile, undo))
         if d_bias is not None and d_bias_tile is not None:
             d_bias[vocab] = times(d_bias_tile, undo)
-    d_parts = of_each_part(problem, (x for _, x in d_weight)) if needs_weight else None
+    d_parts = of_each_part(problem, (g.memory for g in d_weight)) if needs_weight else None
     return None if d_hidden is None else times(d_hidden, undo).to(problem.hidden.dtype), d_parts, d_bias
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,9 +12,32 @@ from torch import Tensor
 from fusedalign.problem import Problem, TokenLogps, TokenLoss
 
 
-def head_grads(problem: Problem) -> list[tuple[slice, Tensor]]:
-    """Memory for the gradients of the head's tensors that need one, each with the columns of hidden that make it."""
-    return [(c, torch.empty_like(x, memory_format=torch.contiguous_format)) for c, x in trained(problem)]
+class HeadGrad(NamedTuple):
+    """Where the gradient of a tensor of the head goes."""
+
+    columns: slice
+    """of hidden, that make it"""
+    memory: Tensor
+    """of the tensor's shape and dtype, contiguous"""
+    adds: bool = False
+    """to what is in there; else that is overwritten"""
+
+    def write(self, vocab: slice, x: Tensor) -> None:
+        """Some rows, in any wider dtype."""
+        out = self.memory[vocab]
+        out.add_(x) if self.adds else out.copy_(x)
+
+
+def head_grads(problem: Problem) -> list[HeadGrad]:
+    """For the tensors of the head that need a gradient."""
+    sums = problem.head_sums or [None] * len(problem.head)
+    grads = []
+    for (columns, x), memory in zip(problem.head, sums, strict=True):
+        if x.requires_grad and memory is None:
+            grads.append(HeadGrad(columns, torch.empty_like(x, memory_format=torch.contiguous_format)))
+        elif x.requires_grad and memory is not None:
+            grads.append(HeadGrad(columns, memory, adds=True))
+    return grads
 
 
 def trained(problem: Problem) -> list[tuple[slice, Tensor]]:

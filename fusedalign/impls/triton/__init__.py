@@ -28,6 +28,7 @@ from torch import Tensor
 from fusedalign.impls import autograd
 from fusedalign.impls.autograd import Grads, Jacobian, Keep, KeptHead, Needs
 from fusedalign.impls.rows import (
+    HeadGrad,
     RowSums,
     TokenGrads,
     fit_half,
@@ -451,17 +452,17 @@ class _GradSums:
         self.plan, self.undo, self.dtype = _plan_grads(problem), undo, hidden.dtype
         self.tile = hidden.new_empty((len(hidden), self.plan.vocab), dtype=problem.operand_dtype)
         self.d_hidden = torch.zeros_like(hidden, dtype=torch.float32) if needs_hidden else None
-        self.d_weight: list[tuple[slice, Tensor]] | None = None
+        self.d_weight: list[HeadGrad] | None = None
         if needs_weight:
-            self.d_weight = head_grads(problem) if d_weight is None else [(slice(None), d_weight)]
+            self.d_weight = head_grads(problem) if d_weight is None else [HeadGrad(slice(None), d_weight)]
         self.d_bias = torch.empty_like(problem.bias) if needs_bias and problem.bias is not None else None
 
     def add(self, vocab: slice, grad: Tensor, hidden: Tensor, weight: Tensor, d_bias: Tensor | None) -> None:
         """Add the part of a tile: `grad` [N, v] and `weight` [v, D] in the operand dtype, `d_bias` [v] fp32."""
         if self.d_hidden is not None:
             _add_product(self.d_hidden, grad, weight)
-        for columns, d_part in self.d_weight or ():
-            _write_product(d_part[vocab], grad.t(), hidden[:, columns], self.undo)
+        for d_part in self.d_weight or ():
+            _write_product(d_part, vocab, grad.t(), hidden[:, d_part.columns], self.undo)
         if self.d_bias is not None and d_bias is not None:
             self.d_bias[vocab] = times(d_bias, self.undo)
 
@@ -470,7 +471,7 @@ class _GradSums:
         d_hidden = None if self.d_hidden is None else times(self.d_hidden, self.undo)
         if d_hidden is not None and round_hidden:
             d_hidden = d_hidden.to(self.dtype)
-        parts = None if self.d_weight is None else of_each_part(self.problem, (x for _, x in self.d_weight))
+        parts = None if self.d_weight is None else of_each_part(self.problem, (g.memory for g in self.d_weight))
         return d_hidden, parts, self.d_bias
 
 
@@ -582,11 +583,12 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         total += a.float() @ b.float()
 
 
-def _write_product(out: Tensor, a: Tensor, b: Tensor, factor: Tensor | None) -> None:
-    """`out = a @ b * factor`, summed in fp32 and rounded once."""
+def _write_product(grad: HeadGrad, vocab: slice, a: Tensor, b: Tensor, factor: Tensor | None) -> None:
+    """Some rows of a gradient from a @ b * factor, summed in fp32 and rounded once."""
+    out = grad.memory[vocab]
     if out.dtype == a.dtype and (a.dtype == torch.float32 or (a.dtype == torch.bfloat16 and a.is_cuda)):
-        torch.mm(a, b, out=out)
+        torch.addmm(out, a, b, out=out) if grad.adds else torch.mm(a, b, out=out)
     else:
         half = a.dtype.itemsize == 2
         product = torch.mm(a, b, out_dtype=torch.float32) if half and a.is_cuda else torch.mm(a.float(), b.float())
-        out.copy_(times(product, factor))
+        grad.write(vocab, times(product, factor))
