@@ -90,8 +90,8 @@ SIZES = {
 class Measured:
     """What one training took."""
 
-    step_ms: float | None = None
-    """median"""
+    ms: tuple[float, ...] = ()
+    """of each step"""
     peak_bytes: int | None = None
     """of the device, model and optimizer included; None on a CPU, like the next"""
     pass_bytes: int | None = None
@@ -101,31 +101,51 @@ class Measured:
     reason: str = ""
     """why there is nothing else"""
 
+    @property
+    def step_ms(self) -> float | None:
+        """The median."""
+        return statistics.median(self.ms) if self.ms else None
+
+    def with_another(self, other: Measured) -> Measured:
+        """Of two runs of the same training: all steps, and the higher peaks."""
+        return Measured(
+            self.ms + other.ms,
+            max((x for x in (self.peak_bytes, other.peak_bytes) if x is not None), default=None),
+            max((x for x in (self.pass_bytes, other.pass_bytes) if x is not None), default=None),
+            self.losses or other.losses,
+            self.reason or other.reason,
+        )
+
 
 def run(
     names: list[str], size: Size, steps: int, impl: str, device: str, progress: Callable[[str], None] = lambda _: None
 ) -> Iterator[tuple[Training, Measured, Measured]]:
-    """Each training with stock TRL, then with its Fused trainer.
+    """Each training with stock TRL and with its Fused trainer, both twice.
 
     Raises:
         ValueError: TRL is not installed.
     """
     for name in names:
-        training, measured = TRAININGS[name], []
-        for fused in (False, True):
+        training = TRAININGS[name]
+        measured = {False: Measured(), True: Measured()}
+        for fused in (False, True, True, False):  # so that neither has the better place, on a card that warms up
             progress(f"{training.about}: {'fusedalign' if fused else 'stock TRL'}")
-            measured.append(_measure(training, size, steps, impl, device, fused))
+            measured[fused] = measured[fused].with_another(_measure(training, size, steps, impl, device, fused))
             free(device)
-        yield training, measured[0], measured[1]
+        yield training, measured[False], measured[True]
 
 
 def table(rows: list[tuple[Training, Measured, Measured]], size: Size, steps: int, impl: str, device: str) -> str:
     """Markdown: the machine, the setting, a line a training."""
     where = ", ".join(x if name == "device" else f"{name} {x}" for name, x in machine(device).items())
     precision = "bf16 weights, mixed precision" if size is SIZES["cuda"] else "fp32"
-    setting = f"{size.name}, {size.sequences} x {size.length} tokens a step, half of them prompt, {precision}, "
-    head = [where, f"{setting}gradient checkpointing; median of {steps} steps after {_WARM_UP}; impl {impl}", ""]
-    head.insert(2, "passes: the peak of forward and backward over what is held between steps; peak: of all, in GiB")
+    head = [
+        where,
+        f"{size.name}, {size.sequences} x {size.length} tokens a step, half of them prompt, {precision}, gradient",
+        f"checkpointing; median of two runs of {steps} steps after {_WARM_UP}; impl {impl}",
+        "passes: the peak of forward and backward over what is held between steps; peak: of all, in GiB",
+        "",
+    ]
     times, memory = ["TRL ms", "fusedalign ms", "faster by"], []
     for what in ("passes", "peak"):
         memory += [f"TRL {what}", f"fusedalign {what}", "smaller by"]
@@ -167,7 +187,7 @@ def _measure(training: Training, size: Size, steps: int, impl: str, device: str,
         except torch.OutOfMemoryError:
             return Measured(reason="out of memory")
     losses = tuple(row["loss"] for row in trainer.state.log_history if "loss" in row)
-    made = Measured(statistics.median(stopwatch.ms[_WARM_UP:]), losses=losses)
+    made = Measured(tuple(stopwatch.ms[_WARM_UP:]), losses=losses)
     if device != "cuda":
         return made
     return dataclasses.replace(made, peak_bytes=stopwatch.peak, pass_bytes=stopwatch.of_passes)
