@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
 import math
 import time
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from fusedalign.bench.trainers import quiet
 from fusedalign.embedded import EMBEDDED_NAME, data_directory
 from fusedalign.ops import linear_logps
 from fusedalign.trl.attachment import attach
@@ -85,7 +81,7 @@ def _train(method: str, name: str, model: str) -> Run:
         "--disable_tqdm",
         "true",
     ]
-    with _quiet():
+    with quiet():  # what matters is in the table, the rest in metrics.jsonl
         trainer = build(method, parse(method, flags), fused=False)
         if name == "fusedalign":
             attach(trainer)
@@ -95,23 +91,6 @@ def _train(method: str, name: str, model: str) -> Run:
             seconds = time.perf_counter() - start
         answer = _answer(trainer)
     return Run(name, trainer.state.log_history, probe.largest, probe.full_logits, seconds, answer)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without progress bars and logs: what matters is in the table, the rest in metrics.jsonl."""
-    from datasets.utils import logging as datasets_logging
-    from transformers.utils import logging as transformers_logging
-
-    datasets_logging.disable_progress_bar()
-    transformers_logging.disable_progress_bar()
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(logging.NOTSET)
 
 
 def _answer(trainer: Any) -> str:

@@ -25,8 +25,9 @@ ROOMS = [
     "demo",
     "cli",
 ]
-#: What impls share: the records of tokens, the autograd around an impl's own arithmetic, what adapters have in common.
-SHARED = ["rows", "autograd", "adapter"]
+#: What impls share: the records of tokens, the cut into tiles, the autograd around an impl's own arithmetic, what
+#: adapters have in common.
+SHARED = ["rows", "tiles", "autograd", "adapter"]
 TORCH_ONLY = ["losses", "sequence"]
 OPTIONAL = ["triton", "transformers", "trl", "liger_kernel", "cut_cross_entropy", "datasets", "peft", "accelerate"]
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import io
 import logging
 import statistics
 import tempfile
@@ -178,7 +179,7 @@ def _cells(training: Training, stock: Measured, ours: Measured) -> list[str]:
 
 
 def _measure(training: Training, size: Size, steps: int, impl: str, device: str, fused: bool) -> Measured:
-    with tempfile.TemporaryDirectory() as folder, _quiet():
+    with tempfile.TemporaryDirectory() as folder, quiet():
         try:
             trainer = _trainer(training, size, steps, impl, device, fused, folder)
             stopwatch = _stopwatch(device)
@@ -298,13 +299,13 @@ def _data(training: Training, size: Size, rows: int) -> Any:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without the trainers' own lines and bars."""
-    import io
-
     from datasets.utils import logging as datasets_logging
+    from transformers.utils import logging as transformers_logging
 
     datasets_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
     logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):

@@ -19,8 +19,7 @@ half-precision copy of one, and `[vocab, D]` and `[tokens, D]` slices of the ope
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -37,6 +36,7 @@ from fusedalign.impls.rows import (
     times,
     trained,
 )
+from fusedalign.impls.tiles import Tiles
 from fusedalign.problem import DEFAULT_WORKSPACE, Problem, TokenLogps, TokenLoss
 
 ABOUT = "tiles in plain PyTorch, any device"
@@ -69,25 +69,7 @@ def token_loss_sum(problem: Problem, token_loss: TokenLoss) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------------- tiles
 
 
-@dataclass(frozen=True)
-class _Plan:
-    tokens: int
-    """tokens a tile"""
-    vocab: int
-    """vocabulary columns a tile"""
-
-    def token_tiles(self, problem: Problem) -> Iterator[slice]:
-        return _tiles(problem.hidden.shape[0], self.tokens)
-
-    def vocab_tiles(self, problem: Problem) -> Iterator[slice]:
-        return _tiles(problem.weight.shape[0], self.vocab)
-
-
-def _tiles(size: int, step: int) -> Iterator[slice]:
-    return (slice(start, min(start + step, size)) for start in range(0, size, step))
-
-
-def _plan(problem: Problem) -> _Plan:
+def _plan(problem: Problem) -> Tiles:
     """Tiles that fit the workspace, and small problems cut too: what runs in a test is what runs at full size."""
     (n, d), v = problem.hidden.shape, problem.weight.shape[0]
     wish, item = problem.tiling, problem.logit_dtype.itemsize
@@ -95,10 +77,10 @@ def _plan(problem: Problem) -> _Plan:
     vocab = wish.vocab_chunk or min(8192, -(-v // 4), budget // (8 * item * d))
     vocab = max(1, min(vocab, v))
     tokens = wish.token_chunk or (budget - 2 * item * vocab * d) // (_bytes_per_logit(problem) * vocab + 2 * item * d)
-    return _Plan(max(1, min(tokens, n if wish.token_chunk else -(-n // 2))), vocab)
+    return Tiles(max(1, min(tokens, n if wish.token_chunk else -(-n // 2))), vocab)
 
 
-def _plan_one_pass(problem: Problem) -> _Plan | None:
+def _plan_one_pass(problem: Problem) -> Tiles | None:
     """Tiles of whole rows of logits for a few tokens, or None where the workspace has no room for enough of them."""
     plan = _plan(problem)
     if problem.tiling.token_chunk:
@@ -207,10 +189,10 @@ def sweep(problem: Problem, keep: Keep) -> tuple[RowSums, Jacobian | None]:
     """The running sums of all tokens and, if asked for, J = d logps / d hidden, [N, D] in hidden's dtype."""
     plan, sums = _plan(problem), _Sums(problem)
     jacobian = Jacobian.empty(problem) if keep == "jacobian" else None
-    for tokens in plan.token_tiles(problem):
+    for tokens in plan.over_tokens(problem):
         hidden, targets = _operand(problem.hidden[tokens], problem), problem.targets[tokens]
         mean_row = hidden.new_zeros(hidden.shape, dtype=problem.logit_dtype) if jacobian is not None else None
-        for vocab in plan.vocab_tiles(problem):
+        for vocab in plan.over_vocab(problem):
             weight = _operand(problem.weight[vocab], problem)
             z = _logits(problem, hidden, weight, vocab)
             slope = _logit_slope(problem, z) if jacobian is not None else None
@@ -272,11 +254,11 @@ def two_pass_grads(problem: Problem, grads: TokenGrads, needs: Needs, head: None
     d_hidden = torch.zeros_like(problem.hidden, dtype=dtype) if needs_hidden else None
     d_weight = head_grads(problem) if needs_weight else []
     d_bias = torch.empty_like(problem.bias) if needs_bias and problem.bias is not None else None
-    for vocab in plan.vocab_tiles(problem):
+    for vocab in plan.over_vocab(problem):
         weight = _operand(problem.weight[vocab], problem)
         d_weight_tiles = [weight.new_zeros(len(weight), g.memory.shape[1], dtype=dtype) for g in d_weight]
         d_bias_tile = weight.new_zeros(weight.shape[0], dtype=dtype) if needs_bias else None
-        for tokens in plan.token_tiles(problem):
+        for tokens in plan.over_tokens(problem):
             hidden, targets = _operand(problem.hidden[tokens], problem), problem.targets[tokens]
             z = _logits(problem, hidden, weight, vocab)
             grad = _logit_grad_(problem, z, grads.rows(tokens), targets, vocab)
@@ -335,10 +317,10 @@ def one_pass(problem: Problem, token_loss: TokenLoss, needs: Needs) -> tuple[Row
     parts = trained(problem) if needs_weight else []
     d_weight = [(columns, _HeadGrad(x, several and _needs_compensation(x, problem))) for columns, x in parts]
     d_bias = problem.bias.new_zeros(problem.bias.shape, dtype=problem.logit_dtype) if needs_bias else None  # type: ignore
-    for tokens in plan.token_tiles(problem):
+    for tokens in plan.over_tokens(problem):
         hidden, targets = _operand(problem.hidden[tokens], problem), problem.targets[tokens]
         rows = []  # this chunk's whole rows of logits, a tensor a tile
-        for vocab in plan.vocab_tiles(problem):
+        for vocab in plan.over_vocab(problem):
             z = _logits(problem, hidden, _operand(problem.weight[vocab], problem), vocab)
             sums.fold(tokens, z, targets, vocab, keep=True)
             rows.append(z)
@@ -348,7 +330,7 @@ def one_pass(problem: Problem, token_loss: TokenLoss, needs: Needs) -> tuple[Row
 
         d_hidden_rows = hidden.new_zeros(hidden.shape, dtype=problem.logit_dtype) if needs_hidden else None
         rows.reverse()
-        for vocab in plan.vocab_tiles(problem):
+        for vocab in plan.over_vocab(problem):
             grad = _logit_grad_(problem, rows.pop(), grads, targets, vocab)
             if d_bias is not None:
                 d_bias[vocab] += times(grad.sum(0), undo)

@@ -37,6 +37,7 @@ from fusedalign.impls.rows import (
     of_each_part,
     times,
 )
+from fusedalign.impls.tiles import Tiles, slices
 from fusedalign.impls.triton.launch import (
     INTERPRETED,
     KEPT_ONE,
@@ -165,9 +166,9 @@ def _ones(rows: RowSums, tokens: slice = slice(None)) -> TokenGrads:
 
 def _fold_all(problem: Problem, rows: RowSums) -> None:
     plan = _plan(problem)
-    for tokens in plan.token_tiles(problem):
+    for tokens in plan.over_tokens(problem):
         left = Rows(problem, tokens, _operand(problem.hidden[tokens], problem))
-        for vocab in plan.vocab_tiles(problem):
+        for vocab in plan.over_vocab(problem):
             weight = _operand(problem.weight[vocab], problem)
             sums = BlockSums(problem, len(left), len(weight))
             sums.add(Tile(left, weight, vocab), rows)
@@ -208,14 +209,14 @@ def _rows_of_head(problem: Problem, rows: RowSums) -> Iterator[tuple[slice, _Row
     item = problem.operand_dtype.itemsize
     of_target = 0 if isinstance(problem.weight, Tensor) else d * item
     plan = _plan(problem, token_bytes=4 * d + of_target + _block_bytes(problem, v), logit_bytes=item)
-    for tokens in plan.token_tiles(problem):
+    for tokens in plan.over_tokens(problem):
         hidden, targets = _operand(problem.hidden[tokens], problem), problem.targets[tokens]
         left = Rows(problem, tokens, hidden)
         reference = _final_logits(problem, target_logits(hidden, *_rows_of_targets(problem, tokens)), targets)
         total = hidden.new_zeros(hidden.shape, dtype=torch.float32)
         memory = hidden.new_empty((len(hidden), plan.vocab))
         sums = BlockSums(problem, len(hidden), v)
-        for vocab in plan.vocab_tiles(problem):
+        for vocab in plan.over_vocab(problem):
             weight = _operand(problem.weight[vocab], problem)
             kept = memory[:, : len(weight)]
             sums.add(Tile(left, weight, vocab), rows, start=vocab.start, keep=Kept(kept[None], reference=reference))
@@ -327,7 +328,7 @@ def _grads(
     for store in stores:
         store.prepare(problem, target, grads)
     sums, hidden = _GradSums(problem, needs, undo, d_weight), _operand(problem.hidden, problem)
-    for vocab in sums.plan.vocab_tiles(problem):
+    for vocab in sums.plan.over_vocab(problem):
         weight = _operand(problem.weight[vocab], problem)
         grad = sums.tile[:, : len(weight)]
         d_bias = weight.new_zeros(len(weight), dtype=torch.float32) if needs[2] else None
@@ -364,7 +365,7 @@ class _Store:
         n, v = len(self.rows), problem.weight.shape[0]
         if self.memory is not None:
             self.of_e = self.memory.new_empty((_halves(problem), n), dtype=torch.float32)
-        for group in _tiles(v, _columns_folded_at_once(problem, n, self.span)):
+        for group in slices(v, _columns_folded_at_once(problem, n, self.span)):
             blocks = BlockSums(problem, n, group.stop - group.start)
             for vocab in self._launches(problem, group):
                 tile = Tile(self.rows, _operand(problem.weight[vocab], problem), vocab)
@@ -376,7 +377,7 @@ class _Store:
         whole = (group.stop - group.start) // self.span * self.span
         takes_none = problem.operand_dtype.itemsize == 2 and is_operand(problem.weight, problem)
         step = whole if whole and takes_none else self.span
-        return (slice(group.start + s.start, group.start + s.stop) for s in _tiles(group.stop - group.start, step))
+        return (slice(group.start + s.start, group.start + s.stop) for s in slices(group.stop - group.start, step))
 
     def _keep(self, vocab: slice) -> Kept | None:
         """Where a launch keeps its tiles."""
@@ -479,19 +480,11 @@ class _GradSums:
 
 
 @dataclass(frozen=True)
-class _Plan:
-    tokens: int
-    """tokens a tile"""
-    vocab: int
-    """vocabulary columns a tile, whole blocks of the kernels"""
+class _Plan(Tiles):
+    """Columns in whole blocks of the kernels."""
+
     left: int
     """bytes of the workspace that no tile takes"""
-
-    def token_tiles(self, problem: Problem) -> Iterator[slice]:
-        return _tiles(problem.hidden.shape[0], self.tokens)
-
-    def vocab_tiles(self, problem: Problem) -> Iterator[slice]:
-        return _tiles(problem.weight.shape[0], self.vocab)
 
 
 def _plan_grads(problem: Problem) -> _Plan:
@@ -501,10 +494,6 @@ def _plan_grads(problem: Problem) -> _Plan:
     through_fp32 = problem.operand_dtype == torch.float16 or problem.weight.dtype.itemsize < item
     through = 4 * d if through_fp32 else 0
     return _plan(problem, cut_tokens=False, fixed=4 * n * d, column_bytes=through, logit_bytes=item)
-
-
-def _tiles(size: int, step: int) -> Iterator[slice]:
-    return (slice(start, min(start + step, size)) for start in range(0, size, step))
 
 
 def _plan(
