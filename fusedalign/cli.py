@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+import fusedalign
 from fusedalign.impls import auto_choices, explain, reach
 
 _USAGE = """\
@@ -114,7 +115,7 @@ def _bench(argv: list[str]) -> None:
 def _env(argv: list[str]) -> None:
     if argv:
         raise ValueError(f"env takes no arguments, got {' '.join(argv)}")
-    rows = [("python", platform.python_version()), ("fusedalign", _version("fusedalign")), ("torch", torch.__version__)]
+    rows = [("python", platform.python_version()), ("fusedalign", fusedalign.__version__), ("torch", torch.__version__)]
     rows += [(name, _version(name)) for name in _PACKAGES]
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     rows.append(("CUDA devices", ", ".join(devices) or "none"))

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+import fusedalign
 from fusedalign.bench.cases import Case
 from fusedalign.bench.data import Data, Statistics, make_data, statistics
 from fusedalign.bench.measure import median_ms, peak_bytes, product_rate
@@ -137,7 +138,8 @@ def machine(device: str) -> dict[str, str]:
     """What it runs on: the device, and the version of every package that is compared."""
     cpu = f"{platform.machine()} CPU, {torch.get_num_threads()} thread(s)"
     found = {"device": torch.cuda.get_device_name() if device == "cuda" else cpu, "torch": torch.__version__}
-    for name in ("fusedalign", "triton", "trl", "liger-kernel", "cut-cross-entropy"):
+    found["fusedalign"] = fusedalign.__version__
+    for name in ("triton", "trl", "liger-kernel", "cut-cross-entropy"):
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
