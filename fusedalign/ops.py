@@ -66,8 +66,8 @@ def linear_logps(
         vocab_chunk: vocabulary columns a tile, likewise.
         keep_head: False where many forwards wait for their backwards, as in pipeline parallelism: a forward then holds
             nothing of the head's size until its backward, which makes the logits again. Where autograd would add the
-            head's gradient to its `.grad`, the backward does so itself, without a tensor of the head's size for it. It
-            changes no result beyond rounding.
+            head's gradient to a `.grad` that is there, the backward of "triton" and "pytorch" does so itself, outside
+            of `torch.compile`, without a tensor of the head's size for it. It changes no result beyond rounding.
         loss_hint: "nll" or "dft" where the loss is likely to be that of `fusedalign.losses.sft_loss`, times any number.
             The gradients of a trained head may then be made in the forward, in 3 products as in
             `linear_cross_entropy`, with its needs of workspace, and are held until the backward. That looks at the

@@ -2,6 +2,8 @@
 
 import importlib.util
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -84,6 +86,16 @@ def test_two_stages_equal_one_process(piped, single, schedule, impl):
         for name, grad in grads[rank].items():
             assert grad is not None, name
             torch.testing.assert_close(got[name], grad, rtol=1e-4, atol=1e-6, msg=f"rank {rank}: {name}")
+
+
+def test_the_recipe_learns():
+    """As its docstring has it run: on two GPUs where they are, else on the CPU."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", str(RECIPE)]
+    done = subprocess.run([*command, "--impl", "pytorch", "--schedule", "1F1B"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    losses = [float(line.split()[-1]) for line in done.stdout.splitlines() if line.startswith("step")]
+    assert len(losses) == 20
+    assert losses[-1] < losses[0]
 
 
 @pytest.fixture(scope="module")

@@ -470,12 +470,12 @@ def test_tiny(device, dtype, path, n, v):
     case = make_case((n + 1,), 8, v, dtype=dtype, device=device, ignored=0.0)
     case.targets[0] = -100
     got = PATHS[path](case)
-    if (
-        n
-    ):  # The logit's gradient is rounded and the result is; eager code does so too, but on one token it may be lucky.
-        assert_path_within_budget(path, case, got, roundings=2)
-    else:
+    if not n:
         assert not any(x.any() for x in got.values())
+        return
+    # In half precision a logit's gradient is rounded and the result is. Eager code's are too, but of one token both may
+    # happen to be exact.
+    assert_path_within_budget(path, case, got, roundings=2 if n == 1 and dtype.itemsize == 2 else 1)
 
 
 @devices

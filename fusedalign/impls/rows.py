@@ -32,11 +32,10 @@ def head_grads(problem: Problem) -> list[HeadGrad]:
     """For the tensors of the head that need a gradient."""
     sums = problem.head_sums or [None] * len(problem.head)
     grads = []
-    for (columns, x), memory in zip(problem.head, sums, strict=True):
-        if x.requires_grad and memory is None:
-            grads.append(HeadGrad(columns, torch.empty_like(x, memory_format=torch.contiguous_format)))
-        elif x.requires_grad and memory is not None:
-            grads.append(HeadGrad(columns, memory, adds=True))
+    for (columns, x), so_far in zip(problem.head, sums, strict=True):
+        if x.requires_grad:
+            memory = torch.empty_like(x, memory_format=torch.contiguous_format) if so_far is None else so_far
+            grads.append(HeadGrad(columns, memory, adds=so_far is not None))
     return grads
 
 
