@@ -16,6 +16,8 @@ LOG2E = tl.constexpr(1.4426950408889634)
 KEPT_ONE = tl.constexpr(32768.0)
 #: Stands in for -inf in a difference whose exp() must be 0 and whose product with 0 must be 0.
 LOG_ZERO = tl.constexpr(-1e4)
+#: Beyond every column.
+NO_COLUMN = tl.constexpr(2**31 - 1)
 
 
 @triton.jit
@@ -135,19 +137,17 @@ def _half_sums(z, cols, v, target, ENTROPY: tl.constexpr, SQUARES: tl.constexpr,
     if MEAN:
         logit = tl.sum(tl.where(inside, z, 0.0), 1)
     z = tl.where(inside, z, -float("inf"))
+    m = tl.max(z, 1)
     top = target
-    if TOP:
-        m, top = tl.max(z, 1, return_indices=True, return_indices_tie_break_left=True)
-        top += tl.min(cols, 0)
-    else:
-        m = tl.max(z, 1)
+    if TOP:  # cheaper than a maximum that carries its index along
+        top = tl.min(tl.where(z == m[:, None], cols[None, :], NO_COLUMN), 1)
     # Where all is -inf, any finite reference gives e = 0; the difference of two infinities would give NaN.
     log_e = z - tl.where(m == -float("inf"), 0.0, m)[:, None]
     e = _exp(log_e)
     total = tl.sum(e, 1)
     e_log_e, e_sq = total, total
     if ENTROPY:
-        e_log_e = tl.sum(e * tl.where(log_e == -float("inf"), LOG_ZERO, log_e), 1)
+        e_log_e = tl.sum(e * tl.maximum(log_e, LOG_ZERO), 1)
     if SQUARES:
         e_sq = tl.sum(e * e, 1)
     return e, m, total, e_log_e, e_sq, logit, top, of_target
