@@ -10,9 +10,8 @@ import torch
 from fusedalign.bench import peers
 from fusedalign.bench.cases import CASES, Case, parse_cases
 from fusedalign.bench.data import TARGET, make_data, statistics
-from fusedalign.bench.measure import median_ms, peak_bytes
+from fusedalign.bench.measure import covered, median_ms, peak_bytes
 from fusedalign.bench.microbatches import Figures, Stage, _row, _with, report
-from fusedalign.bench.profiling import _covered
 from fusedalign.bench.runner import Settings, run
 from fusedalign.bench.table import header, markdown, section
 from fusedalign.bench.tasks import BUDGETS, TASKS, reference, relative_error
@@ -303,7 +302,7 @@ def test_profile(capsys):
 
 
 def test_covered_time():
-    assert _covered([(4, 6), (0, 2), (1, 3), (4.5, 5)]) == 5
+    assert covered([(4, 6), (0, 2), (1, 3), (4.5, 5)]) == 5
 
 
 def test_microbatches(tmp_path, capsys):

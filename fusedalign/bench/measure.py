@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -73,3 +73,23 @@ def product_rate(device: str) -> float:
     size, dtype = (8192, torch.bfloat16) if device == "cuda" else (512, torch.float32)
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     return 2 * size**3 / (median_ms(lambda: a @ b, device) / 1e3)
+
+
+def does_work(event: object, device: str) -> bool:
+    """Whether a profiler's event is work of the device: on a GPU kernels and copies, not their launches."""
+    annotation = getattr(event, "is_user_annotation", False)  # spans that contain work, and would count it twice
+    return str(getattr(event, "device_type", "")).endswith("CUDA") == (device == "cuda") and not annotation
+
+
+def spans(profiler: profile, device: str) -> list[tuple[float, float]]:
+    """Start and end of all that the device did, in microseconds."""
+    return [(x.time_range.start, x.time_range.end) for x in profiler.events() or () if does_work(x, device)]
+
+
+def covered(spans: Iterable[tuple[float, float]]) -> float:
+    """The length of the union of intervals."""
+    covered, reached = 0.0, float("-inf")
+    for start, end in sorted(spans):
+        covered += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return covered

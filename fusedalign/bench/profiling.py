@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from torch.profiler import ProfilerActivity, profile
 
 from fusedalign.bench.cases import Case
 from fusedalign.bench.data import Data
-from fusedalign.bench.measure import synchronize
+from fusedalign.bench.measure import covered, does_work, spans, synchronize
 from fusedalign.bench.peers import Implementation
 from fusedalign.bench.runner import Calls
 from fusedalign.bench.tasks import Task, reference
@@ -32,13 +30,13 @@ def profile_row(impl: Implementation, task: Task, case: Case, data: Data, *, see
         synchronize(device)
 
     key = "self_device_time_total" if on_gpu else "self_cpu_time_total"
-    table = [(getattr(x, key), x.count, x.key) for x in profiler.key_averages() if _counts(x, bool(on_gpu))]
+    table = [(getattr(x, key), x.count, x.key) for x in profiler.key_averages() if does_work(x, device)]
     table.sort(reverse=True)
-    spans = [(x.time_range.start, x.time_range.end) for x in profiler.events() if _counts(x, bool(on_gpu))]
-    if not spans:
+    seen = spans(profiler, device)
+    if not seen:
         raise RuntimeError("expected kernels in the profile, the profiler saw none")
-    total = max(end for _, end in spans) - min(start for start, _ in spans)
-    idle = total - _covered(spans)
+    total = max(end for _, end in seen) - min(start for start, _ in seen)
+    idle = total - covered(seen)
     lines = [
         f"{impl.name}, {task.name}, {case.title}: {total / 1e3:.4g} ms from the first start to the last end",
         f"{'share':>6}  {'ms':>9}  {'calls':>5}  what",
@@ -50,18 +48,3 @@ def profile_row(impl: Implementation, task: Task, case: Case, data: Data, *, see
         lines.append(f"{us / total:6.1%}  {us / 1e3:9.4f}  {count:5}  {len(rest)} others")
     lines.append(f"{idle / total:6.1%}  {idle / 1e3:9.4f}         idle: none of these ran")
     return "\n".join(lines)
-
-
-def _counts(event: object, on_gpu: bool) -> bool:
-    """Whether an event is work of the device that is looked at: on a GPU kernels and copies, not their launches."""
-    annotation = getattr(event, "is_user_annotation", False)  # spans that contain work, and would count it twice
-    return str(getattr(event, "device_type", "")).endswith("CUDA") == on_gpu and not annotation
-
-
-def _covered(spans: Iterable[tuple[float, float]]) -> float:
-    """The length of the union of intervals."""
-    covered, reached = 0.0, float("-inf")
-    for start, end in sorted(spans):
-        covered += max(0.0, end - max(start, reached))
-        reached = max(reached, end)
-    return covered

@@ -19,12 +19,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
-from fusedalign.bench.measure import synchronize
+from fusedalign.bench.measure import covered, spans, synchronize
 from fusedalign.bench.runner import free, machine
 from fusedalign.bench.table import aligned
 
 _WARM_UP = 2  # steps: kernels compile, the optimizer makes its state
+_PROFILED = 1  # after those that are measured
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,8 @@ class Measured:
 
     ms: tuple[float, ...] = ()
     """of each step"""
+    gpu_ms: tuple[float, ...] = ()
+    """of each profiled step: while the GPU did something. What is missing to `ms` it waited for the CPU"""
     peak_bytes: int | None = None
     """of the device, model and optimizer included; None on a CPU, like the next"""
     pass_bytes: int | None = None
@@ -107,10 +111,16 @@ class Measured:
         """The median."""
         return statistics.median(self.ms) if self.ms else None
 
+    @property
+    def busy_ms(self) -> float | None:
+        """Likewise of the GPU; None on a CPU."""
+        return statistics.median(self.gpu_ms) if self.gpu_ms else None
+
     def with_another(self, other: Measured) -> Measured:
         """Of two runs of the same training: all steps, and the higher peaks."""
         return Measured(
             self.ms + other.ms,
+            self.gpu_ms + other.gpu_ms,
             max((x for x in (self.peak_bytes, other.peak_bytes) if x is not None), default=None),
             max((x for x in (self.pass_bytes, other.pass_bytes) if x is not None), default=None),
             self.losses or other.losses,
@@ -144,10 +154,11 @@ def table(rows: list[tuple[Training, Measured, Measured]], size: Size, steps: in
         where,
         f"{size.name}, {size.sequences} x {size.length} tokens a step, half of them prompt, {precision}, gradient",
         f"checkpointing; median of two runs of {steps} steps after {_WARM_UP}; impl {impl}",
+        "GPU ms: how long the GPU worked in one more step, which was profiled; the rest of a step it waits for the CPU",
         "passes: the peak of forward and backward over what is held between steps; peak: of all, in GiB",
         "",
     ]
-    times, memory = ["TRL ms", "fusedalign ms", "faster by"], []
+    times, memory = ["TRL ms", "fusedalign ms", "faster by", "TRL GPU ms", "fusedalign GPU ms"], []
     for what in ("passes", "peak"):
         memory += [f"TRL {what}", f"fusedalign {what}", "smaller by"]
     titles = ["training", *times, *memory, "loss differs by"]
@@ -168,6 +179,8 @@ def _cells(training: Training, stock: Measured, ours: Measured) -> list[str]:
         number(stock.step_ms) if not stock.reason else stock.reason,
         number(ours.step_ms) if not ours.reason else ours.reason,
         ratio(stock.step_ms, ours.step_ms),
+        number(stock.busy_ms),
+        number(ours.busy_ms),
         number(stock.pass_bytes, gib),
         number(ours.pass_bytes, gib),
         ratio(stock.pass_bytes, ours.pass_bytes),
@@ -182,44 +195,54 @@ def _measure(training: Training, size: Size, steps: int, impl: str, device: str,
     with tempfile.TemporaryDirectory() as folder, quiet():
         try:
             trainer = _trainer(training, size, steps, impl, device, fused, folder)
-            stopwatch = _stopwatch(device)
+            stopwatch = _stopwatch(device, steps)
             trainer.add_callback(stopwatch)
             trainer.train()
         except torch.OutOfMemoryError:
             return Measured(reason="out of memory")
     losses = tuple(row["loss"] for row in trainer.state.log_history if "loss" in row)
-    made = Measured(tuple(stopwatch.ms[_WARM_UP:]), losses=losses)
+    made = Measured(tuple(stopwatch.ms), losses=losses)
     if device != "cuda":
         return made
-    return dataclasses.replace(made, peak_bytes=stopwatch.peak, pass_bytes=stopwatch.of_passes)
+    more = {"gpu_ms": (stopwatch.gpu_ms,), "peak_bytes": stopwatch.peak, "pass_bytes": stopwatch.of_passes}
+    return dataclasses.replace(made, **more)
 
 
-def _stopwatch(device: str) -> Any:
+def _stopwatch(device: str, steps: int) -> Any:
     import transformers
 
     class Stopwatch(transformers.TrainerCallback):
-        """The time of each step, from the batch to the optimizer's end, and the peaks of memory after the warm-up."""
+        """Times of the measured steps, from the batch to the optimizer's end; peaks of memory; a profile."""
 
         def __init__(self) -> None:
             self.ms: list[float] = []
-            self.start, self.held, self.peak, self.of_passes = 0.0, 0, 0, 0
+            self.start, self.held, self.peak, self.of_passes, self.gpu_ms = 0.0, 0, 0, 0, 0.0
+            self.measures = False
+            self.profiler: profile | None = None
 
-        def on_step_begin(self, *_: Any, **__: Any) -> None:
+        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             synchronize(device)
+            self.measures = _WARM_UP <= state.global_step < _WARM_UP + steps
             if device == "cuda":
                 torch.cuda.reset_peak_memory_stats()
                 self.held = torch.cuda.memory_allocated()
+                if state.global_step == _WARM_UP + steps:
+                    self.profiler = profile(activities=[ProfilerActivity.CUDA])
+                    self.profiler.start()
             self.start = time.perf_counter()
 
         def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
-            if device == "cuda" and len(self.ms) >= _WARM_UP:
+            if device == "cuda" and self.measures:
                 self.of_passes = max(self.of_passes, torch.cuda.max_memory_allocated() - self.held)
 
-        def on_step_end(self, *_: Any, **__: Any) -> None:
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             synchronize(device)
-            self.ms.append((time.perf_counter() - self.start) * 1e3)
-            if device == "cuda" and len(self.ms) > _WARM_UP:
-                self.peak = max(self.peak, torch.cuda.max_memory_allocated())
+            if self.measures:
+                self.ms.append((time.perf_counter() - self.start) * 1e3)
+                self.peak = max(self.peak, torch.cuda.max_memory_allocated()) if device == "cuda" else 0
+            if self.profiler is not None:
+                self.profiler.stop()
+                self.gpu_ms = covered(spans(self.profiler, device)) / 1e3
 
     return Stopwatch()
 
@@ -238,7 +261,7 @@ def _trainer(training: Training, size: Size, steps: int, impl: str, device: str,
     batch = size.sequences // 2 if training.pairs else size.sequences
     args = trl_class(f"{training.trainer}Config")(
         output_dir=folder,
-        max_steps=_WARM_UP + steps,
+        max_steps=_WARM_UP + steps + _PROFILED,
         per_device_train_batch_size=batch,
         max_length=size.length,
         gradient_checkpointing=True,
@@ -262,7 +285,7 @@ def _trainer(training: Training, size: Size, steps: int, impl: str, device: str,
     cls = (
         getattr(fusedalign.trl, f"Fused{training.trainer}Trainer") if fused else trl_class(f"{training.trainer}Trainer")
     )
-    data = _data(training, size, batch * (_WARM_UP + steps))
+    data = _data(training, size, batch * (_WARM_UP + steps + _PROFILED))
     return cls(model=model, args=args, train_dataset=data, processing_class=_tokenizer(size), **more)
 
 

@@ -76,8 +76,8 @@ ABOUT = "our Triton kernels, exact; NVIDIA GPUs from Ampere on"
 #: and those rows are summed again, slowly and relative to the largest logit.
 _LEAST_LOGP = -60.0
 
-#: Rows of a product that keep every GPU busy.
-_TOKENS_THAT_FILL = 2048
+#: Of a tile that is added to its tokens' fp32 sums: with fewer the head is read more often, with more the sums are.
+_TOKENS_AT_ONCE = 4096
 
 
 def unavailable() -> str | None:
@@ -525,14 +525,13 @@ def _plan(
     if cut_tokens and wish.token_chunk:
         tokens = min(tokens, wish.token_chunk)
     elif cut_tokens:
-        # Equal parts that leave room for at least 4 blocks of columns, and for columns a quarter of all.
-        # Where each tile is also a pass over the tokens' fp32 sums: few tokens, a GPU's fill, so that tiles are wide.
-        enough = min(_TOKENS_THAT_FILL, budget * 3 / (4 * token_bytes)) if token_bytes else n
+        # Equal parts that leave room for at least 4 blocks of columns, and for columns half of all.
+        enough = min(_TOKENS_AT_ONCE, budget / (2 * token_bytes)) if token_bytes else n
         most = min(enough, budget / (token_bytes + 4 * block_v * each))
         tokens = math.ceil(tokens / math.ceil(tokens / max(1, int(most))))
     columns = wish.vocab_chunk or int((budget - tokens * token_bytes) / (tokens * each + column_bytes))
-    # Stored tiles need not be larger than what keeps a GPU busy; they pass through its cache.
-    most = v if not logit_bytes or wish.vocab_chunk else min(v, max(8192, 2**26 // tokens))
+    # Of a workspace that has better uses, stored tiles take no more than keeps a GPU busy.
+    most = v if cut_tokens or not logit_bytes or wish.vocab_chunk else min(v, max(8192, 2**26 // tokens))
     columns = max(1, min(columns, math.ceil(most / block_v) * block_v) // block_v) * block_v
     columns = math.ceil(v / math.ceil(v / columns) / block_v) * block_v  # equal parts, in whole blocks
     taken = tokens * token_bytes + columns * (tokens * each + column_bytes)
