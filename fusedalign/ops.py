@@ -52,7 +52,8 @@ def linear_logps(
             of rows at a time, and each takes its own gradient in its own dtype, or none. The first one's dtype decides
             about the product's. `fusedalign.head` describes adapters so. `torch.compile` breaks its graph here.
         targets: [...] int64, aligned with `hidden`: `hidden[..., t, :]` predicts `targets[..., t]`. See
-            `fusedalign.sequence.shift_labels` for unshifted labels.
+            `fusedalign.sequence.shift_labels` for unshifted labels. On the device of `hidden`, or on the CPU: then
+            nobody waits for that device, which goes on with what it was given before.
         bias: [V] or None.
         scale: factor of the raw logits (Cohere's logit_scale, 1 / logits_scaling of Granite).
         softcap: > 0 or None (Gemma 2's final_logit_softcapping).
@@ -107,7 +108,7 @@ def linear_logps(
     if loss_hint is not None and loss_hint not in LOSS_TYPES:
         raise ValueError(f"loss_hint must be one of {', '.join(LOSS_TYPES)}, or None, got {loss_hint!r}")
     if torch.compiler.is_compiling() and impl in graphs.NAMES and isinstance(head, Tensor):
-        return graphs.linear_logps(hidden, head, targets, bias, options)
+        return graphs.linear_logps(hidden, head, targets.to(hidden.device), bias, options)
     with torch.autocast(hidden.device.type, enabled=False):
         problem, places = _compact(hidden, head, targets, bias, options)
         if loss_hint is not None:  # the mean, which is most often asked for: nothing is left to scale then
@@ -193,7 +194,7 @@ def linear_cross_entropy(
     )
     if torch.compiler.is_compiling() and impl in graphs.NAMES and isinstance(head, Tensor):
         how = loss_type, z_loss, reduction, num_items
-        return graphs.linear_cross_entropy(hidden, head, targets, bias, options, *how)
+        return graphs.linear_cross_entropy(hidden, head, targets.to(hidden.device), bias, options, *how)
     with torch.autocast(hidden.device.type, enabled=False):
         problem, _ = _compact(hidden, head, targets, bias, options)
         items = len(problem.targets) if num_items is None else num_items
@@ -260,7 +261,7 @@ def _check_tensors(hidden: Tensor, parts: tuple[Tensor, ...], targets: Tensor, b
             raise TypeError(f"targets must be int64, got {x.dtype}")
         if name != "targets" and x.dtype not in _FLOATS:
             raise TypeError(f"{name} must be float64, float32, bfloat16 or float16, got {x.dtype}")
-        if x.device != hidden.device:
+        if x.device != hidden.device and not (name == "targets" and x.device.type == "cpu"):
             raise ValueError(f"{name} must be on {hidden.device} like hidden, got {x.device}")
     if hidden.ndim < 1 or hidden.shape[-1] == 0:
         raise ValueError(f"hidden must have shape [..., D] with D > 0, got {tuple(hidden.shape)}")

@@ -81,12 +81,16 @@ def add_lm_head(
         kwargs["use_cache"] = False
         if getattr(config, "output_router_logits", False):
             kwargs.setdefault("output_router_logits", True)
-        backbone = self.base_model(*args, **kwargs)
         # Aligned targets instead of shifted hidden states, which would be a copy of them.
         targets = shift_labels if shift_labels is not None or labels is None else shifted(labels)
         if targets is None:
             raise ValueError("fused_lm_head=True needs labels or shift_labels, got neither")
-        out = _score(_read(self), backbone.last_hidden_state, targets, outputs, mean_positions, options, loss_hint)
+        copy, arrived = _copied_to_host(targets)
+        backbone = self.base_model(*args, **kwargs)
+        if arrived is not None:  # long before the hidden states, for which nobody waits
+            arrived.synchronize()
+        out = _score(_read(self), backbone.last_hidden_state, copy, outputs, mean_positions, options, loss_hint)
+        out["label_mask"] = (targets != -100).to(out["log_probs"].device)
         if shift_labels is None:  # TRL's fields have no place for the last position
             out = {name: x if x.ndim < 2 else x[:, :-1] for name, x in out.items()}
         count = out["label_mask"].sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
@@ -97,6 +101,14 @@ def add_lm_head(
         return FusedOutput(loss=loss, aux_loss=aux_loss, **out)
 
     model.forward = types.MethodType(fusedalign_forward, model)
+
+
+def _copied_to_host(x: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+    """Start to copy `x` from a GPU: the copy, and when it may be read. In a graph and without a GPU `x` itself."""
+    if x.device.type != "cuda" or torch.compiler.is_compiling():
+        return x, None
+    copy = x.to("cpu", non_blocking=True)
+    return copy, torch.cuda.current_stream(x.device).record_event()
 
 
 @torch.compiler.disable
@@ -122,11 +134,11 @@ def _score(
     """TRL's per-token fields, [B, T], and `row_mean_logits`, [B], where it is wanted."""
     # A model that is split over devices can end on another one than that of its head.
     device = _first(head).device
-    hidden, targets = head.expand(hidden.to(device)), targets.to(device)
+    hidden, targets = head.expand(hidden.to(device)), targets if targets.device.type == "cpu" else targets.to(device)
     of_head = {"bias": head.bias, "scale": head.scale, "softcap": head.softcap, **options._asdict()}
     wanted = {theirs: ours for theirs, ours in OUTPUT_NAMES.items() if theirs in outputs}
     out = linear_logps(hidden, head.weight, targets, outputs=tuple(wanted.values()), loss_hint=loss_hint, **of_head)
-    fields = {"log_probs": out.logps, "label_mask": targets != -100}
+    fields = {"log_probs": out.logps}
     fields |= {theirs: getattr(out, ours) for theirs, ours in wanted.items()}
     if mean_positions is not None:
         with torch.no_grad():

@@ -1,0 +1,67 @@
+"""With targets on the CPU nobody waits for the GPU, and the results are the same."""
+
+import contextlib
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers import OURS, make_case
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+@contextlib.contextmanager
+def no_wait():
+    """Whatever makes the CPU wait for the GPU raises here."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("impl", [impl for impl in OURS if impl != "reference"])
+@pytest.mark.parametrize("needs", [(False, False, False), (True, False, False), (True, True, True)])
+@pytest.mark.parametrize("ignored", [0.0, 0.3])
+@pytest.mark.parametrize("outputs", [(), ("entropy", "is_top1")])
+def test_forward_and_backward(impl, needs, ignored, outputs):
+    case = make_case((3, 17), 64, 303, dtype=torch.bfloat16, device="cuda", ignored=ignored, bias=needs[2])
+
+    def run(case):
+        out = case.logps(impl=impl, outputs=outputs)
+        if any(needs):
+            (out.logps * (1 - out.logps).detach()).sum().backward()
+        return [x for x in out if x is not None] + [g for g in case.grads().values() if g is not None]
+
+    expected = run(case.leaves(*needs))
+    host = replace(case, targets=case.targets.cpu()).leaves(*needs)
+    with no_wait():
+        got = run(host)
+    assert len(got) == 1 + len(outputs) + sum(needs)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def test_the_forward_of_the_fused_trainers():
+    """Although its labels are on the GPU: they are copied while the backbone has yet to run."""
+    transformers, forward = pytest.importorskip("transformers"), pytest.importorskip("fusedalign.trl.forward")
+    from fusedalign.trl.options import HeadOptions
+
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
+    config = transformers.Qwen3Config(
+        vocab_size=303, hidden_size=32, intermediate_size=48, num_hidden_layers=2, **heads
+    )
+    with torch.device("cuda"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    forward.add_lm_head(model, options=HeadOptions())
+    ids = torch.randint(0, 303, (2, 9), device="cuda")
+    labels = ids.where(ids % 3 > 0, -100)
+    arguments = {"labels": labels, "fused_lm_head": True, "num_items_in_batch": 7}
+    expected = model(ids, **arguments).log_probs
+    try:
+        with no_wait():
+            model.base_model(ids)
+    except RuntimeError:
+        pytest.skip("this backbone waits for the GPU itself")
+    with no_wait():
+        got = model(ids, **arguments).log_probs
+    assert torch.equal(got, expected)
