@@ -145,6 +145,15 @@ def test_tiny(impl, device, n, v):
         assert not out.logps.any()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_narrow_head_of_another_half_precision(impl, device, dtype):
+    """D = 1: products are fp32, and what could be kept for a token takes more than a column of the head's gradient."""
+    other = torch.float16 if dtype == torch.bfloat16 else torch.bfloat16
+    case = make_case((3, 7), 1, 101, dtype=dtype, device=device)
+    case.weight = case.weight.to(other)
+    assert_within_budget(case, run(case, impl=impl))
+
+
 def test_one_token_without_leading_dims(impl, device):
     out = linear_logps(
         torch.randn(8, device=device), torch.randn(5, 8, device=device), torch.tensor(3, device=device), impl=impl

@@ -133,8 +133,7 @@ def sweep(problem: Problem, keep: Keep) -> tuple[RowSums, Jacobian | KeptHead | 
     if keep == "head" and len(problem.targets) and isinstance(problem.weight, Tensor):
         d_weight = torch.empty_like(problem.weight, memory_format=torch.contiguous_format)
         first, *_ = _swept(problem, _stores(problem, d_weight, workspace=False), rows)
-        assert first.of_e is not None
-        return rows, KeptHead(d_weight, first.of_e, rows.target)
+        return rows, None if first.of_e is None else KeptHead(d_weight, first.of_e, rows.target)
     if keep != "jacobian":
         _fold_all(problem, rows)
         return rows, None
@@ -436,7 +435,7 @@ def _stores(problem: Problem, d_weight: Tensor | None, *, workspace: bool) -> li
     def rows(start: int, stop: int) -> Rows:
         return Rows(problem, slice(start, stop), hidden[start:stop])
 
-    stores = [_Store(rows(0, first), plan.vocab, flat, height)] if d_weight is not None else []
+    stores = [_Store(rows(0, first), plan.vocab, flat, height)] if first else []
     if more:
         stores.append(_Store(rows(first, first + more), plan.vocab, flat.new_empty(more * v), more))
     if first + more < n:
