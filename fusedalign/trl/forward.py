@@ -165,7 +165,8 @@ def _router_loss(config: Any, router_logits: Any, attention_mask: Tensor | None)
     """The load-balancing loss, which is Mixtral's in every mixture of experts of transformers."""
     from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-    loss = load_balancing_loss_func(router_logits, config.num_experts, config.num_experts_per_tok, attention_mask)
+    experts = getattr(config, "num_experts", None) or config.num_local_experts
+    loss = load_balancing_loss_func(router_logits, experts, config.num_experts_per_tok, attention_mask)
     assert isinstance(loss, Tensor)
     return loss
 

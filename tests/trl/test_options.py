@@ -117,6 +117,12 @@ def test_an_encoder_decoder_keeps_trls_path(build, stock_history, kind, caplog):
     tiny.assert_same(tiny.history(trainer), stock_history(kind, **options))
 
 
+def test_a_mixture_whose_configuration_has_another_name_for_its_experts(build, stock_history):
+    """TRL's fused head fails there; ORPO and CPO are its trainers that make the logits."""
+    trainer = build("orpo", "fused", model="phimoe")
+    tiny.assert_same(tiny.history(trainer), stock_history("orpo", model="phimoe"))
+
+
 @pytest.mark.parametrize("kind", ["dpo", "sft"])
 def test_a_vision_model_on_text(build, stock_history, kind):
     options = {"model": "qwen2_5_vl"}

@@ -52,6 +52,9 @@ MODELS = {
     "mixtral": lambda: transformers.MixtralForCausalLM(
         transformers.MixtralConfig(**SMALL, **EXPERTS, head_dim=8, num_local_experts=4)
     ),
+    "phimoe": lambda: transformers.PhimoeForCausalLM(
+        transformers.PhimoeConfig(**SMALL, **EXPERTS, num_local_experts=4)
+    ),
     "qwen2_5_vl": lambda: transformers.Qwen2_5_VLForConditionalGeneration(
         transformers.Qwen2_5_VLConfig(
             text_config=SMALL | {"rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2]}},
