@@ -67,5 +67,7 @@ def _those_that_count(targets: Tensor, vocab: int, ignore_index: int) -> Tensor 
 
 
 def _sent(x: Tensor, device: torch.device) -> Tensor:
-    """`x`, which is on the CPU, on `device`, once that gets to it: memory that is not pinned can have the CPU wait."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+    """`x`, which is on the CPU, on `device`, once that gets to it; the caller may write into `x` meanwhile."""
+    if device.type != "cuda":
+        return x.to(device)
+    return torch.empty_like(x, pin_memory=True).copy_(x).to(device, non_blocking=True)  # others can have the CPU wait

@@ -24,7 +24,7 @@ NAMES = ("auto", "triton", "pytorch")
 
 
 class Options(NamedTuple):
-    """Everything of a call that is neither a tensor nor different between calls of one graph."""
+    """Everything of a call that is no tensor."""
 
     scale: float
     softcap: float | None
@@ -38,20 +38,30 @@ class Options(NamedTuple):
     needs: tuple[bool, bool, bool]
     """which of hidden, weight and bias need a gradient"""
 
-    def packed(self) -> tuple[list[float], list[int], torch.dtype, str]:
-        """As an operator's schema can carry it."""
-        numbers = [
+    def packed(self) -> tuple[float, float, float, float, list[int], torch.dtype, str]:
+        """As an operator's schema can carry it: floats one by one, a list of them would be part of the graph."""
+        *tiles, keep_head = self.tiling
+        flags = (1 if x else 0 for x in (keep_head, *self.needs))
+        return (
             self.scale,
             self.softcap or 0.0,
             self.temperature,
             -1.0 if self.filter_eps is None else self.filter_eps,
-        ]
-        sizes = [self.ignore_index, *(x or 0 for x in self.tiling), *(int(x) for x in self.needs)]
-        return numbers, sizes, self.operand_dtype, " ".join([self.impl, *sorted(self.outputs)])
+            [self.ignore_index, *(x or 0 for x in tiles), *flags],
+            self.operand_dtype,
+            " ".join([self.impl, *sorted(self.outputs)]),
+        )
 
 
-def _unpacked(numbers: Sequence[float], sizes: Sequence[int], operand_dtype: torch.dtype, names: str) -> Options:
-    scale, softcap, temperature, filter_eps = numbers
+def _unpacked(
+    scale: float,
+    softcap: float,
+    temperature: float,
+    filter_eps: float,
+    sizes: Sequence[int],
+    operand_dtype: torch.dtype,
+    names: str,
+) -> Options:
     ignore_index, workspace, token_chunk, vocab_chunk, keep_head, *needs = sizes
     impl, *outputs = names.split()
     return Options(
@@ -86,8 +96,7 @@ def _problem(
 
 def linear_logps(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, options: Options) -> TokenLogps:
     """As `ops.linear_logps`; arguments are checked already."""
-    numbers, sizes, dtype, names = options.packed()
-    out = _logps(hidden, weight, targets, bias, numbers, sizes, dtype, names)
+    out = _logps(hidden, weight, targets, bias, *options.packed())
     fields = [x if name == "logps" or name in options.outputs else None for name, x in zip(_FIELDS, out, strict=False)]
     return TokenLogps(*fields)  # type: ignore[arg-type]
 
@@ -101,13 +110,16 @@ def _logps(
     weight: Tensor,
     targets: Tensor,
     bias: Tensor | None,
-    numbers: Sequence[float],
+    scale: float,
+    softcap: float,
+    temperature: float,
+    filter_eps: float,
     sizes: Sequence[int],
     operand_dtype: torch.dtype,
     names: str,
 ) -> list[Tensor]:
     """The fields of `TokenLogps`, then the kept Jacobian, its scale, max, log_e and the entropy; empty where absent."""
-    options = _unpacked(numbers, sizes, operand_dtype, names)
+    options = _unpacked(scale, softcap, temperature, filter_eps, sizes, operand_dtype, names)
     problem, places, paths = _problem(hidden, weight, targets, bias, options)
     with torch.no_grad():
         if any(options.needs):
@@ -116,7 +128,7 @@ def _logps(
         else:
             out, state = paths.sweep(problem, "nothing")[0].results(problem), autograd.State(*[None] * 5)
     made = (*out, *(state.jacobian or (None, None)), *state[2:])
-    kinds = [t.dtype for t in _logps_fake(hidden, weight, targets, bias, numbers, sizes, operand_dtype, names)]
+    kinds = [t.dtype for t in _logps_fake(hidden, weight, targets, bias, *options.packed())]
     return [targets.new_empty(0, dtype=k) if x is None else places.scatter(x) for x, k in zip(made, kinds, strict=True)]
 
 
@@ -126,12 +138,15 @@ def _logps_fake(
     weight: Tensor,
     targets: Tensor,
     bias: Tensor | None,
-    numbers: Sequence[float],
+    scale: float,
+    softcap: float,
+    temperature: float,
+    filter_eps: float,
     sizes: Sequence[int],
     operand_dtype: torch.dtype,
     names: str,
 ) -> list[Tensor]:
-    options = _unpacked(numbers, sizes, operand_dtype, names)
+    options = _unpacked(scale, softcap, temperature, filter_eps, sizes, operand_dtype, names)
     inner = torch.float64 if operand_dtype == torch.float64 else torch.float32
 
     def tokens(wanted: bool, dtype: torch.dtype) -> Tensor:
@@ -161,16 +176,19 @@ def _logps_backward(
     bias: Tensor | None,
     state: Sequence[Tensor],
     grads: Sequence[Tensor],
-    numbers: Sequence[float],
+    scale: float,
+    softcap: float,
+    temperature: float,
+    filter_eps: float,
     sizes: Sequence[int],
     operand_dtype: torch.dtype,
     names: str,
 ) -> list[Tensor]:
     """Gradients of hidden, weight and bias, empty where not needed; `state` and `grads` empty where absent."""
-    options = _unpacked(numbers, sizes, operand_dtype, names)
+    options = _unpacked(scale, softcap, temperature, filter_eps, sizes, operand_dtype, names)
     problem, places, paths = _problem(hidden, weight, targets, bias, options)
-    rows, scale, *rest = (None if x.numel() == 0 else places.gather(x) for x in state)
-    kept = autograd.State(None if rows is None else autograd.Jacobian(rows, scale), None, *rest)
+    rows, of_rows, *rest = (None if x.numel() == 0 else places.gather(x) for x in state)
+    kept = autograd.State(None if rows is None else autograd.Jacobian(rows, of_rows), None, *rest)
     given = [None if x.numel() == 0 else places.gather(x) for x in grads]
     with torch.no_grad():
         made = autograd.backward(paths, problem, kept, options.needs, *given)
@@ -185,12 +203,17 @@ def _(
     bias: Tensor | None,
     state: Sequence[Tensor],
     grads: Sequence[Tensor],
-    numbers: Sequence[float],
+    scale: float,
+    softcap: float,
+    temperature: float,
+    filter_eps: float,
     sizes: Sequence[int],
     operand_dtype: torch.dtype,
     names: str,
 ) -> list[Tensor]:
-    return _fake_grads(hidden, weight, bias, _unpacked(numbers, sizes, operand_dtype, names).needs)
+    return _fake_grads(
+        hidden, weight, bias, _unpacked(scale, softcap, temperature, filter_eps, sizes, operand_dtype, names).needs
+    )
 
 
 def _setup_logps(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
@@ -205,7 +228,7 @@ def _backward_of_logps(ctx: Any, grads: list[Tensor | None]) -> tuple:
     asked = _unpacked(*ctx.options).outputs
     used = [g if name == "logps" or name in asked else None for name, g in zip(_FIELDS[:3], grads, strict=False)]
     given = [hidden.new_empty(0) if g is None else g for g in used]
-    return *_grads_of(_logps_backward(hidden, weight, targets, bias, rest, given, *ctx.options), ctx), *[None] * 4
+    return *_grads_of(_logps_backward(hidden, weight, targets, bias, rest, given, *ctx.options), ctx), *[None] * 7
 
 
 _logps.register_autograd(_backward_of_logps, setup_context=_setup_logps)
@@ -246,14 +269,17 @@ def _cross_entropy(
     num_items: Tensor | None,
     z_loss: float,
     how: str,
-    numbers: Sequence[float],
+    scale: float,
+    softcap: float,
+    temperature: float,
+    filter_eps: float,
     sizes: Sequence[int],
     operand_dtype: torch.dtype,
     names: str,
 ) -> list[Tensor]:
     """The loss, and its gradients by hidden, weight and bias, empty where not needed."""
     loss_type, reduction = how.split()
-    options = _unpacked(numbers, sizes, operand_dtype, names)
+    options = _unpacked(scale, softcap, temperature, filter_eps, sizes, operand_dtype, names)
     problem, places, paths = _problem(hidden, weight, targets, bias, options)
     per_token = ScalarLoss(loss_type, z_loss, reduction, len(problem.targets) if num_items is None else num_items)
     loss, made = autograd.loss_and_grads(paths, problem, per_token, options.needs)
@@ -269,24 +295,32 @@ def _(
     num_items: Tensor | None,
     z_loss: float,
     how: str,
-    numbers: Sequence[float],
+    scale: float,
+    softcap: float,
+    temperature: float,
+    filter_eps: float,
     sizes: Sequence[int],
     operand_dtype: torch.dtype,
     names: str,
 ) -> list[Tensor]:
     loss = hidden.new_empty((), dtype=torch.float64 if hidden.dtype == torch.float64 else torch.float32)
-    return [loss, *_fake_grads(hidden, weight, bias, _unpacked(numbers, sizes, operand_dtype, names).needs)]
+    return [
+        loss,
+        *_fake_grads(
+            hidden, weight, bias, _unpacked(scale, softcap, temperature, filter_eps, sizes, operand_dtype, names).needs
+        ),
+    ]
 
 
 def _setup_cross_entropy(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
-    ctx.has_bias, ctx.options = inputs[3] is not None, inputs[-4:]
+    ctx.has_bias, ctx.options = inputs[3] is not None, inputs[-7:]
     ctx.save_for_backward(*output[1:])
 
 
 def _backward_of_cross_entropy(ctx: Any, grads: list[Tensor | None]) -> tuple:
     (upstream, *_) = grads
     made = [g if g.numel() == 0 or upstream is None else g * upstream for g in ctx.saved_tensors]
-    return *_grads_of(made, ctx), *[None] * 7
+    return *_grads_of(made, ctx), *[None] * 10
 
 
 _cross_entropy.register_autograd(_backward_of_cross_entropy, setup_context=_setup_cross_entropy)

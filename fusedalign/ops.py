@@ -281,13 +281,13 @@ def _check_tensors(hidden: Tensor, parts: tuple[Tensor, ...], targets: Tensor, b
 def _check_head(scale: float, softcap: float | None, temperature: float) -> None:
     numbers = {"scale": scale, "temperature": temperature} | ({} if softcap is None else {"softcap": softcap})
     for name, value in numbers.items():
-        if not hasattr(value, "__float__"):
+        if not isinstance(value, (int, float)) and (isinstance(value, Tensor) or not hasattr(value, "__float__")):
             raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not math.isfinite(scale):
+    if not -math.inf < scale < math.inf:
         raise ValueError(f"scale must be finite, got {scale}")
-    if softcap is not None and not (softcap > 0 and math.isfinite(softcap)):
+    if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"softcap must be > 0 or None, got {softcap}")
-    if not (temperature > 0 and math.isfinite(temperature)):
+    if not 0 < temperature < math.inf:
         raise ValueError(f"temperature must be > 0, got {temperature}")
 
 

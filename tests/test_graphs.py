@@ -65,6 +65,38 @@ def test_one_graph_gives_the_same_numbers(impl, device, f, needs):
             torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("impl", IN_GRAPHS)
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": (0.7, 0.8)},
+        {"scale": (0.7, 0.8)},
+        {"softcap": (3.0, 4.0)},
+        {"workspace": (3000, 4000)},
+        {"ignore_index": (-1, 3)},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_shapes_and_options_that_differ_between_calls(impl, dynamic, options):
+    def f(hidden, weight, targets, **options):
+        logps = linear_logps(hidden, weight, targets, impl=impl, **options).logps
+        return linear_cross_entropy(hidden, weight, targets, impl=impl, **options) + logps.square().sum()
+
+    torch._dynamo.reset()
+    compiled = torch.compile(f, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    ((name, values),) = options.items()
+    for n, value in zip((7, 5), values, strict=True):
+        results = []
+        for call in (f, compiled):
+            hidden, weight, _ = tensors("cpu", torch.float32, (1, 1, 0))
+            loss = call(hidden[:, :n], weight, TARGETS[:, :n].clamp(min=0), **{name: value})
+            loss.backward()
+            results.append([loss.detach(), hidden.grad, weight.grad])
+        for eager, got in zip(*results, strict=True):
+            torch.testing.assert_close(got, eager, rtol=1e-5, atol=1e-5)
+
+
 def options(impl, dtype, needs, outputs):
     return graphs.Options(
         scale=0.5,

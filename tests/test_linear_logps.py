@@ -145,13 +145,23 @@ def test_tiny(impl, device, n, v):
         assert not out.logps.any()
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_narrow_head_of_another_half_precision(impl, device, dtype):
-    """D = 1: products are fp32, and what could be kept for a token takes more than a column of the head's gradient."""
-    other = torch.float16 if dtype == torch.bfloat16 else torch.bfloat16
-    case = make_case((3, 7), 1, 101, dtype=dtype, device=device)
-    case.weight = case.weight.to(other)
-    assert_within_budget(case, run(case, impl=impl))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("d", [1, 7, 16, 33])
+@pytest.mark.parametrize("tiles", [{}, {"vocab_chunk": 32}, {"workspace": 10_000}])
+def test_a_head_of_fewer_bits_than_the_products(impl, device, dtype, d, tiles):
+    """What triton keeps in the memory of the gradient, fp32 in rows of D halves, fills those only where D is even."""
+    case = make_case((3, 7), d, 333, dtype=dtype, device=device)
+    case.weight = case.weight.half()
+    assert_within_budget(case, run(case, ("logps",), impl=impl, **tiles), ("logps",))
+
+
+@pytest.mark.parametrize(("softcap", "temperature"), [(1e3, 1.0), (1e7, 1.0), (30.0, 1e-3)])
+def test_a_softcap_far_above_the_logits(impl, device, softcap, temperature):
+    """In fp32 whatever the operands: an absolute error of the tanh would be softcap / temperature as large here."""
+    case = make_case((3, 7), 16, 101, dtype=torch.bfloat16, device=device, softcap=softcap, temperature=temperature)
+    case.hidden *= temperature
+    exact = case.to(torch.float64).logps(impl="reference").logps
+    torch.testing.assert_close(case.logps(impl=impl).logps.double(), exact, rtol=1e-5, atol=1e-5)
 
 
 def test_one_token_without_leading_dims(impl, device):

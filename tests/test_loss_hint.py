@@ -281,6 +281,21 @@ def test_under_autocast(calls, loss_type):
     assert calls == ["one_pass", "two_pass_grads", "one_pass", "two_pass_grads", "two_pass_grads"]
 
 
+def test_under_a_checkpoint(calls):
+    """Whose hooks on saved tensors unpack each of them once."""
+    case = make_case((3, 7), 16, 101, bias=False).leaves(True, True, False)
+
+    def loss(hidden):
+        out = linear_logps(hidden, case.weight, case.targets, impl="pytorch", loss_hint="nll")
+        return sft_loss(out.logps, case.valid)
+
+    torch.utils.checkpoint.checkpoint(loss, case.hidden, use_reentrant=False).backward()
+    assert set(calls) == {"one_pass"}
+    _, want = train(case, hint=None, impl="pytorch", needs=(True, True, False))
+    torch.testing.assert_close(case.hidden.grad, want["dhidden"])
+    torch.testing.assert_close(case.weight.grad, want["dweight"])
+
+
 def test_an_unknown_loss():
     case = make_case((7,), 5, 11)
     with pytest.raises(ValueError, match=r"loss_hint must be one of nll, dft, or None, got 'dpo'"):

@@ -267,7 +267,8 @@ class _ExpectedLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_logps: Tensor | None, d_entropy: Tensor | None, d_lse: Tensor | None, *_: None) -> tuple:
         count = len(ctx.needs_input_grad) - 4  # of hidden, bias and the head's tensors
-        made, (expected, maximum, log_e, entropy, *tensors) = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
+        saved = ctx.saved_tensors  # once: hooks on saved tensors, as checkpoints have them, may unpack each but once
+        made, (expected, maximum, log_e, entropy, *tensors) = saved[:count], saved[count:]
         if d_logps is not None and d_entropy is None and d_lse is None:
             factor, fits = _multiple_of(expected, d_logps)
             if fits:

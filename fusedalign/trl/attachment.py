@@ -163,7 +163,7 @@ class _Switch:
         out = linear_logps(
             hidden,
             weight,
-            targets,
+            targets.long(),
             bias=bias,
             scale=scale,
             softcap=softcap,

@@ -85,6 +85,7 @@ def add_lm_head(
         targets = shift_labels if shift_labels is not None or labels is None else shifted(labels)
         if targets is None:
             raise ValueError("fused_lm_head=True needs labels or shift_labels, got neither")
+        targets = targets.long()  # a collator of one's own may give fewer bits
         copy, arrived = _copied_to_host(targets)
         backbone = self.base_model(*args, **kwargs)
         if arrived is not None:  # long before the hidden states, for which nobody waits

@@ -164,7 +164,7 @@ def _ones(rows: RowSums, tokens: slice = slice(None)) -> TokenGrads:
 
 
 def _fold_all(problem: Problem, rows: RowSums) -> None:
-    plan = _plan(problem)
+    plan = _plan(problem, token_bytes=_copy_bytes(problem))
     for tokens in plan.over_tokens(problem):
         left = Rows(problem, tokens, _operand(problem.hidden[tokens], problem))
         for vocab in plan.over_vocab(problem):
@@ -207,7 +207,8 @@ def _rows_of_head(problem: Problem, rows: RowSums) -> Iterator[tuple[slice, _Row
     d, v = problem.hidden.shape[1], problem.weight.shape[0]
     item = problem.operand_dtype.itemsize
     of_target = 0 if isinstance(problem.weight, Tensor) else d * item
-    plan = _plan(problem, token_bytes=4 * d + of_target + _block_bytes(problem, v), logit_bytes=item)
+    token_bytes = 4 * d + of_target + _copy_bytes(problem) + _block_bytes(problem, v)
+    plan = _plan(problem, token_bytes=token_bytes, logit_bytes=item)
     for tokens in plan.over_tokens(problem):
         hidden, targets = _operand(problem.hidden[tokens], problem), problem.targets[tokens]
         left = Rows(problem, tokens, hidden)
@@ -347,8 +348,9 @@ class _Store:
     span: int
     """vocabulary columns of a tile of the sweep; those of a tile of the gradients where e is kept"""
     memory: Tensor | None = None
-    """flat: for each tile room for `height` rows of its width"""
-    height: int = 0
+    """flat: room for all rows, tile after tile"""
+    column_bytes: int = 0
+    """of `memory` for each column of the vocabulary: where it is the head's gradient, a row of that"""
     of_e: Tensor | None = None
     """[halves of blocks of columns, n]: the largest logits, later what e is multiplied with"""
     of_target: Tensor | None = None
@@ -384,8 +386,10 @@ class _Store:
             return None
         n, columns = len(self.rows), vocab.stop - vocab.start
         span = min(self.span, columns)
-        strides = (self.span * self.height, span, 1)
-        tiles = self.memory[vocab.start * self.height :].as_strided((columns // span, n, span), strides)
+        # A tile begins where its part of the gradient will, which is written while the tiles behind it are needed yet.
+        # That is at whole blocks, of even size, so these divisions are exact.
+        start, stride = (x * self.column_bytes // self.memory.itemsize for x in (vocab.start, self.span))
+        tiles = self.memory[start:].as_strided((columns // span, n, span), (stride, span, 1))
         return Kept(tiles, self.of_e[vocab.start // half_block(tiles.device) :])
 
     def prepare(self, problem: Problem, target: Tensor | None, grads: TokenGrads) -> None:
@@ -422,8 +426,8 @@ def _stores(problem: Problem, d_weight: Tensor | None, *, workspace: bool) -> li
     memory = problem.targets.new_empty(0) if d_weight is None else d_weight.view(-1)
     memory = memory.view(torch.uint8)
     flat = memory[: len(memory) // dtype.itemsize * dtype.itemsize].view(dtype)
-    height = flat.numel() // v
-    first = min(n, height)
+    row_bytes = 0 if d_weight is None else d_weight.shape[1] * d_weight.itemsize
+    first = min(n, row_bytes // dtype.itemsize)
     each = v * dtype.itemsize + 4 * _halves(problem)
     more = max(0, min(n - first, (plan.left - first * 4 * _halves(problem)) // each))
     if not workspace or more < n // 8:  # too few rows would not fill the GPU
@@ -435,9 +439,10 @@ def _stores(problem: Problem, d_weight: Tensor | None, *, workspace: bool) -> li
     def rows(start: int, stop: int) -> Rows:
         return Rows(problem, slice(start, stop), hidden[start:stop])
 
-    stores = [_Store(rows(0, first), plan.vocab, flat, height)] if first else []
+    stores = [_Store(rows(0, first), plan.vocab, flat, row_bytes)] if first else []
     if more:
-        stores.append(_Store(rows(first, first + more), plan.vocab, flat.new_empty(more * v), more))
+        memory = flat.new_empty(more * v)
+        stores.append(_Store(rows(first, first + more), plan.vocab, memory, more * dtype.itemsize))
     if first + more < n:
         stores.append(_Store(rows(first + more, n), _plan(problem, cut_tokens=False).vocab))
     return stores
@@ -487,12 +492,16 @@ class _Plan(Tiles):
 
 
 def _plan_grads(problem: Problem) -> _Plan:
-    """For tiles of gradients of logits beside the fp32 sum of dH: the same for every call of one problem."""
+    """For tiles of gradients of logits beside the fp32 sum of dH and the operands' copy of hidden states.
+
+    It is the same for every call of one problem.
+    """
     n, d = problem.hidden.shape
     item = problem.operand_dtype.itemsize
     through_fp32 = problem.operand_dtype == torch.float16 or problem.weight.dtype.itemsize < item
     through = 4 * d if through_fp32 else 0
-    return _plan(problem, cut_tokens=False, fixed=4 * n * d, column_bytes=through, logit_bytes=item)
+    fixed = n * (4 * d + _copy_bytes(problem))
+    return _plan(problem, cut_tokens=False, fixed=fixed, column_bytes=through, logit_bytes=item)
 
 
 def _plan(
@@ -552,6 +561,11 @@ def _halves(problem: Problem) -> int:
 def _block_bytes(problem: Problem, v: int) -> int:
     """What `BlockSums` take for each token."""
     return 4 * (2 + len(problem.outputs)) * -(-v // blocks_for(problem.hidden.device).v)
+
+
+def _copy_bytes(problem: Problem) -> int:
+    """What `_operand` takes for the hidden states of each token."""
+    return 0 if is_operand(problem.hidden, problem) else problem.hidden.shape[1] * problem.operand_dtype.itemsize
 
 
 def _operand(x: Tensor, problem: Problem) -> Tensor:

@@ -228,6 +228,7 @@ def sums_kernel(
     SOURCE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    EXACT_TANH: tl.constexpr,
     ENTROPY: tl.constexpr,
     SQUARES: tl.constexpr,
     MEAN: tl.constexpr,
@@ -247,7 +248,6 @@ def sums_kernel(
     KEEP "reference": also exp(z - reference) * slope into `kept`. Either way 0 at the targets.
     """
     HALF: tl.constexpr = BLOCK_V // 2
-    EXACT: tl.constexpr = SOURCE == "memory"
     blocks = tl.cdiv(n, BLOCK_N) * tl.cdiv(v, BLOCK_V)
     for index in tl.range(tl.program_id(0), blocks, PROGRAMS, flatten=FLATTEN):
         block_n, block_v = _block_of(index, n, v, BLOCK_N, BLOCK_V, GROUP)
@@ -275,7 +275,7 @@ def sums_kernel(
         target = (tl.load(targets + rows, mask=in_n, other=-1) - v_start).to(tl.int32)
         r = tl.load(reference + rows, mask=in_n, other=0.0) if KEEP == "reference" else 0.0
 
-        z0 = _final_logits(z0, bias, v_start, cols0, v, before, after, HAS_BIAS, HAS_SOFTCAP, EXACT)
+        z0 = _final_logits(z0, bias, v_start, cols0, v, before, after, HAS_BIAS, HAS_SOFTCAP, EXACT_TANH)
         e0, m0, total0, e_log_e0, e_sq0, logit0, top0, of_target0 = _half_sums(
             z0, cols0, v, target, ENTROPY, SQUARES, MEAN, TOP
         )
@@ -302,7 +302,7 @@ def sums_kernel(
                 HALF,
                 KEPT_DESCRIPTOR,
             )
-        z1 = _final_logits(z1, bias, v_start, cols1, v, before, after, HAS_BIAS, HAS_SOFTCAP, EXACT)
+        z1 = _final_logits(z1, bias, v_start, cols1, v, before, after, HAS_BIAS, HAS_SOFTCAP, EXACT_TANH)
         e1, m1, total1, e_log_e1, e_sq1, logit1, top1, of_target1 = _half_sums(
             z1, cols1, v, target, ENTROPY, SQUARES, MEAN, TOP
         )
@@ -474,6 +474,7 @@ def grads_kernel(
     SOURCE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    EXACT_TANH: tl.constexpr,
     LSE: tl.constexpr,
     ENTROPY: tl.constexpr,
     D_BIAS: tl.constexpr,
@@ -486,7 +487,6 @@ def grads_kernel(
 ):
     """d loss / d raw logits of a tile, [n, v] in the dtype of `grad`, and its sums over the rows of each block."""
     HALF: tl.constexpr = BLOCK_V // 2
-    EXACT: tl.constexpr = SOURCE == "memory"
     blocks = tl.cdiv(n, BLOCK_N) * tl.cdiv(v, BLOCK_V)
     for index in tl.range(tl.program_id(0), blocks, PROGRAMS, flatten=FLATTEN):
         block_n, block_v = _block_of(index, n, v, BLOCK_N, BLOCK_V, GROUP)
@@ -525,12 +525,12 @@ def grads_kernel(
         if not HAS_SOFTCAP:
             of_p, of_target, of_entropy = of_p * factor, of_target * factor, of_entropy * factor
 
-        z0 = _final_logits(z0, bias, v_start, cols0, v, before, after, HAS_BIAS, HAS_SOFTCAP, EXACT)
+        z0 = _final_logits(z0, bias, v_start, cols0, v, before, after, HAS_BIAS, HAS_SOFTCAP, EXACT_TANH)
         g0 = _logit_grads(z0, cols0, target, m, log_e, of_p, of_target, of_entropy, ENTROPY)
         if HAS_SOFTCAP:
             g0 *= _slope(z0, after) * factor
         _store(grad, g0, row, col, n, v, grad_stride, BLOCK_N, HALF, GRAD_DESCRIPTOR)
-        z1 = _final_logits(z1, bias, v_start, cols1, v, before, after, HAS_BIAS, HAS_SOFTCAP, EXACT)
+        z1 = _final_logits(z1, bias, v_start, cols1, v, before, after, HAS_BIAS, HAS_SOFTCAP, EXACT_TANH)
         g1 = _logit_grads(z1, cols1, target, m, log_e, of_p, of_target, of_entropy, ENTROPY)
         if HAS_SOFTCAP:
             g1 *= _slope(z1, after) * factor
@@ -647,7 +647,7 @@ def far_rows_kernel(
                 h = tl.load(hidden + row * hidden_stride + k + ks, mask=k + ks < d, other=0.0)
                 z += tl.sum(w.to(tl.float32) * h.to(tl.float32)[None, :], 1)
             z = _final_logits(z[None, :], bias, 0, cols, v, before, after, HAS_BIAS, HAS_SOFTCAP, True)
-            e = _exp(z - m)
+            e = _exp(tl.minimum(z - m, 0.0))
             sum_e += tl.sum(tl.where((cols < v)[None, :], e, 0.0))
             if HAS_SOFTCAP:
                 e *= _slope(z, after)

@@ -26,6 +26,9 @@ KEPT_ONE: float = kernels.KEPT_ONE.value
 
 _ONE_BLOCK_EACH = _ALL_COLUMNS = 2**30
 
+#: Up to here the fast tanh's 6e-8 is less than fp32 rounds a logit near the cap.
+_LARGE_SOFTCAP = 64.0
+
 
 @dataclass(frozen=True)
 class Blocks:
@@ -90,15 +93,17 @@ class Rows:
 
     def _make_options(self, blocks: Blocks) -> dict[str, Any]:
         p = self.problem
+        after = 1.0 if p.softcap is None else p.softcap / p.temperature
         options: dict[str, Any] = {
             "bias": None if p.bias is None else p.bias.contiguous(),
             "targets": self.targets,
             "n": len(self),
             "d": self.hidden.shape[1],
             "before": p.scale / p.temperature if p.softcap is None else p.scale / p.softcap,
-            "after": 1.0 if p.softcap is None else p.softcap / p.temperature,
+            "after": after,
             "HAS_BIAS": p.bias is not None,
             "HAS_SOFTCAP": p.softcap is not None,
+            "EXACT_TANH": self.hidden.dtype.itemsize == 4 or after > _LARGE_SOFTCAP,
             # A program's stride from block to block is a constant of the kernel. The number of blocks differs with
             # every shape, so it must not be that constant.
             "PROGRAMS": blocks.programs or _ONE_BLOCK_EACH,
