@@ -35,7 +35,8 @@ def _parser() -> _Parser:
     parser = _Parser(
         prog="fusedalign bench",
         description="This package's impls beside other libraries: time, memory and error of the head and loss.\n"
-        f"By itself: fusedalign bench {WORD}, a pipeline's last stage; --help after it.\n"
+        f"By themselves, with --help of their own: fusedalign bench {WORD}, a pipeline's last stage, and\n"
+        "fusedalign bench trl, whole training steps.\n"
         f"\ntasks (default: all)\n{tasks}\n\ncases\n{cases}\n\nimpls\n  {', '.join(implementations())}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         add_help=False,

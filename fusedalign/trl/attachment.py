@@ -2,13 +2,14 @@
 
 TRL gives every model of these trainers a forward that runs the backbone and hands the last hidden states to one
 autograd function, `trl.trainer.utils._ChunkedLogProbFunction`. Attaching puts a switch in its place. The switch sends a
-call to `linear_logps` while a model of an attached trainer is in its forward, and to TRL's own function otherwise, so
-other trainers in the process are untouched. The gathers of sharded heads, the shift, the masks, mixture-of-experts
-terms and the metrics all stay where TRL has them.
+call to `linear_logps` while an attached trainer takes a step and a model of it is in its forward, and to TRL's own
+function otherwise, so other trainers in the process are untouched, those of the same model too. The gathers of sharded
+heads, the shift, the masks, mixture-of-experts terms and the metrics all stay where TRL has them.
 """
 
 from __future__ import annotations
 
+import functools
 import weakref
 from contextvars import ContextVar, Token
 from dataclasses import dataclass, field
@@ -21,10 +22,11 @@ from accelerate.utils import is_peft_model
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from fusedalign.head import LMHead
 from fusedalign.ops import linear_logps
 from fusedalign.trl.forward import OUTPUT_NAMES, fused_by
-from fusedalign.trl.options import HeadOptions
-from fusedalign.trl.refusals import refuse_arguments, refuse_zero3
+from fusedalign.trl.options import HeadOptions, mixed_precision
+from fusedalign.trl.refusals import refuse_adapters, refuse_arguments, refuse_experts, refuse_zero3
 from fusedalign.trl.trainers import Fused, loss_hint
 
 SUPPORTED = ("SFTTrainer", "DPOTrainer", "KTOTrainer", "GRPOTrainer", "RLOOTrainer")
@@ -37,7 +39,12 @@ class _Attachment:
     options: HeadOptions
     loss_hint: str | None
     handles: list[RemovableHandle] = field(default_factory=list)
+    stepping: bool = False
+    """whether the trainer is in one of `_STEPS`"""
 
+
+#: The methods of a trainer in which its models are called for log-probabilities.
+_STEPS = ("training_step", "prediction_step", "compute_loss", "compute_ref_log_probs")
 
 #: The attachment whose model is in its forward right now, in this thread or task.
 _active: ContextVar[_Attachment | None] = ContextVar("fusedalign_active_attachment", default=None)
@@ -69,6 +76,9 @@ def attach(trainer: Any, **options: Any) -> Any:
     supported: tuple[Any, ...] = tuple(getattr(trl, name) for name in SUPPORTED)
     if not isinstance(trainer, supported):
         raise TypeError(f"trainer must be one of TRL's {', '.join(SUPPORTED)}, got {type(trainer).__name__}")
+    kind = next(cls for cls in type(trainer).__mro__ if cls in supported or cls.__module__.startswith("trl."))
+    if kind not in supported:  # GKD, for one, is an SFTTrainer whose loss is made of all logits
+        raise TypeError(f"trainer must be one of TRL's {', '.join(SUPPORTED)} or your own, got {kind.__name__}")
     if unknown := options.keys() - set(HeadOptions._fields):
         raise TypeError(f"options must be among {', '.join(HeadOptions._fields)}, got {', '.join(sorted(unknown))}")
     attachment = _Attachment(HeadOptions.of(options), loss_hint(type(trainer), trainer.args))
@@ -77,13 +87,19 @@ def attach(trainer: Any, **options: Any) -> Any:
     if isinstance(trainer, trl.SFTTrainer):
         refuse_arguments("attach()", {"args": trainer.args, "compute_loss_func": trainer.compute_loss_func})
     refuse_zero3(trainer)
+    refuse_adapters(trainer)
+    refuse_experts(trainer, ("num_experts",), f"use Fused{type(trainer).__name__}")
     models = [model for model in (trainer.model, getattr(trainer, "ref_model", None)) if isinstance(model, nn.Module)]
     for model in models:
         _check_head(model, attachment.options, trainer)
     detach(trainer)
     _install_switch()
     for model in models:
-        attachment.handles += _mark(model, attachment)
+        mark = _Mark(attachment)
+        attachment.handles.append(model.register_forward_pre_hook(mark.enter, prepend=True))
+        attachment.handles.append(model.register_forward_hook(mark.leave, always_call=True))
+    for name in filter(functools.partial(hasattr, trainer), _STEPS):
+        setattr(trainer, name, _Step(getattr(trainer, name), attachment))
     _attached[trainer] = attachment
     return trainer
 
@@ -99,7 +115,8 @@ def _check_head(model: nn.Module, options: HeadOptions, trainer: Any) -> None:
     if not hasattr(head, "bias"):  # PEFT's trainable_token_indices
         name = f"Fused{type(trainer).__name__}"
         raise TypeError(f"expected a head that TRL reads, got {type(head).__name__}: use {name} instead of attach()")
-    options.check(head.weight, trainer.args.device)
+    weight = LMHead(head.weight, head.bias)
+    options.check(weight, mixed=mixed_precision(trainer.args), device=trainer.args.device)
 
 
 def detach(trainer: Any) -> Any:
@@ -108,26 +125,50 @@ def detach(trainer: Any) -> Any:
     if attachment is not None:
         for handle in attachment.handles:
             handle.remove()
+        for name in _STEPS:
+            step = vars(trainer).pop(name, None)
+            if step is not None and getattr(step.method, "__func__", None) is not getattr(type(trainer), name, None):
+                setattr(trainer, name, step.method)  # which was not the class's
     if not _attached:
         _remove_switch()
     return trainer
 
 
-def _mark(model: nn.Module, attachment: _Attachment) -> list[RemovableHandle]:
-    """Make `attachment` the active one from the start of each forward of `model` to its end, also if that raises."""
-    entered: list[Token] = []
+class _Step:
+    """A method of a trainer, which says that it runs."""
 
-    def enter(*_: Any) -> None:
-        entered.append(_active.set(attachment))
+    def __init__(self, method: Any, attachment: _Attachment) -> None:
+        self.method, self.attachment = method, attachment
+        functools.update_wrapper(self, method)
 
-    def leave(*_: Any) -> None:
-        if entered:  # an exception in an earlier hook can end a forward that was never entered
-            _active.reset(entered.pop())
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        before, self.attachment.stepping = self.attachment.stepping, True
+        try:
+            return self.method(*args, **kwargs)
+        finally:
+            self.attachment.stepping = before
 
-    return [
-        model.register_forward_pre_hook(enter, prepend=True),
-        model.register_forward_hook(leave, always_call=True),
-    ]
+
+class _Mark:
+    """The hooks of a model: while its trainer takes a step, its attachment is the active one in each forward."""
+
+    def __init__(self, attachment: _Attachment | None) -> None:
+        self.attachment = attachment
+        self.entered: list[Token | None] = []
+
+    def __reduce__(self) -> tuple:
+        return _Mark, (None,)  # a copy of the model, from a file or not, is nobody's
+
+    def enter(self, *_: Any) -> None:
+        """Before a forward."""
+        serves = self.attachment is not None and self.attachment.stepping
+        self.entered.append(_active.set(self.attachment) if serves else None)
+
+    def leave(self, *_: Any) -> None:
+        """After it, also if that raises."""
+        token = self.entered.pop() if self.entered else None  # an earlier hook's exception ends what was not entered
+        if token is not None:
+            _active.reset(token)
 
 
 # ---------------------------------------------------------------------------------------------------------- the switch

@@ -31,6 +31,10 @@ OUTPUT_NAMES = {
 }
 
 
+#: What configurations call the number of experts.
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+
+
 @dataclass
 class FusedOutput(FusedCausalLMOutput):
     """TRL's record, and what the trainers ask for whose stock forms keep the logits."""
@@ -46,6 +50,7 @@ def add_lm_head(
     options: HeadOptions,
     mean_positions: slice | None = None,
     loss_hint: str | None = None,
+    mixed: torch.dtype | None = None,
 ) -> None:
     """Give `model` the forward described above.
 
@@ -55,14 +60,16 @@ def add_lm_head(
         options: of the head.
         mean_positions: the positions over which `row_mean_logits` averages; None: it is not wanted.
         loss_hint: as in `linear_logps`.
+        mixed: the dtype of mixed precision, if there is any.
 
     Raises:
-        TypeError, ValueError: the head cannot be read, see `lm_head`, or the model's backbone cannot be told.
+        TypeError, ValueError: the head cannot be read, see `lm_head`, the model's backbone cannot be told, or no impl
+            does what the options ask for.
     """
-    options.check(_first(lm_head(model)))
+    options.check(lm_head(model), (ours for theirs, ours in OUTPUT_NAMES.items() if theirs in outputs), mixed=mixed)
     if model.base_model is model:
         raise TypeError(f"expected a model whose base_model is its backbone, got {type(model).__name__}")
-    original = model.forward
+    instead = vars(model).get("forward")  # of the instance, where somebody has put one there
 
     @functools.wraps(type(model).forward)  # `generate` validates its arguments against the signature
     def fusedalign_forward(
@@ -76,6 +83,7 @@ def add_lm_head(
     ) -> Any:
         if not fused_lm_head:
             more = {"labels": labels, "shift_labels": shift_labels, "num_items_in_batch": num_items_in_batch}
+            original = types.MethodType(type(self).forward, self) if instead is None else instead
             return original(*args, **kwargs, **{name: x for name, x in more.items() if x is not None})
         config = self.config.get_text_config()
         kwargs["use_cache"] = False
@@ -166,7 +174,7 @@ def _router_loss(config: Any, router_logits: Any, attention_mask: Tensor | None)
     """The load-balancing loss, which is Mixtral's in every mixture of experts of transformers."""
     from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-    experts = getattr(config, "num_experts", None) or config.num_local_experts
+    experts = next(getattr(config, name) for name in EXPERTS if getattr(config, name, None) is not None)
     loss = load_balancing_loss_func(router_logits, experts, config.num_experts_per_tok, attention_mask)
     assert isinstance(loss, Tensor)
     return loss

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from torch import Tensor
+import torch
 
+from fusedalign.head import LMHead
 from fusedalign.impls import check_name, resolve
-from fusedalign.problem import Problem, Tiling
+from fusedalign.problem import Problem, Tiling, beside
 
 
 class HeadOptions(NamedTuple):
@@ -24,15 +26,38 @@ class HeadOptions(NamedTuple):
         check_name(made.impl)
         return made
 
-    def check(self, weight: Tensor, device: Any = None) -> None:
+    def check(
+        self, head: LMHead, outputs: Iterable[str] = (), *, mixed: torch.dtype | None = None, device: Any = None
+    ) -> None:
         """Raises ValueError where no impl does what the options ask for.
 
         Args:
-            weight: [V, D], the head.
-            device: where it will be; default: where it is.
+            head: of the model.
+            outputs: names of `linear_logps`, as far as they are known.
+            mixed: the dtype of mixed precision; None: operands have the head's.
+            device: where the head will be; default: where it is.
         """
-        device = weight.device if device is None else device
-        hidden, targets = weight.new_empty((0, weight.shape[-1]), device=device), weight.new_empty(0, device=device)
-        tiling = Tiling(workspace=self.workspace)
-        problem = Problem(hidden, hidden, targets.long(), weight.dtype, filter_eps=self.filter_eps, tiling=tiling)
+        parts = head.weight if isinstance(head.weight, tuple) else (head.weight,)
+        first, dtype = parts[0], mixed or parts[0].dtype
+        empty = tuple(x.new_empty((0, x.shape[-1]), device=device or x.device) for x in parts)
+        hidden = torch.cat(empty, 1)
+        problem = Problem(
+            hidden,
+            beside(empty, dtype),
+            hidden.new_empty(0, dtype=torch.int64),
+            torch.promote_types(dtype, first.dtype) if first.dtype == torch.float64 else dtype,
+            bias=head.bias,
+            scale=head.scale,
+            softcap=head.softcap,
+            outputs=frozenset(outputs),
+            filter_eps=self.filter_eps,
+            tiling=Tiling(workspace=self.workspace),
+        )
         resolve(self.impl, problem)
+
+
+def mixed_precision(args: Any) -> torch.dtype | None:
+    """That of a trainer's arguments, None where they have none."""
+    if getattr(args, "bf16", False):
+        return torch.bfloat16
+    return torch.float16 if getattr(args, "fp16", False) else None

@@ -18,6 +18,7 @@ from torch import Tensor
 from fusedalign.losses import sft_loss, tpo_loss
 from fusedalign.sequence import completion_labels, sequence_mean, sequence_sum
 from fusedalign.trl.forward import add_lm_head
+from fusedalign.trl.options import mixed_precision
 from fusedalign.trl.trainers import Fused
 
 with warnings.catch_warnings():  # trl.experimental warns of being that; who asks for these trainers by name knows
@@ -44,7 +45,13 @@ class _FusedForward(Fused):
         if model.config.is_encoder_decoder:
             _logger.warning("%s is an encoder-decoder: it keeps TRL's own path, with logits", type(model).__name__)
             return
-        add_lm_head(model, self._outputs, options=self.head_options, mean_positions=self._mean_positions)
+        add_lm_head(
+            model,
+            self._outputs,
+            options=self.head_options,
+            mean_positions=self._mean_positions,
+            mixed=mixed_precision(trainer.args),
+        )
         if trainer.args.use_liger_kernel:  # which would replace that forward when training starts
             kernels = trainer.args.liger_kernel_config or {}
             trainer.args.liger_kernel_config = {**kernels, "fused_linear_cross_entropy": False}
@@ -55,9 +62,8 @@ class _FusedForward(Fused):
         One call of the head serves the NLL of the chosen rows, prompt included or not, and the preference terms.
         """
         trainer: Any = self
-        inputs = trainer.concatenated_inputs(
-            batch, padding_value=trainer.processing_class.pad_token_id, device=trainer.accelerator.device
-        )
+        padding = getattr(trainer, "padding_value", trainer.processing_class.pad_token_id)  # ORPO has an option for it
+        inputs = trainer.concatenated_inputs(batch, padding_value=padding, device=trainer.accelerator.device)
         ids, attention_mask = inputs["concatenated_input_ids"], inputs["concatenated_attention_mask"]
         labels, n = inputs["concatenated_labels"], batch["chosen_labels"].shape[0]
         nll_labels = completion_labels(ids[:n], attention_mask[:n]) if with_prompt else labels[:n]

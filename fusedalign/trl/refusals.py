@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+import sys
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 
-def refuse_arguments(name: str, arguments: Mapping[str, Any]) -> None:
-    """Raises ValueError for a trainer's constructor arguments that ask for the logits."""
+def refuse_arguments(name: str, arguments: Mapping[str, Any], loss_type: Any = None) -> None:
+    """Raises ValueError for a trainer's constructor arguments that ask for the logits.
+
+    `loss_type` is that of plain `TrainingArguments`, of which TRL makes its own.
+    """
     args: Any = arguments.get("args")
-    if getattr(args, "label_smoothing_factor", 0.0) and getattr(args, "loss_type", None) == "nll":
+    if getattr(args, "label_smoothing_factor", 0.0) and getattr(args, "loss_type", loss_type) == "nll":
         raise ValueError(
             f"{name} needs label_smoothing_factor=0, got {args.label_smoothing_factor}, which takes the logits: "
             "in a loop of your own fusedalign.sft_loss has label_smoothing"
@@ -25,6 +30,39 @@ def refuse_arguments(name: str, arguments: Mapping[str, Any]) -> None:
     ):
         if arguments.get(argument) is not None:
             raise ValueError(f"{name} needs {argument}=None, got a function: {instead}")
+
+
+def refuse_adapters(trainer: Any) -> None:
+    """Raises ValueError for adapters of PEFT that keep the model's forward from before, or ask for its logits."""
+    for adapter in getattr(trainer.model, "peft_config", {}).values():
+        kind = str(getattr(adapter.peft_type, "value", adapter.peft_type))
+        if kind in ("ADAPTION_PROMPT", "CPT"):
+            raise ValueError(
+                f"{type(trainer).__name__} has no way for {kind}, whose model calls the forward with logits: "
+                "use LoRA or prompt tuning"
+            )
+
+
+def refuse_experts(trainer: Any, names: Iterable[str], instead: str) -> None:
+    """Raises ValueError where the experts of a mixture are to be balanced, but not by Mixtral's loss.
+
+    `names` are what may hold the number of experts in a configuration.
+    """
+    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+    if not getattr(trainer, "aux_loss_enabled", False):
+        return
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
+    model = model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
+    config = model.config.get_text_config()
+    own = getattr(sys.modules[type(model).__module__], "load_balancing_loss_func", load_balancing_loss_func)
+    alike = inspect.signature(own).parameters.keys() == inspect.signature(load_balancing_loss_func).parameters.keys()
+    counted = any(getattr(config, name, None) is not None for name in names)
+    if not (alike and counted and hasattr(config, "num_experts_per_tok")):
+        raise ValueError(
+            f"{type(trainer).__name__} needs experts that are balanced as Mixtral's are, with one of "
+            f"{', '.join(names)} in the configuration, got {type(model).__name__}: {instead}"
+        )
 
 
 def refuse_sharded(trainer: Any) -> None:

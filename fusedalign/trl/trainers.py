@@ -17,9 +17,9 @@ from typing import Any
 
 import trl
 
-from fusedalign.trl.forward import add_lm_head
-from fusedalign.trl.options import HeadOptions
-from fusedalign.trl.refusals import refuse_arguments, refuse_sharded
+from fusedalign.trl.forward import EXPERTS, add_lm_head
+from fusedalign.trl.options import HeadOptions, mixed_precision
+from fusedalign.trl.refusals import refuse_adapters, refuse_arguments, refuse_experts, refuse_sharded
 
 
 class Fused:
@@ -30,18 +30,22 @@ class Fused:
         kwargs = {name: value for name, value in kwargs.items() if name not in HeadOptions._fields}
         signature = inspect.signature(super().__init__)
         arguments = signature.bind(*args, **kwargs).arguments
-        refuse_arguments(type(self).__name__, arguments)
+        default = trl.SFTConfig.loss_type if isinstance(self, trl.SFTTrainer) else None
+        refuse_arguments(type(self).__name__, arguments, default)
         self.head_options = options
-        with self._head_in_place(loss_hint(type(self), arguments.get("args"))):
+        with self._head_in_place(arguments.get("args")):
             super().__init__(*args, **kwargs)
+        refuse_adapters(self)
+        refuse_experts(self, EXPERTS, "set its router_aux_loss_coef to 0")
         refuse_sharded(self)
 
     @contextlib.contextmanager
-    def _head_in_place(self, hint: str | None) -> Iterator[None]:
+    def _head_in_place(self, args: Any) -> Iterator[None]:
         stock = next(cls for cls in type(self).__mro__ if cls.__module__.startswith("trl."))
         module: Any = sys.modules[stock.__module__]
+        hint, mixed = loss_hint(type(self), args), mixed_precision(args)
         ours = {
-            "add_fused_lm_head": functools.partial(add_lm_head, options=self.head_options, loss_hint=hint),
+            "add_fused_lm_head": functools.partial(add_lm_head, options=self.head_options, loss_hint=hint, mixed=mixed),
             "BaseTunerLayer": _NoAdapter,  # of which TRL asks whether the head is one, in order to refuse it
         }
         before = {name: getattr(module, name) for name in ours if hasattr(module, name)}

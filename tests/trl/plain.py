@@ -7,7 +7,7 @@ from fusedalign.trl import trainers
 from fusedalign.trl.forward import FusedOutput
 
 
-def add_plain_head(model, outputs=("log_probs",), *, options, loss_hint=None, mean_positions=None):
+def add_plain_head(model, outputs=("log_probs",), *, options, loss_hint=None, mean_positions=None, mixed=None):
     """Stands in for `fusedalign.trl.forward.add_lm_head`: the model's own forward and its own call of the head."""
     original = model.forward
 

@@ -1,5 +1,8 @@
 """attach(): who is served and who is not, no logits, and no trace after detach(). test_matrix has the metrics."""
 
+import copy
+import io
+
 import pytest
 import tiny
 import torch
@@ -65,6 +68,45 @@ def test_only_the_attached_trainer_is_served(build, monkeypatch):
     assert calls == ["pytorch", "reference"]
 
 
+def test_trainers_that_share_a_model(build, monkeypatch):
+    """SFT, then DPO of the model that came out: each is served as it was attached, or not at all."""
+    calls = []
+    original = attach_module.linear_logps
+
+    def recorded(*args, **options):
+        calls.append((options["impl"], options["loss_hint"]))
+        return original(*args, **options)
+
+    monkeypatch.setattr(attach_module, "linear_logps", recorded)
+    sft = build("sft", "attach", max_steps=1, head=[("impl", "reference")])
+    sft.train()
+    assert set(calls) == {("reference", "nll")}
+    calls.clear()
+    dpo = build("dpo", "stock", max_steps=1, arguments=[("model", lambda: sft.model)])
+    dpo.train()
+    assert not calls
+    attach(dpo, impl="pytorch").train()
+    assert set(calls) == {("pytorch", None)}
+    calls.clear()
+    sft.evaluate()
+    assert set(calls) == {("reference", "nll")}
+    detach(dpo)
+    calls.clear()
+    dpo.evaluate()
+    assert not calls
+
+
+def test_a_copy_of_an_attached_model_is_nobodys(build):
+    trainer = build("sft", "attach", max_steps=1)
+    file = io.BytesIO()
+    torch.save(trainer.model, file)
+    file.seek(0)
+    for copied in (torch.load(file, weights_only=False), copy.deepcopy(trainer.model)):
+        ids = torch.tensor([[1, 5, 6, 7]])
+        torch.testing.assert_close(copied(ids).logits, trainer.model(ids).logits)
+    trainer.train()
+
+
 def test_detach_leaves_no_trace(build, stock_history):
     before = trl_utils._ChunkedLogProbFunction, getattr(trl_utils, "_use_triton", None)
     trainer, other = build("dpo", "stock"), build("sft", "stock")
@@ -76,6 +118,7 @@ def test_detach_leaves_no_trace(build, stock_history):
     assert hooks == [len(m._forward_pre_hooks) + len(m._forward_hooks) for m in (trainer.model, trainer.ref_model)]
     detach(other)
     detach(other)  # harmless
+    assert not {"training_step", "compute_loss"} & vars(trainer).keys()
     assert before == (trl_utils._ChunkedLogProbFunction, getattr(trl_utils, "_use_triton", None))
     tiny.assert_same(tiny.history(trainer), stock_history("dpo"))
 
@@ -95,8 +138,9 @@ def test_generate_save_and_reload(build, tmp_path):
 def test_a_forward_that_raises_does_not_stay_active(build):
     trainer = build("sft", "attach")
     with pytest.raises(Exception):  # noqa: B017, PT011
-        trainer.model(input_ids="not a tensor")
+        trainer.compute_loss(trainer.model, {"input_ids": "not a tensor", "labels": torch.zeros(1, 2)})
     assert attach_module._active.get() is None
+    assert not attach_module._attached[trainer].stepping
 
 
 def test_what_cannot_be_attached_is_refused(build, monkeypatch):

@@ -1,6 +1,7 @@
 """What the matrix does not have: adapters, low precision, encoder-decoders, vision, compilation, refusals."""
 
 import collections
+import copy
 
 import peft
 import pytest
@@ -115,6 +116,34 @@ def test_an_encoder_decoder_keeps_trls_path(build, stock_history, kind, caplog):
     trainer = build(kind, "fused", **options)
     assert "keeps TRL's own path, with logits" in caplog.text
     tiny.assert_same(tiny.history(trainer), stock_history(kind, **options))
+
+
+def test_padding_value_of_orpo(build, stock_history):
+    got = tiny.history(build("orpo", "fused", padding_value=7))
+    tiny.assert_same(got, stock_history("orpo", padding_value=7))
+
+
+@pytest.mark.parametrize("how", ["fused", "attach"])
+def test_a_collator_that_gives_fewer_bits(build, stock_history, how):
+    trainer = build("sft", how)
+    collate = trainer.data_collator
+
+    def short(rows):
+        batch = collate(rows)
+        return batch | {"labels": batch["labels"].int()}
+
+    trainer.data_collator = short
+    tiny.assert_same(tiny.history(trainer), stock_history("sft"))
+
+
+def test_a_copy_of_the_model_calls_its_own_weights(build):
+    model, ids = build("orpo", "fused").model, torch.tensor([[1, 5, 6, 7]])
+    before, copied = model(ids).logits, copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert torch.equal(copied(ids).logits, before)
+    assert not model(ids).logits.any()
 
 
 def test_a_mixture_whose_configuration_has_another_name_for_its_experts(build, stock_history):

@@ -3,13 +3,18 @@
 import inspect
 import types
 
+import peft
 import pytest
 import tiny
+import torch
 import transformers
 import transformers.trainer
+import trl
 from accelerate.state import AcceleratorState
+from transformers.models.phimoe import modeling_phimoe
 
-from fusedalign.trl import attach
+from fusedalign.impls import pytorch
+from fusedalign.trl import FusedSFTTrainer, attach
 from fusedalign.trl.forward import fused_by
 
 KINDS = ("sft", "dpo", "kto", "cpo", "orpo", "tpo")
@@ -144,6 +149,59 @@ def test_label_smoothing_of_sft(build, how):
     with pytest.raises(ValueError, match=rf"needs label_smoothing_factor=0, got 0\.1, {instead}"):
         build("sft", how, label_smoothing_factor=0.1)
     build("sft", how, label_smoothing_factor=0.1, loss_type="dft")
+
+
+def test_label_smoothing_in_arguments_that_trl_makes_its_own_of(tmp_path):
+    """Of transformers, without a loss_type."""
+    args = transformers.TrainingArguments(str(tmp_path), label_smoothing_factor=0.1, use_cpu=True, report_to="none")
+    data, tokenizer = tiny.data("sft", 4), tiny.tokenizer()
+    with pytest.raises(ValueError, match=r"FusedSFTTrainer needs label_smoothing_factor=0, got 0\.1"):
+        FusedSFTTrainer(tiny.MODELS["qwen3"](), args, train_dataset=data, processing_class=tokenizer)
+
+
+@pytest.mark.parametrize(("kind", "how"), [("sft", "fused"), ("sft", "attach"), ("orpo", "fused")])
+def test_adapters_that_want_the_logits(build, kind, how):
+    cpt = {"cpt_token_ids": [3, 4], "cpt_mask": [1, 1], "cpt_tokens_type_mask": [1, 2], "task_type": "CAUSAL_LM"}
+    with pytest.raises(ValueError, match="has no way for CPT, whose model calls the forward with logits"):
+        build(kind, how, arguments=[("peft_config", lambda: peft.CPTConfig(**cpt))])
+
+
+def test_trainers_of_trls_whose_loss_takes_the_logits(build):
+    class GKDTrainer(trl.SFTTrainer):
+        __module__ = "trl.experimental.gkd"
+
+    with pytest.raises(TypeError, match="or your own, got GKDTrainer"):
+        build("sft", "attach", cls=GKDTrainer)
+
+
+def test_experts_that_trl_cannot_count(build):
+    with pytest.raises(
+        ValueError, match=r"with one of num_experts in the configuration, got Phimoe.*: use FusedSFTTrain"
+    ):
+        build("sft", "attach", model="phimoe")
+
+
+def test_experts_with_a_loss_of_their_own(build, monkeypatch):
+    monkeypatch.setattr(modeling_phimoe, "load_balancing_loss_func", lambda router_logits, keys: None)
+    with pytest.raises(ValueError, match=r"got PhimoeForCausalLM: set its router_aux_loss_coef to 0"):
+        build("sft", "fused", model="phimoe")
+
+
+def test_what_the_head_will_be_asked_is_checked_when_it_is_built(build, monkeypatch):
+    """By an impl that cannot do a thing: all outputs, a bias, the dtype of mixed precision."""
+    seen, asked = [], []
+    monkeypatch.setattr(pytorch, "supports", lambda problem: seen.append(problem) or "it is asked too much")
+    for kind, model, options in (("sft", "phi", {}), ("dpo", "gemma2", {}), ("orpo", "qwen3", {"bf16": True})):
+        with pytest.raises(ValueError, match="cannot do this: it is asked too much"):
+            build(kind, "fused", model=model, head=[("impl", "pytorch")], **options)
+        asked.append(seen[0])
+        seen.clear()
+    sft, dpo, orpo = asked
+    assert sft.outputs == {"entropy", "is_top1"}
+    assert sft.bias is not None
+    assert dpo.outputs == {"entropy", "mean_logit", "is_top1"}
+    assert dpo.softcap == 0.5
+    assert (sft.operand_dtype, orpo.operand_dtype) == (torch.float32, torch.bfloat16)
 
 
 @pytest.mark.parametrize("how", ["attach", "fused"])
