@@ -176,7 +176,7 @@ def linear_cross_entropy(
         raise ValueError(f"reduction must be 'mean' or 'sum' (per-token values: linear_logps), got {reduction!r}")
     if reduction == "sum" and num_items is not None:
         raise ValueError(f"num_items must be None with reduction='sum', which divides by nothing, got {num_items}")
-    if not z_loss >= 0:
+    if not isinstance(z_loss, (int, float)) or not z_loss >= 0:
         raise ValueError(f"z_loss must be >= 0, got {z_loss}")
     head, options = _check(
         hidden,
@@ -212,6 +212,8 @@ def _check(
     parts = weight if isinstance(weight, tuple) else (weight,)
     _check_tensors(hidden, parts, targets, bias)
     _check_head(options["scale"], options["softcap"], options["temperature"])
+    if not isinstance(options["ignore_index"], int):
+        raise TypeError(f"ignore_index must be an integer, got {options['ignore_index']!r}")
     check_name(options["impl"])
     on, dtype = torch.is_grad_enabled(), operand_dtype(hidden, parts[0])
     head = beside(parts, dtype)
