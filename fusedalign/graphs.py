@@ -6,7 +6,7 @@ shapes of what an operator returns. Their bodies are the same paths of the same 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -78,6 +78,15 @@ def _unpacked(
     )
 
 
+def _operator(name: str, more: str = "") -> Callable[[Callable], torch.library.CustomOpDef]:
+    """An operator of hidden, weight, targets, bias, `more`, and what `Options.packed` gives."""
+    packed = "float scale, float softcap, float temperature, float filter_eps, SymInt[] sizes, ScalarType operand_dtype"
+    tensors = "Tensor hidden, Tensor weight, Tensor targets, Tensor? bias"
+    arguments = ", ".join(x for x in (tensors, more, packed, "str names") if x)
+    schema = f"({arguments}) -> Tensor[]"
+    return lambda f: torch.library.custom_op(f"fusedalign::{name}", f, mutates_args=(), schema=schema)
+
+
 def _problem(
     hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, options: Options
 ) -> tuple[Problem, Places, Paths]:
@@ -104,22 +113,16 @@ def linear_logps(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor |
 _FIELDS = ("logps", *OUTPUTS)
 
 
-@torch.library.custom_op("fusedalign::linear_logps", mutates_args=())
+@_operator("linear_logps")
 def _logps(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
     bias: Tensor | None,
-    scale: float,
-    softcap: float,
-    temperature: float,
-    filter_eps: float,
-    sizes: Sequence[int],
-    operand_dtype: torch.dtype,
-    names: str,
+    *packed: Any,
 ) -> list[Tensor]:
     """The fields of `TokenLogps`, then the kept Jacobian, its scale, max, log_e and the entropy; empty where absent."""
-    options = _unpacked(scale, softcap, temperature, filter_eps, sizes, operand_dtype, names)
+    options = _unpacked(*packed)
     problem, places, paths = _problem(hidden, weight, targets, bias, options)
     with torch.no_grad():
         if any(options.needs):
@@ -138,16 +141,10 @@ def _logps_fake(
     weight: Tensor,
     targets: Tensor,
     bias: Tensor | None,
-    scale: float,
-    softcap: float,
-    temperature: float,
-    filter_eps: float,
-    sizes: Sequence[int],
-    operand_dtype: torch.dtype,
-    names: str,
+    *packed: Any,
 ) -> list[Tensor]:
-    options = _unpacked(scale, softcap, temperature, filter_eps, sizes, operand_dtype, names)
-    inner = torch.float64 if operand_dtype == torch.float64 else torch.float32
+    options = _unpacked(*packed)
+    inner = torch.float64 if options.operand_dtype == torch.float64 else torch.float32
 
     def tokens(wanted: bool, dtype: torch.dtype) -> Tensor:
         return targets.new_empty(targets.shape if wanted else (0,), dtype=dtype)
@@ -156,7 +153,7 @@ def _logps_fake(
         wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         return tokens(name == "logps" or name in options.outputs, torch.bool if name == "is_top1" else wide)
 
-    frozen, half = options.needs == (True, False, False), operand_dtype.itemsize == 2
+    frozen, half = options.needs == (True, False, False), options.operand_dtype.itemsize == 2
     recomputes = any(options.needs) and (not frozen or bool(options.outputs & {"entropy", "lse"}))
     return [
         *(field(name) for name in _FIELDS),
@@ -168,7 +165,7 @@ def _logps_fake(
     ]
 
 
-@torch.library.custom_op("fusedalign::linear_logps_backward", mutates_args=())
+@_operator("linear_logps_backward", "Tensor[] state, Tensor[] grads")
 def _logps_backward(
     hidden: Tensor,
     weight: Tensor,
@@ -176,16 +173,10 @@ def _logps_backward(
     bias: Tensor | None,
     state: Sequence[Tensor],
     grads: Sequence[Tensor],
-    scale: float,
-    softcap: float,
-    temperature: float,
-    filter_eps: float,
-    sizes: Sequence[int],
-    operand_dtype: torch.dtype,
-    names: str,
+    *packed: Any,
 ) -> list[Tensor]:
     """Gradients of hidden, weight and bias, empty where not needed; `state` and `grads` empty where absent."""
-    options = _unpacked(scale, softcap, temperature, filter_eps, sizes, operand_dtype, names)
+    options = _unpacked(*packed)
     problem, places, paths = _problem(hidden, weight, targets, bias, options)
     rows, of_rows, *rest = (None if x.numel() == 0 else places.gather(x) for x in state)
     kept = autograd.State(None if rows is None else autograd.Jacobian(rows, of_rows), None, *rest)
@@ -203,17 +194,9 @@ def _(
     bias: Tensor | None,
     state: Sequence[Tensor],
     grads: Sequence[Tensor],
-    scale: float,
-    softcap: float,
-    temperature: float,
-    filter_eps: float,
-    sizes: Sequence[int],
-    operand_dtype: torch.dtype,
-    names: str,
+    *packed: Any,
 ) -> list[Tensor]:
-    return _fake_grads(
-        hidden, weight, bias, _unpacked(scale, softcap, temperature, filter_eps, sizes, operand_dtype, names).needs
-    )
+    return _fake_grads(hidden, weight, bias, _unpacked(*packed).needs)
 
 
 def _setup_logps(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
@@ -260,7 +243,7 @@ def linear_cross_entropy(
     return _cross_entropy(hidden, weight, targets, bias, items, z_loss, how, *options.packed())[0]
 
 
-@torch.library.custom_op("fusedalign::linear_cross_entropy", mutates_args=())
+@_operator("linear_cross_entropy", "Tensor? num_items, float z_loss, str how")
 def _cross_entropy(
     hidden: Tensor,
     weight: Tensor,
@@ -269,17 +252,11 @@ def _cross_entropy(
     num_items: Tensor | None,
     z_loss: float,
     how: str,
-    scale: float,
-    softcap: float,
-    temperature: float,
-    filter_eps: float,
-    sizes: Sequence[int],
-    operand_dtype: torch.dtype,
-    names: str,
+    *packed: Any,
 ) -> list[Tensor]:
     """The loss, and its gradients by hidden, weight and bias, empty where not needed."""
     loss_type, reduction = how.split()
-    options = _unpacked(scale, softcap, temperature, filter_eps, sizes, operand_dtype, names)
+    options = _unpacked(*packed)
     problem, places, paths = _problem(hidden, weight, targets, bias, options)
     per_token = ScalarLoss(loss_type, z_loss, reduction, len(problem.targets) if num_items is None else num_items)
     loss, made = autograd.loss_and_grads(paths, problem, per_token, options.needs)
@@ -295,20 +272,12 @@ def _(
     num_items: Tensor | None,
     z_loss: float,
     how: str,
-    scale: float,
-    softcap: float,
-    temperature: float,
-    filter_eps: float,
-    sizes: Sequence[int],
-    operand_dtype: torch.dtype,
-    names: str,
+    *packed: Any,
 ) -> list[Tensor]:
     loss = hidden.new_empty((), dtype=torch.float64 if hidden.dtype == torch.float64 else torch.float32)
     return [
         loss,
-        *_fake_grads(
-            hidden, weight, bias, _unpacked(scale, softcap, temperature, filter_eps, sizes, operand_dtype, names).needs
-        ),
+        *_fake_grads(hidden, weight, bias, _unpacked(*packed).needs),
     ]
 
 

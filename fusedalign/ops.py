@@ -176,7 +176,8 @@ def linear_cross_entropy(
         raise ValueError(f"reduction must be 'mean' or 'sum' (per-token values: linear_logps), got {reduction!r}")
     if reduction == "sum" and num_items is not None:
         raise ValueError(f"num_items must be None with reduction='sum', which divides by nothing, got {num_items}")
-    if not isinstance(z_loss, (int, float)) or not z_loss >= 0:
+    _check_number("z_loss", z_loss)
+    if not z_loss >= 0:
         raise ValueError(f"z_loss must be >= 0, got {z_loss}")
     head, options = _check(
         hidden,
@@ -212,8 +213,7 @@ def _check(
     parts = weight if isinstance(weight, tuple) else (weight,)
     _check_tensors(hidden, parts, targets, bias)
     _check_head(options["scale"], options["softcap"], options["temperature"])
-    if not isinstance(options["ignore_index"], int):
-        raise TypeError(f"ignore_index must be an integer, got {options['ignore_index']!r}")
+    _check_number("ignore_index", options["ignore_index"], "an integer", int, "__index__")
     check_name(options["impl"])
     on, dtype = torch.is_grad_enabled(), operand_dtype(hidden, parts[0])
     head = beside(parts, dtype)
@@ -283,14 +283,21 @@ def _check_tensors(hidden: Tensor, parts: tuple[Tensor, ...], targets: Tensor, b
 def _check_head(scale: float, softcap: float | None, temperature: float) -> None:
     numbers = {"scale": scale, "temperature": temperature} | ({} if softcap is None else {"softcap": softcap})
     for name, value in numbers.items():
-        if not isinstance(value, (int, float)) and (isinstance(value, Tensor) or not hasattr(value, "__float__")):
-            raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+        _check_number(name, value)
     if not -math.inf < scale < math.inf:
         raise ValueError(f"scale must be finite, got {scale}")
     if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"softcap must be > 0 or None, got {softcap}")
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature must be > 0, got {temperature}")
+
+
+def _check_number(
+    name: str, value: Any, what: str = "a number", of: Any = (int, float), converts: str = "__float__"
+) -> None:
+    """Those of Python, of a graph and of numpy; no tensor, whose gradient would be lost."""
+    if not isinstance(value, of) and (isinstance(value, Tensor) or not hasattr(value, converts)):
+        raise TypeError(f"{name} must be {what}, got {type(value).__name__}")
 
 
 def _check_outputs(outputs: Iterable[str]) -> frozenset[str]:

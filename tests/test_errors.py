@@ -37,7 +37,7 @@ BAD = [
     ((H, W, T), {"scale": "2"}, TypeError, "scale must be a number, got str"),
     ((H, W, T), {"temperature": None}, TypeError, "temperature must be a number, got NoneType"),
     ((H, W, T), {"scale": torch.tensor(2.0)}, TypeError, "scale must be a number, got Tensor"),
-    ((H, W, T), {"ignore_index": None}, TypeError, "ignore_index must be an integer, got None"),
+    ((H, W, T), {"ignore_index": None}, TypeError, "ignore_index must be an integer, got NoneType"),
     ((H, W, T), {"workspace": True}, ValueError, "workspace must be a positive integer or None, got True"),
     ((H, W, T), {"workspace": 0}, ValueError, "workspace must be a positive integer or None, got 0"),
     ((H, W, T), {"keep_head": None}, ValueError, "keep_head must be True or False, got None"),

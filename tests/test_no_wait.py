@@ -60,7 +60,9 @@ def test_the_forward_of_the_fused_trainers():
     try:
         with no_wait():
             model.base_model(ids)
-    except RuntimeError:
+    except RuntimeError as error:
+        if "synchroniz" not in str(error):
+            raise
         pytest.skip("this backbone waits for the GPU itself")
     with no_wait():
         got = model(ids, **arguments).log_probs

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 import trl
 import trl.trainer.utils as trl_utils
-from accelerate.utils import is_peft_model
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -26,7 +25,7 @@ from fusedalign.head import LMHead
 from fusedalign.ops import linear_logps
 from fusedalign.trl.forward import OUTPUT_NAMES, fused_by
 from fusedalign.trl.options import HeadOptions, mixed_precision
-from fusedalign.trl.refusals import refuse_adapters, refuse_arguments, refuse_experts, refuse_zero3
+from fusedalign.trl.refusals import refuse_adapters, refuse_arguments, refuse_experts, refuse_zero3, unwrapped
 from fusedalign.trl.trainers import Fused, loss_hint
 
 SUPPORTED = ("SFTTrainer", "DPOTrainer", "KTOTrainer", "GRPOTrainer", "RLOOTrainer")
@@ -106,8 +105,7 @@ def attach(trainer: Any, **options: Any) -> Any:
 
 def _check_head(model: nn.Module, options: HeadOptions, trainer: Any) -> None:
     """Raises unless TRL's fused forward is in place, reads this head, and an impl serves it as asked."""
-    base: Any = trainer.accelerator.unwrap_model(model, keep_torch_compile=False)
-    base = base.get_base_model() if is_peft_model(base) else base
+    base = unwrapped(trainer, model)
     came = fused_by(base)
     if came != "trl":
         raise RuntimeError(f"expected TRL's own fused forward, got {came} in its place: undo that before attach()")
@@ -126,9 +124,11 @@ def detach(trainer: Any) -> Any:
         for handle in attachment.handles:
             handle.remove()
         for name in _STEPS:
-            step = vars(trainer).pop(name, None)
-            if step is not None and getattr(step.method, "__func__", None) is not getattr(type(trainer), name, None):
-                setattr(trainer, name, step.method)  # which was not the class's
+            step = vars(trainer).get(name)
+            if isinstance(step, _Step):  # else somebody has put another one there since
+                delattr(trainer, name)
+                if step.method != getattr(trainer, name, None):  # it was not the class's
+                    setattr(trainer, name, step.method)
     if not _attached:
         _remove_switch()
     return trainer

@@ -38,14 +38,14 @@ class HeadOptions(NamedTuple):
             device: where the head will be; default: where it is.
         """
         parts = head.weight if isinstance(head.weight, tuple) else (head.weight,)
-        first, dtype = parts[0], mixed or parts[0].dtype
+        dtype = mixed if mixed and parts[0].dtype != torch.float64 else parts[0].dtype
         empty = tuple(x.new_empty((0, x.shape[-1]), device=device or x.device) for x in parts)
         hidden = torch.cat(empty, 1)
         problem = Problem(
             hidden,
             beside(empty, dtype),
             hidden.new_empty(0, dtype=torch.int64),
-            torch.promote_types(dtype, first.dtype) if first.dtype == torch.float64 else dtype,
+            dtype,
             bias=head.bias,
             scale=head.scale,
             softcap=head.softcap,

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from accelerate.utils import is_peft_model
+
 
 def refuse_arguments(name: str, arguments: Mapping[str, Any], loss_type: Any = None) -> None:
     """Raises ValueError for a trainer's constructor arguments that ask for the logits.
@@ -52,8 +54,7 @@ def refuse_experts(trainer: Any, names: Iterable[str], instead: str) -> None:
 
     if not getattr(trainer, "aux_loss_enabled", False):
         return
-    model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
-    model = model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
+    model = unwrapped(trainer, trainer.model)
     config = model.config.get_text_config()
     own = getattr(sys.modules[type(model).__module__], "load_balancing_loss_func", load_balancing_loss_func)
     alike = inspect.signature(own).parameters.keys() == inspect.signature(load_balancing_loss_func).parameters.keys()
@@ -63,6 +64,12 @@ def refuse_experts(trainer: Any, names: Iterable[str], instead: str) -> None:
             f"{type(trainer).__name__} needs experts that are balanced as Mixtral's are, with one of "
             f"{', '.join(names)} in the configuration, got {type(model).__name__}: {instead}"
         )
+
+
+def unwrapped(trainer: Any, model: Any) -> Any:
+    """A model of a trainer without what PEFT, `torch.compile` or a parallel scheme has put around it."""
+    model = trainer.accelerator.unwrap_model(model, keep_torch_compile=False)
+    return model.get_base_model() if is_peft_model(model) else model
 
 
 def refuse_sharded(trainer: Any) -> None:

@@ -647,7 +647,7 @@ def far_rows_kernel(
                 h = tl.load(hidden + row * hidden_stride + k + ks, mask=k + ks < d, other=0.0)
                 z += tl.sum(w.to(tl.float32) * h.to(tl.float32)[None, :], 1)
             z = _final_logits(z[None, :], bias, 0, cols, v, before, after, HAS_BIAS, HAS_SOFTCAP, True)
-            e = _exp(tl.minimum(z - m, 0.0))
+            e = _exp(z - m)
             sum_e += tl.sum(tl.where((cols < v)[None, :], e, 0.0))
             if HAS_SOFTCAP:
                 e *= _slope(z, after)
