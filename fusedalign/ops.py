@@ -79,6 +79,7 @@ def linear_logps(
 
     Returns:
         `TokenLogps` of [...] tensors; `logps`, `entropy` and `lse` are differentiable (once) by hidden, weight, bias.
+        A gradient of a gradient raises RuntimeError with "triton" and "pytorch"; "reference" has it.
 
     Raises:
         ValueError: a shape, device, target, option or name that does not fit; one line with what was expected and came.
@@ -157,7 +158,7 @@ def linear_cross_entropy(
 
     Returns:
         A scalar in fp32 (fp64 where hidden is); 0, still connected to the graph, where every token is ignored.
-        Differentiable (once) by hidden, weight and bias.
+        Differentiable (once) by hidden, weight and bias, as `linear_logps` is.
 
     Raises:
         ValueError, TypeError: as `linear_logps`, and for an unknown loss_type or reduction.

@@ -1,10 +1,11 @@
 """fp64 finite differences of every differentiable output, with everything requiring grad and with parts frozen."""
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
-from helpers import IMPLS, finest, make_case
+from helpers import IMPLS, OURS, finest, make_case
 
 from fusedalign import linear_cross_entropy, linear_logps
 
@@ -45,3 +46,25 @@ def test_linear_cross_entropy(impl, needs, options, token_chunk):
         return linear_cross_entropy(hidden, weight, case.targets, bias=bias, impl=impl, **case.head, **options, **tiles)
 
     assert torch.autograd.gradcheck(f, tensors)
+
+
+@pytest.mark.parametrize("impl", OURS)
+@pytest.mark.parametrize("needs_weight", [False, True])
+@pytest.mark.parametrize("call", [linear_cross_entropy, linear_logps, partial(linear_logps, loss_hint="nll")])
+def test_a_gradient_penalty_is_right_or_raises(impl, needs_weight, call):
+    """Never the loss's gradient alone. A graph of the backward that nobody differentiates does no harm."""
+    grads = []
+    for name in ("reference", impl):
+        case = make_case((2, 3), 5, 13, dtype=finest(impl)).leaves(True, needs_weight, False)
+        out = call(case.hidden, case.weight, case.targets, impl=name)
+        loss = out if isinstance(out, torch.Tensor) else out.logps.mean()
+        (grad,) = torch.autograd.grad(loss, case.hidden, create_graph=True)
+        penalised = loss + grad.square().sum()
+        if name == "reference" or impl == "reference":
+            penalised.backward()
+            assert not torch.allclose(case.hidden.grad, grad)
+        else:
+            with pytest.raises(RuntimeError, match="differentiate twice"):
+                penalised.backward()
+        grads.append(grad.detach())
+    torch.testing.assert_close(*grads)

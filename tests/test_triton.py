@@ -27,6 +27,7 @@ from helpers import (
     upstream,
 )
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 
 from fusedalign import explain, linear_cross_entropy, linear_logps
 from fusedalign.impls import pytorch, resolve
@@ -66,6 +67,17 @@ def test_float64_is_refused(operands):
     expected = r"impl='triton' cannot do this: it computes in .*, not in float64; impls that can: pytorch, reference"
     with pytest.raises(ValueError, match=expected):
         linear_logps(**tensors, targets=torch.zeros(3, dtype=torch.int64), impl="triton")
+
+
+@pytest.mark.parametrize("f", [linear_logps, linear_cross_entropy])
+def test_forward_mode_derivatives_are_refused(f):
+    hidden, weight, targets = torch.randn(3, 4), torch.randn(5, 4), torch.zeros(3, dtype=torch.int64)
+    for dual in (0, 1):
+        with forward_ad.dual_level():
+            args = [hidden, weight]
+            args[dual] = forward_ad.make_dual(args[dual], torch.ones_like(args[dual]))
+            with pytest.raises(ValueError, match=r"impl='triton' cannot do this: .*forward-mode.*: pytorch, reference"):
+                f(*args, targets, impl="triton")
 
 
 @pytest.mark.parametrize("f", [linear_logps, linear_cross_entropy])

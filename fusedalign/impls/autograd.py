@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import functools
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -191,6 +192,23 @@ def _two_pass_grads(
     return d_hidden, d_weight, d_bias
 
 
+def _once(backward: Callable[..., tuple]) -> Callable[..., tuple]:
+    """A backward that cannot be differentiated, and says so to who tries.
+
+    `once_differentiable` does where an upstream gradient is itself differentiable. The derivative of a gradient by the
+    hidden states, as gradient penalties take it, would silently be 0 without that.
+    """
+    once = once_differentiable(backward)
+
+    @functools.wraps(backward)
+    def checked(ctx: Any, *grads: Tensor | None) -> tuple:
+        if torch.is_grad_enabled():  # somebody asked for a graph of this backward
+            grads = tuple(g if g is None else g.detach().requires_grad_() for g in grads)
+        return once(ctx, *grads)
+
+    return checked
+
+
 class _TokenLogps(torch.autograd.Function):
     """`TokenLogps` as a tuple."""
 
@@ -213,7 +231,7 @@ class _TokenLogps(torch.autograd.Function):
         return tuple(out)
 
     @staticmethod
-    @once_differentiable
+    @_once
     def backward(ctx: Any, d_logps: Tensor | None, d_entropy: Tensor | None, d_lse: Tensor | None, *_: None) -> tuple:
         rows, scale, memory, largest, target, maximum, log_e, entropy, *tensors = ctx.saved_tensors
         problem = _with_tensors(ctx.problem, *tensors)
@@ -264,7 +282,7 @@ class _ExpectedLoss(torch.autograd.Function):
         return tuple(out)
 
     @staticmethod
-    @once_differentiable
+    @_once
     def backward(ctx: Any, d_logps: Tensor | None, d_entropy: Tensor | None, d_lse: Tensor | None, *_: None) -> tuple:
         count = len(ctx.needs_input_grad) - 4  # of hidden, bias and the head's tensors
         saved = ctx.saved_tensors  # once: hooks on saved tensors, as checkpoints have them, may unpack each but once
@@ -300,7 +318,7 @@ class _Ready(torch.autograd.Function):
         return loss.view_as(loss)
 
     @staticmethod
-    @once_differentiable
+    @_once
     def backward(ctx: Any, upstream: Tensor) -> tuple:
         return None, None, None, *_scaled(ctx.scaler, ctx.saved_tensors, upstream)
 

@@ -24,6 +24,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fusedalign.impls import autograd
 from fusedalign.impls.autograd import Grads, Jacobian, Keep, KeptHead, Needs
@@ -93,6 +94,9 @@ def supports(problem: Problem) -> str | None:
         return "its gradients are always dense (filter_eps must be None)"
     if problem.operand_dtype == torch.float64 or problem.hidden.dtype == torch.float64:
         return "it computes in float32, bfloat16 and float16, not in float64"
+    inputs = (problem.hidden, problem.bias, *(x for _, x in problem.head))
+    if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in inputs):
+        return "its kernels know nothing of forward-mode derivatives"
     device = problem.hidden.device
     if INTERPRETED:
         return None
