@@ -45,7 +45,7 @@ def compact(
     index = _those_that_count(targets.reshape(-1).cpu(), weight.shape[0], ignore_index)
     places = Places(targets.shape, None if index is None else _sent(index, hidden.device))
     targets = targets if targets.device == hidden.device else _sent(targets, hidden.device)
-    return Problem(places.gather(hidden), weight, places.gather(targets), **options), places
+    return Problem(places.gather(hidden), weight, places.gather(targets).contiguous(), **options), places
 
 
 def _those_that_count(targets: Tensor, vocab: int, ignore_index: int) -> Tensor | None:

@@ -123,7 +123,7 @@ class Problem:
     weight: Tensor | Parts
     """[V, D], any of these dtypes"""
     targets: Tensor
-    """[N] int64 in [0, V)"""
+    """[N] int64 in [0, V), contiguous"""
     operand_dtype: torch.dtype
     """What enters the head's product: autocast's dtype where that is on, else the wider of hidden's and the head's.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
@@ -29,6 +29,19 @@ INTERPRETED = not torch.cuda.is_available()
 #: (leading dims, D, V): nothing divides anything, batches above 1.
 RAGGED = [((2, 5), 7, 11), ((3, 17), 23, 252), ((2, 3, 9), 33, 507), ((2, 2, 2, 5), 16, 123), ((65,), 48, 401)]
 HEADS = [{}, {"softcap": 5.0}, {"scale": 0.3, "temperature": 0.7}, {"scale": 2.0, "softcap": 3.0, "temperature": 1.7}]
+
+
+LAYOUTS = ["every other target", "one target for all", "hidden transposed"]
+
+
+def strided_tokens(layout: str, **options) -> Case:
+    """A case of which no token is ignored, with targets or hidden states that are views."""
+    case = make_case((12,), 16, 101, ignored=0.0, **options)
+    if layout == "every other target":
+        return replace(case, targets=torch.stack([case.targets, case.targets.flip(0)], 1)[:, 0])
+    if layout == "one target for all":
+        return replace(case, targets=case.targets[0].expand(12))
+    return replace(case, hidden=case.hidden.t().contiguous().t())
 
 
 def finest(impl: str) -> torch.dtype:

@@ -11,7 +11,7 @@ from fusedalign.bench import peers
 from fusedalign.bench.cases import CASES, Case, parse_cases
 from fusedalign.bench.data import TARGET, make_data, statistics
 from fusedalign.bench.measure import covered, median_ms, peak_bytes
-from fusedalign.bench.microbatches import Figures, Stage, _row, _with, report
+from fusedalign.bench.microbatches import ROWS, Figures, Stage, _row, _with, report
 from fusedalign.bench.runner import Settings, run
 from fusedalign.bench.table import header, markdown, section
 from fusedalign.bench.tasks import BUDGETS, TASKS, reference, relative_error
@@ -72,6 +72,13 @@ def test_statistics_by_hand():
     assert s.likely == 2
     assert s.tail == pytest.approx(510 * 2.0**-20, rel=1e-3)
     assert (s.tiles_12, s.tiles_14, s.tiles_16) == (0.5, 0.5, 0.5)  # the first 256 columns, not the second
+
+
+def test_statistics_are_means_over_tokens():
+    """Also where the last of the chunks in which they are made is a short one."""
+    data = make_data("random", Case("", 130, 16, 512), dtype=torch.float32, device="cpu", seed=0)
+    logps = (data.hidden.double() @ data.weight.double().T).log_softmax(-1)
+    assert statistics(data).entropy == pytest.approx(-(logps.exp() * logps).sum(-1).mean().item(), rel=1e-5)
 
 
 def test_custom_cases():
@@ -331,6 +338,13 @@ def test_microbatches_in_flight_hold_gradients_of_the_head_unless_told_not_to():
     held, lean = (stage.measure(_row("x", _with("pytorch", keep_head=keep))) for keep in (True, False))
     assert held.peak_gb - lean.peak_gb > 3 * head
     assert max(held.errors["dH"], lean.errors["dH"]) < 1e-5
+
+
+def test_microbatches_of_a_head_with_a_softcap():
+    stage = Stage(Case("", 16, 8, 100, softcap=2.0), 2, data="trained", seed=0, dtype=torch.float32, device="cpu")
+    for name in ("full logits", "full logits, fp32", "chunked loss on the logits", "pytorch"):
+        errors = stage.measure(ROWS[name]).errors
+        assert max(errors.values()) < 1e-5, (name, errors)
 
 
 def test_microbatches_quotes_what_was_reported_for_that_shape_alone():

@@ -6,6 +6,7 @@ from helpers import (
     DEVICES,
     DTYPES,
     IMPLS,
+    LAYOUTS,
     Case,
     assert_loss_within_budget,
     error,
@@ -14,6 +15,7 @@ from helpers import (
     rounds_logit_grads,
     run_loss,
     run_loss_exact,
+    strided_tokens,
 )
 
 from fusedalign import linear_cross_entropy, linear_logps, sft_loss
@@ -53,6 +55,28 @@ def test_frozen_inputs(impl, device, needs, tiles):
     needed = {f"d{name}" for name, n in zip(("hidden", "weight", "bias"), needs, strict=True) if n}
     assert got.keys() == {"loss"} | needed
     assert_close(got, run_loss_exact(case), finest(impl))
+
+
+@pytest.mark.parametrize("needs", [(1, 0, 0), (1, 1, 0), (1, 1, 1)])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_strided_tokens_that_all_count(impl, device, layout, needs):
+    """Nothing is ignored, so nothing need be gathered, and views come as they are."""
+    case = strided_tokens(layout, dtype=finest(impl), device=device)
+    assert_close(run_loss(case, needs, impl=impl), run_loss_exact(case), finest(impl))
+
+
+def test_the_loss_may_be_changed_in_place(impl, device):
+    """As training loops do, to accumulate gradients or to add an auxiliary loss."""
+    case = make_case((2, 5), 16, 101, dtype=finest(impl), device=device)
+    want = run_loss(case, impl=impl)
+    leaves = case.leaves()
+    loss = linear_cross_entropy(leaves.hidden, leaves.weight, leaves.targets, bias=leaves.bias, impl=impl)
+    loss /= 4
+    loss += 1
+    loss.backward()
+    torch.testing.assert_close(loss.detach(), want["loss"] / 4 + 1)
+    for name, grad in leaves.grads().items():
+        torch.testing.assert_close(grad, want[f"d{name}"] / 4)
 
 
 def test_the_number_of_token_chunks_does_not_matter_to_a_bf16_head(impl, device):

@@ -8,6 +8,7 @@ from helpers import (
     DTYPES,
     HEADS,
     IMPLS,
+    LAYOUTS,
     RAGGED,
     Case,
     assert_within_budget,
@@ -15,6 +16,7 @@ from helpers import (
     make_case,
     rounds_logit_grads,
     run,
+    strided_tokens,
 )
 
 from fusedalign import linear_logps
@@ -182,6 +184,13 @@ def test_strided_inputs(impl, device):
     for name in ("hidden", "weight", "targets", "bias"):
         assert not getattr(strided, name).is_contiguous(), name
     assert_within_budget(case, run(strided, impl=impl, vocab_chunk=30))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_strided_tokens_that_all_count(impl, device, layout):
+    """Nothing is ignored, so nothing need be gathered, and views come as they are."""
+    case = strided_tokens(layout, dtype=finest(impl), device=device)
+    assert_within_budget(case, run(case, impl=impl, vocab_chunk=32))
 
 
 def test_everything_ignored_is_a_connected_zero(impl, device):

@@ -140,7 +140,7 @@ def _scale_for_entropy(data: Data) -> float:
     low, high = 0.25, 4.0
     for _ in range(12):
         middle = (low * high) ** 0.5
-        entropy = _entropy(_cap(middle * raw, data.softcap).log_softmax(-1))
+        entropy = _entropy(capped(middle * raw, data.softcap).log_softmax(-1))
         low, high = (middle, high) if entropy > TARGET.entropy else (low, middle)
     return (low * high) ** 0.5
 
@@ -151,7 +151,7 @@ def _scale_for_entropy(data: Data) -> float:
 def logits_in_chunks(data: Data, tokens: int) -> Iterator[Tensor]:
     """The fp32 logits, [tokens, V] at a time, of the tensors as they are."""
     for rows in data.hidden.split(max(1, tokens)):
-        yield _cap(torch.cat([rows.float() @ w.float().T for w in data.weight.split(_ROWS)], dim=1), data.softcap)
+        yield capped(torch.cat([rows.float() @ w.float().T for w in data.weight.split(_ROWS)], dim=1), data.softcap)
 
 
 def _entropy(all_logps: Tensor) -> Tensor:
@@ -159,7 +159,8 @@ def _entropy(all_logps: Tensor) -> Tensor:
     return -(all_logps.exp() * all_logps).sum(-1).mean()
 
 
-def _cap(logits: Tensor, softcap: float | None) -> Tensor:
+def capped(logits: Tensor, softcap: float | None) -> Tensor:
+    """softcap * tanh(logits / softcap), or the logits as they are."""
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
@@ -173,5 +174,6 @@ def statistics(data: Data, *, tokens: int = 1024) -> Statistics:
         likely = p > 2**-12
         tiles = p[:, :columns].amax(0).view(-1, min(256, columns)).amax(1)
         sums = [_entropy(all_logps), likely.sum(-1).float().mean(), (p * ~likely).sum(-1).mean()]
-        found.append(torch.stack([*sums, *((tiles > 2.0**-k).float().mean() for k in (12, 14, 16))]))
-    return Statistics(*torch.stack(found).mean(0).tolist())
+        means = torch.stack([*sums, *((tiles > 2.0**-k).float().mean() for k in (12, 14, 16))])
+        found.append(means * len(z))
+    return Statistics(*(torch.stack(found).sum(0) / min(tokens, len(data.hidden))).tolist())

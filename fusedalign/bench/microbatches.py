@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fusedalign.bench.cases import Case, parse_cases
-from fusedalign.bench.data import Data, make_data
+from fusedalign.bench.data import Data, capped, make_data
 from fusedalign.bench.measure import median_ms, peak_bytes
 from fusedalign.bench.peers import Functions, Implementation
 from fusedalign.bench.runner import free, machine, reason
@@ -37,21 +37,21 @@ REPORTED = {"full logits": 10.50, "chunked loss on the logits": 10.59, "pytorch"
 
 
 def _logits(d: Data) -> Tensor:
-    return F.cross_entropy(F.linear(d.hidden, d.weight), d.targets)
+    return F.cross_entropy(capped(F.linear(d.hidden, d.weight), d.softcap), d.targets)
 
 
 def _wide_logits(d: Data) -> Tensor:
-    return F.cross_entropy(F.linear(d.hidden, d.weight).float(), d.targets)
+    return F.cross_entropy(capped(F.linear(d.hidden, d.weight).float(), d.softcap), d.targets)
 
 
 def _chunked_loss(d: Data) -> Tensor:
-    logits, size = F.linear(d.hidden, d.weight), max(1, len(d.targets) // 4)
+    logits, size = capped(F.linear(d.hidden, d.weight), d.softcap), max(1, len(d.targets) // 4)
     parts = zip(logits.split(size), d.targets.split(size), strict=True)
     return torch.stack([F.cross_entropy(z, t, reduction="sum") for z, t in parts]).sum() / len(d.targets)
 
 
 def _with(impl: str, **options: Any) -> Callable[[Data], Tensor]:
-    return lambda d: linear_cross_entropy(d.hidden, d.weight, d.targets, impl=impl, **options)
+    return lambda d: linear_cross_entropy(d.hidden, d.weight, d.targets, softcap=d.softcap, impl=impl, **options)
 
 
 def _row(name: str, nll: Callable[[Data], Tensor], *, ours: bool = False) -> Implementation:

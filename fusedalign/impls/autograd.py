@@ -315,7 +315,8 @@ class _Ready(torch.autograd.Function):
         ctx.scaler = scaler
         d_hidden, d_weight, d_bias = grads
         ctx.save_for_backward(d_hidden, d_bias, *(d_weight or [None] * len(weight)))
-        return loss.view_as(loss)
+        ctx.mark_dirty(loss)  # not a view of it, which could not be divided in place
+        return loss
 
     @staticmethod
     @_once

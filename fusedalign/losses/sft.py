@@ -155,10 +155,12 @@ def mean_over(total: Tensor, num_items: int | Tensor) -> Tensor:
     """`total / num_items`, and `total` where there are no items, so that nothing is divided by 0.
 
     Raises:
-        ValueError: num_items is a negative number.
+        ValueError: num_items is a negative number, or a tensor of several.
     """
     if isinstance(num_items, Tensor):
-        return total / num_items.to(total.device).clamp(min=1)
+        if num_items.numel() != 1:
+            raise ValueError(f"num_items must be one number, got a tensor of shape {tuple(num_items.shape)}")
+        return total / num_items.reshape(()).to(total.device).clamp(min=1)
     if num_items < 0:
         raise ValueError(f"num_items must be >= 0, got {num_items}")
     return total / max(num_items, 1)

@@ -79,6 +79,12 @@ def test_half_precision_is_summed_in_fp32():
             "loss_type must be one of nll, dft, got 'sft'",
         ),
         ((torch.ones(2), torch.ones(2)), {"num_items": -1}, ValueError, "num_items must be >= 0, got -1"),
+        (
+            (torch.ones(2), torch.ones(2)),
+            {"num_items": torch.tensor([3, 4])},
+            ValueError,
+            "num_items must be one number, got a tensor of shape (2,)",
+        ),
         ((torch.ones(2).long(), torch.ones(2)), {}, TypeError, "logps must be floating-point, got torch.int64"),
     ],
 )

@@ -460,7 +460,7 @@ class _GradSums:
         hidden, self.problem = problem.hidden, problem
         self.plan, self.undo, self.dtype = _plan_grads(problem), undo, hidden.dtype
         self.tile = hidden.new_empty((len(hidden), self.plan.vocab), dtype=problem.operand_dtype)
-        self.d_hidden = torch.zeros_like(hidden, dtype=torch.float32) if needs_hidden else None
+        self.d_hidden = hidden.new_zeros(hidden.shape, dtype=torch.float32) if needs_hidden else None
         self.d_weight: list[HeadGrad] | None = None
         if needs_weight:
             self.d_weight = head_grads(problem) if d_weight is None else [HeadGrad(slice(None), d_weight)]
