@@ -20,7 +20,7 @@ usage: fusedalign COMMAND [--debug] [...]
   sft   supervised fine-tuning             fusedalign sft --config recipes/sft.yaml --learning_rate 1e-4
   dpo   direct preference optimisation     fusedalign dpo --config recipes/dpo.yaml --beta 0.2
   kto, cpo, simpo, orpo                    likewise, each with a recipe of its name
-  bench time, memory and error of every impl beside other libraries    fusedalign bench logps --cases qwen3-1.7b
+  bench time, memory and error of our impls beside other libraries     fusedalign bench logps --cases qwen3-1.7b
   demo  SFT, then DPO with stock TRL and with fusedalign, on built-in data: a table and a picture
   env   versions, devices, and which impl can run here
 

@@ -166,10 +166,13 @@ def segment_sum(values: Tensor, mask: Tensor, position_ids: Tensor) -> Tensor:
     _check_same_shape("mask", mask, "values", values)
     _check_same_shape("position_ids", position_ids, "values", values)
     starts = position_ids == 0
-    starts[..., 0] = True
+    starts[..., :1] = True
     segment = starts.flatten().cumsum(0) - 1
     count = int(segment[-1]) + 1 if len(segment) else 0
-    return values.new_zeros(count).index_add(0, segment, values.where(mask.bool(), 0).flatten())
+    # One after another, unlike `sum`: in fp32 an error that grows with the tokens, in bf16 sums that stop growing.
+    wide = torch.float32 if values.device.type == "mps" else torch.float64
+    counted = values.where(mask.bool(), 0).flatten().to(wide)
+    return counted.new_zeros(count).index_add(0, segment, counted).to(values.dtype)
 
 
 def split_pairs(values: Tensor) -> Pairs:

@@ -56,6 +56,19 @@ def test_a_new_row_is_a_new_segment():
     assert segment_sum(ones, ones, positions).tolist() == [2, 1, 3]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_long_segments_lose_no_more_than_rows_do(dtype):
+    """One after another in their own dtype, 4097 numbers near -1 would end at -256 in bf16."""
+    values, ones = torch.full((1, 40_000), -1.1, dtype=dtype), torch.ones(1, 40_000)
+    (got,) = segment_sum(values, ones, torch.arange(40_000)[None])
+    assert got.dtype == dtype
+    torch.testing.assert_close(got.double(), values.double().sum(), rtol=torch.finfo(dtype).eps, atol=0)
+
+
+def test_rows_without_tokens_have_no_segments():
+    assert segment_sum(torch.ones(2, 0), torch.ones(2, 0), torch.ones(2, 0)).shape == (0,)
+
+
 @pytest.mark.parametrize("left", [False, True])
 def test_completion_mask_with_padding_on_either_side(left):
     attention = torch.tensor([[1, 1, 1, 1, 0], [1, 1, 0, 0, 0], [0, 0, 0, 0, 0]])
