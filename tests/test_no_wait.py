@@ -55,7 +55,7 @@ def test_the_forward_of_the_fused_trainers():
     forward.add_lm_head(model, options=HeadOptions())
     ids = torch.randint(0, 303, (2, 9), device="cuda")
     labels = ids.where(ids % 3 > 0, -100)
-    # With four dimensions, as of it transformers looks at no value; a mask or none of two it does, and waits.
+    # transformers looks into a mask of two dimensions, or for packed rows without one, and waits; not into this one.
     mask = torch.ones(1, 1, 9, 9, dtype=torch.bool, device="cuda").tril()
     arguments = {"attention_mask": mask, "labels": labels, "fused_lm_head": True, "num_items_in_batch": 7}
     expected = model(ids, **arguments).log_probs
