@@ -83,7 +83,9 @@ def _calm_threads() -> None:
 
 def _train(method: str) -> Callable[[list[str]], None]:
     def command(argv: list[str]) -> None:
-        from fusedalign.trl.train import help_text, launched_elsewhere, train
+        from fusedalign.trl.arguments import help_text
+        from fusedalign.trl.launch import launched_elsewhere
+        from fusedalign.trl.train import train
 
         if {"-h", "--help", "--help_all"} & set(argv):
             print(help_text(method, everything="--help_all" in argv))

@@ -16,8 +16,9 @@ from torch.utils._pytree import tree_leaves
 from fusedalign.bench.trainers import quiet
 from fusedalign.embedded import EMBEDDED_NAME, data_directory
 from fusedalign.ops import linear_logps
+from fusedalign.trl.arguments import parse
 from fusedalign.trl.attachment import attach
-from fusedalign.trl.train import build, parse, run, tokenizer_of
+from fusedalign.trl.train import build, run, tokenizer_of
 
 PROMPT = "Hello! Could you explain how to get a coffee stain out of a shirt?"
 OUTPUT = Path("runs/demo")

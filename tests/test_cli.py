@@ -129,7 +129,7 @@ def test_each_recipe_trains(tmp_path, llama, capsys, method):
 
 
 def test_simpo_is_cpo_with_that_loss_and_flags_win():
-    from fusedalign.trl.train import parse
+    from fusedalign.trl.arguments import parse
 
     training = parse("simpo", ["--output_dir", "out", "--bf16", "false"]).training
     assert (training.loss_type, training.cpo_alpha, training.beta) == ("simpo", 0.0, 2.0)
@@ -138,7 +138,8 @@ def test_simpo_is_cpo_with_that_loss_and_flags_win():
 
 def test_the_flags_of_the_head_reach_the_trainer(tmp_path, llama):
     from fusedalign.trl import HeadOptions
-    from fusedalign.trl.train import build, parse
+    from fusedalign.trl.arguments import parse
+    from fusedalign.trl.train import build
 
     file = write(tmp_path / "mine.jsonl", pairs(4))
     config = tmp_path / "mine.yaml"
@@ -179,7 +180,7 @@ def test_a_mixture_of_data_sets(tmp_path, llama, capsys):
 
 def test_accelerate_config_starts_the_command_anew(tmp_path, llama, monkeypatch, capsys):
     """From a flag, or from the file; what is started has `accelerate launch`'s environment and trains."""
-    from fusedalign.trl import train as module
+    from fusedalign.trl import launch as module
 
     calls = []
 
@@ -239,7 +240,7 @@ MESSAGES = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "
 def test_sft_learns_the_chosen_side_of_preference_data(row, columns):
     from datasets import Dataset
 
-    from fusedalign.trl.train import _chosen_side
+    from fusedalign.trl.data import _chosen_side
 
     assert _chosen_side(Dataset.from_list([row, row]))[0] == columns
 
@@ -260,7 +261,7 @@ def test_the_embedded_default_from_any_directory(tmp_path, monkeypatch, capsys):
 
 
 def test_fields_override_the_recipe_and_reach_the_trainer(tmp_path):
-    from fusedalign.trl.train import parse
+    from fusedalign.trl.arguments import parse
 
     argv = ["--config", "recipes/dpo.yaml", "--beta", "0.25", "--output_dir", str(tmp_path)]
     arguments = parse("dpo", argv)

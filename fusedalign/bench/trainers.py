@@ -251,7 +251,7 @@ def _trainer(training: Training, size: Size, steps: int, impl: str, device: str,
     import transformers
 
     import fusedalign.trl
-    from fusedalign.trl.train import trl_class
+    from fusedalign.trl.arguments import trl_class
 
     cuda = device == "cuda"
     torch.manual_seed(0)
