@@ -79,10 +79,14 @@ def _unpacked(
 
 
 def _operator(name: str, more: str = "") -> Callable[[Callable], torch.library.CustomOpDef]:
-    """An operator of hidden, weight, targets, bias, `more`, and what `Options.packed` gives."""
+    """An operator of hidden, weight, targets, bias, `more`, and what `Options.packed` gives; it returns tensors."""
     packed = "float scale, float softcap, float temperature, float filter_eps, SymInt[] sizes, ScalarType operand_dtype"
     tensors = "Tensor hidden, Tensor weight, Tensor targets, Tensor? bias"
     arguments = ", ".join(x for x in (tensors, more, packed, "str names") if x)
+    return _operator_of(name, arguments)
+
+
+def _operator_of(name: str, arguments: str) -> Callable[[Callable], torch.library.CustomOpDef]:
     schema = f"({arguments}) -> Tensor[]"
     return lambda f: torch.library.custom_op(f"fusedalign::{name}", f, mutates_args=(), schema=schema)
 
@@ -199,6 +203,9 @@ def _(
     return _fake_grads(hidden, weight, bias, _unpacked(*packed).needs)
 
 
+_logps_backward.register_autograd(autograd.refuse_second_order)
+
+
 def _setup_logps(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
     hidden, weight, targets, bias, *ctx.options = inputs
     ctx.has_bias = bias is not None
@@ -232,7 +239,11 @@ def linear_cross_entropy(
     num_items: int | Tensor | None,
 ) -> Tensor:
     """As `ops.linear_cross_entropy`; arguments are checked already."""
-    if not options.tiling.keep_head:  # the operator below returns gradients, to be held until the backward
+    # The operator below returns gradients, which are held until the backward: keep_head=False forbids that for the
+    # head's, and fp16 ones may have left their range before the backward brings the factor of the loss.
+    needed = (x for x, needed in zip((hidden, weight, bias), options.needs, strict=True) if needed)
+    fp16 = any(x is not None and x.dtype == torch.float16 for x in needed)
+    if fp16 or not options.tiling.keep_head:
         check_loss_type(loss_type, LOSS_TYPES)
         out = linear_logps(hidden, weight, targets, bias, options)
         total = token_losses(out.logps, out.lse, loss_type=loss_type, z_loss=z_loss)[0].sum()
@@ -281,14 +292,34 @@ def _(
     ]
 
 
+@_operator_of("scaled_grads", "Tensor[] grads, Tensor upstream, Tensor[] sources")
+def _scaled_grads(grads: Sequence[Tensor], upstream: Tensor, sources: Sequence[Tensor]) -> list[Tensor]:
+    """`grads` times `upstream`. They are made of `sources`, which are not looked at."""
+    return [g * upstream for g in grads]
+
+
+@_scaled_grads.register_fake
+def _(grads: Sequence[Tensor], upstream: Tensor, sources: Sequence[Tensor]) -> list[Tensor]:
+    return [torch.empty_like(g) for g in grads]
+
+
+_scaled_grads.register_autograd(autograd.refuse_second_order)
+
+
 def _setup_cross_entropy(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
-    ctx.has_bias, ctx.options = inputs[3] is not None, inputs[-7:]
-    ctx.save_for_backward(*output[1:])
+    hidden, weight, _, bias = inputs[:4]
+    ctx.options = inputs[-7:]
+    needs = _unpacked(*ctx.options).needs
+    sources = [x for x, needed in zip((hidden, weight, bias), needs, strict=True) if needed and x is not None]
+    ctx.count = len(output) - 1
+    ctx.save_for_backward(*output[1:], *sources)
 
 
 def _backward_of_cross_entropy(ctx: Any, grads: list[Tensor | None]) -> tuple:
     (upstream, *_) = grads
-    made = [g if g.numel() == 0 or upstream is None else g * upstream for g in ctx.saved_tensors]
+    made, sources = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
+    if upstream is not None:
+        made = _scaled_grads(list(made), upstream, list(sources))
     return *_grads_of(made, ctx), *[None] * 10
 
 

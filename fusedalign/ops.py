@@ -74,12 +74,12 @@ def linear_logps(
             `linear_cross_entropy`, with its needs of workspace, and are held until the backward. That looks at the
             upstream gradient (one wait for the device) and makes them again where the loss is another one, so the hint
             changes no result beyond rounding. None: nothing is known of the loss. Where it would gain nothing it is
-            ignored: with a frozen head, keep_head=False, fp16 gradients, under torch.compile, by other impls than
+            ignored: with a frozen head, keep_head=False, a head in fp16, under torch.compile, by other impls than
             "pytorch".
 
     Returns:
         `TokenLogps` of [...] tensors; `logps`, `entropy` and `lse` are differentiable (once) by hidden, weight, bias.
-        A gradient of a gradient raises RuntimeError with "triton" and "pytorch"; "reference" has it.
+        A gradient of a gradient raises RuntimeError, except with "reference", which has it.
 
     Raises:
         ValueError: a shape, device, target, option or name that does not fit; one line with what was expected and came.
@@ -144,7 +144,8 @@ def linear_cross_entropy(
     Equal to `sft_loss` of `linear_logps`, plus z_loss * lse**2 for each token, in 3 products of the head's size instead
     of 4: nothing is recomputed in the backward, which only scales. With a bf16 or fp16 head that needs a gradient this
     takes a workspace with room for one more tensor of the head's size (the low-order half of its gradient while that is
-    summed); with less, the 4-product path serves.
+    summed); with less, the 4-product path serves. It also serves a trained fp16 head, whose gradient could leave the
+    range of fp16 before the backward brings the factor of the loss (GradScaler's, for one).
 
     Args:
         hidden, weight, targets, bias, scale, softcap, temperature, ignore_index, impl, filter_eps, workspace,

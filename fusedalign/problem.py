@@ -41,7 +41,7 @@ class TokenLogps(NamedTuple):
     log_sum_sq_probs: Tensor | None = None
     """log sum_v p_v**2, nats; no gradient."""
     is_top1: Tensor | None = None
-    """bool: whether the target is the first of the largest logits; no gradient."""
+    """bool: whether the target is the first of the largest logits; False where `logps` is NaN; no gradient."""
 
 
 class Tiling(NamedTuple):

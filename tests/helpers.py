@@ -160,11 +160,11 @@ def _eager_fields(case: Case) -> dict[str, Tensor]:
     return {k: x.where(valid, 0) for k, x in fields.items()}
 
 
-def run_loss(case: Case, needs=(True, True, True), **options) -> dict[str, Tensor]:
-    """`linear_cross_entropy` on fresh leaves, and its gradients."""
+def run_loss(case: Case, needs=(True, True, True), *, upstream=1.0, call=linear_cross_entropy, **options):
+    """`linear_cross_entropy` on fresh leaves, and its gradients times `upstream`, as a GradScaler takes them."""
     case = case.leaves(*needs)
-    loss = linear_cross_entropy(case.hidden, case.weight, case.targets, bias=case.bias, **case.head, **options)
-    loss.backward()
+    loss = call(case.hidden, case.weight, case.targets, bias=case.bias, **case.head, **options)
+    (loss * upstream).backward()
     return _collect({"loss": loss}, case)
 
 
@@ -182,11 +182,13 @@ def run_loss_eager(case: Case, **options) -> dict[str, Tensor]:
     return _loss_of(case, fields["logps"], fields["lse"], **options)
 
 
-def _loss_of(case: Case, logps, lse, *, loss_type="nll", z_loss=0.0, num_items=None) -> dict[str, Tensor]:
+def _loss_of(case: Case, logps, lse, *, loss_type="nll", z_loss=0.0, num_items=None, reduction="mean", upstream=1.0):
     factor = logps.detach().exp() if loss_type == "dft" else 1.0
     losses = -factor * logps + z_loss * lse.square()
-    loss = (losses * case.valid).sum() / (case.valid.sum() if num_items is None else num_items)
-    loss.backward()
+    loss = (losses * case.valid).sum()
+    if reduction == "mean":
+        loss = loss / (case.valid.sum() if num_items is None else num_items)
+    (loss * upstream).backward()
     return _collect({"loss": loss}, case)
 
 

@@ -1,5 +1,7 @@
 """Where real projects lost digits or got NaN."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from helpers import DEVICES, IMPLS, INTERPRETED, Case, finest, make_case, run, skip_where_interpreted
@@ -103,9 +105,44 @@ def test_nan_and_inf_stay_in_their_token(impl, device, bad):
 
 
 def test_nan_in_weight_reaches_every_token(impl, device):
+    """None of which has a likeliest token then, not even the largest of the other columns."""
     case = make_case((2, 6), 16, 101, device=device, ignored=0.0)
-    case.weight[50, 3] = torch.nan
-    assert case.logps(impl=impl, vocab_chunk=30).logps.isnan().all()
+    case = replace(case, targets=logits_of(case).argmax(-1))
+    assert case.logps(impl=impl, vocab_chunk=30, outputs=["is_top1"]).is_top1.all()
+    for row in (50, 100):
+        case.weight[row, 3] = torch.nan
+        out = case.logps(impl=impl, vocab_chunk=30, outputs=["is_top1"])
+        assert out.logps.isnan().all()
+        assert not out.is_top1.any()
+
+
+@pytest.mark.parametrize("size", [1e6, 1e9, 1e15])
+@pytest.mark.parametrize("kind", ["frozen", "frozen, scalar loss", "trained", "trained, scalar loss"])
+def test_logits_whose_last_place_is_larger_than_a_nat(impl, device, size, kind):
+    """A billion has a last place of 64 in fp32: two sums of one logit, in different orders, differ by that."""
+    case = make_case((6,), 16, 67, device=device, ignored=0.0, bias=False)
+    case = replace(case, weight=case.weight * size)
+    case.targets[1:] = logits_of(case).argmax(-1)[1:]
+    needs = (True, kind.startswith("trained"), False)
+
+    def grads(case, impl):
+        leaves = case.leaves(*needs)
+        if kind.endswith("scalar loss"):
+            linear_cross_entropy(leaves.hidden, leaves.weight, leaves.targets, impl=impl, reduction="sum").backward()
+        else:
+            leaves.logps(impl=impl).logps.sum().backward()
+        return leaves.grads()
+
+    exact = grads(case.to(torch.float64), "reference")
+    for name, x in grads(case, impl).items():
+        if x is not None:
+            atol = 1e-5 * exact[name].abs().max().item()
+            torch.testing.assert_close(x.double(), exact[name], rtol=1e-5, atol=atol)
+
+
+def logits_of(case):
+    """In fp64."""
+    return case.hidden.double() @ case.weight.double().T + (0 if case.bias is None else case.bias.double())
 
 
 @pytest.mark.parametrize("v", [5, 127, 129])

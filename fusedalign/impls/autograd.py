@@ -9,7 +9,6 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fusedalign.impls.rows import RowSums, TokenGrads, grads_of_token_loss, head_grads, of_each_part
 from fusedalign.problem import OUTPUTS, Problem, TokenLogps, TokenLoss, beside
@@ -86,7 +85,10 @@ class Paths(Scaler, Protocol):
         """The gradients of any loss, from logits that are computed again where `head` does not save that."""
 
     def one_pass(self, problem: Problem, token_loss: TokenLoss, needs: Needs) -> tuple[RowSums, Tensor, Grads] | None:
-        """The sums of all tokens, a loss summed over these and its gradients, at once; None where there is no room."""
+        """The sums of all tokens, a loss summed over these and its gradients, at once; None where there is no room.
+
+        The gradient of hidden has the dtype `early_dtype(hidden.dtype)`.
+        """
 
 
 def token_logps(paths: Paths, problem: Problem) -> TokenLogps:
@@ -100,14 +102,15 @@ def token_logps(paths: Paths, problem: Problem) -> TokenLogps:
         if made is not None:
             sums, _, grads = made
             tensors = problem.hidden, problem.bias, *_tensors(problem)
-            return TokenLogps(*_ExpectedLoss.apply(paths, problem, sums, grads, *tensors))
-    return TokenLogps(*_TokenLogps.apply(paths, problem, problem.hidden, problem.bias, *_tensors(problem)))
+            return TokenLogps(*_ExpectedLoss.apply(paths, problem, sums, grads, _sources(problem), *tensors))
+    tensors = problem.hidden, problem.bias, *_tensors(problem)
+    return TokenLogps(*_TokenLogps.apply(paths, problem, _sources(problem), *tensors))
 
 
 def token_loss_sum(paths: Paths, problem: Problem, token_loss: TokenLoss) -> Tensor:
     """Sum over [N] tokens of `token_loss(logps, lse)`, a scalar: in one pass where the impl can."""
     needs = _needs(problem)
-    early = any(needs) and len(problem.targets) and (problem.tiling.keep_head or not needs[1])
+    early = any(needs) and len(problem.targets) and (problem.tiling.keep_head or not needs[1]) and holds_early(problem)
     with torch.no_grad():
         made = paths.one_pass(replace(problem, outputs=frozenset()), token_loss, needs) if early else None
     if made is None:
@@ -118,11 +121,28 @@ def token_loss_sum(paths: Paths, problem: Problem, token_loss: TokenLoss) -> Ten
 
 def ready(scaler: Scaler, problem: Problem, loss: Tensor, grads: Grads) -> Tensor:
     """`loss`, a scalar whose gradients exist already: the backward scales them."""
-    return _Ready.apply(scaler, loss, grads, problem.hidden, problem.bias, *_tensors(problem))
+    return _Ready.apply(scaler, loss, grads, _sources(problem), problem.hidden, problem.bias, *_tensors(problem))
+
+
+def early_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which the gradient of hidden states of `dtype` waits for the factor of the loss.
+
+    fp32 for fp16, in which gradients would underflow before GradScaler multiplies them by 65536, or overflow before the
+    user's factor makes them small.
+    """
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
+def holds_early(problem: Problem) -> bool:
+    """Whether the gradients of head and bias may be made before the factor of the loss is known: not fp16 ones.
+
+    They are made in their final dtype, since a wider one would take too much memory for the head; see `early_dtype`.
+    """
+    return not any(x is not None and x.requires_grad and x.dtype == torch.float16 for x in _parameters(problem))
 
 
 def loss_and_grads(paths: Paths, problem: Problem, token_loss: TokenLoss, needs: Needs) -> tuple[Tensor, Grads]:
-    """What `token_loss_sum` gives, and its gradients, without autograd around it."""
+    """What `token_loss_sum` gives, and its gradients, without autograd around it; not for gradients in fp16."""
     with torch.no_grad():
         early, alone = any(needs) and len(problem.targets), replace(problem, outputs=frozenset())
         made = paths.one_pass(alone, token_loss, needs) if early else None
@@ -192,21 +212,77 @@ def _two_pass_grads(
     return d_hidden, d_weight, d_bias
 
 
-def _once(backward: Callable[..., tuple]) -> Callable[..., tuple]:
-    """A backward that cannot be differentiated, and says so to who tries.
+def _first_order(backward: Callable[..., tuple]) -> Callable[..., tuple]:
+    """Wrap a backward so that differentiating the gradients that it returns raises.
 
-    `once_differentiable` does where an upstream gradient is itself differentiable. The derivative of a gradient by the
-    hidden states, as gradient penalties take it, would silently be 0 without that.
+    PyTorch's `once_differentiable` is not enough: its error node depends on copies of the upstream gradients alone, so
+    `torch.autograd.grad(penalty, hidden)` never reaches it and silently leaves out the head. Here the error node
+    depends on `ctx.sources` and on the upstream gradients.
     """
-    once = once_differentiable(backward)
 
     @functools.wraps(backward)
-    def checked(ctx: Any, *grads: Tensor | None) -> tuple:
-        if torch.is_grad_enabled():  # somebody asked for a graph of this backward
-            grads = tuple(g if g is None else g.detach().requires_grad_() for g in grads)
-        return once(ctx, *grads)
+    def guarded(ctx: Any, *upstream: Tensor | None) -> tuple:
+        if not torch.is_grad_enabled():  # the graph of this backward is not wanted
+            return backward(ctx, *upstream)
+        return _FirstOrder.apply(lambda: backward(ctx, *upstream), *ctx.sources, *upstream)
 
-    return checked
+    return guarded
+
+
+class _FirstOrder(torch.autograd.Function):
+    """The results of a function that is not recorded; differentiating them by any of `sources` raises."""
+
+    @staticmethod
+    def forward(ctx: Any, function: Callable[[], tuple], *sources: Tensor | None) -> tuple:
+        return function()
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor | None) -> tuple:
+        return refuse_second_order()
+
+
+def refuse_second_order(*_: Any) -> tuple:
+    """The backward of a gradient.
+
+    Raises:
+        RuntimeError: always.
+    """
+    raise RuntimeError(
+        "trying to differentiate twice through an LM head: expected impl='reference' for that, which builds the logits "
+        "in full; the other impls' gradients cannot be differentiated themselves"
+    )
+
+
+class _FirstOrderInput(torch.autograd.Function):
+    """The identity; differentiating its gradient raises."""
+
+    @staticmethod
+    def forward(ctx: Any, sources: tuple[Tensor, ...], x: Tensor) -> Tensor:
+        ctx.sources = sources
+        return x.view_as(x)
+
+    @staticmethod
+    @_first_order
+    def backward(ctx: Any, upstream: Tensor) -> tuple:
+        return None, upstream
+
+
+def first_order(problem: Problem) -> Problem:
+    """The same problem, for a library whose gradients would be differentiated wrongly: that raises now."""
+    sources = _sources(problem)
+    tensors = {"hidden": problem.hidden, "weight": problem.weight, "bias": problem.bias}
+    trained = {name: x for name, x in tensors.items() if sources and x is not None and x.requires_grad}
+    return replace(problem, **{name: _FirstOrderInput.apply(sources, x) for name, x in trained.items()})
+
+
+def _sources(problem: Problem) -> tuple[Tensor, ...]:
+    """One empty tensor for each tensor that needs a gradient, connected to it in the graph.
+
+    Copies, because a view would keep the tensor's memory alive.
+    """
+    if not torch.is_grad_enabled():
+        return ()
+    return tuple(x[:0].clone() for x in (problem.hidden, *_parameters(problem)) if x is not None and x.requires_grad)
 
 
 class _TokenLogps(torch.autograd.Function):
@@ -214,10 +290,17 @@ class _TokenLogps(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, paths: Paths, problem: Problem, hidden: Tensor, bias: Tensor | None, *weight: Tensor
+        ctx: Any,
+        paths: Paths,
+        problem: Problem,
+        sources: tuple[Tensor, ...],
+        hidden: Tensor,
+        bias: Tensor | None,
+        *weight: Tensor,
     ) -> tuple[Tensor | None, ...]:
         ctx.set_materialize_grads(False)
-        out, state = forward(paths, problem, _needs_of(ctx, 2))
+        ctx.sources = sources
+        out, state = forward(paths, problem, _needs_of(ctx, 3))
         ctx.mark_non_differentiable(*(x for x in out[3:] if x is not None))
         ctx.paths, ctx.problem = paths, _without_tensors(problem)
         # A backward that only scales a kept Jacobian holds on to neither hidden states nor head.
@@ -231,7 +314,7 @@ class _TokenLogps(torch.autograd.Function):
         return tuple(out)
 
     @staticmethod
-    @_once
+    @_first_order
     def backward(ctx: Any, d_logps: Tensor | None, d_entropy: Tensor | None, d_lse: Tensor | None, *_: None) -> tuple:
         rows, scale, memory, largest, target, maximum, log_e, entropy, *tensors = ctx.saved_tensors
         problem = _with_tensors(ctx.problem, *tensors)
@@ -243,11 +326,11 @@ class _TokenLogps(torch.autograd.Function):
             problem = replace(problem, head_sums=tuple(_grad_so_far(x) for x in _tensors(problem)))
         with torch.autocast(problem.hidden.device.type, enabled=False):
             d_hidden, d_weight, d_bias = backward(
-                ctx.paths, problem, state, _needs_of(ctx, 2), d_logps, d_entropy, d_lse
+                ctx.paths, problem, state, _needs_of(ctx, 3), d_logps, d_entropy, d_lse
             )
-        nothing = (None,) * len(ctx.needs_input_grad[4:])
+        nothing = (None,) * len(ctx.needs_input_grad[5:])
         pairs = zip(d_weight or nothing, problem.head_sums or nothing, strict=True)
-        return None, None, d_hidden, d_bias, *(grad if added_to is None else None for grad, added_to in pairs)
+        return None, None, None, d_hidden, d_bias, *(grad if added_to is None else None for grad, added_to in pairs)
 
 
 class _ExpectedLoss(torch.autograd.Function):
@@ -264,11 +347,13 @@ class _ExpectedLoss(torch.autograd.Function):
         problem: Problem,
         sums: RowSums,
         grads: Grads,
+        sources: tuple[Tensor, ...],
         hidden: Tensor,
         bias: Tensor | None,
         *weight: Tensor,
     ) -> tuple[Tensor | None, ...]:
         ctx.set_materialize_grads(False)
+        ctx.sources = sources
         out = sums.results(problem)
         ctx.mark_non_differentiable(*(x for x in out[3:] if x is not None))
         ctx.paths, ctx.problem = paths, _without_tensors(problem)
@@ -282,21 +367,21 @@ class _ExpectedLoss(torch.autograd.Function):
         return tuple(out)
 
     @staticmethod
-    @_once
+    @_first_order
     def backward(ctx: Any, d_logps: Tensor | None, d_entropy: Tensor | None, d_lse: Tensor | None, *_: None) -> tuple:
-        count = len(ctx.needs_input_grad) - 4  # of hidden, bias and the head's tensors
+        count = len(ctx.needs_input_grad) - 5  # of hidden, bias and the head's tensors
         saved = ctx.saved_tensors  # once: hooks on saved tensors, as checkpoints have them, may unpack each but once
         made, (expected, maximum, log_e, entropy, *tensors) = saved[:count], saved[count:]
         if d_logps is not None and d_entropy is None and d_lse is None:
             factor, fits = _multiple_of(expected, d_logps)
             if fits:
-                return None, None, None, None, *_scaled(ctx.paths, made, factor)
+                return None, None, None, None, None, *_scaled(ctx.paths, made, factor, tensors[0].dtype)
         problem = _with_tensors(ctx.problem, *tensors)
         state = State(None, None, maximum, log_e, entropy)
-        needs = _needs_of(ctx, 4)
+        needs = _needs_of(ctx, 5)
         with torch.autocast(problem.hidden.device.type, enabled=False):
             d_hidden, d_weight, d_bias = backward(ctx.paths, problem, state, needs, d_logps, d_entropy, d_lse)
-        return None, None, None, None, d_hidden, d_bias, *(d_weight or [None] * (count - 2))
+        return None, None, None, None, None, d_hidden, d_bias, *(d_weight or [None] * (count - 2))
 
 
 class _Ready(torch.autograd.Function):
@@ -308,38 +393,40 @@ class _Ready(torch.autograd.Function):
         scaler: Scaler,
         loss: Tensor,
         grads: Grads,
+        sources: tuple[Tensor, ...],
         hidden: Tensor,
         bias: Tensor | None,
         *weight: Tensor,
     ) -> Tensor:
-        ctx.scaler = scaler
+        ctx.scaler, ctx.sources, ctx.hidden_dtype = scaler, sources, hidden.dtype
         d_hidden, d_weight, d_bias = grads
         ctx.save_for_backward(d_hidden, d_bias, *(d_weight or [None] * len(weight)))
         ctx.mark_dirty(loss)  # not a view of it, which could not be divided in place
         return loss
 
     @staticmethod
-    @_once
+    @_first_order
     def backward(ctx: Any, upstream: Tensor) -> tuple:
-        return None, None, None, *_scaled(ctx.scaler, ctx.saved_tensors, upstream)
+        return None, None, None, None, *_scaled(ctx.scaler, ctx.saved_tensors, upstream, ctx.hidden_dtype)
 
 
-def _scaled(scaler: Scaler, grads: Iterable[Tensor | None], factor: Tensor) -> list[Tensor | None]:
-    """Gradients that exist already, times a scalar."""
+def _scaled(
+    scaler: Scaler, grads: Iterable[Tensor | None], factor: Tensor, hidden_dtype: torch.dtype
+) -> list[Tensor | None]:
+    """Gradients of hidden, bias and head that exist already, times a scalar."""
     # In place, since a second copy of the head's gradient could be the memory peak; not where the graph is kept for
     # another backward, which will need the gradients unscaled.
     kept = _graph_is_kept()
-    return [g if g is None else g * factor if kept else scaler.scale_(g, factor) for g in grads]
+    d_hidden, *others = (g if g is None else g * factor if kept else scaler.scale_(g, factor) for g in grads)
+    return [d_hidden if d_hidden is None else d_hidden.to(hidden_dtype), *others]
 
 
 def _may_expect(problem: Problem, needs: Needs) -> bool:
     """Whether gradients may be made before the loss is known: of a trained head, at once and not in fp16.
 
-    A frozen head has a path of 2 products for any loss. Gradients in fp16 could leave its range before they are scaled.
+    A frozen head has a path of 2 products for any loss.
     """
-    tensors = (problem.hidden, problem.bias, *_tensors(problem))
-    fp16 = any(x is not None and x.requires_grad and x.dtype == torch.float16 for x in tensors)
-    return needs[1] and problem.tiling.keep_head and len(problem.targets) > 0 and not fp16
+    return needs[1] and problem.tiling.keep_head and len(problem.targets) > 0 and holds_early(problem)
 
 
 def _multiple_of(expected: Tensor, grad: Tensor) -> tuple[Tensor, bool]:
@@ -373,6 +460,12 @@ def _needs_of(ctx: Any, start: int) -> Needs:
 def _tensors(problem: Problem) -> Iterator[Tensor]:
     """The head's, as arguments of an autograd function."""
     return (x for _, x in problem.head)
+
+
+def _parameters(problem: Problem) -> Iterator[Tensor | None]:
+    """The head's tensors and the bias."""
+    yield from _tensors(problem)
+    yield problem.bias
 
 
 def _grad_so_far(x: Tensor) -> Tensor | None:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fusedalign.impls import adapter
+from fusedalign.impls import adapter, autograd
 from fusedalign.problem import Problem, TokenLogps, TokenLoss
 
 ABOUT = "Apple's Cut Cross-Entropy; half precision on NVIDIA GPUs from Ampere on"
@@ -97,6 +97,7 @@ def token_logps(problem: Problem) -> TokenLogps:
     """The logps of [N] tokens and, if asked for, their lse."""
     if not len(problem.targets):
         return adapter.of_no_tokens(problem)
+    problem = autograd.first_order(problem)
     library = _find().library
     hidden, weight = adapter.operands(problem, adapter.factor(problem))
     options: dict[str, Any] = {"softcap": adapter.softcap(problem), "reduction": "none"}

@@ -95,6 +95,7 @@ def token_logps(problem: Problem) -> TokenLogps:
     """The logps of [N] tokens and, if asked for, their entropy."""
     if not len(problem.targets):
         return adapter.of_no_tokens(problem)
+    problem = autograd.first_order(problem)
     if _takes_chunks(problem):
         return TokenLogps(adapter.logps_of(_chunks(problem, "none"), problem))
     hidden, weight = adapter.operands(problem, problem.scale)
@@ -113,7 +114,8 @@ def token_loss_sum(problem: Problem, token_loss: TokenLoss) -> Tensor:
     early = problem.hidden.requires_grad and (problem.tiling.keep_head or not trains_head)  # it looks at hidden alone
     if weight is None or not early or not torch.is_grad_enabled() or not len(problem.targets):
         return adapter.summed(token_logps(problem), token_loss)
-    if not _runs_triton(problem.hidden.device) or (_has_cute(problem) and not _has_extras(problem)):
+    fp16 = problem.hidden.dtype == torch.float16 or not autograd.holds_early(problem)
+    if fp16 or not _runs_triton(problem.hidden.device) or (_has_cute(problem) and not _has_extras(problem)):
         return adapter.summed(token_logps(problem), token_loss)
     # Its backward scales what it has kept in place, so that a second one would be wrong: ours runs instead.
     tensors = problem.hidden, adapter.whole(problem.weight), problem.bias

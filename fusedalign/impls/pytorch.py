@@ -312,7 +312,8 @@ def one_pass(problem: Problem, token_loss: TokenLoss, needs: Needs) -> tuple[Row
     needs_hidden, needs_weight, needs_bias = needs
     sums = _Sums(problem)
     loss = problem.hidden.new_zeros((), dtype=problem.result_dtype)
-    d_hidden = torch.empty_like(problem.hidden) if needs_hidden else None
+    hidden_dtype = autograd.early_dtype(problem.hidden.dtype)
+    d_hidden = torch.empty_like(problem.hidden, dtype=hidden_dtype) if needs_hidden else None
     several = plan.tokens < problem.hidden.shape[0]
     parts = trained(problem) if needs_weight else []
     d_weight = [(columns, _HeadGrad(x, several and _needs_compensation(x, problem))) for columns, x in parts]

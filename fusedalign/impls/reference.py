@@ -46,7 +46,7 @@ def token_logps(problem: Problem) -> TokenLogps:
     if "log_sum_sq_probs" in outputs:
         log_sum_sq_probs = (2 * all_logps.detach()).logsumexp(-1).to(p.result_dtype)
     if "is_top1" in outputs:
-        is_top1 = logits.max(-1).indices == p.targets
+        is_top1 = (logits.max(-1).indices == p.targets) & ~logps.isnan()
     return TokenLogps(logps.to(p.result_dtype), entropy, lse, mean_logit, log_sum_sq_probs, is_top1)
 
 

@@ -89,13 +89,14 @@ class RowSums:
     def results(self, problem: Problem) -> TokenLogps:
         """What the caller asked for, once every column has been seen."""
         outputs, dtype = problem.outputs, problem.result_dtype
+        logps = self.logps()
         return TokenLogps(
-            logps=self.logps().to(dtype),
+            logps=logps.to(dtype),
             entropy=self.entropy().to(dtype) if "entropy" in outputs else None,
             lse=self.lse().to(dtype) if "lse" in outputs else None,
             mean_logit=None if self.logit is None else (self.logit / problem.weight.shape[0]).to(dtype),
             log_sum_sq_probs=None if self.e_sq is None else (self.e_sq.log() - 2 * self.log_e()).to(dtype),
-            is_top1=None if self.top is None else self.top == problem.targets,
+            is_top1=None if self.top is None else (self.top == problem.targets).logical_and_(~logps.isnan()),
         )
 
 

@@ -74,7 +74,8 @@ __all__ = [
 ABOUT = "our Triton kernels, exact; NVIDIA GPUs from Ampere on"
 
 #: J is summed with weights p / p_target; where log p_target is below this they might leave the range of bf16 and fp32,
-#: and those rows are summed again, slowly and relative to the largest logit.
+#: and those rows are summed again, slowly and relative to the largest logit. So are rows where rounding puts it as far
+#: above 0.
 _LEAST_LOGP = -60.0
 
 #: Of a tile that is added to its tokens' fp32 sums: with fewer the head is read more often, with more the sums are.
@@ -144,12 +145,13 @@ def sweep(problem: Problem, keep: Keep) -> tuple[RowSums, Jacobian | KeptHead | 
     if not len(problem.targets):
         return rows, Jacobian.empty(problem)
     if problem.operand_dtype != torch.float16:  # whose range is too small for weights relative to the target's
-        jacobian = Jacobian.empty(problem)
+        jacobian, lost = Jacobian.empty(problem), []
         for tokens, rows_of_head in _rows_of_head(problem, rows):
             scale = None if jacobian.scale is None else jacobian.scale[tokens]
             rows_of_head.combine(_ones(rows, tokens), jacobian.rows[tokens], scale)
+            lost.append(rows_of_head.lost)
             del rows_of_head
-        if not _any_row_is_lost(problem, rows):
+        if not _any_row_is_lost(lost):
             return rows, jacobian
         del jacobian
     else:
@@ -191,6 +193,8 @@ class _RowsOfHead:
     p_reference: Tensor
     """of the target; of the largest logit where the target's is far below that"""
     logps: Tensor
+    lost: Tensor | None
+    """a bool: whether any of these sums is wrong; None where `far_rows` has made such sums again"""
 
     def combine(self, grads: TokenGrads, out: Tensor, scale: Tensor | None = None) -> None:
         """`out` = the gradient of hidden, [n, D], for a loss of logps and lse alone.
@@ -227,17 +231,21 @@ def _rows_of_head(problem: Problem, rows: RowSums) -> Iterator[tuple[slice, _Row
             _add_product(total, kept, weight)
         sums.fold(rows, tokens)
         del sums, memory, kept  # before the next tokens' are made
+        lost = None
         if isinstance(problem.weight, Tensor):
             far_rows(left, rows, reference, total, _LEAST_LOGP)
+        else:  # whose rows `far_rows` cannot read
+            lost = ((reference - rows.max[tokens] - rows.log_e(tokens)).abs() > -_LEAST_LOGP).any()
         p_reference = (reference - rows.max[tokens]).exp() / rows.e[tokens]
         slope = _slope(problem, rows.target[tokens])
-        yield tokens, _RowsOfHead(problem, tokens, slope, total, p_reference, rows.logps(tokens))
+        yield tokens, _RowsOfHead(problem, tokens, slope, total, p_reference, rows.logps(tokens), lost)
         del total  # before the next tokens' is made
 
 
-def _any_row_is_lost(problem: Problem, rows: RowSums) -> bool:
-    """Whether `_rows_of_head` gives a wrong sum: of parts, whose rows `far_rows` cannot read. A wait for the GPU."""
-    return not isinstance(problem.weight, Tensor) and bool((rows.logps() < _LEAST_LOGP).any())
+def _any_row_is_lost(lost: list[Tensor | None]) -> bool:
+    """Whether any sum of `_rows_of_head` is wrong; a wait for the GPU where the head has several parts."""
+    flags = [x for x in lost if x is not None]
+    return bool(flags) and bool(torch.stack(flags).any())
 
 
 def _rows_of_targets(problem: Problem, tokens: slice) -> tuple[Tensor, Tensor]:
@@ -291,14 +299,16 @@ def one_pass(problem: Problem, token_loss: TokenLoss, needs: Needs) -> tuple[Row
         return _one_pass_with_head(problem, token_loss, needs)
     if needs[2] or problem.operand_dtype == torch.float16:
         return None
-    rows, d_hidden = RowSums(problem), torch.empty_like(problem.hidden, memory_format=torch.contiguous_format)
-    loss = d_hidden.new_zeros((), dtype=problem.result_dtype)
+    rows, hidden_dtype = RowSums(problem), autograd.early_dtype(problem.hidden.dtype)
+    d_hidden = torch.empty_like(problem.hidden, dtype=hidden_dtype, memory_format=torch.contiguous_format)
+    loss, lost = d_hidden.new_zeros((), dtype=problem.result_dtype), []
     for tokens, rows_of_head in _rows_of_head(problem, rows):
         chunk_loss, grads = grads_of_token_loss(rows, tokens, token_loss, problem.result_dtype)
         loss += chunk_loss
         rows_of_head.combine(grads, d_hidden[tokens])
+        lost.append(rows_of_head.lost)
         del rows_of_head
-    return None if _any_row_is_lost(problem, rows) else (rows, loss, (d_hidden, None, None))
+    return None if _any_row_is_lost(lost) else (rows, loss, (d_hidden, None, None))
 
 
 def _one_pass_with_head(problem: Problem, token_loss: TokenLoss, needs: Needs) -> tuple[RowSums, Tensor, Grads]:
@@ -307,7 +317,12 @@ def _one_pass_with_head(problem: Problem, token_loss: TokenLoss, needs: Needs) -
         d_weight = torch.empty_like(problem.weight, memory_format=torch.contiguous_format)
     stores = _swept(problem, _stores(problem, d_weight, workspace=True), rows)
     loss, grads = grads_of_token_loss(rows, everything, token_loss, problem.result_dtype)
-    return rows, loss, _grads(problem, stores, grads, needs, target=rows.target, d_weight=d_weight)
+    keeps_dtype = autograd.early_dtype(problem.hidden.dtype) == problem.hidden.dtype
+    return (
+        rows,
+        loss,
+        _grads(problem, stores, grads, needs, target=rows.target, d_weight=d_weight, round_hidden=keeps_dtype),
+    )
 
 
 def _swept(problem: Problem, stores: list[_Store], rows: RowSums) -> list[_Store]:

@@ -598,6 +598,21 @@ def target_logit_kernel(
     tl.store(out + row, tl.sum(total, 0))
 
 
+@triton.jit
+def _row_logits(
+    hidden, weight, weight_step, cols, v, d, OPERAND: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """Raw logits [BLOCK_V] of one row of hidden states; `weight` [BLOCK_V, 1] points to the rows of the head."""
+    ks = tl.arange(0, BLOCK_D)
+    z = tl.zeros((BLOCK_V,), tl.float32)
+    for k in range(0, d, BLOCK_D):
+        mask = (cols < v)[:, None] & (k + ks < d)[None, :]
+        w = tl.load(weight + (k + ks)[None, :] * weight_step, mask=mask, other=0.0).to(OPERAND)
+        h = tl.load(hidden + k + ks, mask=k + ks < d, other=0.0)
+        z += tl.sum(w.to(tl.float32) * h.to(tl.float32)[None, :], 1)
+    return z
+
+
 @triton.jit(do_not_specialize=["v"])
 def far_rows_kernel(
     hidden,
@@ -623,31 +638,37 @@ def far_rows_kernel(
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Where log p(target) < least_logp: total = sum of e * slope * weight over all other columns, reference = row_max.
+    """total = sum of e * slope * weight over all other columns, reference = row_max, if |log p(target)| > -least_logp.
 
-    One program a row, which nearly always has nothing to do: `reference` holds the target's logit when it comes.
+    One program a row; almost always it exits at once. `reference` is the target's logit before. It exceeds row_max by
+    rounding alone, by much where logits are as large as 1e9: their last place is 64.
     """
     row = tl.program_id(0).to(tl.int64)
     m = tl.load(row_max + row)
-    if tl.load(reference + row) - m - tl.log(tl.load(row_e + row)) < least_logp:
+    if tl.abs(tl.load(reference + row) - m - tl.log(tl.load(row_e + row))) > -least_logp:
         tl.store(reference + row, m)
         target = tl.load(targets + row)
+        hidden += row * hidden_stride
+        total += row * total_stride
         ks = tl.arange(0, BLOCK_D)
         for k in range(0, d, BLOCK_D):
-            tl.store(total + row * total_stride + k + ks, tl.zeros((BLOCK_D,), tl.float32), mask=k + ks < d)
+            tl.store(total + k + ks, tl.zeros((BLOCK_D,), tl.float32), mask=k + ks < d)
+        # The largest of these very logits, which are rounded in other places than those of row_max.
+        largest = -float("inf")
+        for start in range(0, v, BLOCK_V):
+            cols = start + tl.arange(0, BLOCK_V)
+            at = cols.to(tl.int64)[:, None] * weight_stride
+            z = _row_logits(hidden, weight + at, weight_step, cols, v, d, OPERAND, BLOCK_V, BLOCK_D)
+            z = _final_logits(z[None, :], bias, 0, cols, v, before, after, HAS_BIAS, HAS_SOFTCAP, True)
+            largest = tl.maximum(largest, tl.max(tl.where((cols < v)[None, :], z, -float("inf"))))
         sum_e = 0.0
         for start in range(0, v, BLOCK_V):
             tl.debug_barrier()  # what one thread has added to `total` may be another one's to read
             cols = start + tl.arange(0, BLOCK_V)
             at = cols.to(tl.int64)[:, None] * weight_stride
-            z = tl.zeros((BLOCK_V,), tl.float32)
-            for k in range(0, d, BLOCK_D):
-                mask = (cols < v)[:, None] & (k + ks < d)[None, :]
-                w = tl.load(weight + at + (k + ks)[None, :] * weight_step, mask=mask, other=0.0).to(OPERAND)
-                h = tl.load(hidden + row * hidden_stride + k + ks, mask=k + ks < d, other=0.0)
-                z += tl.sum(w.to(tl.float32) * h.to(tl.float32)[None, :], 1)
+            z = _row_logits(hidden, weight + at, weight_step, cols, v, d, OPERAND, BLOCK_V, BLOCK_D)
             z = _final_logits(z[None, :], bias, 0, cols, v, before, after, HAS_BIAS, HAS_SOFTCAP, True)
-            e = _exp(z - m)
+            e = _exp(z - largest)
             sum_e += tl.sum(tl.where((cols < v)[None, :], e, 0.0))
             if HAS_SOFTCAP:
                 e *= _slope(z, after)
@@ -655,14 +676,13 @@ def far_rows_kernel(
             for k in range(0, d, BLOCK_D):
                 mask = (cols < v)[:, None] & (k + ks < d)[None, :]
                 w = tl.load(weight + at + (k + ks)[None, :] * weight_step, mask=mask, other=0.0).to(OPERAND)
-                out = total + row * total_stride + k + ks
-                so_far = tl.load(out, mask=k + ks < d, other=0.0)
-                tl.store(out, so_far + tl.sum(w.to(tl.float32) * e, 0), mask=k + ks < d)
-        # These logits are rounded in other places than those of row_e, which must not show in p = e / sum e.
+                so_far = tl.load(total + k + ks, mask=k + ks < d, other=0.0)
+                tl.store(total + k + ks, so_far + tl.sum(w.to(tl.float32) * e, 0), mask=k + ks < d)
+        # p = e / sum_e of these logits, whatever the rounding of row_e.
         same = tl.load(row_e + row) / sum_e
         tl.debug_barrier()
         for k in range(0, d, BLOCK_D):
-            out = total + row * total_stride + k + ks
+            out = total + k + ks
             tl.store(out, tl.load(out, mask=k + ks < d, other=0.0) * same, mask=k + ks < d)
 
 

@@ -355,9 +355,9 @@ def target_logits(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 
 def far_rows(rows: Rows, sums: RowSums, reference: Tensor, total: Tensor, least_logp: float) -> None:
-    """Make rows of `total` [n, D] again whose target's log p is below `least_logp`, relative to the largest logit.
+    """Make rows of `total` [n, D] again relative to the largest logit, where |log p(reference)| > -least_logp.
 
-    That becomes their `reference` [n]. The GPU finds out which rows these are, and hardly ever there is one.
+    That logit becomes their `reference` [n]. Selected on the device; almost always there is none.
     """
     p, tokens, weight = rows.problem, rows.tokens, rows.problem.weight
     assert isinstance(weight, Tensor)
