@@ -254,10 +254,10 @@ def refuse_second_order(*_: Any) -> tuple:
 
 
 class _FirstOrderInput(torch.autograd.Function):
-    """The identity; differentiating its gradient raises."""
+    """The identity; differentiating its gradient by any of `sources` raises."""
 
     @staticmethod
-    def forward(ctx: Any, sources: tuple[Tensor, ...], x: Tensor) -> Tensor:
+    def forward(ctx: Any, sources: list[Tensor], x: Tensor) -> Tensor:
         ctx.sources = sources
         return x.view_as(x)
 
@@ -267,12 +267,31 @@ class _FirstOrderInput(torch.autograd.Function):
         return None, upstream
 
 
-def first_order(problem: Problem) -> Problem:
-    """The same problem, for a library whose gradients would be differentiated wrongly: that raises now."""
-    sources = _sources(problem)
+class _FirstOrderOutput(torch.autograd.Function):
+    """A copy; adds its upstream gradient to `sources`, where that has a graph."""
+
+    @staticmethod
+    def forward(ctx: Any, sources: list[Tensor], x: Tensor) -> Tensor:
+        ctx.sources = sources
+        return x.clone()  # a view could not be changed in place by the caller
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple:
+        if upstream.requires_grad:
+            ctx.sources.append(upstream)
+        return None, upstream
+
+
+def first_order(function: Callable[[Problem], TokenLogps], problem: Problem) -> TokenLogps:
+    """`function(problem)`, of a library whose gradients have no graph of their own: differentiating them raises."""
+    sources = list(_sources(problem))
+    if not sources:
+        return function(problem)
     tensors = {"hidden": problem.hidden, "weight": problem.weight, "bias": problem.bias}
-    trained = {name: x for name, x in tensors.items() if sources and x is not None and x.requires_grad}
-    return replace(problem, **{name: _FirstOrderInput.apply(sources, x) for name, x in trained.items()})
+    trained = {name: x for name, x in tensors.items() if x is not None and x.requires_grad}
+    out = function(replace(problem, **{name: _FirstOrderInput.apply(sources, x) for name, x in trained.items()}))
+    outputs: Any = (None if x is None else _FirstOrderOutput.apply(sources, x) for x in out)
+    return TokenLogps(*outputs)
 
 
 def _sources(problem: Problem) -> tuple[Tensor, ...]:

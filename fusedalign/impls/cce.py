@@ -97,7 +97,10 @@ def token_logps(problem: Problem) -> TokenLogps:
     """The logps of [N] tokens and, if asked for, their lse."""
     if not len(problem.targets):
         return adapter.of_no_tokens(problem)
-    problem = autograd.first_order(problem)
+    return autograd.first_order(_token_logps, problem)
+
+
+def _token_logps(problem: Problem) -> TokenLogps:
     library = _find().library
     hidden, weight = adapter.operands(problem, adapter.factor(problem))
     options: dict[str, Any] = {"softcap": adapter.softcap(problem), "reduction": "none"}

@@ -95,7 +95,10 @@ def token_logps(problem: Problem) -> TokenLogps:
     """The logps of [N] tokens and, if asked for, their entropy."""
     if not len(problem.targets):
         return adapter.of_no_tokens(problem)
-    problem = autograd.first_order(problem)
+    return autograd.first_order(_token_logps, problem)
+
+
+def _token_logps(problem: Problem) -> TokenLogps:
     if _takes_chunks(problem):
         return TokenLogps(adapter.logps_of(_chunks(problem, "none"), problem))
     hidden, weight = adapter.operands(problem, problem.scale)
