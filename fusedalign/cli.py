@@ -10,6 +10,7 @@ import select
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from typing import TextIO
 
 import torch
 
@@ -47,7 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         status = _run(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()
     except BrokenPipeError:  # `| head` has read enough: no words, and the status of a program that SIGPIPE ends
-        _discard_output()
+        for stream in _closed_streams():  # else the interpreter tries again when it ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         return 141
     return status
 
@@ -69,7 +71,7 @@ def _run(words: list[str]) -> int:
         print("\n".join(["", "fusedalign: interrupted", *map(str, stop.args)]).rstrip(), file=sys.stderr)
         return 130
     except Exception as error:  # whatever it is, a user reads one line first
-        if isinstance(error, BrokenPipeError) and _output_is_closed():
+        if isinstance(error, BrokenPipeError) and _closed_streams():
             raise
         if debug:
             traceback.print_exc()
@@ -79,22 +81,18 @@ def _run(words: list[str]) -> int:
     return 0
 
 
-def _output_is_closed() -> bool:
-    """Whether it is the reader of stdout or stderr that has gone, and no other pipe of the command's."""
+def _closed_streams() -> list[TextIO]:
+    """Those of stdout and stderr that have lost their reader."""
     if not hasattr(select, "poll"):  # Windows, which has another error for this
-        return False
-    poll = select.poll()
+        return []
+    closed = []
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):  # one that a test has replaced has no descriptor
+            poll = select.poll()
             poll.register(stream.fileno(), 0)
-    return any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0))
-
-
-def _discard_output() -> None:
-    """So that the interpreter does not try again, when it ends, to write what is left."""
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            if any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0)):
+                closed.append(stream)
+    return closed
 
 
 def _one_line(error: Exception) -> str:

@@ -3,6 +3,8 @@
 import errno
 import json
 import os
+import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -89,8 +91,6 @@ def finished(model, tmp_path_factory):
 
 @pytest.fixture
 def done(finished, tmp_path):
-    import shutil
-
     return shutil.copytree(finished, tmp_path / "out")
 
 
@@ -112,7 +112,7 @@ def stop_at(monkeypatch, step, what=KeyboardInterrupt):
     monkeypatch.setattr(transformers.trainer_callback.DefaultFlowCallback, "on_log", end, raising=False)
 
 
-# ----------------------------------------------------------------------------------------------- metrics over two runs
+# ------------------------------------------------------------------------------------------------ metrics over two runs
 
 
 @pytest.mark.parametrize("word", ["last", "true", "True"])
@@ -173,7 +173,7 @@ def test_no_resume_in_words(model, tmp_path, word):
     assert steps(out) == [1]
 
 
-# ------------------------------------------------------------------------------------------------------- what is refused
+# ------------------------------------------------------------------------------------------------------ what is refused
 
 
 def test_a_finished_folder_is_refused_and_untouched(model, done, capsys, monkeypatch):
@@ -272,7 +272,7 @@ def test_a_checkpoint_of_another_model(model, done, tmp_path, capsys):
     assert not (done / "run.lock").exists()
 
 
-# -------------------------------------------------------------------------------------------------------------- the lock
+# ------------------------------------------------------------------------------------------------------------- the lock
 
 
 def holder(pid, host=None, started=None):
@@ -295,16 +295,22 @@ def test_one_run_at_a_time(model, tmp_path, capsys):
 
 def test_two_runs_at_once(model, tmp_path, monkeypatch, capsys):
     """A second one that starts while the first one trains."""
-    out, status = tmp_path / "out", []
+    from types import SimpleNamespace
+
+    from fusedalign.trl.folder import claimed
+
+    out, refused = tmp_path / "out", []
 
     def second(self, args, state, control, **kwargs):
-        if state.global_step == 2 and not status:
-            status.append(main(["sft", *words(model, out), "--overwrite_output_dir"]))
+        training = SimpleNamespace(output_dir=str(out), resume_from_checkpoint=None, process_index=0)
+        overwrite, named = SimpleNamespace(overwrite_output_dir=True), SimpleNamespace(model_name_or_path=str(model))
+        with pytest.raises(ValueError, match=f"held by process {os.getpid()} on") as caught:
+            claimed(SimpleNamespace(training=training, fused=overwrite, model=named)).__enter__()
+        refused.append(caught)
 
     monkeypatch.setattr(transformers.trainer_callback.DefaultFlowCallback, "on_step_begin", second)
-    assert main(["sft", *words(model, out)]) == 0
-    assert status == [2]
-    assert f"held by process {os.getpid()} on" in error(capsys)
+    assert main(["sft", *words(model, out)]) == 0, capsys.readouterr().err
+    assert len(refused) == 4
     assert steps(out) == [1, 2, 3, 4]
     assert not (out / "run.lock").exists()
 
@@ -325,8 +331,9 @@ def test_the_lock_of_a_process_that_ended_is_taken_over(model, tmp_path, kind):
     assert not (out / "run.lock").exists()
 
 
-@pytest.mark.parametrize("lock", [holder(os.getpid(), host="elsewhere"), "", "{}"])
-def test_a_lock_that_cannot_be_checked_is_left_alone(model, tmp_path, capsys, lock):
+@pytest.mark.parametrize("kind", ["elsewhere", "empty", "nameless"])
+def test_a_lock_that_cannot_be_checked_is_left_alone(model, tmp_path, capsys, kind):
+    lock = {"elsewhere": holder(os.getpid(), host="elsewhere"), "empty": "", "nameless": "{}"}[kind]
     out = tmp_path / "out"
     out.mkdir()
     (out / "run.lock").write_text(lock)
@@ -352,7 +359,7 @@ def test_an_output_directory_that_is_a_file(model, tmp_path, capsys):
     assert f"output_dir must be a folder that can be written to, got {tmp_path / 'out'}" in error(capsys)
 
 
-# ----------------------------------------------------------------------------------------------------------- valid lines
+# ---------------------------------------------------------------------------------------------------------- valid lines
 
 
 def test_nan_is_null(model, tmp_path, monkeypatch):
@@ -366,6 +373,7 @@ def test_nan_is_null(model, tmp_path, monkeypatch):
 
     monkeypatch.setattr(trl.SFTTrainer, "log", odd)
     assert main(["sft", *words(model, out, max_steps=2)]) == 0
+    assert [row["a"] for row in lines(out)] == [None] * 3
     assert main(["sft", *words(model, out, max_steps=3, resume_from_checkpoint="last")]) == 0
     assert [(row["a"], row["b"]) for row in lines(out)] == [(None, None)] * 4
     assert all(row["loss"] > 0 for row in lines(out)[:3])
@@ -400,7 +408,7 @@ def test_numbers_of_torch_and_numpy_are_numbers():
     }
 
 
-# -------------------------------------------------------------------------------------------------------------- full disks
+# ----------------------------------------------------------------------------------------------------------- full disks
 
 
 def test_a_disk_that_fills_while_metrics_are_written(model, tmp_path, monkeypatch, capsys):
@@ -485,7 +493,38 @@ def test_the_plot_is_extra(model, tmp_path, monkeypatch, capsys, breaks, said):
     assert not (out / "metrics.png").exists()
 
 
-# ---------------------------------------------------------------------------------------------------------------- Ctrl-C
+def test_the_demo_twice_and_without_matplotlib(model, tmp_path, monkeypatch, capsys):
+    """Its own folders it overwrites; with recipes of one step and this small model."""
+    from fusedalign import demo
+
+    rows = [{"prompt": "a" * (i + 1), "chosen": "yes", "rejected": "no"} for i in range(4)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for method in ("sft", "dpo"):
+        fields = words(model, "", model_name_or_path=None, dataset_name=tmp_path / "pairs.jsonl", max_steps=1)
+        fields = {name.removeprefix("--"): value for name, value in zip(fields[::2], fields[1::2], strict=True)}
+        fields |= {"eval_strategy": "epoch", "dataset_test_split": "train", "save_strategy": "'no'"}
+        (tmp_path / f"{method}.yaml").write_text(
+            "".join(
+                f"{name}: {value}\n" for name, value in fields.items() if name not in ("output_dir", "disable_tqdm")
+            )
+        )
+    monkeypatch.setattr(demo, "data_directory", lambda: tmp_path / "data")
+    monkeypatch.setattr(demo, "EMBEDDED_NAME", str(model))
+    monkeypatch.setattr(demo, "OUTPUT", tmp_path / "demo")
+    monkeypatch.setattr(demo, "_answer", lambda trainer: "")
+    assert main(["demo"]) == 0, capsys.readouterr().err
+    assert f"plot: {tmp_path / 'demo' / 'demo.png'}" in capsys.readouterr().out
+    no_matplotlib(monkeypatch)
+    assert main(["demo"]) == 0
+    printed = capsys.readouterr()
+    assert "| final loss " in printed.out
+    assert "plot: " not in printed.out
+    assert f"model: {tmp_path / 'demo' / 'dpo-fusedalign'}  metrics: " in printed.out
+    told = [line for line in printed.err.splitlines() if "pip install matplotlib" in line]
+    assert told == ["fusedalign: warning: the plot was left out: it needs matplotlib (pip install matplotlib)"]
+
+
+# --------------------------------------------------------------------------------------------------------------- Ctrl-C
 
 
 def test_ctrl_c_says_what_is_kept_and_how_to_go_on(model, tmp_path, monkeypatch, capsys):
@@ -498,9 +537,7 @@ def test_ctrl_c_says_what_is_kept_and_how_to_go_on(model, tmp_path, monkeypatch,
     assert interrupted == "fusedalign: interrupted"
     assert kept == f"kept: {out / 'checkpoint-2'} (step 2), {out / 'metrics.jsonl'}"
     assert again.startswith("go on: fusedalign sft --model_name_or_path ")
-    import shlex
-
-    command = shlex.split(again)[3:]
+    command = shlex.split(again)[4:]
     assert command == [*words(model, out), "--resume_from_checkpoint", "last"]
     assert not (out / "run.lock").exists()
     assert main(["sft", *command]) == 0
