@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
 import platform
+import select
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from typing import TextIO
 
 import torch
 
 import fusedalign
 from fusedalign.impls import auto_choices, explain, reach
+from fusedalign.reports import warn
 
 _USAGE = """\
 usage: fusedalign COMMAND [--debug] [...]
@@ -37,9 +41,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the words after `fusedalign`; default: those of this process.
 
     Returns:
-        The exit status: 0, or 2 after an error, which is told in one line on stderr.
+        The exit status: 0; 2 after an error, which is told in one line on stderr; 130 after Ctrl-C; 141 where the
+        reader of the output has gone.
     """
-    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        status = _run(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
+    except BrokenPipeError:  # `| head` has read enough: no words, and the status of a program that SIGPIPE ends
+        for stream in _closed_streams():  # else the interpreter tries again when it ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        return 141
+    return status
+
+
+def _run(words: list[str]) -> int:
     # transformers has a flag of this name too, with a value: that one is passed on.
     ours = [i for i, word in enumerate(words) if word == "--debug" and "".join(words[i + 1 : i + 2])[:1] in ("", "-")]
     debug = bool(ours)
@@ -52,16 +67,32 @@ def main(argv: Sequence[str] | None = None) -> int:
         if command not in COMMANDS:
             raise ValueError(f"command must be one of {', '.join(COMMANDS)}, got {command!r}")
         COMMANDS[command](rest)
-    except KeyboardInterrupt:
-        print("\nfusedalign: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as stop:  # a command that leaves something says so
+        print("\n".join(["", "fusedalign: interrupted", *map(str, stop.args)]).rstrip(), file=sys.stderr)
         return 130
     except Exception as error:  # whatever it is, a user reads one line first
+        if isinstance(error, BrokenPipeError) and _closed_streams():
+            raise
         if debug:
             traceback.print_exc()
         hint = "" if debug else " (--debug shows the traceback)"
         print(f"fusedalign: error: {_one_line(error)}{hint}", file=sys.stderr)
         return 2
     return 0
+
+
+def _closed_streams() -> list[TextIO]:
+    """Those of stdout and stderr that have lost their reader."""
+    if not hasattr(select, "poll"):  # Windows, which has another error for this
+        return []
+    closed = []
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # one that a test has replaced has no descriptor
+            poll = select.poll()
+            poll.register(stream.fileno(), 0)
+            if any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0)):
+                closed.append(stream)
+    return closed
 
 
 def _one_line(error: Exception) -> str:
@@ -95,7 +126,9 @@ def _train(method: str) -> Callable[[list[str]], None]:
             return
         trainer, written = train(method, argv)
         if trainer.is_world_process_zero():
-            print(f"model: {written.model}  metrics: {written.metrics}  plot: {written.plot}")
+            print(written)
+            for text in written.warnings:
+                warn(text)
 
     return command
 

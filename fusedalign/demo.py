@@ -16,8 +16,11 @@ from torch.utils._pytree import tree_leaves
 from fusedalign.bench.trainers import quiet
 from fusedalign.embedded import EMBEDDED_NAME, data_directory
 from fusedalign.ops import linear_logps
+from fusedalign.reports import plot_failure, warn
 from fusedalign.trl.arguments import parse
 from fusedalign.trl.attachment import attach
+from fusedalign.trl.folder import claimed
+from fusedalign.trl.record import Written
 from fusedalign.trl.train import build, run, tokenizer_of
 
 PROMPT = "Hello! Could you explain how to get a coffee stain out of a shirt?"
@@ -37,6 +40,7 @@ class Run(NamedTuple):
     seconds: float
     answer: str
     """to `PROMPT`, greedy"""
+    written: Written
 
     def last(self, key: str) -> float:
         """The metric as it was logged last."""
@@ -60,12 +64,13 @@ def demo(argv: list[str]) -> None:
     print("3/3  DPO from there with fusedalign, same seed", flush=True)
     fused = _train("dpo", "fusedalign", model)
     picture = OUTPUT / "demo.png"
-    _plot(stock, fused, picture)
+    failure = plot_failure(lambda path: _plot(stock, fused, path), picture)
     print(_table(stock, fused))
     print(f"\nPrompt: {PROMPT}\n  after SFT: {sft.answer}\n  after DPO: {fused.answer}")
-    print(
-        f"\nmodel: {OUTPUT / 'dpo-fusedalign'}  metrics: {OUTPUT / 'dpo-fusedalign' / 'metrics.jsonl'}  plot: {picture}"
-    )
+    print(f"\n{fused.written._replace(plot=picture if failure is None else None)}")
+    warnings = [text for done in (sft, stock, fused) for text in done.written.warnings] + ([failure] if failure else [])
+    for text in dict.fromkeys(warnings):
+        warn(text)
     print(f"{time.perf_counter() - started:.0f} seconds on {_device_name()}")
 
 
@@ -81,17 +86,20 @@ def _train(method: str, name: str, model: str) -> Run:
         str(output),
         "--disable_tqdm",
         "true",
+        "--overwrite_output_dir",
+        "true",
     ]
-    with quiet():  # what matters is in the table, the rest in metrics.jsonl
-        trainer = build(method, parse(method, flags), fused=False)
+    arguments = parse(method, flags)
+    with quiet(), claimed(arguments) as folder:  # what matters is in the table, the rest in metrics.jsonl
+        trainer = build(method, arguments, fused=False)
         if name == "fusedalign":
             attach(trainer)
         with _Probe() as probe:
             start = time.perf_counter()
-            run(trainer)
+            written = run(trainer, folder)
             seconds = time.perf_counter() - start
         answer = _answer(trainer)
-    return Run(name, trainer.state.log_history, probe.largest, probe.full_logits, seconds, answer)
+    return Run(name, trainer.state.log_history, probe.largest, probe.full_logits, seconds, answer, written)
 
 
 def _answer(trainer: Any) -> str:

@@ -398,14 +398,148 @@ def test_profile_of_a_peer_that_is_not_there(capsys):
     assert "liger-fused: " in capsys.readouterr().err
 
 
-def test_out_without_matplotlib_is_told_before_the_measurements(monkeypatch, capsys, tmp_path):
-    import importlib.util
+def test_out_without_matplotlib_lacks_the_plot_and_says_so_first(monkeypatch, capsys, tmp_path):
+    for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    argv = ["bench", "sft", "frozen", "--impls", "eager", "--cases", "N=8,D=8,V=50"]
+    assert main([*argv, "--out", str(tmp_path)]) == 0
+    first, *others = capsys.readouterr().err.splitlines()
+    assert first == "fusedalign: warning: the plot was left out: it needs matplotlib (pip install matplotlib)"
+    assert not [line for line in others if "matplotlib" in line]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bench.json", "bench.md"]
 
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert main(["bench", "--out", str(tmp_path)]) == 2
-    err = capsys.readouterr().err
-    assert "--out needs matplotlib for the plot: pip install 'fusedalign[bench]'" in err
-    assert "reference" not in err
+
+def test_a_plot_that_fails_costs_no_row(monkeypatch, capsys, tmp_path):
+    figure = pytest.importorskip("matplotlib.figure")
+
+    def savefig(self, path, **_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(figure.Figure, "savefig", savefig)
+    argv = ["bench", "sft", "frozen", "--impls", "eager", "--cases", "N=8,D=8,V=50"]
+    assert main([*argv, "--out", str(tmp_path)]) == 0
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("fusedalign: ")]
+    assert len(told) == 1
+    assert "No space left on device" in told[0]
+    assert [table["task"] for table in tables(tmp_path)] == ["sft", "frozen"]
+
+
+def tables(folder):
+    """Of the one case in bench.json, read by a parser that knows the standard alone."""
+    (case,) = json.loads((folder / "bench.json").read_text(), parse_constant=pytest.fail)["cases"]
+    return case["tables"]
+
+
+def test_a_disk_that_is_full_for_a_while(monkeypatch, capsys, tmp_path):
+    """All tables are printed; what could not be written is written with the next, or is an error in the end."""
+    from fusedalign.bench import table
+
+    write, full = table.replace_text, [True]
+
+    def replace(path, text):
+        if full[0]:
+            full[0] = stays
+            raise OSError(28, "No space left on device")
+        write(path, text)
+
+    monkeypatch.setattr(table, "replace_text", replace)
+    argv = ["bench", "sft", "frozen", "--impls", "eager", "--cases", "N=8,D=8,V=50", "--out", str(tmp_path)]
+    for stays, status in ((False, 0), (True, 2)):
+        full[0] = True
+        assert main(argv) == status
+        printed = capsys.readouterr()
+        assert printed.out.count("| eager ") == 2
+        assert ("fusedalign: error: [Errno 28]" in printed.err) == stays
+    assert [table["task"] for table in tables(tmp_path)] == ["sft", "frozen"]
+
+
+@pytest.mark.parametrize("word", [[], ["microbatches"]])
+def test_out_that_cannot_be_written_to_is_told_before_the_measurements(capsys, tmp_path, word):
+    (tmp_path / "file").write_text("")
+    assert main(["bench", *word, "--out", str(tmp_path / "file")]) == 2
+    err = capsys.readouterr().err.strip()
+    assert err.startswith("fusedalign: error: --out must be a folder that can be written to, got ")
+    assert len(err.splitlines()) == 1
+
+
+def test_nan_is_null_in_json(monkeypatch, tmp_path):
+    monkeypatch.setattr(peers, "PEERS", (*peers.PEERS, wrong(float("nan"))))
+    argv = ["bench", "logps", "--impls", "eager,wrong", "--cases", "N=8,D=8,V=50", "--out", str(tmp_path)]
+    assert main(argv) == 0
+    (table,) = tables(tmp_path)
+    assert table["rows"][1]["errors"]["dH"] is None
+    assert table["rows"][1]["over_budget"] == ["dH"]
+    assert table["rows"][0]["errors"]["dH"] < 1e-5
+
+
+def test_nan_is_null_in_the_json_of_microbatches(monkeypatch, tmp_path):
+    from fusedalign.bench import microbatches
+
+    nan = Figures("full logits", False, None, 1.0, float("inf"), {"loss": float("nan"), "dH": 0.0, "dW": 0.0})
+    monkeypatch.setattr(microbatches.Stage, "measure", lambda *_: nan)
+    assert main(["bench", "microbatches", "--rows", "full logits", "--out", str(tmp_path)]) == 0
+    text = (tmp_path / "microbatches.json").read_text()
+    (row,) = json.loads(text, parse_constant=pytest.fail)["rows"]
+    assert (row["ms"], row["errors"]["loss"]) == (None, None)
+
+
+def test_tables_without_a_row_are_left_out(capsys):
+    assert main(["bench", "--impls", "liger-fused", "--cases", "N=8,D=8,V=50"]) == 0
+    out = capsys.readouterr().out
+    assert [line.split(":")[0] for line in out.splitlines() if line.startswith("### ")] == ["### sft"]
+    assert "| liger-fused " in out
+    assert "After the rows" in out
+
+
+@pytest.mark.parametrize("words", [["--impls", "liger-fused"], ["--profile", "liger-fused"]])
+@pytest.mark.parametrize("tasks", [["logps"], ["sft", "dpo"]])
+def test_a_task_that_no_impl_has_is_refused(capsys, words, tasks):
+    assert main(["bench", *tasks, *words]) == 2
+    err = capsys.readouterr().err.strip()
+    assert f"a task must be one that the impls have, got {tasks[-1]!r}: liger-fused has sft" in err
+    assert len(err.splitlines()) == 1
+
+
+def test_a_case_or_a_table_that_fails_leaves_the_others(monkeypatch, capsys, tmp_path):
+    """Data that do not fit, or an exact answer that does not."""
+    from fusedalign.bench import runner
+
+    make, answer = runner.inputs, runner.reference
+
+    def inputs(case, settings):
+        if case.vocab == 51:
+            raise torch.OutOfMemoryError("too much")
+        return make(case, settings)
+
+    def reference(task, data, *, seed):
+        if task.name == "sft" and len(data.weight) == 50:
+            raise RuntimeError("broke")
+        return answer(task, data, seed=seed)
+
+    monkeypatch.setattr(runner, "inputs", inputs)
+    monkeypatch.setattr(runner, "reference", reference)
+    cases = [word for v in (50, 51, 52) for word in ("--cases", f"N=8,D=8,V={v}")]
+    assert main(["bench", "logps", "sft", "dpo", "--impls", "eager", *cases, "--out", str(tmp_path)]) == 2
+    printed = capsys.readouterr()
+    assert printed.out.count("| eager ") == 2 + 3
+    assert "N=8,D=8,V=50 sft: RuntimeError: broke; N=8,D=8,V=51: out of memory" in printed.err
+    assert (tmp_path / "bench.png").is_file()
+    cases = json.loads((tmp_path / "bench.json").read_text())["cases"]
+    assert [len(case["tables"]) for case in cases] == [2, 3]
+
+
+def test_ctrl_c_leaves_the_rows_of_microbatches(monkeypatch, capsys):
+    from fusedalign.bench import microbatches
+
+    def measure(self, row):
+        if row.name == "pytorch":
+            raise KeyboardInterrupt
+        return Figures(row.name, False, None, 1.0, 1.0, {"loss": 0.0, "dH": 0.0, "dW": 0.0})
+
+    monkeypatch.setattr(microbatches.Stage, "measure", measure)
+    assert main(["bench", "microbatches", "--rows", "full logits;pytorch"]) == 130
+    assert "| full logits | 1 " in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------------------------------------------- bench trl
@@ -435,3 +569,55 @@ def test_bench_trl_refuses(capsys, words, message):
     pytest.importorskip("trl")
     assert main(["bench", "trl", *words]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("interrupt", [False, True])
+def test_a_training_that_fails_leaves_the_others(monkeypatch, capsys, interrupt):
+    pytest.importorskip("trl")
+    from fusedalign.bench import trainers
+
+    make = trainers._trainer
+
+    def trainer(training, size, steps, impl, device, fused, folder):
+        if training.trainer == "ORPO" and interrupt:
+            raise KeyboardInterrupt
+        if training.trainer == "ORPO" and fused:
+            raise RuntimeError("a | kernel\nbroke")
+        return make(training, size, steps, impl, device, fused, folder)
+
+    monkeypatch.setattr(trainers, "_trainer", trainer)
+    assert main(["bench", "trl", "sft", "orpo", "--steps", "1"]) == (130 if interrupt else 2)
+    printed = capsys.readouterr()
+    lines = [line.strip("| ").split("|") for line in printed.out.splitlines() if line.startswith("|")]
+    rows = {line[0].strip(): [cell.strip() for cell in line] for line in lines[2:]}
+    assert float(rows["SFT"][2]) > 0
+    assert float(rows["SFT"][-1]) < 1e-5
+    if interrupt:
+        assert list(rows) == ["SFT"]
+        return
+    assert float(rows["ORPO"][1]) > 0  # stock TRL's
+    assert rows["ORPO"][2] == "failed"
+    assert "ORPO, fusedalign: RuntimeError: a | kernel broke" in printed.out.splitlines()
+    errors = [line for line in printed.err.splitlines() if line.startswith("fusedalign: error: ")]
+    assert len(errors) == 1
+    assert errors[0].startswith("fusedalign: error: bench trl: ORPO, fusedalign failed: RuntimeError: a | kernel broke")
+
+
+def test_running_out_of_memory_is_a_result_of_bench_trl(monkeypatch, capsys):
+    pytest.importorskip("trl")
+    from fusedalign.bench import trainers
+
+    def trainer(*_):
+        raise torch.OutOfMemoryError("too much")
+
+    monkeypatch.setattr(trainers, "_trainer", trainer)
+    assert main(["bench", "trl", "kto", "--steps", "1"]) == 0
+    assert capsys.readouterr().out.count("out of memory") == 2
+
+
+def test_a_loss_of_nan_is_the_largest_difference():
+    pytest.importorskip("trl")
+    from fusedalign.bench.trainers import TRAININGS, Measured, _cells
+
+    stock, ours = Measured(losses=(1.0, 2.0, 3.0)), Measured(losses=(1.0, float("nan"), 4.0))
+    assert _cells(TRAININGS["sft"], stock, ours)[-1] == "nan"

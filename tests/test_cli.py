@@ -1,7 +1,9 @@
 """The command as a user meets it: it trains a folder and a file it has never seen, and its errors are one line."""
 
+import contextlib
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -9,7 +11,7 @@ import sys
 import pytest
 import torch
 
-from fusedalign.cli import main
+from fusedalign.cli import COMMANDS, main
 
 
 def test_env_prints_the_table_of_impls(capsys):
@@ -38,6 +40,49 @@ def test_help(capsys):
 def test_bad_commands(capsys, argv, message):
     assert main(argv) == 2
     assert message in capsys.readouterr().err
+
+
+@contextlib.contextmanager
+def closed_pipe(monkeypatch):
+    """Standard output into a pipe that has no reader any more, as after `| head`."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as stream, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", stream)
+        yield
+
+
+@pytest.mark.parametrize("argv", [["env"], ["--help"], ["bench", "--help"], []])
+def test_a_reader_that_has_gone_hears_no_error(capsys, monkeypatch, argv):
+    """The status is that of a program which SIGPIPE ends."""
+    with closed_pipe(monkeypatch):
+        assert main(argv) == 141
+    assert capsys.readouterr().err == ""
+
+
+def test_a_reader_that_goes_in_the_middle(capsys, monkeypatch):
+    """More than fits the buffer: the command itself meets the closed pipe."""
+    monkeypatch.setitem(COMMANDS, "env", lambda argv: [print("one line more") for _ in range(1000)])
+    with closed_pipe(monkeypatch):
+        assert main(["env"]) == 141
+    assert capsys.readouterr().err == ""
+
+
+def test_a_broken_pipe_of_another_kind_is_an_error(capsys, monkeypatch):
+    def command(argv):
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setitem(COMMANDS, "env", command)
+    assert main(["env"]) == 2
+    assert "fusedalign: error: [Errno 32] Broken pipe" in capsys.readouterr().err
+
+
+def test_head_reads_a_line_of_env():
+    """In a process of its own, where the interpreter flushes what is left when it ends."""
+    command = f"{shlex.quote(sys.executable)} -m fusedalign env | head -n 1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert done.stdout.startswith("python")
+    assert done.stderr == ""
 
 
 trl = pytest.importorskip("trl")

@@ -20,6 +20,7 @@ ROOMS = [
     "head",
     "modules",
     "embedded",
+    "reports",
     "trl",
     "bench",
     "demo",

@@ -6,19 +6,20 @@ import argparse
 import importlib.util
 import sys
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 
 from fusedalign.bench.cases import CASES, DEFAULT_CPU, DEFAULT_CUDA, parse_cases
 from fusedalign.bench.data import KINDS
 from fusedalign.bench.microbatches import WORD, microbatches
-from fusedalign.bench.peers import choose, implementations
+from fusedalign.bench.peers import Implementation, choose, implementations
 from fusedalign.bench.profiling import profile_row
 from fusedalign.bench.runner import Settings, free, inputs, reason, run
-from fusedalign.bench.table import about, afterwards, check_plot, header, tabled, write
-from fusedalign.bench.tasks import TASKS
+from fusedalign.bench.table import about, afterwards, header, tabled, write
+from fusedalign.bench.tasks import TASKS, Task
 from fusedalign.impls import check_name
+from fusedalign.reports import NO_MATPLOTLIB, check_writable, warn
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -79,7 +80,10 @@ def bench(argv: list[str]) -> None:
         _profile(settings)
         return
     if options.out is not None:
-        check_plot()
+        check_writable(options.out, "--out")
+        if importlib.util.find_spec("matplotlib") is None:
+            warn(NO_MATPLOTLIB)
+    unwritten = no_plot = None
     for done, report in enumerate(run(settings, lambda line: print(line, file=sys.stderr, flush=True))):
         if not done:
             print(header(report))
@@ -90,13 +94,20 @@ def bench(argv: list[str]) -> None:
         if len(case.tables) == len(settings.tasks):
             print("\n" + afterwards(case), flush=True)
         if options.out is not None:
-            write(report, options.out)
+            try:
+                unwritten, no_plot = None, write(report, options.out)
+            except OSError as error:  # the rest is printed all the same, and written with the next table
+                unwritten = error
+    if no_plot not in (None, NO_MATPLOTLIB):
+        warn(str(no_plot))
+    if unwritten is not None:
+        raise unwritten
 
 
 def _trainers(argv: list[str]) -> None:
     if importlib.util.find_spec("trl") is None:
         raise ValueError("bench trl needs TRL: pip install 'fusedalign[trl]', on Python 3.11 or later")
-    from fusedalign.bench.trainers import DEFAULT, SIZES, TRAININGS, run, table
+    from fusedalign.bench.trainers import DEFAULT, SIZES, TRAININGS, failures, run, table
 
     rows = "\n".join(f"  {name:<9} {training.about}" for name, training in TRAININGS.items())
     parser = _Parser(
@@ -119,8 +130,16 @@ def _trainers(argv: list[str]) -> None:
     check_name(options.impl)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     size = SIZES[device]
-    measured = run(names, size, options.steps, options.impl, device, lambda line: print(line, file=sys.stderr))
-    print(table(list(measured), size, options.steps, options.impl, device))
+    measured: list[Any] = []
+    try:
+        for row in run(names, size, options.steps, options.impl, device, lambda line: print(line, file=sys.stderr)):
+            measured.append(row)
+    finally:  # Ctrl-C too leaves what was measured
+        if measured:
+            print(table(measured, size, options.steps, options.impl, device), flush=True)
+    failed = failures(measured)
+    if failed:
+        raise ValueError(f"bench trl: {'; '.join(f'{name} failed: {reason}' for name, reason in failed)}")
 
 
 def _profile(settings: Settings) -> None:
@@ -136,17 +155,25 @@ def _profile(settings: Settings) -> None:
             free(settings.device)
 
 
+def _tasks(names: list[str], impls: list[Implementation]) -> list[Task]:
+    """Those that are named, else all that any of the impls can do: a table without rows says nothing."""
+    can = {name for impl in impls for name in impl.tasks}
+    for name in names:
+        if name not in can:
+            has = "; ".join(f"{impl.name} has {', '.join(impl.tasks)}" for impl in impls)
+            raise ValueError(f"a task must be one that the impls have, got {name!r}: {has}")
+    return [task for name, task in TASKS.items() if name in (names or can)]
+
+
 def _settings(options: argparse.Namespace) -> Settings:
     for name in options.tasks:
         if name not in TASKS:
             raise ValueError(f"a task must be one of {', '.join(TASKS)}, got {name!r}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     impls = choose(options.impls if options.profile is None else options.profile)
-    tasks = [task for name, task in TASKS.items() if name in (options.tasks or TASKS)]
-    if options.profile is not None:
-        if len(impls) != 1 or options.out is not None:
-            raise ValueError(f"--profile must name one impl and prints only, without --out, got {options.profile!r}")
-        tasks = [task for task in tasks if task.name in impls[0].tasks]
+    if options.profile is not None and (len(impls) != 1 or options.out is not None):
+        raise ValueError(f"--profile must name one impl and prints only, without --out, got {options.profile!r}")
+    tasks = _tasks(options.tasks, impls)
     cases = parse_cases(options.cases or (DEFAULT_CUDA if device == "cuda" else DEFAULT_CPU))
     dtype = _DTYPES[options.dtype or ("bf16" if device == "cuda" else "fp32")]
     return Settings(tasks, cases, impls, options.data, options.seed, dtype, device)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from fusedalign.bench.runner import free, machine, reason
 from fusedalign.bench.table import aligned
 from fusedalign.bench.tasks import BUDGETS, TASKS, Reference, reference, relative_error
 from fusedalign.ops import linear_cross_entropy
+from fusedalign.reports import check_writable, replace_text, to_json
 
 WORD = "microbatches"
 CUDA, CPU = "qwen3-1.7b", "N=32,D=24,V=300"
@@ -168,20 +168,24 @@ def microbatches(argv: list[str]) -> None:
     if more or options.count < 1:
         raise ValueError(f"expected one case and a count of at least 1, got {options.case!r} and {options.count}")
     rows = _choose(options.rows)
+    if options.out is not None:
+        check_writable(options.out, "--out")
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     stage = Stage(case, options.count, data=options.data, seed=options.seed, dtype=dtype, device=device)
-    figures = []
-    for row in rows:
-        print(f"{row.name}", file=sys.stderr, flush=True)
-        figures.append(stage.measure(row))
-    text = report(case, options.count, figures, dtype, device)
-    print(text)
+    figures: list[Figures] = []
+    try:
+        for row in rows:
+            print(f"{row.name}", file=sys.stderr, flush=True)
+            figures.append(stage.measure(row))
+    finally:  # Ctrl-C too leaves what was measured
+        text = report(case, options.count, figures, dtype, device)
+        if figures:
+            print(text, flush=True)
     if options.out is not None:
-        options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / f"{WORD}.md").write_text(text + "\n", encoding="utf-8")
+        replace_text(options.out / f"{WORD}.md", text + "\n")
         whole = {"machine": machine(device), "case": dataclasses.asdict(case), "count": options.count}
         whole["rows"] = [dataclasses.asdict(f) for f in figures]
-        (options.out / f"{WORD}.json").write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+        replace_text(options.out / f"{WORD}.json", to_json(whole, indent=1) + "\n")
 
 
 def report(case: Case, count: int, figures: list[Figures], dtype: torch.dtype, device: str) -> str:

@@ -19,6 +19,7 @@ from fusedalign.bench.measure import median_ms, peak_bytes, product_rate
 from fusedalign.bench.peers import Implementation, UnavailableError
 from fusedalign.bench.tasks import BUDGETS, Reference, Task, reference, relative_error
 
+OUT_OF_MEMORY = "out of memory"
 BASELINES = ("trl", "eager")  # what speed-ups are relative to: the first that ran
 
 
@@ -106,18 +107,27 @@ def run(settings: Settings, progress: Callable[[str], None] = lambda _: None) ->
 
     Yields:
         The report so far after each table, so that a run which is cut short has something to show.
+
+    Raises:
+        ValueError: after all others, the tables that there are not: their data or exact answer could not be made.
     """
     dtype = str(settings.dtype).removeprefix("torch.")
     report = Report(machine(settings.device), settings.data, settings.seed, dtype, ())
+    failures: list[str] = []
     for case in settings.cases:
         before = report.cases
-        for so_far in _case(case, settings, progress):
-            report = dataclasses.replace(report, cases=(*before, so_far))
-            yield report
+        try:
+            for so_far in _case(case, settings, progress, failures):
+                report = dataclasses.replace(report, cases=(*before, so_far))
+                yield report
+        except Exception as error:  # the other cases must go on
+            failures.append(f"{case.name}: {in_short(error)}")
         free(settings.device)
+    if failures:
+        raise ValueError(f"not measured: {'; '.join(failures)}")
 
 
-def _case(case: Case, settings: Settings, progress: Callable[[str], None]) -> Iterator[CaseReport]:
+def _case(case: Case, settings: Settings, progress: Callable[[str], None], failures: list[str]) -> Iterator[CaseReport]:
     progress(f"{case.name}: data")
     data = inputs(case, settings)
     reached = statistics(data)
@@ -125,7 +135,13 @@ def _case(case: Case, settings: Settings, progress: Callable[[str], None]) -> It
     u_ms = case.flops / rate * 1e3
     tables: tuple[Table, ...] = ()
     for task in settings.tasks:
-        tables = (*tables, _table(case, data, task, u_ms, settings, progress))
+        try:
+            table = _table(case, data, task, u_ms, settings, progress)
+        except Exception as error:  # the other tasks must go on
+            failures.append(f"{case.name} {task.name}: {in_short(error)}")
+            free(settings.device)
+            continue
+        tables = (*tables, table)
         yield CaseReport(case, reached, rate, product_rate(settings.device), u_ms, tables)
 
 
@@ -277,9 +293,19 @@ def reason(error: Exception, impl: Implementation) -> str:
         return str(error)
     if isinstance(error, ModuleNotFoundError) and impl.install:
         return f"not installed: {impl.install} (no module {error.name})"
-    if isinstance(error, torch.cuda.OutOfMemoryError):
-        return "out of memory"
+    return in_short(error, named=not impl.ours)  # our own errors are sentences
+
+
+def in_short(error: Exception, *, named: bool = True) -> str:
+    """What went wrong, in one line of at most 160 characters.
+
+    Args:
+        error: what was raised.
+        named: whether to put its class in front.
+    """
+    if isinstance(error, torch.OutOfMemoryError):
+        return OUT_OF_MEMORY
     text = " ".join(str(error).split())
-    if not impl.ours:  # our own errors are sentences
+    if named:
         text = f"{type(error).__name__}: {text}"
     return text if len(text) <= 160 else f"{text[:157]}..."

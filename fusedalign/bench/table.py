@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ from typing import Any
 from fusedalign.bench.data import TARGET
 from fusedalign.bench.runner import CaseReport, Report, Row, Table
 from fusedalign.bench.tasks import TASKS
+from fusedalign.reports import plot_failure, replace_text, to_json
 
 
 def markdown(report: Report) -> str:
@@ -102,31 +101,24 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
 # --------------------------------------------------------------------------------------------------------------- files
 
 
-def check_plot() -> None:
-    """Raises ValueError where the plot could not be drawn, so that nobody learns it after the measurements."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("--out needs matplotlib for the plot: pip install 'fusedalign[bench]'")
-
-
-def write(report: Report, directory: Path) -> None:
-    """Write bench.md, bench.json and bench.png into `directory`, which is made when missing."""
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / "bench.md").write_text(markdown(report) + "\n", encoding="utf-8")
-    (directory / "bench.json").write_text(json.dumps(dataclasses.asdict(report), indent=1) + "\n", encoding="utf-8")
-    _plot(report, directory / "bench.png")
+def write(report: Report, directory: Path) -> str | None:
+    """Write bench.md, bench.json and bench.png into `directory`. Returns why there is no plot, or None."""
+    replace_text(directory / "bench.md", markdown(report) + "\n")
+    replace_text(directory / "bench.json", to_json(dataclasses.asdict(report), indent=1) + "\n")
+    return plot_failure(lambda path: _plot(report, path), directory / "bench.png")
 
 
 def _plot(report: Report, path: Path) -> None:
     """Time in U against memory over the gradients: a line of panels a case, a panel a task, a marker an impl."""
     from matplotlib.figure import Figure
 
-    tasks = [table.task for table in report.cases[0].tables]
-    figure = Figure(figsize=(1.5 + 3.2 * len(tasks), 0.7 + 2.8 * len(report.cases)), layout="constrained")
-    panels = figure.subplots(len(report.cases), len(tasks), squeeze=False, sharey="row")
+    columns = max(len(case.tables) for case in report.cases)
+    figure = Figure(figsize=(1.5 + 3.2 * columns, 0.7 + 2.8 * len(report.cases)), layout="constrained")
+    panels = figure.subplots(len(report.cases), columns, squeeze=False, sharey="row")
     names = list(dict.fromkeys(row.impl for case in report.cases for table in case.tables for row in table.rows))
     drawn: dict[str, Any] = {}
     for case, line in zip(report.cases, panels, strict=True):
-        for table, panel in zip(case.tables, line, strict=False):  # the last case may lack some
+        for table, panel in zip(case.tables, line, strict=False):  # a case may lack some
             for row in table.rows:
                 if row.total_u is not None:
                     k = names.index(row.impl)

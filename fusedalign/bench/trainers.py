@@ -10,6 +10,7 @@ import copy
 import dataclasses
 import io
 import logging
+import math
 import statistics
 import tempfile
 import time
@@ -22,7 +23,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from fusedalign.bench.measure import covered, spans, synchronize
-from fusedalign.bench.runner import free, machine
+from fusedalign.bench.runner import OUT_OF_MEMORY, free, in_short, machine
 from fusedalign.bench.table import aligned
 
 _WARM_UP = 2  # steps: kernels compile, the optimizer makes its state
@@ -131,11 +132,7 @@ class Measured:
 def run(
     names: list[str], size: Size, steps: int, impl: str, device: str, progress: Callable[[str], None] = lambda _: None
 ) -> Iterator[tuple[Training, Measured, Measured]]:
-    """Each training with stock TRL and with its Fused trainer, both twice.
-
-    Raises:
-        ValueError: TRL is not installed.
-    """
+    """Each training with stock TRL and with its Fused trainer, both twice; one that fails has a reason, no figures."""
     for name in names:
         training = TRAININGS[name]
         measured = {False: Measured(), True: Measured()}
@@ -147,7 +144,7 @@ def run(
 
 
 def table(rows: list[tuple[Training, Measured, Measured]], size: Size, steps: int, impl: str, device: str) -> str:
-    """Markdown: the machine, the setting, a line a training."""
+    """Markdown: the machine, the setting, a line a training, and why some failed."""
     where = ", ".join(x if name == "device" else f"{name} {x}" for name, x in machine(device).items())
     precision = "bf16 weights, mixed precision" if size is SIZES["cuda"] else "fp32"
     head = [
@@ -162,22 +159,36 @@ def table(rows: list[tuple[Training, Measured, Measured]], size: Size, steps: in
     for what in ("passes", "peak"):
         memory += [f"TRL {what}", f"fusedalign {what}", "smaller by"]
     titles = ["training", *times, *memory, "loss differs by"]
-    return "\n".join([*head, *aligned([titles, *(_cells(*row) for row in rows)])])
+    failed = failures(rows)
+    notes = ["", *(f"{name}: {reason}" for name, reason in failed)] if failed else []
+    return "\n".join([*head, *aligned([titles, *(_cells(*row) for row in rows)]), *notes])
+
+
+def failures(rows: list[tuple[Training, Measured, Measured]]) -> list[tuple[str, str]]:
+    """Which trainings failed, and why; to run out of memory is a result and no failure."""
+    named = [(f"{x.about}, {who}", m) for x, *both in rows for who, m in zip(("TRL", "fusedalign"), both, strict=True)]
+    return [(name, measured.reason) for name, measured in named if measured.reason not in ("", OUT_OF_MEMORY)]
 
 
 def _cells(training: Training, stock: Measured, ours: Measured) -> list[str]:
     def number(x: float | None, unit: float = 1.0) -> str:
         return "-" if x is None else f"{x / unit:.4g}"
 
+    def milliseconds(measured: Measured) -> str:
+        if measured.reason:
+            return OUT_OF_MEMORY if measured.reason == OUT_OF_MEMORY else "failed"
+        return number(measured.step_ms)
+
     def ratio(a: float | None, b: float | None) -> str:
         return "-" if a is None or b is None else f"{a / b:.2f}"
 
-    differs = max((abs(a - b) / abs(a) for a, b in zip(stock.losses, ours.losses, strict=False) if a), default=None)
+    differences = [abs(a - b) / abs(a) for a, b in zip(stock.losses, ours.losses, strict=False) if a]
+    differs = max(differences, key=lambda x: (math.isnan(x), x), default=None)  # one NaN is the largest of all
     gib = 2.0**30
     return [
         training.about,
-        number(stock.step_ms) if not stock.reason else stock.reason,
-        number(ours.step_ms) if not ours.reason else ours.reason,
+        milliseconds(stock),
+        milliseconds(ours),
         ratio(stock.step_ms, ours.step_ms),
         number(stock.busy_ms),
         number(ours.busy_ms),
@@ -198,8 +209,8 @@ def _measure(training: Training, size: Size, steps: int, impl: str, device: str,
             stopwatch = _stopwatch(device, steps)
             trainer.add_callback(stopwatch)
             trainer.train()
-        except torch.OutOfMemoryError:
-            return Measured(reason="out of memory")
+        except Exception as error:  # the other trainings must go on
+            return Measured(reason=in_short(error))
     losses = tuple(row["loss"] for row in trainer.state.log_history if "loss" in row)
     made = Measured(tuple(stopwatch.ms), losses=losses)
     if device != "cuda":

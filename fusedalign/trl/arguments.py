@@ -91,6 +91,11 @@ class FusedArguments:
         metadata={"help": "Start through `accelerate launch`: a file, or single_gpu, multi_gpu, fsdp2, ... of TRL's."},
     )
 
+    overwrite_output_dir: bool = field(
+        default=False,
+        metadata={"help": "Start anew where output_dir holds a run: its checkpoints, metrics and model are removed."},
+    )
+
     @property
     def head(self) -> dict[str, Any]:
         """As the Fused trainers and `attach` take it."""
@@ -160,6 +165,7 @@ def _check_names(parser: _Parser, config: str, argv: Sequence[str]) -> None:
 
 _USUAL = (
     "model_name_or_path", "dtype", "dataset_name", "dataset_train_split", "dataset_test_split", "output_dir",
+    "overwrite_output_dir", "resume_from_checkpoint",
     "max_length", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "num_train_epochs",
     "max_steps", "warmup_steps", "lr_scheduler_type", "bf16", "gradient_checkpointing", "logging_steps",
     "eval_strategy", "save_strategy", "report_to", "seed", "use_peft", "lora_r", "lora_alpha", "lora_target_modules",
@@ -182,7 +188,11 @@ def help_text(method: str, *, everything: bool = False) -> str:
         f"usage: fusedalign {method} --config recipes/{method}.yaml [--field VALUE ...]",
         textwrap.fill(f"Data with the columns {columns}. Flags win over the file; both have the same names.", 112),
     ]
-    groups = {"The usual": _USUAL, f"{about.config}'s own": own, "The head": [f.name for f in fields(FusedArguments)]}
+    groups = {
+        "The usual": _USUAL,
+        f"{about.config}'s own": own,
+        "The head": [f.name for f in fields(FusedArguments) if f.name not in _USUAL],
+    }
     for title, names in groups.items():
         parts.append("\n".join([f"{title}:", *(_help_line(actions[name]) for name in names if name in actions)]))
     parts.append(f"fusedalign {method} --help_all lists the other fields of TRL's and transformers' configurations.")

@@ -2,39 +2,85 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import transformers
+
+from fusedalign.reports import replace_text, to_json, warn
 
 
 class Written(NamedTuple):
     """What a run leaves behind."""
 
     model: Path
-    metrics: Path
-    plot: Path
+    metrics: Path | None
+    """None where it could not be written to its end"""
+    plot: Path | None
+    """None where there is none"""
+    warnings: tuple[str, ...] = ()
+    """why something is missing"""
+
+    def __str__(self) -> str:
+        return "  ".join(f"{name}: {path}" for name, path in zip(self._fields, self[:3], strict=False) if path)
 
 
 class MetricsFile(transformers.TrainerCallback):
-    """Every logged step as one line of JSON, written as it comes."""
+    """Every logged step as one line of JSON, written as it comes.
+
+    The trainer's own log says which lines there are. A run that goes on from a checkpoint starts with the lines logged
+    up to there: what came after them is trained again. Lines that do not fit on the disk are written with a later one.
+
+    Args:
+        path: of the file.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.complete = True
+        self._told = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Start an empty file."""
+        """Start with what the checkpoint has logged; without one, with nothing."""
         if state.is_world_process_zero:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.write_text("")
+            self._write(self._replace, state.log_history)
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Append one line."""
         if state.is_world_process_zero:
-            with self.path.open("a") as file:
-                file.write(json.dumps({"step": state.global_step, **(logs or {})}) + "\n")
+            if self.complete:
+                self._write(self._append, state.log_history[-1:])
+            else:
+                self._write(self._replace, state.log_history)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Try once more where lines are missing."""
+        if state.is_world_process_zero and not self.complete:
+            self._write(self._replace, state.log_history)
+
+    def _write(self, how: Callable[[str], None], rows: Sequence[dict]) -> None:
+        try:
+            how("".join(_line(row) for row in rows))
+            self.complete = True
+        except OSError as error:  # the record is not worth the training
+            self.complete = False
+            if not self._told:
+                reason = error.strerror or error
+                warn(f"{self.path} cannot be written to, the training goes on without these lines: {reason}")
+                self._told = True
+
+    def _append(self, lines: str) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(lines)
+
+    def _replace(self, lines: str) -> None:
+        replace_text(self.path, lines)
+
+
+def _line(row: dict) -> str:
+    """The step, then the rest by name: the same text from a log and from the checkpoint that has saved it."""
+    return to_json({"step": row["step"], **dict(sorted(row.items()))}) + "\n"
 
 
 def plot_metrics(history: Sequence[dict], path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,9 +11,11 @@ import transformers
 import trl
 
 import fusedalign.trl
+from fusedalign.reports import plot_failure
 from fusedalign.trl.arguments import METHODS, Arguments, parse, trl_class
 from fusedalign.trl.attachment import attach
 from fusedalign.trl.data import load_data
+from fusedalign.trl.folder import RunFolder, claimed
 from fusedalign.trl.models import check_has_head, model_path
 from fusedalign.trl.record import MetricsFile, Written, plot_metrics
 
@@ -63,28 +64,41 @@ def build(method: str, arguments: Arguments, *, fused: bool = True) -> Any:
     return trainer
 
 
-def run(trainer: Any) -> Written:
-    """Train, then save model, metrics and plot into the trainer's output directory."""
-    output = Path(trainer.args.output_dir)
-    written = Written(output, output / "metrics.jsonl", output / "metrics.png")
-    trainer.add_callback(MetricsFile(written.metrics))
+def run(trainer: Any, folder: RunFolder) -> Written:
+    """Train, then save model, metrics and plot into the trainer's output directory, held by `folder.claimed`."""
+    metrics = MetricsFile(folder.metrics)
+    trainer.add_callback(metrics)
+    folder.begin()
     trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
-    trainer.save_model(str(output))
+    trainer.save_model(str(folder.path))
+    failures = [] if metrics.complete else [f"{folder.metrics} lacks lines that could not be written"]
+    plot = None
     if trainer.is_world_process_zero():
-        plot_metrics(trainer.state.log_history, written.plot)
+        failure = plot_failure(lambda path: plot_metrics(trainer.state.log_history, path), folder.plot)
+        plot = folder.plot if failure is None else None
+        failures += [failure] if failure else []
     if trainer.args.push_to_hub:
         trainer.push_to_hub()
-    return written
+    return Written(folder.path, folder.metrics if metrics.complete else None, plot, tuple(failures))
 
 
 def train(method: str, argv: Sequence[str]) -> tuple[Any, Written]:
-    """The whole command: parse, build, run. Returns the trainer and what was written."""
+    """The whole command: parse, claim the output directory, build, run. Returns the trainer and what was written.
+
+    Raises:
+        KeyboardInterrupt: with what is kept and the command that goes on as its text.
+    """
     arguments = parse(method, argv)
-    if _sharded(arguments.training) and not METHODS[method].experimental:  # TRL's own forward gathers the head
-        trainer = attach(build(method, arguments, fused=False), **arguments.fused.head)
-    else:
-        trainer = build(method, arguments)
-    return trainer, run(trainer)
+    with claimed(arguments) as folder:
+        try:
+            if _sharded(arguments.training) and not METHODS[method].experimental:  # TRL's own forward gathers the head
+                trainer = attach(build(method, arguments, fused=False), **arguments.fused.head)
+            else:
+                trainer = build(method, arguments)
+            return trainer, run(trainer, folder)
+        except KeyboardInterrupt:
+            first = arguments.training.process_index == 0
+            raise KeyboardInterrupt(folder.kept(method, argv) if first else "") from None
 
 
 def _sharded(training: Any) -> bool:

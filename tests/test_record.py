@@ -1,0 +1,599 @@
+"""The record of a run: it outlives resumes, second runs, Ctrl-C and full disks, and what is extra costs no training."""
+
+import errno
+import json
+import os
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+pytest.importorskip("trl")
+import transformers
+
+from fusedalign.cli import main
+
+psutil = pytest.importorskip("psutil")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A folder with a model of two small layers, and one with a file of data."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    folder = tmp_path_factory.mktemp("model")
+    vocab = {"<unk>": 0, "<s>": 1, "</s>": 2} | {chr(c): i for i, c in enumerate(range(97, 123), 3)}
+    backend = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="</s>"
+    ).save_pretrained(folder)
+    config = transformers.LlamaConfig(
+        vocab_size=29,
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+    )
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    rows = [{"prompt": "abc"[i % 3] * (i % 4 + 1), "completion": "yes"} for i in range(8)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def words(model, output, **options):
+    options = {
+        "model_name_or_path": model,
+        "dataset_name": model / "rows.jsonl",
+        "output_dir": output,
+        "max_steps": 4,
+        "per_device_train_batch_size": 2,
+        "logging_steps": 1,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "report_to": "none",
+        "disable_tqdm": "true",
+        "bf16": "false",
+        "use_cpu": "true",
+        **options,
+    }
+    return [word for key, value in options.items() if value is not None for word in (f"--{key}", str(value))]
+
+
+def lines(output):
+    """The metrics, by a parser that knows the standard alone."""
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is no JSON")
+
+    return [json.loads(line, parse_constant=refuse) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def steps(output):
+    return [row["step"] for row in lines(output) if "loss" in row]
+
+
+@pytest.fixture(scope="module")
+def finished(model, tmp_path_factory):
+    """What a run of four steps leaves; tests copy it."""
+    output = tmp_path_factory.mktemp("runs") / "finished"
+    assert main(["sft", *words(model, output)]) == 0
+    return output
+
+
+@pytest.fixture
+def done(finished, tmp_path):
+    return shutil.copytree(finished, tmp_path / "out")
+
+
+def error(capsys):
+    """The one line."""
+    err = [line for line in capsys.readouterr().err.splitlines() if line.startswith("fusedalign: error: ")]
+    assert len(err) == 1, err
+    return err[0]
+
+
+def stop_at(monkeypatch, step, what=KeyboardInterrupt):
+    """Interrupt the training when a step ends, after its line and its checkpoint."""
+
+    def end(self, args, state, control, **kwargs):
+        if state.global_step == step:
+            state.log_history.append({"loss": 1.0, "step": step})  # by now the checkpoint of an earlier step is saved
+            raise what
+
+    monkeypatch.setattr(transformers.trainer_callback.DefaultFlowCallback, "on_log", end, raising=False)
+
+
+# ------------------------------------------------------------------------------------------------ metrics over two runs
+
+
+@pytest.mark.parametrize("word", ["last", "true", "True"])
+def test_a_resume_keeps_the_lines_before_it(model, done, word):
+    before = (done / "metrics.jsonl").read_text().splitlines()
+    assert main(["sft", *words(model, done, max_steps=6, resume_from_checkpoint=word)]) == 0
+    after = (done / "metrics.jsonl").read_text().splitlines()
+    assert after[:4] == before[:4]  # to the letter
+    assert steps(done) == [1, 2, 3, 4, 5, 6]
+    assert [row["step"] for row in lines(done) if "train_runtime" in row] == [6]
+
+
+def test_a_resume_from_an_interruption_says_each_step_once(model, tmp_path, monkeypatch, capsys):
+    """Step 3 was logged, then all was lost after checkpoint 2: it is trained, and logged, again."""
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        stop_at(patch, 3)
+        assert main(["sft", *words(model, out)]) == 130
+    assert len(lines(out)) in (2, 3)
+    with (out / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "loss": 1.0}\n{"step": 4, "lo')  # and a line that a kill has cut
+    assert main(["sft", *words(model, out, resume_from_checkpoint="last")]) == 0, capsys.readouterr().err
+    assert steps(out) == [1, 2, 3, 4]
+
+
+def test_a_resume_equals_a_run_without_an_interruption(model, done, finished, tmp_path, monkeypatch):
+    out = tmp_path / "interrupted"
+    with monkeypatch.context() as patch:
+        stop_at(patch, 3)
+        assert main(["sft", *words(model, out)]) == 130
+    assert main(["sft", *words(model, out, resume_from_checkpoint="last")]) == 0
+    for got, want in zip(lines(out)[:4], lines(finished)[:4], strict=True):
+        assert {**got, "num_tokens": 0} == pytest.approx({**want, "num_tokens": 0}, rel=1e-5)
+
+
+def test_resume_from_a_file_and_from_a_folder_elsewhere(model, done, tmp_path):
+    config = tmp_path / "mine.yaml"
+    config.write_text("resume_from_checkpoint: true\n")
+    assert main(["sft", "--config", str(config), *words(model, done, max_steps=5)]) == 0
+    assert steps(done) == [1, 2, 3, 4, 5]
+    other = tmp_path / "other"
+    resume = done / "checkpoint-2"
+    assert main(["sft", *words(model, other, resume_from_checkpoint=resume, save_strategy="no")]) == 0
+    assert steps(other) == [1, 2, 3, 4]
+
+
+def test_a_checkpoint_cut_short_is_passed_over(model, done):
+    (done / "checkpoint-4" / "trainer_state.json").write_text('{"global_step": 4, "log_hist')
+    assert main(["sft", *words(model, done, resume_from_checkpoint="last")]) == 0
+    assert steps(done) == [1, 2, 3, 4]
+    assert json.loads((done / "checkpoint-4" / "trainer_state.json").read_text())["global_step"] == 4
+
+
+@pytest.mark.parametrize("word", ["false", "none"])
+def test_no_resume_in_words(model, tmp_path, word):
+    out = tmp_path / "out"
+    assert main(["sft", *words(model, out, resume_from_checkpoint=word, max_steps=1)]) == 0
+    assert steps(out) == [1]
+
+
+# ------------------------------------------------------------------------------------------------------ what is refused
+
+
+def test_a_finished_folder_is_refused_and_untouched(model, done, capsys, monkeypatch):
+    from fusedalign.trl import train
+
+    monkeypatch.setattr(train, "load_data", lambda *_: pytest.fail("refused after the data were loaded"))
+    before = {path: path.read_bytes() for path in done.rglob("*") if path.is_file()}
+    assert main(["sft", *words(model, done)]) == 2
+    message = error(capsys)
+    assert "output_dir must hold no earlier run" in message
+    assert "--overwrite_output_dir" in message
+    assert "--resume_from_checkpoint last" in message
+    assert {path: path.read_bytes() for path in done.rglob("*") if path.is_file()} == before
+
+
+def test_a_folder_with_a_model_or_metrics_alone_is_refused(model, tmp_path, capsys):
+    for name in ("model.safetensors", "adapter_model.safetensors", "model-00001-of-00002.safetensors", "metrics.jsonl"):
+        out = tmp_path / name.partition(".")[0]
+        out.mkdir()
+        (out / name).write_text('{"step": 1, "loss": 2.0}\n')
+        assert main(["sft", *words(model, out)]) == 2
+        message = error(capsys)
+        assert f"with {name}; --overwrite_output_dir" in message
+        assert "resume" not in message  # there is no checkpoint
+
+
+def test_an_interrupted_run_is_not_begun_again_by_accident(model, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        stop_at(patch, 3)
+        assert main(["sft", *words(model, out)]) == 130
+    capsys.readouterr()
+    assert main(["sft", *words(model, out)]) == 2
+    assert "with checkpoint-2, metrics.jsonl; --resume_from_checkpoint last goes on from checkpoint-2" in error(capsys)
+
+
+@pytest.mark.parametrize("flag", [["--overwrite_output_dir"], ["--overwrite_output_dir", "true"]])
+def test_overwrite_starts_anew(model, done, flag):
+    (done / "adapter_config.json").write_text("{}")
+    argv = words(model, done, max_steps=1, save_strategy="no")
+    assert main(["sft", *argv, *flag]) == 0
+    assert steps(done) == [1]
+    assert not list(done.glob("checkpoint-*"))  # or `last` would mean one of the earlier run
+    assert not (done / "adapter_config.json").exists()
+    assert (done / "model.safetensors").is_file()
+
+
+def test_overwrite_keeps_all_until_the_training_begins(model, done, capsys):
+    argv = words(model, done, dataset_name="nowhere.jsonl")
+    assert main(["sft", *argv, "--overwrite_output_dir"]) == 2
+    assert "nowhere.jsonl" in error(capsys)
+    assert steps(done) == [1, 2, 3, 4]
+    assert (done / "checkpoint-4").is_dir()
+
+
+@pytest.mark.parametrize("name", [".", "checkpoint-2"])
+def test_overwrite_does_not_remove_the_model_it_starts_from(done, model, capsys, name):
+    argv = words(model, done, model_name_or_path=done / name)
+    assert main(["sft", *argv, "--overwrite_output_dir"]) == 2
+    assert "output_dir must not hold the model that is trained" in error(capsys)
+    assert (done / "model.safetensors").is_file()
+
+
+def test_going_on_from_an_earlier_checkpoint_drops_the_later_ones_only_when_told(model, done, capsys):
+    argv = words(model, done, max_steps=3, resume_from_checkpoint=done / "checkpoint-2")
+    assert main(["sft", *argv]) == 2
+    assert "no checkpoint later than the one to go on from" in error(capsys)
+    assert main(["sft", *argv, "--overwrite_output_dir"]) == 0
+    assert steps(done) == [1, 2, 3]
+    assert (done / "checkpoint-2").is_dir()
+    assert not (done / "checkpoint-4").exists()
+
+
+@pytest.mark.parametrize("value", ["last", "true"])
+def test_no_checkpoint_to_go_on_from(model, tmp_path, capsys, value):
+    assert main(["sft", *words(model, tmp_path / "out", resume_from_checkpoint=value)]) == 2
+    message = error(capsys)
+    assert f"resume_from_checkpoint={value} must find a checkpoint in output_dir" in message
+    assert "--save_strategy" in message
+
+
+def test_a_checkpoint_that_is_none(model, done, tmp_path, capsys):
+    for value in (tmp_path / "nowhere", model):
+        assert main(["sft", *words(model, tmp_path / "out", resume_from_checkpoint=value)]) == 2
+        assert error(capsys).endswith(f"a trainer_state.json, got {value} (--debug shows the traceback)")
+    assert main(["sft", *words(model, tmp_path / "out", resume_from_checkpoint=done)]) == 2
+    assert f"got {done}; the last one in there is {done / 'checkpoint-4'}" in error(capsys)
+
+
+def test_a_checkpoint_of_another_model(model, done, tmp_path, capsys):
+    weights = transformers.LlamaConfig.from_pretrained(model)
+    weights.hidden_size = 16
+    transformers.LlamaForCausalLM(weights).save_pretrained(done / "checkpoint-4")
+    assert main(["sft", *words(model, done, max_steps=6, resume_from_checkpoint="last")]) == 2
+    error(capsys)
+    assert not (done / "run.lock").exists()
+
+
+# ------------------------------------------------------------------------------------------------------------- the lock
+
+
+def holder(pid, host=None, started=None):
+    started = psutil.Process(pid).create_time() if started is None else started
+    return json.dumps({"pid": pid, "host": host or socket.gethostname(), "started": started})
+
+
+def test_one_run_at_a_time(model, tmp_path, capsys):
+    """The one that runs is named; nothing of it is touched."""
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "run.lock").write_text(holder(os.getppid()))
+    (out / "metrics.jsonl").write_text('{"step": 1}\n')
+    assert main(["sft", *words(model, out), "--overwrite_output_dir"]) == 2
+    message = error(capsys)
+    assert f"held by process {os.getppid()} on {socket.gethostname()}, started 20" in message
+    assert (out / "metrics.jsonl").read_text() == '{"step": 1}\n'
+    assert (out / "run.lock").exists()
+
+
+def test_two_runs_at_once(model, tmp_path, monkeypatch, capsys):
+    """A second one that starts while the first one trains."""
+    from types import SimpleNamespace
+
+    from fusedalign.trl.folder import claimed
+
+    out, refused = tmp_path / "out", []
+
+    def second(self, args, state, control, **kwargs):
+        training = SimpleNamespace(output_dir=str(out), resume_from_checkpoint=None, process_index=0)
+        overwrite, named = SimpleNamespace(overwrite_output_dir=True), SimpleNamespace(model_name_or_path=str(model))
+        with pytest.raises(ValueError, match=f"held by process {os.getpid()} on") as caught:
+            claimed(SimpleNamespace(training=training, fused=overwrite, model=named)).__enter__()
+        refused.append(caught)
+
+    monkeypatch.setattr(transformers.trainer_callback.DefaultFlowCallback, "on_step_begin", second)
+    assert main(["sft", *words(model, out)]) == 0, capsys.readouterr().err
+    assert len(refused) == 4
+    assert steps(out) == [1, 2, 3, 4]
+    assert not (out / "run.lock").exists()
+
+
+@pytest.mark.parametrize("kind", ["ended", "a process that has its number now"])
+def test_the_lock_of_a_process_that_ended_is_taken_over(model, tmp_path, kind):
+    out = tmp_path / "out"
+    out.mkdir()
+    if kind == "ended":
+        process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+        lock = holder(process.pid)
+        process.kill()
+        process.wait()
+    else:
+        lock = holder(os.getppid(), started=psutil.Process(os.getppid()).create_time() - 3600)
+    (out / "run.lock").write_text(lock)
+    assert main(["sft", *words(model, out, max_steps=1)]) == 0
+    assert not (out / "run.lock").exists()
+
+
+@pytest.mark.parametrize("kind", ["elsewhere", "empty", "nameless"])
+def test_a_lock_that_cannot_be_checked_is_left_alone(model, tmp_path, capsys, kind):
+    lock = {"elsewhere": holder(os.getpid(), host="elsewhere"), "empty": "", "nameless": "{}"}[kind]
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "run.lock").write_text(lock)
+    assert main(["sft", *words(model, out)]) == 2
+    assert f"if that run is over, remove {out / 'run.lock'}" in error(capsys)
+    assert (out / "run.lock").read_text() == lock
+
+
+def test_two_that_took_over_the_same_lock(tmp_path):
+    from fusedalign.trl.lock import locked
+
+    with locked(tmp_path) as lock:
+        lock.check()
+        (tmp_path / "run.lock").write_text(holder(os.getppid()))
+        with pytest.raises(ValueError, match=f"held by process {os.getppid()} on"):
+            lock.check()
+    assert (tmp_path / "run.lock").exists()  # the other one's
+
+
+def test_an_output_directory_that_is_a_file(model, tmp_path, capsys):
+    (tmp_path / "out").write_text("")
+    assert main(["sft", *words(model, tmp_path / "out")]) == 2
+    assert f"output_dir must be a folder that can be written to, got {tmp_path / 'out'}" in error(capsys)
+
+
+# ---------------------------------------------------------------------------------------------------------- valid lines
+
+
+def test_nan_is_null(model, tmp_path, monkeypatch):
+    """Also in a checkpoint, from which a resume takes the earlier lines."""
+    import trl
+
+    out, log = tmp_path / "out", trl.SFTTrainer.log
+
+    def odd(self, logs, *rest):
+        return log(self, {**logs, "a": float("nan"), "b": float("-inf")}, *rest)
+
+    monkeypatch.setattr(trl.SFTTrainer, "log", odd)
+    assert main(["sft", *words(model, out, max_steps=2)]) == 0
+    assert [row["a"] for row in lines(out)] == [None] * 3
+    assert main(["sft", *words(model, out, max_steps=3, resume_from_checkpoint="last")]) == 0
+    assert [(row["a"], row["b"]) for row in lines(out)] == [(None, None)] * 4
+    assert all(row["loss"] > 0 for row in lines(out)[:3])
+
+
+def test_numbers_of_torch_and_numpy_are_numbers():
+    import numpy as np
+
+    from fusedalign.reports import to_json
+
+    row = {
+        "loss": torch.tensor(0.5),
+        "bad": torch.tensor(float("nan")),
+        "n": np.int64(3),
+        "x": np.float32(0.25),
+        "inf": np.float64("inf"),
+        "each": torch.tensor([1.0, float("nan")]),
+        "flag": np.bool_(True),
+        "pair": (1, None, "a"),
+        "dtype": torch.float32,
+    }
+    assert json.loads(to_json(row), parse_constant=pytest.fail) == {
+        "loss": 0.5,
+        "bad": None,
+        "n": 3,
+        "x": 0.25,
+        "inf": None,
+        "each": [1.0, None],
+        "flag": True,
+        "pair": [1, None, "a"],
+        "dtype": "torch.float32",
+    }
+
+
+# ----------------------------------------------------------------------------------------------------------- full disks
+
+
+def test_a_disk_that_fills_while_metrics_are_written(model, tmp_path, monkeypatch, capsys):
+    """One warning, the training goes on, and the lines follow once there is room."""
+    from fusedalign.trl.record import MetricsFile
+
+    append, tries = MetricsFile._append, []
+
+    def full(self, text):
+        tries.append(text)
+        if len(tries) == 2:
+            append(self, text[:10])
+            raise OSError(errno.ENOSPC, "No space left on device")
+        append(self, text)
+
+    monkeypatch.setattr(MetricsFile, "_append", full)
+    out = tmp_path / "out"
+    assert main(["sft", *words(model, out)]) == 0
+    assert steps(out) == [1, 2, 3, 4]
+    told = [line for line in capsys.readouterr().err.splitlines() if "No space left" in line]
+    assert len(told) == 1
+    assert told[0].startswith("fusedalign: warning: ")
+
+
+def test_a_disk_that_stays_full(model, tmp_path, monkeypatch, capsys):
+    from fusedalign.trl.record import MetricsFile
+
+    def full(self, text):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(MetricsFile, "_append", full)
+    monkeypatch.setattr(MetricsFile, "_replace", full)
+    out = tmp_path / "out"
+    assert main(["sft", *words(model, out)]) == 0
+    printed = capsys.readouterr()
+    assert printed.out.splitlines()[-1] == f"model: {out}  plot: {out / 'metrics.png'}"
+    assert "metrics.jsonl lacks lines" in printed.err
+    assert (out / "model.safetensors").is_file()
+
+
+def no_matplotlib(monkeypatch):
+    for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+
+
+def full_disk(monkeypatch):
+    from matplotlib.figure import Figure
+
+    def savefig(self, path, **_):
+        path.write_bytes(b"\x89PN")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Figure, "savefig", savefig)
+
+
+def broken_library(monkeypatch):
+    from matplotlib.figure import Figure
+
+    monkeypatch.setattr(Figure, "subplots", lambda *_, **__: [][1])
+
+
+@pytest.mark.parametrize(
+    ("breaks", "said"),
+    [
+        (no_matplotlib, "it needs matplotlib (pip install matplotlib)"),
+        (full_disk, "No space left on device"),
+        (broken_library, "IndexError"),
+    ],
+)
+def test_the_plot_is_extra(model, tmp_path, monkeypatch, capsys, breaks, said):
+    breaks(monkeypatch)
+    out = tmp_path / "out"
+    assert main(["sft", *words(model, out, max_steps=1)]) == 0
+    printed = capsys.readouterr()
+    assert printed.out.splitlines()[-1] == f"model: {out}  metrics: {out / 'metrics.jsonl'}"
+    told = [line for line in printed.err.splitlines() if line.startswith("fusedalign: ")]
+    assert len(told) == 1
+    assert told[0].startswith("fusedalign: warning: the plot")
+    assert said in told[0]
+    assert (out / "model.safetensors").is_file()
+    assert not (out / "metrics.png").exists()
+
+
+def test_the_demo_twice_and_without_matplotlib(model, tmp_path, monkeypatch, capsys):
+    """Its own folders it overwrites; with recipes of one step and this small model."""
+    from fusedalign import demo
+
+    rows = [{"prompt": "a" * (i + 1), "chosen": "yes", "rejected": "no"} for i in range(4)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for method in ("sft", "dpo"):
+        fields = words(model, "", model_name_or_path=None, dataset_name=tmp_path / "pairs.jsonl", max_steps=1)
+        fields = {name.removeprefix("--"): value for name, value in zip(fields[::2], fields[1::2], strict=True)}
+        fields |= {"eval_strategy": "epoch", "dataset_test_split": "train", "save_strategy": "'no'"}
+        (tmp_path / f"{method}.yaml").write_text(
+            "".join(
+                f"{name}: {value}\n" for name, value in fields.items() if name not in ("output_dir", "disable_tqdm")
+            )
+        )
+    monkeypatch.setattr(demo, "data_directory", lambda: tmp_path / "data")
+    monkeypatch.setattr(demo, "EMBEDDED_NAME", str(model))
+    monkeypatch.setattr(demo, "OUTPUT", tmp_path / "demo")
+    monkeypatch.setattr(demo, "_answer", lambda trainer: "")
+    assert main(["demo"]) == 0, capsys.readouterr().err
+    assert f"plot: {tmp_path / 'demo' / 'demo.png'}" in capsys.readouterr().out
+    no_matplotlib(monkeypatch)
+    assert main(["demo"]) == 0
+    printed = capsys.readouterr()
+    assert "| final loss " in printed.out
+    assert "plot: " not in printed.out
+    assert f"model: {tmp_path / 'demo' / 'dpo-fusedalign'}  metrics: " in printed.out
+    told = [line for line in printed.err.splitlines() if "pip install matplotlib" in line]
+    assert told == ["fusedalign: warning: the plot was left out: it needs matplotlib (pip install matplotlib)"]
+
+
+# --------------------------------------------------------------------------------------------------------------- Ctrl-C
+
+
+def test_ctrl_c_says_what_is_kept_and_how_to_go_on(model, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "a run"
+    argv = [*words(model, out), "--overwrite_output_dir"]
+    with monkeypatch.context() as patch:
+        stop_at(patch, 3)
+        assert main(["sft", *argv]) == 130
+    interrupted, kept, again = capsys.readouterr().err.strip().splitlines()[-3:]
+    assert interrupted == "fusedalign: interrupted"
+    assert kept == f"kept: {out / 'checkpoint-2'} (step 2), {out / 'metrics.jsonl'}"
+    assert again.startswith("go on: fusedalign sft --model_name_or_path ")
+    command = shlex.split(again)[4:]
+    assert command == [*words(model, out), "--resume_from_checkpoint", "last"]
+    assert not (out / "run.lock").exists()
+    assert main(["sft", *command]) == 0
+    assert steps(out) == [1, 2, 3, 4]
+    with monkeypatch.context() as patch:  # a second time: the words are not added twice
+        stop_at(patch, 5)
+        assert main(["sft", *command, "--max_steps", "6"]) == 130
+    assert capsys.readouterr().err.count("resume_from_checkpoint") == 1
+
+
+def test_ctrl_c_without_a_checkpoint(model, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        stop_at(patch, 3)
+        assert main(["sft", *words(model, out, save_strategy="no")]) == 130
+    kept, none, again = capsys.readouterr().err.strip().splitlines()[-3:]
+    assert kept == f"kept: {out / 'metrics.jsonl'}"
+    assert "no checkpoint was saved: --save_strategy steps --save_steps N" in none
+    assert again.endswith("--overwrite_output_dir")
+
+
+def test_ctrl_c_before_the_training(model, done, monkeypatch, capsys):
+    from fusedalign.trl import train
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "load_data", stop)
+    assert main(["sft", *words(model, done), "--overwrite_output_dir"]) == 130
+    err = capsys.readouterr().err
+    assert "nothing was trained yet" in err
+    assert "go on" not in err
+    assert steps(done) == [1, 2, 3, 4]
+
+
+@pytest.mark.slow
+def test_kill_and_ctrl_c_for_real(model, tmp_path):
+    """A run that is killed leaves a lock that the next one takes over; that one is interrupted, and the third ends."""
+    out = tmp_path / "out"
+    argv = words(model, out, max_steps=100_000, save_steps=20)
+
+    def until(step, signal_number, *more):
+        command = [sys.executable, "-m", "fusedalign", "sft", *argv, *more]
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+        while not (out / f"checkpoint-{step}" / "trainer_state.json").is_file():
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.05)
+        process.send_signal(signal_number)
+        return process.communicate()[1], process.returncode
+
+    assert until(40, signal.SIGKILL)[1] == -signal.SIGKILL
+    assert (out / "run.lock").is_file()
+    err, status = until(80, signal.SIGINT, "--resume_from_checkpoint", "last")
+    assert status == 130
+    assert "Traceback" not in err
+    assert "go on: fusedalign sft" in err
+    end = max(int(path.name.partition("-")[2]) for path in out.glob("checkpoint-*")) + 5
+    assert main(["sft", *argv, "--resume_from_checkpoint", "last", "--max_steps", str(end)]) == 0
+    assert steps(out) == list(range(1, end + 1))
