@@ -19,6 +19,7 @@ ROOMS = [
     "ops",
     "head",
     "modules",
+    "folders",
     "embedded",
     "trl",
     "bench",

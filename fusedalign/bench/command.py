@@ -18,6 +18,7 @@ from fusedalign.bench.profiling import profile_row
 from fusedalign.bench.runner import Settings, free, inputs, reason, run
 from fusedalign.bench.table import about, afterwards, check_plot, header, tabled, write
 from fusedalign.bench.tasks import TASKS
+from fusedalign.folders import writable_folder
 from fusedalign.impls import check_name
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -80,6 +81,7 @@ def bench(argv: list[str]) -> None:
         return
     if options.out is not None:
         check_plot()
+        writable_folder(options.out, "--out")
     for done, report in enumerate(run(settings, lambda line: print(line, file=sys.stderr, flush=True))):
         if not done:
             print(header(report))
