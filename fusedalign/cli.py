@@ -66,12 +66,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-_LONGEST = 500  # characters of a message: other libraries' go over many lines
+_EXTRA = ("trl", "transformers", "datasets", "accelerate", "peft", "matplotlib", "yaml")
+_LONGEST = 400  # characters of a message: other libraries' go over many lines
 
 
 def _one_line(error: Exception) -> str:
     text = textwrap.shorten(str(error), _LONGEST, placeholder=" ...")
-    if isinstance(error, ModuleNotFoundError):
+    if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] in _EXTRA:
         return f"{text}; this command needs: pip install 'fusedalign[trl]', on Python 3.11 or later"
     if text and isinstance(error, (ValueError, TypeError, OSError)):
         return text

@@ -97,7 +97,7 @@ def load_adapter(adapter: Adapter, options: Mapping[str, Any], *, trainable: boo
         )
     base = create_model_from_path(adapter.base, **{**options, "revision": adapter.config.revision or "main"})
     weights = load_peft_weights(adapter.path, device="cpu", revision=adapter.revision)
-    tokenizer = adapter.processing_class(pad=False, trust_remote_code=options.get("trust_remote_code", False))
+    tokenizer = adapter.processing_class(trust_remote_code=options.get("trust_remote_code", False))
     _resize(base, weights, len(getattr(tokenizer, "tokenizer", tokenizer)))
     if not trainable:
         _untie(base)
@@ -188,7 +188,7 @@ def merge(adapter: Adapter, folder: Path, *, dtype: str | None = "auto", trust_r
     if merged.config.tie_word_embeddings and not torch.equal(embedding, head):
         merged.config.tie_word_embeddings = merged.config.get_text_config().tie_word_embeddings = False
     merged.save_pretrained(folder)
-    adapter.processing_class(pad=False, trust_remote_code=trust_remote_code).save_pretrained(folder)
+    adapter.processing_class(trust_remote_code=trust_remote_code).save_pretrained(folder)
 
 
 def _kind(adapter: Adapter) -> str:

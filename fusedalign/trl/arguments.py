@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import difflib
 import importlib
+import json
 import os
 import re
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, get_args, get_type_hints
 
 import trl
 from transformers.utils import is_torch_bf16_gpu_available, is_torch_xla_available
@@ -143,6 +144,8 @@ def parse(method: str, argv: Sequence[str]) -> Arguments:
     """
     words = read_words(method, argv)
     values = words.values
+    _check_json(values)
+    _check_counts(values)
     os.environ.update(words.env)
     if not (is_torch_bf16_gpu_available() or is_torch_xla_available()):
         if values.bf16 is None:
@@ -186,14 +189,17 @@ def read_words(method: str, argv: Sequence[str]) -> Words:
     actions = {action.dest: action for action in reversed(parser._actions) if action.dest != "help"}
     flags = {flag for action in parser._actions for flag in action.option_strings}
     launcher = _launch_flags() - flags
-    fields, launch, defaults = [], [], {}
+    fields: list[str] = []
+    launch: list[str] = []
+    defaults: dict[str, Any] = {}
     for name, value in content.items():
         if name in actions:
             defaults[name] = _file_value(parser, actions[name], value, f"{name} in {file}")
         elif f"--{name}" in launcher:
             launch += [f"--{name}"] * (value is not False) + [str(value)] * (not isinstance(value, bool))
         else:
-            raise ValueError(_unknown(f"--{name}", flags | launcher, f"{config} in {file}"))
+            named = {f"--{dest}" for dest in actions} | launcher
+            raise ValueError(_unknown(f"--{name}", named, f"{config} in {file}"))
     for flag, *values in groups:
         name = flag.partition("=")[0]
         if name not in flags | launcher:
@@ -249,12 +255,14 @@ def _file_value(parser: Parser, action: argparse.Action, value: Any, name: str) 
         if action.type is not str and action.type is not dict:
             raise ValueError(f"{name} must be one value, got the mapping {value}")
         return value
+    if value is None and not _is_optional(parser, action.dest):
+        raise ValueError(f"{name} must have a value, got nothing: leave the line out for the default")
     if value is None or value == [] or (isinstance(value, list) and isinstance(value[0], dict | list)):
         return value
-    if isinstance(value, bool) and action.nargs != "?" and getattr(action.type, "__name__", "") != "string_to_bool":
+    if isinstance(value, bool) and not _is_switch(action):
         raise ValueError(
-            f"{name} must not be {str(value).lower()}: YAML reads a bare yes, no, on or off as true or false; "
-            "put the word in quotes"
+            f"{name} must not be {str(value).lower()}, which is also how YAML reads a bare "
+            f"{'yes or on' if value else 'no or off'}: put such a word in quotes"
         )
     words = [flag, *map(str, value)] if isinstance(value, list) else [f"{flag}={value}"]
     try:
@@ -265,6 +273,37 @@ def _file_value(parser: Parser, action: argparse.Action, value: Any, name: str) 
         raise ValueError(f"{name} must be one value, got the list {value}")
     # A scalar where a list may stand is left one: TRL tells `all-linear` from a list of one name.
     return getattr(namespace, action.dest) if isinstance(value, list) or action.nargs != "+" else value
+
+
+def _is_switch(action: argparse.Action) -> bool:
+    return action.nargs == "?" or getattr(action.type, "__name__", "") == "string_to_bool"
+
+
+def _is_optional(parser: Parser, name: str) -> bool:
+    """Whether a field may be None."""
+    for cls in parser.dataclass_types:
+        if name in cls.__dataclass_fields__:
+            hint = get_type_hints(cls)[name]
+            return hint is Any or type(None) in get_args(hint)
+    return True
+
+
+def _check_json(values: argparse.Namespace) -> None:
+    for name, value in vars(values).items():
+        if isinstance(value, str) and value.startswith("{"):
+            try:
+                json.loads(value)
+            except ValueError as error:
+                raise ValueError(f"{name} must be JSON, got {value!r}: {error}") from None
+
+
+def _check_counts(values: argparse.Namespace) -> None:
+    least = {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1}
+    for name, smallest in least.items():
+        if getattr(values, name) < smallest:
+            raise ValueError(f"{name} must be at least {smallest}, got {getattr(values, name)}")
+    if values.max_steps <= 0 and not values.num_train_epochs > 0:
+        raise ValueError(f"num_train_epochs must be above 0 where max_steps is not, got {values.num_train_epochs}")
 
 
 def _unknown(name: str, known: Iterable[str], expected: str) -> str:

@@ -37,7 +37,7 @@ class _Loader(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.tag != _MERGE]
-        for key, _ in node.value:
+        for key, _ in reversed(node.value):
             if isinstance(key, yaml.ScalarNode) and names.count(key.value) > 1:
                 raise yaml.constructor.ConstructorError(None, None, f"{key.value} occurs twice", key.start_mark)
         return super().construct_mapping(node, deep)

@@ -86,28 +86,43 @@ def check_has_head(path: str, what: str, *, revision: str | None = None, trust_r
         raise ValueError(f"{what} must name a causal LM with an LM head, got {path} with {names[0]}")
 
 
-def load_processing_class(
-    path: str, *, auto: Any = transformers.AutoProcessor, pad: bool = True, **options: Any
-) -> Any:
+#: What a tokenizer's files are called, of whatever family.
+_TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "*.model", "*.tiktoken", "tekken.json")
+
+
+def load_processing_class(path: str, *, auto: Any = transformers.AutoProcessor, **options: Any) -> Any:
     """The processor of a model, or the tokenizer where it has none, as TRL loads it.
 
     Args:
         path: folder or Hub name.
         auto: transformers' class that loads it.
-        pad: the tokenizer must have a padding token, or an EOS token to pad with.
         options: of `from_pretrained`.
 
     Raises:
-        ValueError: neither token.
+        ValueError: a folder without a tokenizer, of which transformers can make one that knows no word.
     """
-    processing_class = auto.from_pretrained(path, **options)
+    folder = Path(path)
+    if folder.is_dir() and not any(file for pattern in _TOKENIZER_FILES for file in folder.glob(pattern)):
+        raise ValueError(f"the model must come with a tokenizer, got {path} without one: save it into that folder")
+    return auto.from_pretrained(path, **options)
+
+
+def check_ends(processing_class: Any, path: str, *, pads: bool, ends: bool) -> None:
+    """Raises ValueError for a tokenizer without a token that the training needs.
+
+    Args:
+        processing_class: the tokenizer, or a processor that holds one.
+        path: what it was loaded from.
+        pads: a padding token is needed, or an EOS token that can stand for it.
+        ends: an EOS token is needed.
+    """
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
-    if pad and tokenizer.pad_token is None and tokenizer.eos_token is None:
+    if tokenizer.eos_token is None and (ends or (pads and tokenizer.pad_token is None)):
         raise ValueError(
-            f"the tokenizer of {path} must have a pad_token or an eos_token, got neither: "
-            "set eos_token in its tokenizer_config.json to the token that ends an answer"
+            f"the tokenizer of {path} must have an eos_token, got none"
+            f"{' and no pad_token' if tokenizer.pad_token is None else ''}: "
+            "set it in its tokenizer_config.json to the token that ends an answer"
         )
-    return processing_class
 
 
 def has_file(path: str, file: str, revision: str | None = None) -> bool:

@@ -18,7 +18,7 @@ from fusedalign.trl.adapters import Adapter, find_adapter, load_adapter, merge
 from fusedalign.trl.arguments import METHODS, Arguments, parse, trl_class
 from fusedalign.trl.attachment import attach
 from fusedalign.trl.data import load_data
-from fusedalign.trl.models import check_has_head, load_processing_class, model_path
+from fusedalign.trl.models import check_ends, check_has_head, load_processing_class, model_path
 from fusedalign.trl.record import MetricsFile, Written, plot_metrics
 
 
@@ -53,10 +53,16 @@ def build(method: str, arguments: Arguments, *, fused: bool = True) -> Any:
     load = functools.partial(load_processing_class, path) if adapter is None else adapter.processing_class
     processing_class = load(
         auto=transformers.AutoTokenizer if experimental else transformers.AutoProcessor,
-        pad=getattr(training, "pad_token", None) is None and getattr(training, "eos_token", None) is None,
         revision=revision,
         trust_remote_code=trust,
     )
+    if (
+        getattr(training, "eos_token", None) is None
+    ):  # TRL gives answers in plain text an end, conversations end by themselves
+        example = next(iter(train_dataset), {})
+        plain = not (trl.is_conversational(example) or "input_ids" in example)
+        pads = getattr(training, "pad_token", None) is None
+        check_ends(processing_class, path, pads=pads, ends=experimental or plain)
     if experimental:  # these pad with what the tokenizer pads with before they have seen to it that it does
         processing_class.pad_token = processing_class.pad_token or processing_class.eos_token
     instance: Any = path

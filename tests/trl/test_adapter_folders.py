@@ -1,4 +1,4 @@
-"""An adapter's folder is a model: it is trained further from where it stands, or merged, and what is saved loads again."""
+"""The folder of an adapter is a model: it is trained further, or merged, and what is saved loads again."""
 
 import json
 import math
@@ -201,7 +201,7 @@ def test_added_tokens_come_with_the_adapter(folder, tmp_path):
 
 
 def test_the_embedded_base_model(folder, tmp_path, monkeypatch, capsys):
-    """It lies in the first training's output directory: moved together they load, and one line says where it is gone."""
+    """It lies in the output directory of the first training: both may move, and one line says where it is gone."""
     monkeypatch.chdir(tmp_path)
     peft_words = ["--use_peft", "--lora_target_modules", "q_proj", "v_proj"]
     data = ["--dataset_name", "recipes/data/sft", "--max_length", "32", "--per_device_train_batch_size", "1"]
