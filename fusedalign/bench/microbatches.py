@@ -26,6 +26,7 @@ from fusedalign.bench.peers import Functions, Implementation
 from fusedalign.bench.runner import free, machine, reason
 from fusedalign.bench.table import aligned
 from fusedalign.bench.tasks import BUDGETS, TASKS, Reference, reference, relative_error
+from fusedalign.folders import writable_folder
 from fusedalign.ops import linear_cross_entropy
 
 WORD = "microbatches"
@@ -169,6 +170,8 @@ def microbatches(argv: list[str]) -> None:
         raise ValueError(f"expected one case and a count of at least 1, got {options.case!r} and {options.count}")
     rows = _choose(options.rows)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    if options.out is not None:
+        writable_folder(options.out, "--out")
     stage = Stage(case, options.count, data=options.data, seed=options.seed, dtype=dtype, device=device)
     figures = []
     for row in rows:
@@ -177,7 +180,6 @@ def microbatches(argv: list[str]) -> None:
     text = report(case, options.count, figures, dtype, device)
     print(text)
     if options.out is not None:
-        options.out.mkdir(parents=True, exist_ok=True)
         (options.out / f"{WORD}.md").write_text(text + "\n", encoding="utf-8")
         whole = {"machine": machine(device), "case": dataclasses.asdict(case), "count": options.count}
         whole["rows"] = [dataclasses.asdict(f) for f in figures]

@@ -59,7 +59,7 @@ def build(method: str, arguments: Arguments, *, fused: bool = True) -> Any:
     if (
         getattr(training, "eos_token", None) is None
     ):  # TRL gives answers in plain text an end, conversations end by themselves
-        example = next(iter(train_dataset), {})
+        example: dict[str, Any] = next(iter(train_dataset), {})
         plain = not (trl.is_conversational(example) or "input_ids" in example)
         pads = getattr(training, "pad_token", None) is None
         check_ends(processing_class, path, pads=pads, ends=experimental or plain)
