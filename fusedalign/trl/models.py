@@ -125,6 +125,12 @@ def check_ends(processing_class: Any, path: str, *, pads: bool, ends: bool) -> N
         )
 
 
+def check_template(path: str | None) -> None:
+    """Raises FileNotFoundError for a chat template that TRL would find neither here nor on the Hub."""
+    if path is not None and not Path(path).is_file() and not has_file(path, "tokenizer_config.json"):
+        raise FileNotFoundError(f"chat_template_path must name a .jinja file or a tokenizer's folder, got {path}")
+
+
 def has_file(path: str, file: str, revision: str | None = None) -> bool:
     """Whether a folder or Hub repository holds a file."""
     if Path(path).is_dir():

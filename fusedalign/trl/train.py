@@ -18,7 +18,7 @@ from fusedalign.trl.adapters import Adapter, find_adapter, load_adapter, merge
 from fusedalign.trl.arguments import METHODS, Arguments, parse, trl_class
 from fusedalign.trl.attachment import attach
 from fusedalign.trl.data import load_data
-from fusedalign.trl.models import check_ends, check_has_head, load_processing_class, model_path
+from fusedalign.trl.models import check_ends, check_has_head, check_template, load_processing_class, model_path
 from fusedalign.trl.record import MetricsFile, Written, plot_metrics
 
 
@@ -51,18 +51,9 @@ def build(method: str, arguments: Arguments, *, fused: bool = True) -> Any:
         training.model_init_kwargs |= {"device_map": None, **more}
         more = {}
     load = functools.partial(load_processing_class, path) if adapter is None else adapter.processing_class
-    processing_class = load(
-        auto=transformers.AutoTokenizer if experimental else transformers.AutoProcessor,
-        revision=revision,
-        trust_remote_code=trust,
-    )
-    if (
-        getattr(training, "eos_token", None) is None
-    ):  # TRL gives answers in plain text an end, conversations end by themselves
-        example: dict[str, Any] = next(iter(train_dataset), {})
-        plain = not (trl.is_conversational(example) or "input_ids" in example)
-        pads = getattr(training, "pad_token", None) is None
-        check_ends(processing_class, path, pads=pads, ends=experimental or plain)
+    auto = transformers.AutoTokenizer if experimental else transformers.AutoProcessor
+    processing_class = load(auto=auto, revision=revision, trust_remote_code=trust)
+    _check_tokens(method, training, processing_class, path, train_dataset)
     if experimental:  # these pad with what the tokenizer pads with before they have seen to it that it does
         processing_class.pad_token = processing_class.pad_token or processing_class.eos_token
     instance: Any = path
@@ -103,6 +94,18 @@ def _find_model(arguments: Arguments, trust_remote_code: bool) -> tuple[str, Ada
         if training.process_index == 0:
             merge(adapter, folder, dtype=model.dtype, trust_remote_code=trust_remote_code)
     return str(folder), None
+
+
+def _check_tokens(method: str, training: Any, processing_class: Any, path: str, train_dataset: Any) -> None:
+    """Raises where the tokenizer, or the chat template in its place, lacks what the training on these data needs."""
+    check_template(getattr(training, "chat_template_path", None))
+    if getattr(training, "eos_token", None) is not None:  # which TRL puts in
+        return
+    example: dict[str, Any] = next(iter(train_dataset), {})
+    # TRL gives an answer in plain text its end; a conversation ends as its template says.
+    plain = not (trl.is_conversational(example) or "input_ids" in example)
+    pads = getattr(training, "pad_token", None) is None
+    check_ends(processing_class, path, pads=pads, ends=plain or METHODS[method].experimental)
 
 
 def _check_evaluated(script: Any, training: Any, eval_dataset: Any) -> None:
