@@ -30,7 +30,7 @@ def test_help(capsys):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["ppo"], "command must be one of sft, dpo, kto, cpo, simpo, orpo, bench, demo, env, got 'ppo'"),
+        (["ppo"], "command must be one of sft, dpo, kto, cpo, simpo, orpo, merge, bench, demo, env, got 'ppo'"),
         (["env", "now"], "env takes no arguments, got now"),
         (["demo", "--fast"], "demo takes no arguments, got --fast"),
     ],
@@ -322,7 +322,7 @@ def test_data_without_the_columns(tmp_path, llama, capsys):
     ("name", "message"),
     [
         ("headless", "model_name_or_path must name a causal LM with an LM head, got"),
-        ("empty", "model_name_or_path must be a folder with a config.json, got"),
+        ("empty", "model_name_or_path must be a folder with a config.json or adapter_config.json, got"),
     ],
 )
 def test_a_folder_without_a_model_or_head(tmp_path, llama, capsys, name, message):

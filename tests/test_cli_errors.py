@@ -30,6 +30,10 @@ FILES = {
     "empty": ("", "--config must name a YAML file of `field: value` lines, got FILE"),
     "number as a name": ("1: 2\n", "--config must name a YAML file of `field: value` lines, got FILE"),
     "list for a number": ("learning_rate: [1, 2]\n", "learning_rate in FILE must be one value, got the list [1, 2]"),
+    "list for text": ("output_dir: [a]\n", "output_dir in FILE must be one value, got the list ['a']"),
+    "no list for a number": ("seed: []\n", "seed in FILE must be one value, got the list []"),
+    "mapping for text": ("output_dir: {a: 1}\n", "output_dir in FILE must be one value, got the mapping {'a': 1}"),
+    "text in a list of numbers": ("loss_weights: [1, much]\n", "loss_weights in FILE: invalid float value: 'much'"),
     "mapping for a number": ("seed: {a: 1}\n", "seed in FILE must be one value, got the mapping {'a': 1}"),
     "fraction of a step": ("max_steps: 2.5\n", "max_steps in FILE: invalid int value: '2.5'"),
     "text for a number": ("max_steps: ten\n", "max_steps in FILE: invalid int value: 'ten'"),
@@ -127,16 +131,16 @@ def test_values_of_a_file_that_are_right(tmp_path):
 
     file = tmp_path / "mine.yaml"
     file.write_text(
-        "run_name: 2024\nmax_length:\nloss_type: [sigmoid, sft]\nloss_weights: [1, 0.5]\nreport_to: none\n"
-        "model_init_kwargs: {use_cache: false}\nlora_target_modules: all-linear\nbeta: 1\nsave_strategy: 'no'\n"
-        "logging_steps: 0.5\nload_in_4bit: false\ndisable_dropout: no\n"
+        "run_name: 2024\nhub_model_id: '{mine}'\nmax_length:\nloss_type: [sigmoid, sft]\nloss_weights: [1, 0.5]\n"
+        "report_to: none\nmodel_init_kwargs: {use_cache: false}\nlora_target_modules: all-linear\nbeta: 1\n"
+        "save_strategy: 'no'\nlogging_steps: 0.5\nload_in_4bit: false\ndisable_dropout: no\n"
     )
     arguments = parse("dpo", ["--config", str(file)])
     training = arguments.training
     assert (training.run_name, training.max_length, training.loss_type) == ("2024", None, ["sigmoid", "sft"])
     assert (training.loss_weights, training.model_init_kwargs) == ([1.0, 0.5], {"use_cache": False})
     assert (training.beta, training.save_strategy, training.logging_steps) == (1.0, "no", 0.5)
-    assert training.disable_dropout is False
+    assert (training.disable_dropout, training.hub_model_id) == (False, "{mine}")
     assert arguments.model.lora_target_modules == "all-linear"
 
 

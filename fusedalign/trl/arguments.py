@@ -11,12 +11,12 @@ import re
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, NoReturn, get_args, get_type_hints
+from typing import Any, NamedTuple, NoReturn
 
 import trl
 from transformers.utils import is_torch_bf16_gpu_available, is_torch_xla_available
 
-from fusedalign.trl.config import read_config
+from fusedalign.trl.config import file_value, kinds, read_config
 from fusedalign.trl.options import HeadOptions
 
 
@@ -142,9 +142,9 @@ def parse(method: str, argv: Sequence[str]) -> Arguments:
         ValueError: a field that does not exist, or a value that does not fit.
         FileNotFoundError: no such configuration file.
     """
-    words = read_words(method, argv)
+    parser, words = method_parser(method), read_words(method, argv)
     values = words.values
-    _check_json(values)
+    _check_json(parser, values)
     _check_counts(values)
     os.environ.update(words.env)
     if not (is_torch_bf16_gpu_available() or is_torch_xla_available()):
@@ -155,11 +155,10 @@ def parse(method: str, argv: Sequence[str]) -> Arguments:
                 "bf16 must be false where no accelerator has it, got true: "
                 "leave it out, or add --use_cpu true for bf16 on the CPU"
             )
-    arguments = Arguments(*method_parser(method).parse_dict(vars(values), allow_extra_keys=True))
+    arguments = Arguments(*parser.parse_dict(vars(values), allow_extra_keys=True))
     modules = arguments.model.lora_target_modules
-    if (
-        isinstance(modules, str) and modules.isidentifier()
-    ):  # TRL makes a pattern of a single name, that of a whole path
+    # TRL makes a pattern of a single name, and a pattern must match a module's whole path.
+    if isinstance(modules, str) and modules.isidentifier():
         arguments.model.lora_target_modules = [modules]
     return arguments
 
@@ -194,7 +193,7 @@ def read_words(method: str, argv: Sequence[str]) -> Words:
     defaults: dict[str, Any] = {}
     for name, value in content.items():
         if name in actions:
-            defaults[name] = _file_value(parser, actions[name], value, f"{name} in {file}")
+            defaults[name] = file_value(parser, actions[name], value, f"{name} in {file}")
         elif f"--{name}" in launcher:
             launch += [f"--{name}"] * (value is not False) + [str(value)] * (not isinstance(value, bool))
         else:
@@ -245,52 +244,9 @@ def _launch_flags() -> set[str]:
     return {flag for flag in flags if flag.startswith("--")} - {"--help", "--module", "--no_python", "--no-python"}
 
 
-def _file_value(parser: Parser, action: argparse.Action, value: Any, name: str) -> Any:
-    """A field's value from YAML, converted as the same words of a flag would be.
-
-    argparse converts those defaults only that are strings, and trusts the others.
-    """
-    flag = f"--{action.dest}"
-    if isinstance(value, dict):
-        if action.type is not str and action.type is not dict:
-            raise ValueError(f"{name} must be one value, got the mapping {value}")
-        return value
-    if value is None and not _is_optional(parser, action.dest):
-        raise ValueError(f"{name} must have a value, got nothing: leave the line out for the default")
-    if value is None or value == [] or (isinstance(value, list) and isinstance(value[0], dict | list)):
-        return value
-    if isinstance(value, bool) and not _is_switch(action):
-        raise ValueError(
-            f"{name} must not be {str(value).lower()}, which is also how YAML reads a bare "
-            f"{'yes or on' if value else 'no or off'}: put such a word in quotes"
-        )
-    words = [flag, *map(str, value)] if isinstance(value, list) else [f"{flag}={value}"]
-    try:
-        namespace, rest = parser.parse_known_args(words)
-    except ValueError as error:
-        raise ValueError(f"{name}: {str(error).partition(': ')[2] or error}") from None
-    if rest:
-        raise ValueError(f"{name} must be one value, got the list {value}")
-    # A scalar where a list may stand is left one: TRL tells `all-linear` from a list of one name.
-    return getattr(namespace, action.dest) if isinstance(value, list) or action.nargs != "+" else value
-
-
-def _is_switch(action: argparse.Action) -> bool:
-    return action.nargs == "?" or getattr(action.type, "__name__", "") == "string_to_bool"
-
-
-def _is_optional(parser: Parser, name: str) -> bool:
-    """Whether a field may be None."""
-    for cls in parser.dataclass_types:
-        if name in cls.__dataclass_fields__:
-            hint = get_type_hints(cls)[name]
-            return hint is Any or type(None) in get_args(hint)
-    return True
-
-
-def _check_json(values: argparse.Namespace) -> None:
+def _check_json(parser: Parser, values: argparse.Namespace) -> None:
     for name, value in vars(values).items():
-        if isinstance(value, str) and value.startswith("{"):
+        if isinstance(value, str) and value.startswith("{") and dict in kinds(parser, name):
             try:
                 json.loads(value)
             except ValueError as error:
@@ -307,6 +263,7 @@ def _check_counts(values: argparse.Namespace) -> None:
 
 
 def _unknown(name: str, known: Iterable[str], expected: str) -> str:
+    known = sorted(known)
     # A renamed field often keeps one part of its name: torch_dtype, dtype.
     parts = set(name.strip("-").split("_"))
     nested = [flag for flag in known if "-" not in flag[2:] and set(flag[2:].split("_")) < parts]

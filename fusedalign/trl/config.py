@@ -1,9 +1,11 @@
-"""The YAML file that `--config` names: read once, strictly, with errors that name the file and the line."""
+"""The YAML file that `--config` names: read strictly, with errors that name the file and the line or field."""
 
 from __future__ import annotations
 
+import argparse
+import types
 from pathlib import Path
-from typing import Any
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -44,3 +46,52 @@ class _Loader(yaml.SafeLoader):
 
 
 _MERGE = "tag:yaml.org,2002:merge"
+
+
+def file_value(parser: Any, action: argparse.Action, value: Any, name: str) -> Any:
+    """A field's value from YAML, converted as the same words of a flag would be.
+
+    argparse converts those defaults only that are strings, and trusts the others.
+
+    Args:
+        parser: TRL's, with the fields of its dataclasses.
+        action: of the field.
+        value: from the file.
+        name: of field and file, for errors.
+
+    Raises:
+        ValueError: a value of another type, or none of the choices.
+    """
+    allowed = kinds(parser, action.dest)
+    if value is None and type(None) not in allowed:
+        raise ValueError(f"{name} must have a value, got nothing: leave the line out for the default")
+    for kind, called in ((dict, "mapping"), (list, "list")):
+        if isinstance(value, kind) and kind not in allowed:
+            raise ValueError(f"{name} must be one value, got the {called} {value}")
+    nested = isinstance(value, list) and (not value or isinstance(value[0], dict | list))
+    if value is None or isinstance(value, dict) or nested:
+        return value
+    if isinstance(value, bool) and bool not in allowed:
+        raise ValueError(
+            f"{name} must not be {str(value).lower()}, which is also how YAML reads a bare "
+            f"{'yes or on' if value else 'no or off'}: put such a word in quotes"
+        )
+    flag = f"--{action.dest}"
+    try:
+        if not isinstance(value, list):
+            converted = getattr(parser.parse_known_args([f"{flag}={value}"])[0], action.dest)
+            # A scalar where a list may stand is left one: TRL tells `all-linear` from a list of one name.
+            return value if isinstance(converted, list) else converted
+        if action.nargs != "+":
+            return value
+        return getattr(parser.parse_known_args([flag, *map(str, value)])[0], action.dest)
+    except ValueError as error:
+        raise ValueError(f"{name}: {str(error).partition(': ')[2] or error}") from None
+
+
+def kinds(parser: Any, name: str) -> set[type]:
+    """The types that a field may have, without their parameters."""
+    cls = next(cls for cls in parser.dataclass_types if name in cls.__dataclass_fields__)
+    hint = get_type_hints(cls)[name]
+    options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    return {get_origin(option) or option for option in options}

@@ -253,6 +253,7 @@ def test_adapters_that_are_no_model(folder, tmp_path, capsys):
     shutil.copy(folder / "qwen3" / "model.safetensors", both)
     small = transformers.Qwen3Config(**{**tiny.SMALL, "hidden_size": 8}, head_dim=8)
     transformers.Qwen3ForCausalLM(small).save_pretrained(folder / "small")
+    tiny.tokenizer().save_pretrained(folder / "small")
     broken = changed("broken")
     (broken / "adapter_config.json").write_text("{")
     partial = changed("partial", target_modules=["q_proj", "v_proj", "o_proj"])
