@@ -1,4 +1,4 @@
-"""The command `fusedalign`: sft | dpo | kto | cpo | simpo | orpo | bench | demo | env."""
+"""The command `fusedalign`: sft | dpo | kto | cpo | simpo | orpo | merge | bench | demo | env."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import platform
 import select
 import sys
+import textwrap
 import traceback
 from collections.abc import Callable, Sequence
 from typing import TextIO
@@ -24,6 +25,7 @@ usage: fusedalign COMMAND [--debug] [...]
   sft   supervised fine-tuning             fusedalign sft --config recipes/sft.yaml --learning_rate 1e-4
   dpo   direct preference optimisation     fusedalign dpo --config recipes/dpo.yaml --beta 0.2
   kto, cpo, simpo, orpo                    likewise, each with a recipe of its name
+  merge an adapter's folder and its base model into one model             fusedalign merge runs/sft --out runs/merged
   bench time, memory and error of our impls beside other libraries     fusedalign bench logps --cases qwen3-1.7b
   demo  SFT, then DPO with stock TRL and with fusedalign, on built-in data: a table and a picture
   env   versions, devices, and which impl can run here
@@ -81,6 +83,10 @@ def _run(words: list[str]) -> int:
     return 0
 
 
+_EXTRA = ("trl", "transformers", "datasets", "accelerate", "peft", "matplotlib", "yaml")
+_LONGEST = 400  # characters of a message: other libraries' go over many lines
+
+
 def _closed_streams() -> list[TextIO]:
     """Those of stdout and stderr that have lost their reader."""
     if not hasattr(select, "poll"):  # Windows, which has another error for this
@@ -96,10 +102,12 @@ def _closed_streams() -> list[TextIO]:
 
 
 def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    if isinstance(error, ModuleNotFoundError):
+    text = textwrap.shorten(str(error), _LONGEST, placeholder=" ...")
+    if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] in _EXTRA:
         return f"{text}; this command needs: pip install 'fusedalign[trl]', on Python 3.11 or later"
-    return text if isinstance(error, (ValueError, TypeError, OSError)) else f"{type(error).__name__}: {text}"
+    if text and isinstance(error, (ValueError, TypeError, OSError)):
+        return text
+    return f"{type(error).__name__}: {text}" if text else f"{type(error).__name__}, without a message"
 
 
 def _calm_threads() -> None:
@@ -114,7 +122,7 @@ def _calm_threads() -> None:
 
 def _train(method: str) -> Callable[[list[str]], None]:
     def command(argv: list[str]) -> None:
-        from fusedalign.trl.arguments import help_text
+        from fusedalign.trl.help import help_text
         from fusedalign.trl.launch import launched_elsewhere
         from fusedalign.trl.train import train
 
@@ -131,6 +139,12 @@ def _train(method: str) -> Callable[[list[str]], None]:
                 warn(text)
 
     return command
+
+
+def _merge(argv: list[str]) -> None:
+    from fusedalign.trl.adapters import merge_command
+
+    merge_command(argv)
 
 
 def _demo(argv: list[str]) -> None:
@@ -184,6 +198,7 @@ def _version(name: str) -> str:
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     **{method: _train(method) for method in ("sft", "dpo", "kto", "cpo", "simpo", "orpo")},
+    "merge": _merge,
     "bench": _bench,
     "demo": _demo,
     "env": _env,

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import importlib
+import json
+import os
 import re
-import textwrap
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
-from pathlib import Path
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, NoReturn
 
-import transformers
 import trl
-import yaml
+from transformers.utils import is_torch_bf16_gpu_available, is_torch_xla_available
 
+from fusedalign.trl.config import file_value, kinds, read_config
 from fusedalign.trl.options import HeadOptions
 
 
@@ -90,6 +91,10 @@ class FusedArguments:
         default=None,
         metadata={"help": "Start through `accelerate launch`: a file, or single_gpu, multi_gpu, fsdp2, ... of TRL's."},
     )
+    merge_adapter: bool = field(
+        default=False,
+        metadata={"help": "Where the model is an adapter's folder: merge it and train all weights, not the adapter."},
+    )
 
     overwrite_output_dir: bool = field(
         default=False,
@@ -112,7 +117,22 @@ class Arguments(NamedTuple):
     fused: FusedArguments
 
 
-class _Parser(trl.TrlParser):
+class Words(NamedTuple):
+    """A command's words and its YAML file, sorted by who reads them."""
+
+    fields: list[str]
+    """the words without those of the launcher; `--config FILE` first"""
+    values: argparse.Namespace
+    """of every field: from the flags, else from the file, else the default"""
+    env: dict[str, str]
+    """environment variables of the file"""
+    launch: list[str]
+    """flags of `accelerate launch`, of both"""
+
+
+class Parser(trl.TrlParser):
+    """TRL's parser, with errors of one line."""
+
     def error(self, message: str) -> NoReturn:
         """Raise instead of printing a usage of several hundred flags."""
         raise ValueError(message)
@@ -121,87 +141,143 @@ class _Parser(trl.TrlParser):
 def parse(method: str, argv: Sequence[str]) -> Arguments:
     """TRL's arguments from `--config FILE` and flags; flags win.
 
+    bf16, which TRL turns on by default, is off where no accelerator has it.
+
     Raises:
         ValueError: a field that does not exist, or a value that does not fit.
         FileNotFoundError: no such configuration file.
     """
-    parser = _parser(method)
-    # Before TRL looks at any value, so that a misspelt name is not hidden behind another complaint.
-    _check_names(parser, METHODS[method].config, argv)
-    return Arguments(*parser.parse_args_and_config(list(argv)))
+    parser, words = method_parser(method), read_words(method, argv)
+    values = words.values
+    _check_json(parser, values)
+    _check_counts(values)
+    os.environ.update(words.env)
+    if not (is_torch_bf16_gpu_available() or is_torch_xla_available()):
+        if values.bf16 is None:
+            values.bf16 = False
+        if (values.bf16 or values.bf16_full_eval) and not values.use_cpu:
+            raise ValueError(
+                "bf16 must be false where no accelerator has it, got true: "
+                "leave it out, or add --use_cpu true for bf16 on the CPU"
+            )
+    arguments = Arguments(*parser.parse_dict(vars(values), allow_extra_keys=True))
+    modules = arguments.model.lora_target_modules
+    # TRL makes a pattern of a single name, and a pattern must match a module's whole path.
+    if isinstance(modules, str) and modules.isidentifier():
+        arguments.model.lora_target_modules = [modules]
+    return arguments
 
 
-def _parser(method: str) -> _Parser:
+def method_parser(method: str) -> Parser:
+    """Every field of TRL's classes and ours as a flag."""
     config = trl_class(METHODS[method].config)
     types: Any = (trl.ScriptArguments, config, trl.ModelConfig, trl.DatasetMixtureConfig, FusedArguments)
-    parser = _Parser(types, prog=f"fusedalign {method}", allow_abbrev=False)
+    parser = Parser(types, prog=f"fusedalign {method}", allow_abbrev=False)
     parser.set_defaults(**METHODS[method].defaults)
     return parser
 
 
-def _check_names(parser: _Parser, config: str, argv: Sequence[str]) -> None:
-    flags, names = list(argv), []
-    if "--config" in flags:
-        at = flags.index("--config")
-        if at + 1 == len(flags):
-            raise ValueError("--config must be followed by a YAML file, got nothing")
-        content = yaml.safe_load(Path(flags[at + 1]).read_text(encoding="utf-8"))
-        if not isinstance(content, dict):
-            raise ValueError(f"--config must name a YAML file of `field: value` lines, got {flags[at + 1]}")
-        names = [f"--{name}" for name in content if name != "env"]
-        del flags[at : at + 2]
-    names += parser.parse_known_args(flags)[1]
-    known = [flag for action in parser._actions for flag in action.option_strings]
-    for name in names:
-        if not name.startswith("-"):
-            raise ValueError(f"expected --field value pairs, got {name!r}")
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise ValueError(f"expected fields of TRL's {config}, got the unknown {name}{hint}")
+def read_words(method: str, argv: Sequence[str]) -> Words:
+    """Sort the words of a command, and the fields of the YAML file that they name; no device is touched.
+
+    Raises:
+        ValueError: a name that is neither a field nor a flag of `accelerate launch`, or a value of another type.
+        FileNotFoundError: no such configuration file.
+    """
+    parser, config = method_parser(method), f"TRL's {METHODS[method].config}"
+    file, groups = _split_config(argv)
+    content = {} if file is None else read_config(file)
+    env = content.pop("env", None) or {}
+    if not isinstance(env, dict):
+        raise ValueError(f"env in {file} must hold `NAME: value` lines, got {env!r}")
+    actions = {action.dest: action for action in reversed(parser._actions) if action.dest != "help"}
+    flags = {flag for action in parser._actions for flag in action.option_strings}
+    launcher = _launch_flags() - flags
+    fields: list[str] = []
+    launch: list[str] = []
+    defaults: dict[str, Any] = {}
+    for name, value in content.items():
+        if name in actions:
+            defaults[name] = file_value(parser, actions[name], value, f"{name} in {file}")
+        elif f"--{name}" in launcher:
+            launch += [f"--{name}"] * (value is not False) + [str(value)] * (not isinstance(value, bool))
+        else:
+            named = {f"--{dest}" for dest in actions} | launcher
+            raise ValueError(_unknown(f"--{name}", named, f"{config} in {file}"))
+    for flag, *values in groups:
+        name = flag.partition("=")[0]
+        if name not in flags | launcher:
+            raise ValueError(_unknown(name, flags | launcher | {"--config"}, config))
+        (fields if name in flags else launch).extend([flag, *values])
+    parser.set_defaults(**defaults)
+    namespace, rest = parser.parse_known_args(fields)
+    if rest:
+        raise ValueError(_no_pair(rest[0]))
+    start = [] if file is None else ["--config", file]
+    return Words([*start, *fields], namespace, {name: str(value) for name, value in env.items()}, launch)
 
 
-# ---------------------------------------------------------------------------------------------------------------- help
-
-_USUAL = (
-    "model_name_or_path", "dtype", "dataset_name", "dataset_train_split", "dataset_test_split", "output_dir",
-    "overwrite_output_dir", "resume_from_checkpoint",
-    "max_length", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "num_train_epochs",
-    "max_steps", "warmup_steps", "lr_scheduler_type", "bf16", "gradient_checkpointing", "logging_steps",
-    "eval_strategy", "save_strategy", "report_to", "seed", "use_peft", "lora_r", "lora_alpha", "lora_target_modules",
-    "load_in_4bit",
-)  # fmt: skip
-
-
-def help_text(method: str, *, everything: bool = False) -> str:
-    """What `fusedalign METHOD --help` prints: the usual flags and the method's own; or all of several hundred."""
-    parser, about = _parser(method), METHODS[method]
-    if everything:
-        return parser.format_help()
-    actions = {action.dest: action for action in parser._actions}
-    config = trl_class(about.config)
-    inherited = {f.name for f in fields(transformers.TrainingArguments)} | set(_USUAL)
-    own = [f.name for f in fields(config) if f.name not in inherited and f.name in actions]
-    columns = " or ".join("+".join(choice) for choice in about.columns)
-    parts = [
-        f"fusedalign {method}: {about.about}",
-        f"usage: fusedalign {method} --config recipes/{method}.yaml [--field VALUE ...]",
-        textwrap.fill(f"Data with the columns {columns}. Flags win over the file; both have the same names.", 112),
-    ]
-    groups = {
-        "The usual": _USUAL,
-        f"{about.config}'s own": own,
-        "The head": [f.name for f in fields(FusedArguments) if f.name not in _USUAL],
-    }
-    for title, names in groups.items():
-        parts.append("\n".join([f"{title}:", *(_help_line(actions[name]) for name in names if name in actions)]))
-    parts.append(f"fusedalign {method} --help_all lists the other fields of TRL's and transformers' configurations.")
-    return "\n\n".join(parts)
+def _split_config(argv: Sequence[str]) -> tuple[str | None, list[list[str]]]:
+    """The file of `--config FILE` or `--config=FILE`, and the other flags, each with the words that follow it."""
+    groups: list[list[str]] = []
+    for word in argv:
+        if word.startswith("--"):
+            groups.append([word])
+        elif groups:
+            groups[-1].append(word)
+        else:
+            raise ValueError(_no_pair(word))
+    files = [["--config", *group[0].split("=", 1)[1:], *group[1:]] for group in groups if _is_config(group)]
+    if len(files) > 1:
+        raise ValueError(f"--config must be given once, got {' and '.join(' '.join(words[1:]) for words in files)}")
+    if files and len(files[0]) == 1:
+        raise ValueError("--config must be followed by a YAML file, got nothing")
+    if files and len(files[0]) > 2:
+        raise ValueError(_no_pair(files[0][2]))
+    return (files[0][1] if files else None), [group for group in groups if not _is_config(group)]
 
 
-def _help_line(action: Any) -> str:
-    text = re.sub(r"\s+", " ", action.help or "").replace("%%", "%").replace("`", "")
-    text = re.split(r"(?<=[a-z)\]])\. ", text)[0].rstrip(".")
-    default = "" if action.default in (None, "==SUPPRESS==") else f" [{action.default}]"
-    body = textwrap.shorten(text, 150, placeholder=" ...") + default
-    return textwrap.fill(body, 112, initial_indent=f"  --{action.dest:<30} ", subsequent_indent=" " * 35)
+def _is_config(group: list[str]) -> bool:
+    return group[0].partition("=")[0] == "--config"
+
+
+def _launch_flags() -> set[str]:
+    """What `accelerate launch` takes before the module that it starts."""
+    from accelerate.commands.launch import launch_command_parser
+
+    flags = {flag for action in launch_command_parser()._actions for flag in action.option_strings}
+    return {flag for flag in flags if flag.startswith("--")} - {"--help", "--module", "--no_python", "--no-python"}
+
+
+def _check_json(parser: Parser, values: argparse.Namespace) -> None:
+    for name, value in vars(values).items():
+        if isinstance(value, str) and value.startswith("{") and dict in kinds(parser, name):
+            try:
+                json.loads(value)
+            except ValueError as error:
+                raise ValueError(f"{name} must be JSON, got {value!r}: {error}") from None
+
+
+def _check_counts(values: argparse.Namespace) -> None:
+    least = {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1}
+    for name, smallest in least.items():
+        if getattr(values, name) < smallest:
+            raise ValueError(f"{name} must be at least {smallest}, got {getattr(values, name)}")
+    if values.max_steps <= 0 and not values.num_train_epochs > 0:
+        raise ValueError(f"num_train_epochs must be above 0 where max_steps is not, got {values.num_train_epochs}")
+
+
+def _unknown(name: str, known: Iterable[str], expected: str) -> str:
+    known = sorted(known)
+    # A renamed field often keeps one part of its name: torch_dtype, dtype.
+    parts = set(name.strip("-").split("_"))
+    nested = [flag for flag in known if "-" not in flag[2:] and set(flag[2:].split("_")) < parts]
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.85) or sorted(nested, key=len, reverse=True)
+    near = near or difflib.get_close_matches(name, known, n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    return f"expected fields of {expected}, got the unknown {name}{hint}"
+
+
+def _no_pair(word: str) -> str:
+    hint = f"; did you mean --config {word}?" if word.endswith((".yaml", ".yml")) else ""
+    return f"expected --field value pairs, got {word!r}{hint}"

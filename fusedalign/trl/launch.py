@@ -1,49 +1,49 @@
-"""Start a command again through `accelerate launch`, as the field `accelerate_config` asks for."""
+"""Start a command again through `accelerate launch`, where `accelerate_config` or a flag of the launcher is given."""
 
 from __future__ import annotations
 
+import importlib.resources
 import os
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import yaml
+from fusedalign.trl.arguments import read_words
 
 
 def launched_elsewhere(method: str, argv: Sequence[str]) -> bool:
-    """Whether `accelerate_config` was given, and the command has now been run by `accelerate launch`.
+    """Whether the words ask for `accelerate launch`, and the command has now been run by it.
+
+    They do with `accelerate_config`, or with a flag that only the launcher has, such as `--num_processes`: passed on.
 
     Raises:
-        ValueError: no such configuration.
+        ValueError: no such configuration; a word that is a field of neither.
         RuntimeError: the command failed there, which has said why.
     """
+    words = read_words(method, argv)
     if "ACCELERATE_MIXED_PRECISION" in os.environ:  # this is what was launched
+        late = [word for word in words.launch if word.startswith("--") and word in argv]
+        if late:
+            raise ValueError(f"{late[0]} must come before `-m fusedalign`: accelerate launch has started already")
         return False
-    name = _accelerate_config(argv)
-    if name is None:
+    name = words.values.accelerate_config
+    if name is None and not words.launch:
         return False
-    from trl.cli.accelerate_config import resolve_accelerate_config_argument
-
-    words = resolve_accelerate_config_argument(["--accelerate_config", name])
-    command = [sys.executable, "-m", "accelerate.commands.launch", *words, "-m", "fusedalign", method, *argv]
-    status = subprocess.run(command).returncode
+    config = [] if name is None else ["--config_file", _config_file(str(name))]
+    started = [sys.executable, "-m", "accelerate.commands.launch", *config, *words.launch]
+    os.environ.update(words.env)
+    status = subprocess.run([*started, "-m", "fusedalign", method, *words.fields]).returncode
     if status:
         raise RuntimeError(f"accelerate launch ended with status {status}")
     return True
 
 
-def _accelerate_config(argv: Sequence[str]) -> str | None:
-    """That one field, of the flags or the file, looked up before a device is touched."""
-    flags = list(argv)
-    for flag, read in (("--accelerate_config", str), ("--config", _accelerate_config_in)):
-        if flag in flags[:-1]:
-            found = read(flags[flags.index(flag) + 1])
-            if found is not None:
-                return str(found)
-    return None
-
-
-def _accelerate_config_in(path: str) -> str | None:
-    content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    return content.get("accelerate_config") if isinstance(content, dict) else None
+def _config_file(name: str) -> str:
+    if Path(name).is_file():
+        return name
+    shipped = {Path(file.name).stem: file for file in importlib.resources.files("trl.accelerate_configs").iterdir()}
+    if not name.isidentifier() or name not in shipped:
+        names = ", ".join(sorted(stem for stem in shipped if not stem.startswith("_")))
+        raise ValueError(f"accelerate_config must be a file that exists or one of {names}, got {name!r}")
+    return str(shipped[name])

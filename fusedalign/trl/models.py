@@ -1,4 +1,4 @@
-"""The model that a command names: a folder, a Hub name, or the embedded one."""
+"""The model that a command names: a folder, a Hub name, the embedded one, or an adapter and its base model."""
 
 from __future__ import annotations
 
@@ -6,8 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import transformers
+from huggingface_hub.errors import GatedRepoError
+from transformers.utils import cached_file
 
 from fusedalign.embedded import EMBEDDED_NAME, build_embedded_model
+
+ADAPTER_CONFIG = "adapter_config.json"
 
 
 def model_path(name: str | None, training: Any) -> str:
@@ -25,24 +29,121 @@ def model_path(name: str | None, training: Any) -> str:
             if training.process_index == 0:
                 build_embedded_model(directory, seed=training.seed)
         return str(directory)
-    folder = Path(name)
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        inside = ", ".join(sorted(p.name for p in folder.iterdir())[:5]) or "nothing"
-        raise FileNotFoundError(f"model_name_or_path must be a folder with a config.json, got {name} with {inside}")
-    if not folder.exists() and name.startswith((".", "/", "~")):
-        raise FileNotFoundError(f"model_name_or_path must name a folder that exists, got {name}")
+    check_folder(name, "model_name_or_path", adapter=True)
     return name
 
 
-def check_has_head(path: str, model: Any, training: Any) -> None:
-    """Raises ValueError unless the model's configuration names a causal LM.
+def check_folder(name: str, what: str, *, adapter: bool = False) -> None:
+    """Raises FileNotFoundError for a local folder that does not exist or holds no model; a Hub model's name passes.
+
+    Where `adapter` is true an adapter will do.
+    """
+    folder, wanted = Path(name), ["config.json", *([ADAPTER_CONFIG] if adapter else [])]
+    if folder.is_dir() and not any((folder / file).is_file() for file in wanted):
+        names = sorted(p.name for p in folder.iterdir())
+        checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: (len(path.name), path.name))
+        hint = f"; the last checkpoint in it is {checkpoints[-1]}" if checkpoints else ""
+        raise FileNotFoundError(
+            f"{what} must be a folder with a {' or '.join(wanted)}, got {name} "
+            f"with {', '.join(names[:5]) or 'nothing'}{hint}"
+        )
+    if folder.is_file():
+        raise FileNotFoundError(f"{what} must name a folder, got the file {name}")
+    if not folder.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise FileNotFoundError(f"{what} must name a folder that exists, got {name}{_trained_first(what, name)}")
+
+
+def _trained_first(what: str, name: str) -> str:
+    if what != "model_name_or_path":
+        return ""
+    return f"; if a training is to write it, run that first: fusedalign sft ... --output_dir {name}"
+
+
+def check_has_head(path: str, what: str, *, revision: str | None = None, trust_remote_code: bool = False) -> None:
+    """Raises unless there is a model whose configuration names a causal LM.
 
     TRL would build whatever class is named and fail later, elsewhere.
+
+    Raises:
+        ValueError: another model.
+        FileNotFoundError: no model of that name, here or on the Hub.
     """
-    remote = {"revision": model.model_revision, "trust_remote_code": getattr(training, "trust_remote_code", False)}
-    names = transformers.AutoConfig.from_pretrained(path, **remote).architectures or ["no architecture in its config"]
+    remote: Any = {"revision": revision, "trust_remote_code": trust_remote_code}
+    try:
+        config = transformers.AutoConfig.from_pretrained(path, **remote)
+    except (OSError, ValueError) as error:
+        if Path(path).exists() or isinstance(error.__cause__, GatedRepoError):
+            raise
+        raise FileNotFoundError(
+            f"{what} must name a model, got {path}: there is no such folder here, and the Hub has no such model "
+            f"or cannot be reached{_trained_first(what, path)}"
+        ) from error
+    names = config.architectures or ["no architecture in its config"]
     architecture = getattr(transformers, names[0], None)
     if architecture is None and names[0].isidentifier():
         return  # remote code
     if architecture is None or not architecture.can_generate():
-        raise ValueError(f"model_name_or_path must name a causal LM with an LM head, got {path} with {names[0]}")
+        raise ValueError(f"{what} must name a causal LM with an LM head, got {path} with {names[0]}")
+
+
+#: What a tokenizer's files are called, of whatever family.
+_TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "*.model", "*.tiktoken", "tekken.json")
+
+
+def load_processing_class(path: str, *, auto: Any = transformers.AutoProcessor, **options: Any) -> Any:
+    """The processor of a model, or the tokenizer where it has none, as TRL loads it.
+
+    Args:
+        path: folder or Hub name.
+        auto: transformers' class that loads it.
+        options: of `from_pretrained`.
+
+    Raises:
+        ValueError: a folder without a tokenizer, of which transformers can make one that knows no word.
+    """
+    folder = Path(path)
+    if folder.is_dir() and not any(file for pattern in _TOKENIZER_FILES for file in folder.glob(pattern)):
+        raise ValueError(f"the model must come with a tokenizer, got {path} without one: save it into that folder")
+    return auto.from_pretrained(path, **options)
+
+
+def check_ends(processing_class: Any, path: str, *, pads: bool, ends: bool) -> None:
+    """Raises ValueError for a tokenizer without a token that the training needs.
+
+    Args:
+        processing_class: the tokenizer, or a processor that holds one.
+        path: what it was loaded from.
+        pads: a padding token is needed, or an EOS token that can stand for it.
+        ends: an EOS token is needed.
+    """
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    if tokenizer.eos_token is None and (ends or (pads and tokenizer.pad_token is None)):
+        raise ValueError(
+            f"the tokenizer of {path} must have an eos_token, got none"
+            f"{' and no pad_token' if tokenizer.pad_token is None else ''}: "
+            "set it in its tokenizer_config.json to the token that ends an answer"
+        )
+
+
+def check_template(path: str | None) -> None:
+    """Raises FileNotFoundError for a chat template that TRL would find neither here nor on the Hub."""
+    if path is not None and not Path(path).is_file() and not has_file(path, "tokenizer_config.json"):
+        raise FileNotFoundError(f"chat_template_path must name a .jinja file or a tokenizer's folder, got {path}")
+
+
+def has_file(path: str, file: str, revision: str | None = None) -> bool:
+    """Whether a folder or Hub repository holds a file."""
+    if Path(path).is_dir():
+        return (Path(path) / file).is_file()
+    quiet: Any = dict.fromkeys(
+        (
+            "_raise_exceptions_for_gated_repo",
+            "_raise_exceptions_for_missing_entries",
+            "_raise_exceptions_for_connection_errors",
+        ),
+        False,
+    )
+    try:
+        return cached_file(path, file, revision=revision, **quiet) is not None
+    except OSError:  # no such repository
+        return False

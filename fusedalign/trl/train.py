@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,11 +14,12 @@ import trl
 
 import fusedalign.trl
 from fusedalign.reports import plot_failure
+from fusedalign.trl.adapters import Adapter, find_adapter, load_adapter, merge
 from fusedalign.trl.arguments import METHODS, Arguments, parse, trl_class
 from fusedalign.trl.attachment import attach
 from fusedalign.trl.data import load_data
 from fusedalign.trl.folder import RunFolder, claimed
-from fusedalign.trl.models import check_has_head, model_path
+from fusedalign.trl.models import check_ends, check_has_head, check_template, load_processing_class, model_path
 from fusedalign.trl.record import MetricsFile, Written, plot_metrics
 
 
@@ -29,31 +32,41 @@ def build(method: str, arguments: Arguments, *, fused: bool = True) -> Any:
     """
     script, training, model, *_ = arguments
     train_dataset, eval_dataset = load_data(method, arguments)
-    path = model_path(model.model_name_or_path, training)
-    check_has_head(path, model, training)
+    _check_evaluated(script, training, eval_dataset)
+    trust, revision = getattr(training, "trust_remote_code", False), model.model_revision
+    path, adapter = _find_model(arguments, trust)
+    if adapter is None:
+        check_has_head(path, "model_name_or_path", revision=revision, trust_remote_code=trust)
     training.model_init_kwargs = {
-        "revision": model.model_revision,
-        "trust_remote_code": getattr(training, "trust_remote_code", False),
+        "revision": revision,
+        "trust_remote_code": trust,
         "attn_implementation": model.attn_implementation,
         "dtype": model.dtype,
         **(training.model_init_kwargs or {}),
     }
-    name = METHODS[method].trainer
-    more = {"quantization_config": trl.get_quantization_config(model)}
-    if METHODS[method].experimental:
+    name, experimental = METHODS[method].trainer, METHODS[method].experimental
+    more: dict[str, Any] = {"quantization_config": trl.get_quantization_config(model)}
+    if experimental:
         # There these trainers leave all to the model's arguments, and would spread it over devices.
         training.model_init_kwargs |= {"device_map": None, **more}
-        # They pad with what the tokenizer pads with before they have seen to it that it does.
-        remote = {"revision": model.model_revision, "trust_remote_code": training.trust_remote_code}
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path, **remote)
-        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-        more = {"processing_class": tokenizer}  # type: ignore[dict-item]
+        more = {}
+    load = functools.partial(load_processing_class, path) if adapter is None else adapter.processing_class
+    auto = transformers.AutoTokenizer if experimental else transformers.AutoProcessor
+    processing_class = load(auto=auto, revision=revision, trust_remote_code=trust)
+    _check_tokens(method, training, processing_class, path, train_dataset)
+    if experimental:  # these pad with what the tokenizer pads with before they have seen to it that it does
+        processing_class.pad_token = processing_class.pad_token or processing_class.eos_token
+    instance: Any = path
+    if adapter is not None:
+        instance = load_adapter(adapter, {**training.model_init_kwargs, **more})
+        training.model_init_kwargs, more = None, {}
     cls = getattr(fusedalign.trl, f"Fused{name}") if fused else trl_class(name)
     trainer = cls(
-        model=path,
+        model=instance,
         args=training,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
+        processing_class=processing_class,
         peft_config=trl.get_peft_config(model),
         **more,
         **(arguments.fused.head if fused else {}),
@@ -62,6 +75,52 @@ def build(method: str, arguments: Arguments, *, fused: bool = True) -> Any:
         buffers = [name for name, buffer in trainer.model.named_buffers() if buffer.dtype == torch.bool]
         trainer.model._ddp_params_and_buffers_to_ignore = buffers
     return trainer
+
+
+def _find_model(arguments: Arguments, trust_remote_code: bool) -> tuple[str, Adapter | None]:
+    """The folder or Hub name, and the adapter in it if that is to be trained further.
+
+    One that is to be merged is, into `OUTPUT_DIR/merged-model`, to which a new adapter's configuration then refers.
+    """
+    training, model, wanted = arguments.training, arguments.model, arguments.fused.merge_adapter
+    path = model_path(model.model_name_or_path, training)
+    adapter = find_adapter(path, model.model_revision, trust_remote_code=trust_remote_code)
+    if adapter is None and wanted:
+        raise ValueError(f"merge_adapter must be false where model_name_or_path is no adapter, got true with {path}")
+    if adapter is None or not (wanted or model.use_peft):
+        return path, adapter
+    folder = Path(training.output_dir) / "merged-model"
+    with training.main_process_first(desc="merging the adapter"):
+        if training.process_index == 0:
+            merge(adapter, folder, dtype=model.dtype, trust_remote_code=trust_remote_code)
+    return str(folder), None
+
+
+def _check_tokens(method: str, training: Any, processing_class: Any, path: str, train_dataset: Any) -> None:
+    """Raises where the tokenizer, or the chat template in its place, lacks what the training on these data needs."""
+    check_template(getattr(training, "chat_template_path", None))
+    if getattr(training, "eos_token", None) is not None:  # which TRL puts in
+        return
+    example: dict[str, Any] = next(iter(train_dataset), {})
+    # TRL gives an answer in plain text its end; a conversation ends as its template says.
+    plain = not (trl.is_conversational(example) or "input_ids" in example)
+    pads = getattr(training, "pad_token", None) is None
+    check_ends(processing_class, path, pads=pads, ends=plain or METHODS[method].experimental)
+
+
+def _check_evaluated(script: Any, training: Any, eval_dataset: Any) -> None:
+    """Raises ValueError for what needs an evaluation where the data have no split for it."""
+    if eval_dataset is not None:
+        return
+    for name, wants in (
+        ("load_best_model_at_end", training.load_best_model_at_end),
+        ("lr_scheduler_type", training.lr_scheduler_type == "reduce_lr_on_plateau"),
+    ):
+        if wants:
+            raise ValueError(
+                f"{name}={getattr(training, name)} needs an evaluation, got data without a split for it: "
+                f"add the split {script.dataset_test_split}, or leave {name} out"
+            )
 
 
 def run(trainer: Any, folder: RunFolder) -> Written:

@@ -1,0 +1,242 @@
+"""An adapter as a model: base model and adapter together, trained further, or merged."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+import peft
+import torch
+from peft.utils.save_and_load import load_peft_weights
+from trl.trainer.utils import create_model_from_path
+
+from fusedalign.reports import check_writable
+from fusedalign.trl.models import (
+    ADAPTER_CONFIG,
+    check_folder,
+    check_has_head,
+    has_file,
+    load_processing_class,
+)
+
+#: Folders that a training writes into its output directory for base models, found there also where that was moved.
+OWN_BASES = ("embedded-model", "merged-model")
+
+
+class Adapter(NamedTuple):
+    """Where an adapter and the model below it lie."""
+
+    path: str
+    """folder or Hub name"""
+    revision: str | None
+    config: peft.PeftConfig
+    base: str
+    """folder or Hub name of the base model"""
+
+    def processing_class(self, **options: Any) -> Any:
+        """That of the adapter, which may have added tokens, else of its base model; see `load_processing_class`."""
+        if has_file(self.path, "tokenizer_config.json", self.revision):
+            return load_processing_class(self.path, **{**options, "revision": self.revision})
+        return load_processing_class(self.base, **{**options, "revision": self.config.revision})
+
+
+def find_adapter(path: str, revision: str | None = None, *, trust_remote_code: bool = False) -> Adapter | None:
+    """The adapter of a folder or Hub name, None where it is none.
+
+    Raises:
+        ValueError: a folder that holds a model's weights too, a configuration that cannot be read, no LM head.
+        FileNotFoundError: a base model that does not exist.
+    """
+    if not has_file(path, ADAPTER_CONFIG, revision):
+        return None
+    weights = sorted(
+        p.name for pattern in ("model*.safetensors", "pytorch_model*.bin") for p in Path(path).glob(pattern)
+    )
+    if weights:
+        raise ValueError(
+            f"model_name_or_path must hold a model or an adapter, got {path} with {weights[0]} and {ADAPTER_CONFIG}: "
+            "move one of them elsewhere"
+        )
+    try:
+        config = peft.PeftConfig.from_pretrained(path, revision=revision)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{ADAPTER_CONFIG} in {path} must be what PEFT writes, got {type(error).__name__}: {error}"
+        ) from error
+    what = f"base_model_name_or_path in the {ADAPTER_CONFIG} of {path}"
+    base = config.base_model_name_or_path
+    if not base:
+        raise ValueError(f"{what} must name the base model, got {base!r}")
+    own = [folder / Path(base).name for folder in (Path(path), Path(path).parent) if Path(base).name in OWN_BASES]
+    base = next((str(folder) for folder in (Path(base), *own) if folder.is_dir()), base)
+    check_folder(base, what)
+    check_has_head(base, what, revision=config.revision, trust_remote_code=trust_remote_code)
+    config.base_model_name_or_path = base
+    return Adapter(path, revision, config, base)
+
+
+def load_adapter(adapter: Adapter, options: Mapping[str, Any], *, trainable: bool = True) -> Any:
+    """Base model and adapter.
+
+    Args:
+        adapter: to load.
+        options: of the base model's `from_pretrained`.
+        trainable: whether the adapter is to be trained further, or merged.
+
+    Raises:
+        ValueError: an adapter that does not fit its base model, or cannot be trained further.
+    """
+    if trainable and adapter.config.is_prompt_learning:
+        raise ValueError(
+            f"model_name_or_path must be an adapter that can be trained further, got {adapter.path} with "
+            f"{_kind(adapter)}: name its base model {adapter.base} instead"
+        )
+    base = create_model_from_path(adapter.base, **{**options, "revision": adapter.config.revision or "main"})
+    weights = load_peft_weights(adapter.path, device="cpu", revision=adapter.revision)
+    tokenizer = adapter.processing_class(trust_remote_code=options.get("trust_remote_code", False))
+    _resize(base, weights, len(getattr(tokenizer, "tokenizer", tokenizer)))
+    if not trainable:
+        _untie(base)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="Found missing adapter keys")  # these would stay random
+            model = peft.PeftModel.from_pretrained(
+                base, adapter.path, is_trainable=trainable, config=adapter.config, revision=adapter.revision
+            )
+    except (RuntimeError, ValueError, UserWarning) as error:
+        raise ValueError(f"adapter {adapter.path} must fit its base model {adapter.base}, got: {error}") from error
+    if trainable:
+        _copy_whole_references(model)
+    return model
+
+
+def _resize(base: Any, weights: Mapping[str, torch.Tensor], tokens: int) -> None:
+    """Give the base model the vocabulary that the adapter was trained with."""
+    ends = {module: name for name, module in base.named_modules()}
+    sizes = []
+    for module in (base.get_input_embeddings(), base.get_output_embeddings()):
+        prefix = f"base_model.model.{ends.get(module)}."
+        for key, weight in weights.items():
+            kind = key.removeprefix(prefix)
+            if kind in ("weight", "base_layer.weight", "lora_B.weight"):
+                sizes.append(weight.shape[0])
+            elif kind == "lora_embedding_A":
+                sizes.append(weight.shape[1])
+    rows = base.get_input_embeddings().weight.shape[0]
+    size = sizes[0] if sizes else max(rows, tokens)
+    if size != rows:
+        base.resize_token_embeddings(size)
+
+
+def _untie(model: Any) -> None:
+    """Give a head that is tied to the embedding a weight of its own: what is merged into one is not the other's."""
+    head = model.get_output_embeddings()
+    if head.weight is model.get_input_embeddings().weight:
+        head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+
+
+def _copy_whole_references(model: Any) -> None:
+    """Make of TRL's reference, an adapter `ref` beside `default`, a copy of all that `default` has.
+
+    TRL leaves out parameters with names that end in `.default`: trained tokens, LoRA on embeddings, IA3, VeRA.
+    """
+    add = model.add_adapter
+
+    def add_adapter(name: str, config: peft.PeftConfig, **options: Any) -> None:
+        config = copy.copy(config)
+        if hasattr(config, "init_lora_weights"):
+            config.init_lora_weights = True  # PiSSA and others would change the base model once more
+        add(name, config, **options)
+        tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        for key, tensor in tensors.items():
+            twin = ".".join(name if part == "default" else part for part in key.split("."))
+            if twin != key and twin in tensors:
+                tensors[twin].data.copy_(tensor.data)
+
+    model.add_adapter = add_adapter
+
+
+def merge(adapter: Adapter, folder: Path, *, dtype: str | None = "auto", trust_remote_code: bool = False) -> None:
+    """Write the merged model and its tokenizer into a folder.
+
+    Args:
+        adapter: to merge into its base model.
+        folder: to write into.
+        dtype: of the merged model; "auto": that of the base model.
+        trust_remote_code: as in transformers.
+
+    Raises:
+        ValueError: an adapter that cannot be merged.
+    """
+    if adapter.config.is_prompt_learning:
+        raise ValueError(
+            f"expected an adapter of weights, which can be merged, got {adapter.path} with {_kind(adapter)}"
+        )
+    options = {"dtype": dtype, "device_map": None, "trust_remote_code": trust_remote_code}
+    model = load_adapter(adapter, options, trainable=False)
+    try:
+        merged = model.merge_and_unload()
+    except (AttributeError, NotImplementedError, ValueError) as error:
+        raise ValueError(
+            f"expected an adapter that can be merged, got {adapter.path} with {_kind(adapter)}: {error}"
+        ) from error
+    embedding, head = merged.get_input_embeddings().weight, merged.get_output_embeddings().weight
+    if merged.config.tie_word_embeddings and not torch.equal(embedding, head):
+        merged.config.tie_word_embeddings = merged.config.get_text_config().tie_word_embeddings = False
+    merged.save_pretrained(folder)
+    adapter.processing_class(trust_remote_code=trust_remote_code).save_pretrained(folder)
+
+
+def _kind(adapter: Adapter) -> str:
+    return str(getattr(adapter.config.peft_type, "value", adapter.config.peft_type))
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line and no usage."""
+        raise ValueError(f"merge: {message}")
+
+
+def merge_command(argv: list[str]) -> None:
+    """Run `fusedalign merge` with the words that follow it.
+
+    Raises:
+        ValueError: a word that does not fit, no adapter, one that cannot be merged, a folder that holds something.
+        FileNotFoundError: no base model.
+    """
+    parser = _Parser(
+        prog="fusedalign merge",
+        description="Write the model that a base model and its adapter are together, and the tokenizer, into a folder.",
+        allow_abbrev=False,
+        add_help=False,
+    )
+    parser.add_argument("-h", "--help", action="store_true", help="show this text")
+    parser.add_argument("adapter", nargs="?", metavar="ADAPTER", help="folder or Hub name of the adapter")
+    parser.add_argument("--out", metavar="DIR", help="folder for the merged model, new or empty")
+    dtypes = ("auto", "float32", "bfloat16", "float16")
+    parser.add_argument(
+        "--dtype", choices=dtypes, default="auto", help="of the merged model; default: the base model's"
+    )
+    options = parser.parse_args(argv)
+    if options.help:
+        print(parser.format_help(), end="")
+        return
+    for name in ("adapter", "out"):
+        if not getattr(options, name):
+            raise ValueError(f"merge needs ADAPTER --out DIR, got no {name}")
+    check_folder(options.adapter, "ADAPTER", adapter=True)
+    adapter = find_adapter(options.adapter)
+    if adapter is None:
+        raise ValueError(f"ADAPTER must be a folder or Hub model with an {ADAPTER_CONFIG}, got {options.adapter}")
+    folder = Path(options.out)
+    check_writable(folder, "--out")
+    if any(folder.iterdir()):
+        raise ValueError(
+            f"--out must be a new or empty folder, got {folder} with {min(p.name for p in folder.iterdir())}"
+        )
+    merge(adapter, folder, dtype=options.dtype)
+    print(f"model: {folder}")

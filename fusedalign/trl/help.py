@@ -1,0 +1,55 @@
+"""What `fusedalign METHOD --help` prints."""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from dataclasses import fields
+from typing import Any
+
+import transformers
+
+from fusedalign.trl.arguments import METHODS, FusedArguments, method_parser, trl_class
+
+_USUAL = (
+    "model_name_or_path", "dtype", "dataset_name", "dataset_train_split", "dataset_test_split", "output_dir",
+    "overwrite_output_dir", "resume_from_checkpoint",
+    "max_length", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "num_train_epochs",
+    "max_steps", "warmup_steps", "lr_scheduler_type", "bf16", "gradient_checkpointing", "logging_steps",
+    "eval_strategy", "save_strategy", "report_to", "seed", "use_peft", "lora_r", "lora_alpha", "lora_target_modules",
+    "load_in_4bit",
+)  # fmt: skip
+
+
+def help_text(method: str, *, everything: bool = False) -> str:
+    """What `fusedalign METHOD --help` prints: the usual flags and the method's own; or all of several hundred."""
+    parser, about = method_parser(method), METHODS[method]
+    if everything:
+        return parser.format_help()
+    actions = {action.dest: action for action in parser._actions}
+    config = trl_class(about.config)
+    inherited = {f.name for f in fields(transformers.TrainingArguments)} | set(_USUAL)
+    own = [f.name for f in fields(config) if f.name not in inherited and f.name in actions]
+    columns = " or ".join("+".join(choice) for choice in about.columns)
+    parts = [
+        f"fusedalign {method}: {about.about}",
+        f"usage: fusedalign {method} --config recipes/{method}.yaml [--field VALUE ...]",
+        textwrap.fill(f"Data with the columns {columns}. Flags win over the file; both have the same names.", 112),
+    ]
+    groups = {
+        "The usual": _USUAL,
+        f"{about.config}'s own": own,
+        "fusedalign's own": [f.name for f in fields(FusedArguments) if f.name not in _USUAL],
+    }
+    for title, names in groups.items():
+        parts.append("\n".join([f"{title}:", *(_help_line(actions[name]) for name in names if name in actions)]))
+    parts.append(f"fusedalign {method} --help_all lists the other fields of TRL's and transformers' configurations.")
+    return "\n\n".join(parts)
+
+
+def _help_line(action: Any) -> str:
+    text = re.sub(r"\s+", " ", action.help or "").replace("%%", "%").replace("`", "")
+    text = re.split(r"(?<=[a-z)\]])\. ", text)[0].rstrip(".")
+    default = "" if action.default in (None, "==SUPPRESS==") else f" [{action.default}]"
+    body = textwrap.shorten(text, 150, placeholder=" ...") + default
+    return textwrap.fill(body, 112, initial_indent=f"  --{action.dest:<30} ", subsequent_indent=" " * 35)

@@ -1,0 +1,116 @@
+"""Models, tokenizers and schedules that cannot train: one line before the training, not another error in it."""
+
+import json
+import shutil
+
+import pytest
+import tiny
+import torch
+import transformers
+
+from fusedalign.cli import main
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model folder, and copies of it with something missing."""
+    folder = tmp_path_factory.mktemp("models")
+    torch.manual_seed(0)
+    tiny.MODELS["qwen3"]().save_pretrained(folder / "bare")
+    words = tiny.tokenizer().backend_tokenizer
+    for name, special in {
+        "whole": {"pad_token": "<pad>", "eos_token": "</s>"},
+        "no ends": {},
+        "no eos": {"pad_token": "<pad>"},
+        "no pad": {"eos_token": "</s>"},
+    }.items():
+        shutil.copytree(folder / "bare", folder / name)
+        tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", **special)
+        tokenizer.save_pretrained(folder / name)
+    rows = [{"prompt": "a good", "chosen": "answer is short", "rejected": "boats"}] * 4
+    talk = [
+        {"messages": [{"role": "user", "content": "a good"}, {"role": "assistant", "content": "answer"}]},
+    ] * 4
+    for name, lines in {"rows": rows, "talk": talk}.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def words(folder, tmp_path, model="whole", data="rows", **options):
+    options = {
+        "model_name_or_path": folder / model,
+        "dataset_name": folder / f"{data}.jsonl",
+        "output_dir": tmp_path / "out",
+        "max_steps": 1,
+        "per_device_train_batch_size": 2,
+        "report_to": "none",
+        "use_cpu": "true",
+        **options,
+    }
+    return [word for name, value in options.items() for word in (f"--{name}", str(value))]
+
+
+def error_of(capsys, argv):
+    assert main(argv) == 2
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("fusedalign: "))
+    return line
+
+
+@pytest.mark.parametrize("method", ["sft", "dpo", "kto", "orpo"])
+def test_a_tokenizer_without_an_end(folder, tmp_path, capsys, method):
+    error = error_of(capsys, [method, *words(folder, tmp_path, "no ends")])
+    path = folder / "no ends"
+    assert f"the tokenizer of {path} must have an eos_token, got none and no pad_token: set it in its" in error
+    error = error_of(capsys, [method, *words(folder, tmp_path, "no eos")])
+    assert f"the tokenizer of {folder / 'no eos'} must have an eos_token, got none: set it in its" in error
+
+
+def test_a_tokenizer_that_needs_no_end(folder, tmp_path, capsys):
+    """EOS pads where there is no padding token; conversations end as their template says."""
+    assert main(["dpo", *words(folder, tmp_path, "no pad")]) == 0, capsys.readouterr().err
+    template = tmp_path / "template.jinja"
+    template.write_text("{% for message in messages %}{{ message.content + ' ' }}{% endfor %}")
+    argv = ["sft", *words(folder, tmp_path, "no eos", "talk", chat_template_path=template), "--output_dir"]
+    assert main([*argv, str(tmp_path / "talk")]) == 0, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method", ["sft", "dpo", "orpo"])
+def test_a_model_without_a_tokenizer(folder, tmp_path, capsys, method):
+    """transformers makes one that knows no word, and training on nothing would end well."""
+    error = error_of(capsys, [method, *words(folder, tmp_path, "bare")])
+    assert f"the model must come with a tokenizer, got {folder / 'bare'} without one" in error
+
+
+@pytest.mark.parametrize("method", ["sft", "dpo", "kto", "cpo"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"load_best_model_at_end": "true", "eval_strategy": "epoch", "save_strategy": "epoch"},
+        {"load_best_model_at_end": "true", "eval_strategy": "steps", "save_strategy": "best"},
+        {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "epoch"},
+    ],
+    ids=lambda options: " ".join(options.values()),
+)
+def test_what_needs_an_evaluation(folder, tmp_path, capsys, method, options):
+    """The one split leaves nothing to evaluate on."""
+    error = error_of(capsys, [method, *words(folder, tmp_path, **options)])
+    name = next(iter(options))
+    assert f"{name}=" in error
+    assert "needs an evaluation, got data without a split for it: add the split test, or leave" in error
+
+
+def test_a_chat_template_that_is_not_there(folder, tmp_path, capsys):
+    error = error_of(capsys, ["sft", *words(folder, tmp_path, chat_template_path="runs/nowhere")])
+    assert "chat_template_path must name a .jinja file or a tokenizer's folder, got runs/nowhere" in error
+
+
+@pytest.mark.parametrize("method", ["sft", "dpo", "orpo"])
+def test_without_bf16_a_command_trains_on_a_cpu(folder, tmp_path, monkeypatch, capsys, method):
+    """TRL's default is bf16, which ends in an error where no accelerator has it."""
+    monkeypatch.setattr(transformers.training_args, "is_torch_bf16_gpu_available", lambda: False)
+    from fusedalign.trl import arguments
+
+    monkeypatch.setattr(arguments, "is_torch_bf16_gpu_available", lambda: False)
+    argv = words(folder, tmp_path)
+    at = argv.index("--use_cpu")
+    assert main([method, *argv[:at], *argv[at + 2 :]]) == 0, capsys.readouterr().err
