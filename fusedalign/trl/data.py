@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import datasets
 import trl
 
 from fusedalign.trl import shapes
@@ -69,27 +70,34 @@ def served(dataset: Any, method: str, source: str, text_field: str = "text") -> 
         ValueError: no row, columns that the method cannot use, a field that is neither text nor messages.
     """
     columns = dataset.column_names or list(next(iter(dataset), {}))
-    if not columns or (_length(dataset) == 0):
+    if not columns or _length(dataset) == 0:
         raise ValueError(f"data set for {method} must have at least one row, got none in {source}")
-    convert, needed = _conversion(method, source, columns, text_field)
-    unused = {*shapes.TEXTS, "label", text_field} & set(columns) - set(needed)
-    if convert is None:  # tokenised already
+    shape, needed = _shape(method, source, columns, text_field)
+    if shape is None:
         return dataset
-    dataset = dataset.remove_columns(sorted(unused))
-    convert = partial(_converted, convert=convert, source=source)
+    dataset = dataset.remove_columns([c for c in columns if c in {*shapes.TEXTS, "label"} and c not in needed])
+    convert = partial(_converted, shape=shape, names=needed, source=source)
     if _length(dataset) is None:
         return dataset.map(convert, with_indices=True, remove_columns=list(needed))
-    if all(_is_sound(dataset, name) for name in needed) and not {"chosen", "conversations"} & set(needed):
+    if shape in _FOR_TEXT and all(_is_sound(dataset, name) for name in needed) and needed[0] != "chosen":
         return dataset
     if all(convert(row, i) == row for i, row in enumerate(_rows(dataset.select_columns(list(needed))))):
         return dataset
-    return dataset.map(convert, with_indices=True, remove_columns=list(needed), desc="Converting the rows")
+    converted = dataset.map(convert, with_indices=True, remove_columns=list(needed), desc="Converting the rows")
+    return converted.cast_column("label", datasets.Value("bool")) if "label" in needed else converted
 
 
-def _conversion(
+#: The functions of rows that leave sound text, with its prompt, as it is.
+_FOR_TEXT = (shapes.preference, shapes.prompt_completion, shapes.unpaired, shapes.text)
+
+
+def _shape(
     method: str, source: str, columns: Sequence[str], text_field: str
 ) -> tuple[Callable[[shapes.Row], shapes.Row] | None, tuple[str, ...]]:
-    """The function of a row for the first of the method's choices of columns that is there, and these columns."""
+    """The function of rows for the first of the method's choices of columns that is there, and the columns it reads.
+
+    The function is None for tokens, which TRL takes as they are.
+    """
     choices = [tuple(text_field if name == "text" else name for name in choice) for choice in METHODS[method].columns]
     found = next((choice for choice in choices if set(choice) <= set(columns)), None)
     if found is None:
@@ -104,15 +112,17 @@ def _conversion(
         ("prompt", "completion", "label"): (shapes.unpaired, found),
         ("messages",): (shapes.conversation, found),
         ("conversations",): (shapes.conversation, found),
-        (text_field,): (shapes.text(text_field), found),
+        (text_field,): (shapes.text, found),
         ("chosen",): (shapes.chosen_side, tuple(name for name in pair if name != "rejected")),
         ("chosen", "rejected"): (shapes.preference, pair),
     }[found]
 
 
-def _converted(row: shapes.Row, index: int, *, convert: Callable[[shapes.Row], shapes.Row], source: str) -> shapes.Row:
+def _converted(
+    row: shapes.Row, index: int, *, shape: Callable[[shapes.Row], shapes.Row], names: Sequence[str], source: str
+) -> shapes.Row:
     try:
-        return convert(row)
+        return shape({name: row[name] for name in names})
     except ValueError as error:
         raise ValueError(f"{source}, row {index + 1}: {error}") from None
 

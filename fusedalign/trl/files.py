@@ -15,7 +15,7 @@ _READERS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".parquet": "p
 _ENDINGS = ".jsonl, .json, .parquet, .csv or .arrow"
 
 
-def load_named(name: str, **options: Any) -> Any:
+def load_named(name: str, /, **options: Any) -> Any:
     """The splits of a data set: a file, a folder of them, or a name of the Hub.
 
     Args:

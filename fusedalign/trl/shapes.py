@@ -8,7 +8,7 @@ name. Sources: TRL's "Dataset formats and types"; UltraFeedback (prompt a string
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 Row = dict[str, Any]
@@ -78,15 +78,12 @@ def conversation(row: Row) -> Row:
     return {**{name: x for name, x in row.items() if name != "conversations"}, "messages": messages}
 
 
-def text(field: str) -> Callable[[Row], Row]:
-    """The function of rows that checks that `field` is text."""
-
-    def check(row: Row) -> Row:
-        if not isinstance(row[field], str):
-            raise ValueError(f"{field} must be text, got {_short(row[field])}")
-        return row
-
-    return check
+def text(row: Row) -> Row:
+    """Text in every field."""
+    for field, found in row.items():
+        if not isinstance(found, str):
+            raise ValueError(f"{field} must be text, got {_short(found)}")
+    return row
 
 
 def value(row: Row, field: str) -> Any:
