@@ -57,7 +57,9 @@ METHODS = {
         "supervised fine-tuning",
     ),
     "dpo": Method("DPOTrainer", "DPOConfig", _PAIRS, "direct preference optimisation, fifteen losses"),
-    "kto": Method("KTOTrainer", "KTOConfig", (("prompt", "completion", "label"), *_PAIRS), "good and bad answers, unpaired"),
+    "kto": Method(
+        "KTOTrainer", "KTOConfig", (("prompt", "completion", "label"), *_PAIRS), "good and bad answers, unpaired"
+    ),
     "cpo": Method("CPOTrainer", "CPOConfig", _PAIRS, "contrastive preference optimisation, no reference model"),
     "simpo": Method(
         "CPOTrainer",

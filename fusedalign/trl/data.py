@@ -71,7 +71,7 @@ def served(dataset: Any, method: str, source: str, text_field: str = "text") -> 
     """
     columns = dataset.column_names or list(next(iter(dataset), {}))
     if not columns or _length(dataset) == 0:
-        raise ValueError(f"data set for {method} must have at least one row, got none in {source}")
+        raise ValueError(f"{source} must have at least one row, got none")
     shape, needed = _shape(method, source, columns, text_field)
     if shape is None:
         return dataset
@@ -81,7 +81,8 @@ def served(dataset: Any, method: str, source: str, text_field: str = "text") -> 
         return dataset.map(convert, with_indices=True, remove_columns=list(needed))
     if shape in _FOR_TEXT and all(_is_sound(dataset, name) for name in needed) and needed[0] != "chosen":
         return dataset
-    if all(convert(row, i) == row for i, row in enumerate(_rows(dataset.select_columns(list(needed))))):
+    unchanged = all(convert(row, i) == row for i, row in enumerate(_rows(dataset.select_columns(list(needed)))))
+    if unchanged and ("label" not in needed or dataset.features["label"] == datasets.Value("bool")):  # 1 == True
         return dataset
     converted = dataset.map(convert, with_indices=True, remove_columns=list(needed), desc="Converting the rows")
     return converted.cast_column("label", datasets.Value("bool")) if "label" in needed else converted

@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from fusedalign.embedded import data_directory
 
 #: Endings of data files, and the readers of `datasets` for them.
-_READERS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}
+_READERS = {
+    ".jsonl": "json",
+    ".ndjson": "json",
+    ".json": "json",
+    ".parquet": "parquet",
+    ".csv": "csv",
+    ".arrow": "arrow",
+}
 _ENDINGS = ".jsonl, .json, .parquet, .csv or .arrow"
+_NO_ROWS = " must have at least one row, got none"
 
 
 def load_named(name: str, /, **options: Any) -> Any:
@@ -35,7 +43,7 @@ def load_named(name: str, /, **options: Any) -> Any:
         raise FileNotFoundError(f"dataset_name must name a file or folder that exists, got {name}")
     if path.is_file() and path.suffix.lower() not in _READERS:
         raise ValueError(f"dataset_name must be a {_ENDINGS} file, got {name}")
-    if path.is_dir() and not any(_data_files(path)):
+    if path.is_dir() and not _data_files(path):
         inside = ", ".join(sorted(p.name for p in path.iterdir())[:5]) or "nothing"
         raise FileNotFoundError(f"dataset_name must be a folder with {_ENDINGS} files, got {name} with {inside}")
     try:
@@ -47,12 +55,16 @@ def load_named(name: str, /, **options: Any) -> Any:
             next(iter(split), None)  # a stream has not been read before
     except Exception as error:
         raise ValueError(_explanation(name, path, error)) from error
+    for file in _data_files(path):
+        # The reader takes any bytes, and a stream is too long to be read before it is trained on.
+        found = _READERS[file.suffix.lower()] == "json" and not options.get("streaming") and _not_utf8(file)
+        if found:
+            raise ValueError(f"{file}{found}")
     return splits
 
 
 def _explanation(name: str, path: Path, error: Exception) -> str:
-    files = [path] if path.is_file() else _data_files(path) if path.is_dir() else []
-    for file in files:
+    for file in _data_files(path):
         found = problem(file)
         if found:
             return f"{file}{found}"
@@ -65,40 +77,54 @@ def _explanation(name: str, path: Path, error: Exception) -> str:
     return f"dataset_name must be data that can be read, got {name}: {reason[:200]}"
 
 
-def _data_files(folder: Path) -> Iterator[Path]:
-    return (p for p in sorted(folder.rglob("*")) if p.is_file() and p.suffix.lower() in _READERS)
+def _data_files(path: Path) -> list[Path]:
+    """The file itself, or those in a folder that `datasets` reads; none of a name of the Hub."""
+    files = [path] if path.is_file() else sorted(path.rglob("*")) if path.is_dir() else []
+    return [file for file in files if file.is_file() and file.suffix.lower() in _READERS]
 
 
 def problem(file: Path) -> str | None:
     """What is wrong with a file, to be read after its name; None where nothing is found."""
     kind = _READERS[file.suffix.lower()]
     if not file.stat().st_size:
-        return " is empty: it must have at least one row"
+        return _NO_ROWS
     if kind not in ("json", "csv"):
         return None
-    try:
-        content = file.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = file.read_bytes()[: error.start].count(b"\n") + 1
-        return f", line {line}: text must be UTF-8, got byte 0x{error.object[error.start]:02x}"
-    return _problem_of_csv(content) if kind == "csv" else _problem_of_json(content)
+    found = _not_utf8(file)
+    if found:
+        return found
+    content = file.read_text(encoding="utf-8-sig")
+    return _problem_of_csv(content) if kind == "csv" else _problem_of_json(content, file.suffix.lower() == ".json")
 
 
-def _problem_of_json(content: str) -> str | None:
+def _not_utf8(file: Path) -> str | None:
+    with file.open("rb") as lines:
+        for i, line in enumerate(lines, 1):
+            try:
+                line.decode()
+            except UnicodeDecodeError as error:
+                return f", line {i}: text must be UTF-8, got byte 0x{line[error.start]:02x}"
+    return None
+
+
+def _problem_of_json(content: str, may_be_one: bool) -> str | None:
+    """Of a file with one object a line or, if it `may_be_one`, a single list or object over many lines."""
     lines = [(i, line) for i, line in enumerate(content.split("\n"), 1) if line.strip()]
     try:
-        rows: Any = json.loads(content, object_pairs_hook=_object)
-    except ValueError as whole:
-        if _parses(lines[:1]) or len(lines) == 1:  # one object a line
+        return None if json.loads(content, object_pairs_hook=_object) else _NO_ROWS
+    except ValueError as error:
+        if len(lines) < 2 or _is_json(lines[0][1]) or not (may_be_one or content.startswith("[")):
             return _problem_of_lines(lines)
-        where = f", line {whole.lineno}" if isinstance(whole, json.JSONDecodeError) else ""
-        return f"{where}: must be JSON, got {whole}"
-    rows = rows if isinstance(rows, list) else [rows]
-    return None if any(rows) else " has no rows: it must have at least one"
+        where = f", line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
+        return f"{where}: must be JSON, got {error}"
 
 
-def _parses(lines: Iterable[tuple[int, str]]) -> bool:
-    return _problem_of_lines(lines) is None
+def _is_json(content: str) -> bool:
+    try:
+        json.loads(content)
+    except ValueError:
+        return False
+    return True
 
 
 def _problem_of_lines(lines: Iterable[tuple[int, str]]) -> str | None:
@@ -112,7 +138,7 @@ def _problem_of_lines(lines: Iterable[tuple[int, str]]) -> str | None:
         if not isinstance(row, dict):
             return f", line {i}: must be one JSON object, got {line.strip()[:60]!r}"
         empty = False
-    return " has no rows: it must have at least one" if empty else None
+    return _NO_ROWS if empty else None
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -130,4 +156,4 @@ def _problem_of_csv(content: str) -> str | None:
     for row in reader:
         if len(row) > len(header):
             return f", line {reader.line_num}: must have {len(header)} fields as the first line has, got {len(row)}"
-    return " has no rows: it must have at least one" if row is None else None
+    return _NO_ROWS if row is None else None

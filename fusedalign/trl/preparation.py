@@ -36,7 +36,9 @@ def reshaped(dataset: Any) -> Any:
         present = {name: first[name] for name in (*names, "prompt") if name in first}
         tokenised = {"input_ids", "reference"} & set(first)  # or TPO's, of three answers
         if set(names) <= set(first) and not tokenised and shape(present) != present:
-            return dataset.map(_apply, fn_kwargs={"shape": shape, "names": tuple(present)}, remove_columns=list(present))
+            return dataset.map(
+                _apply, fn_kwargs={"shape": shape, "names": tuple(present)}, remove_columns=list(present)
+            )
     return dataset
 
 

@@ -36,7 +36,9 @@ def error(capsys):
 def test_nothing_left_is_one_line_before_training(method, tmp_path, embedded_folder, capsys):
     rows = 816 if method == "kto" else 408
     assert main(argv(method, tmp_path, embedded_folder, max_length=4)) == 2
-    message = f"max_length=4 leaves no completion token to train on in any of the {rows} training rows: raise max_length"
+    message = (
+        f"max_length=4 leaves no completion token to train on in any of the {rows} training rows: raise max_length"
+    )
     assert message in error(capsys)
     assert not (tmp_path / "out" / "model.safetensors").exists()
 
@@ -121,7 +123,9 @@ def test_nothing_is_said_where_all_rows_keep_a_token(method, trainer, caplog):
 
 @pytest.mark.parametrize("method", FUSED)
 def test_the_evaluation_rows_are_counted_too(method, trainer):
-    with pytest.raises(ValueError, match="max_length=4 leaves no completion token .* any of the . evaluation rows: raise"):
+    with pytest.raises(
+        ValueError, match="max_length=4 leaves no completion token .* any of the . evaluation rows: raise"
+    ):
         trainer(method, rows_of([2, 9, 3]), rows_of([5, 4]), max_length=4)
 
 
