@@ -60,8 +60,8 @@ def served(dataset: Any, method: str, source: str, text_field: str = "text") -> 
     """A data set with the columns and rows that the trainer of a method takes.
 
     Args:
-        dataset: a `datasets.Dataset`, of which every row is checked now, or an `IterableDataset`, whose rows are checked
-            as they come.
+        dataset: a `datasets.Dataset`, whose rows are checked now, or an `IterableDataset`, whose rows are checked as
+            they come.
         method: one of `METHODS`.
         source: its name in errors.
         text_field: the column of plain text for SFT.

@@ -11,14 +11,7 @@ from typing import Any
 from fusedalign.embedded import data_directory
 
 #: Endings of data files, and the readers of `datasets` for them.
-_READERS = {
-    ".jsonl": "json",
-    ".ndjson": "json",
-    ".json": "json",
-    ".parquet": "parquet",
-    ".csv": "csv",
-    ".arrow": "arrow",
-}
+_READERS = {f".{name}": name for name in ("json", "parquet", "csv", "arrow")} | {".jsonl": "json", ".ndjson": "json"}
 _ENDINGS = ".jsonl, .json, .parquet, .csv or .arrow"
 _NO_ROWS = " must have at least one row, got none"
 
@@ -72,9 +65,9 @@ def _explanation(name: str, path: Path, error: Exception) -> str:
     while cause.__cause__ is not None:
         cause = cause.__cause__  # type: ignore[assignment]
     reason = " ".join(str(cause).split()) or type(cause).__name__
-    if not path.exists():
-        return f"dataset_name must be a file, a folder or a data set of the Hub that can be reached, got {name}: {reason[:200]}"
-    return f"dataset_name must be data that can be read, got {name}: {reason[:200]}"
+    local = "data that can be read"
+    expected = local if path.exists() else "a file, a folder or a data set of the Hub that can be reached"
+    return f"dataset_name must be {expected}, got {name}: {reason[:200]}"
 
 
 def _data_files(path: Path) -> list[Path]:

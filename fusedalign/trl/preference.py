@@ -64,7 +64,7 @@ class _FusedPairs(_FusedForward):
     """What CPO and ORPO share: their rows, tokenised as DPO's are, and the forward of a batch."""
 
     def _adapt(self, arguments: dict[str, Any]) -> None:
-        """Raw rows, also of streams, for `tokenize_row`; a named encoder-decoder, which TRL would load as a causal LM."""
+        """The rows as they are for `tokenize_row`; a model for the name of an encoder-decoder."""
         _load_encoder_decoder(arguments)
         for name in ("train_dataset", "eval_dataset"):
             if hasattr(arguments.get(name), "map"):

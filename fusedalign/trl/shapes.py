@@ -1,9 +1,9 @@
 """Rows of a data set in the shapes in which they are published, turned into the one that TRL's trainers take.
 
 A prompt or an answer is text or a conversation, a list of messages with `role` and `content`. TRL's trainers need both
-of one kind, and the answer without the prompt. Here are functions of single rows, which raise ValueError with the field's
-name. Sources: TRL's "Dataset formats and types"; UltraFeedback (prompt a string, answers whole conversations); ShareGPT
-(`from` and `value`).
+of one kind, and the answer without the prompt. Each function here takes a row and returns one, and raises ValueError
+with the name of the field. Sources: TRL's "Dataset formats and types"; UltraFeedback (prompt a string, answers whole
+conversations); ShareGPT (`from` and `value`).
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def unpaired(row: Row) -> Row:
 
 
 def prompt_completion(row: Row) -> Row:
-    """Prompt and completion, both text or both conversations; of a whole conversation the last turn is the completion."""
+    """Prompt and completion, both text or both messages; the last turn of a whole conversation is the completion."""
     completion = value(row, "completion")
     prompt, (completion,) = _explicit(value(row, "prompt"), [completion], len(completion) - 1)
     return {**row, "prompt": prompt, "completion": completion}

@@ -1,7 +1,8 @@
 """The tokens of a preference pair as TRL's DPO makes them, and each answer with one end.
 
-TRL's CPO and ORPO put an EOS after what a chat template has closed already, since the template's `<|im_end|>\\n` does not
-end in the EOS, and a BOS before prompts that the tokenizer gives none. Then methods are trained on different tokens.
+TRL's CPO and ORPO put an EOS after what a chat template has closed already, since the template's `<|im_end|>\\n` does
+not end in the EOS, and a BOS before prompts to which the tokenizer adds none. Then methods are trained on different
+tokens.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ _logger = logging.getLogger(__name__)
 class OneEnd:
     """A tokenizer whose texts have one EOS at their end at most, where a trainer adds one to what has an end already.
 
-    It has all else from the tokenizer: the EOS that a tokenizer adds by itself is left out, since trainers add it to the
-    text, and so is one that follows another with nothing but white space between.
+    The EOS that a tokenizer adds by itself is left out, since trainers add it to the text, and so is one that follows
+    another with nothing but white space between. All else is the tokenizer's.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -121,7 +122,7 @@ class PairSource:
 
 
 def rendered(row: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:
-    """A row as text, for encoder-decoders: without the end of the chat template where the tokenizer adds one by itself."""
+    """A row as text, for encoder-decoders, without the template's end where the tokenizer adds one by itself."""
     tools = row.get("tools")
     row = maybe_apply_chat_template(dict(row), tokenizer, json.loads(tools) if isinstance(tools, str) else tools)
     if OneEnd(tokenizer).adds_end:

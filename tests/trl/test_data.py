@@ -1,4 +1,4 @@
-"""Data as people have it: every shape that TRL's documentation lists, ShareGPT, UltraFeedback; and what is wrong with it."""
+"""Data as people have it: the shapes that TRL's documentation lists, ShareGPT, UltraFeedback; and data with faults."""
 
 import json
 
@@ -139,7 +139,12 @@ def test_every_shape_as_the_trainer_takes_it(method, kind, stream):
     assert [told(r, want) for r in got] == [want] * 3
 
 
-TOKENS = [(m, k) for m, k in EVERY if m in ("sft", "dpo", "kto", "orpo") and k not in ("tokens", "extra columns")]
+TOKENS = [(m, k) for m in ("sft", "dpo", "kto", "orpo") for k in ("UltraFeedback", "ShareGPT")]
+TOKENS += [
+    ("dpo", "messages without a prompt"),
+    ("simpo", "text without a prompt"),
+    ("kto", "a string and several turns"),
+]
 
 
 def flags(tmp_path, folder, **options):

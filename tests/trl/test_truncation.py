@@ -123,9 +123,7 @@ def test_nothing_is_said_where_all_rows_keep_a_token(method, trainer, caplog):
 
 @pytest.mark.parametrize("method", FUSED)
 def test_the_evaluation_rows_are_counted_too(method, trainer):
-    with pytest.raises(
-        ValueError, match="max_length=4 leaves no completion token .* any of the . evaluation rows: raise"
-    ):
+    with pytest.raises(ValueError, match=r"max_length=4 leaves no completion token .* of the . evaluation rows"):
         trainer(method, rows_of([2, 9, 3]), rows_of([5, 4]), max_length=4)
 
 
@@ -134,7 +132,7 @@ def test_keep_end(method, trainer, caplog):
     """The end of a row is its answer, so only a single token, which is never predicted, is too few."""
     trainer(method, rows_of([5, 9]), max_length=2, truncation_mode="keep_end")
     assert not [r for r in caplog.records if "max_length" in r.getMessage()]
-    with pytest.raises(ValueError, match="max_length=1 leaves no completion token .* any of the 2 training rows"):
+    with pytest.raises(ValueError, match=r"max_length=1 leaves no completion token .* any of the 2 training rows"):
         trainer(method, rows_of([5, 9]), max_length=1, truncation_mode="keep_end")
 
 
@@ -143,14 +141,14 @@ def test_packed_rows(strategy, trainer):
     options = {"packing": True, "packing_strategy": strategy}
     trainer("sft", rows_of([2, 9, 3]), max_length=6, **options)
     if strategy == "bfd":  # which cuts each row before it packs them
-        with pytest.raises(ValueError, match="max_length=3 leaves no completion token .* any of the 3 training rows"):
+        with pytest.raises(ValueError, match=r"max_length=3 leaves no completion token .* any of the 3 training rows"):
             trainer("sft", rows_of([3, 9, 4]), max_length=3, **options)
 
 
 def test_whole_rows_of_sft(trainer, model, tmp_path):
     """Without a prompt, or with completion_only_loss=False, all tokens but the first are trained on."""
     trainer("sft", rows_of([5, 9]), max_length=2, completion_only_loss=False)
-    with pytest.raises(ValueError, match="max_length=1 leaves no completion token"):
+    with pytest.raises(ValueError, match=r"max_length=1 leaves no completion token"):
         trainer("sft", rows_of([5, 9]), max_length=1, completion_only_loss=False)
 
 
