@@ -21,7 +21,7 @@ from fusedalign.sequence import completion_labels, sequence_mean, sequence_sum
 from fusedalign.trl.forward import add_lm_head
 from fusedalign.trl.options import mixed_precision
 from fusedalign.trl.shapes import preference
-from fusedalign.trl.tokens import PairSource, pair_ids, rendered
+from fusedalign.trl.tokens import OPTIONS, PairSource, pair_ids, rendered
 from fusedalign.trl.trainers import Fused
 
 with warnings.catch_warnings():  # trl.experimental warns of being that; who asks for these trainers by name knows
@@ -74,14 +74,14 @@ class _FusedPairs(_FusedForward):
     def tokenize_row(self, feature: Any, model: Any = None) -> dict[str, Any]:
         """The tokens of DPO for a row, the answers cut to max_length as TRL's CPO and ORPO cut them."""
         trainer: Any = self
-        names = ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs")
-        row = preference({name: feature[name] for name in names if name in feature})
+        row = preference({n: feature[n] for n in ("prompt", "chosen", "rejected", *OPTIONS) if n in feature})
         tokenizer = trainer.processing_class
         if trainer.is_encoder_decoder:
             return super().tokenize_row(rendered(row, tokenizer), model)  # type: ignore[misc]
         prompt, *answers = pair_ids(row, tokenizer)
-        made = {"prompt": tokenizer.decode(prompt, skip_special_tokens=True)}
-        made |= {"prompt_input_ids": prompt, "prompt_attention_mask": [1] * len(prompt)}
+        made: dict[str, Any] = {"prompt_input_ids": prompt, "prompt_attention_mask": [1] * len(prompt)}
+        if trainer.generate_during_eval:  # its table shows the prompt
+            made["prompt"] = tokenizer.decode(prompt, skip_special_tokens=True)
         for side, answer in zip(("chosen", "rejected"), answers, strict=True):
             answer = answer[: max(0, trainer.max_length - len(prompt))]
             made[f"{side}_input_ids"] = prompt + answer

@@ -22,6 +22,10 @@ from fusedalign.trl.lengths import check_lengths
 _logger = logging.getLogger(__name__)
 
 
+#: The columns of a row that change how its chat template is rendered.
+OPTIONS = ("tools", "chat_template_kwargs")
+
+
 class OneEnd:
     """A tokenizer whose texts have one EOS at their end at most, where a trainer adds one to what has an end already.
 
@@ -113,10 +117,11 @@ class PairSource:
         """The tokenised data set, once the function is the one that tokenises; until then the source itself."""
         if function in (maybe_extract_prompt, maybe_apply_chat_template):
             return self
+        unused = self.dataset.column_names or list(next(iter(self.dataset), {}))
         if hasattr(self.dataset, "__len__"):
             options["num_proc"] = num_proc
-        columns = self.dataset.column_names or list(next(iter(self.dataset), {}))
-        unused = [name for name in ("chosen", "rejected", "tools", "chat_template_kwargs") if name in columns]
+            # Of a stream's batches accelerate asks the length of the first entry, which text does not have.
+            unused = [name for name in ("prompt", "chosen", "rejected", *OPTIONS) if name in unused]
         tokenised = self.dataset.map(function, remove_columns=unused, **options)
         return check_lengths(tokenised, self.args, self.name, max_length=self.trainer.max_length)
 

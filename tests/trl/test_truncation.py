@@ -9,6 +9,8 @@ from transformers import AutoModelForCausalLM
 
 from fusedalign.cli import main
 from fusedalign.embedded import data_directory
+from fusedalign.trl.arguments import parse
+from fusedalign.trl.train import build
 
 COMMANDS = ["sft", "dpo", "kto", "cpo", "simpo", "orpo"]
 
@@ -50,6 +52,14 @@ def test_nothing_left_of_a_stream(method, tmp_path, embedded_folder, capsys):
     which = "any of the" if method == "dpo" else "the first 64"  # DPO drops such rows itself
     message = f"max_length=4 leaves no completion token to train on in {which} training rows: raise max_length"
     assert message in error(capsys)
+
+
+@pytest.mark.parametrize("method", ["sft", "dpo", "kto"])
+def test_nothing_left_for_trls_own_trainer(method, tmp_path, embedded_folder):
+    """Which the commands attach to under FSDP."""
+    words = argv(method, tmp_path, embedded_folder, max_length=4)[1:]
+    with pytest.raises(ValueError, match=r"max_length=4 leaves no completion token .* training rows: raise max_length"):
+        build(method, parse(method, words), fused=False)
 
 
 @pytest.mark.parametrize("method", COMMANDS)
