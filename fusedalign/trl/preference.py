@@ -122,7 +122,11 @@ def _load_encoder_decoder(arguments: dict[str, Any]) -> None:
         return
     options = {"device_map": "auto", "trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
     remote = {"revision": options.get("revision"), "trust_remote_code": options["trust_remote_code"]}
-    if transformers.AutoConfig.from_pretrained(name, **remote).is_encoder_decoder:
+    try:
+        config = transformers.AutoConfig.from_pretrained(name, **remote)
+    except (OSError, ValueError):  # adapters; or no model, of which the loader says more
+        return
+    if config.is_encoder_decoder:
         arguments["model"] = transformers.AutoModelForSeq2SeqLM.from_pretrained(name, **options)
         args.model_init_kwargs = None  # which are for models that TRL loads
 
