@@ -279,15 +279,15 @@ MESSAGES = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "
         ({"prompt": "a", "chosen": "b", "rejected": "c"}, {"prompt": "a", "completion": "b"}),
         ({"chosen": "a b", "rejected": "a c"}, {"text": "a b"}),
         ({"chosen": MESSAGES, "rejected": MESSAGES[:1]}, {"messages": MESSAGES}),
-        ({"prompt": "a", "completion": "b", "chosen": "x"}, {"prompt": "a", "completion": "b", "chosen": "x"}),
+        ({"prompt": "a", "completion": "b", "chosen": "x"}, {"prompt": "a", "completion": "b"}),
     ],
 )
 def test_sft_learns_the_chosen_side_of_preference_data(row, columns):
     from datasets import Dataset
 
-    from fusedalign.trl.data import _chosen_side
+    from fusedalign.trl.data import served
 
-    assert _chosen_side(Dataset.from_list([row, row]))[0] == columns
+    assert served(Dataset.from_list([row, row]), "sft", "mine.jsonl")[0] == columns
 
 
 def test_sft_on_a_preference_file(tmp_path, llama, capsys):
@@ -356,7 +356,8 @@ def test_data_without_the_columns(tmp_path, llama, capsys):
     file = write(tmp_path / "mine.jsonl", [{"question": "a", "answer": "b"}])
     for method, expected in (
         ("dpo", "chosen+rejected"),
-        ("sft", "messages or prompt+completion or text or input_ids or chosen"),
+        ("sft", "input_ids or prompt+completion or messages or conversations or text or chosen"),
+        ("kto", "prompt+completion+label or chosen+rejected"),
     ):
         assert main([method, *flags(tmp_path, llama, dataset_name=file, bf16="false")]) == 2
         message = f"data set for {method} must have the columns {expected}, got {file} with question, answer"

@@ -95,7 +95,7 @@ WORDS = {
     "--model_name_or_path org/name": "got org/name: there is no such folder here, and the Hub has no such model",
     "--model_name_or_path mine.jsonl": "model_name_or_path must name a folder, got the file mine.jsonl",
     "--output_dir mine.jsonl": "output_dir must be a folder that can be written to, got mine.jsonl (File exists)",
-    "--output_dir mine.jsonl/out": "output_dir must be a folder that can be written to, got mine.jsonl/out (Not a dir)",
+    "--output_dir mine.jsonl/out": "output_dir must be a folder that can be written to, got mine.jsonl/out (Not a dir",
     "--model_name_or_path checkpoints": "with checkpoint-10, checkpoint-9; the last checkpoint in it is "
     "checkpoints/checkpoint-10",
 }
@@ -209,4 +209,4 @@ def test_bench_looks_at_its_folder_first(tmp_path, monkeypatch, capsys):
     (tmp_path / "file").write_text("")
     for words in (["logps"], ["microbatches"]):
         error = error_of(capsys, ["bench", *words, "--out", str(tmp_path / "file" / "out")])
-        assert re.match("--out must be a folder that can be written to, got .*/file/out (Not a directory)", error)
+        assert re.match("--out must be a folder that can be written to, got .*/file/out \\(Not a directory\\)", error)

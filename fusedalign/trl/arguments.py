@@ -29,7 +29,7 @@ class Method:
     config: str
     """name of the configuration class in `trl`"""
     columns: tuple[tuple[str, ...], ...]
-    """sets of columns of which a data set must have one"""
+    """sets of columns of which a data set must have one; the first that it has is used"""
     about: str
     defaults: dict[str, Any] = field(default_factory=dict)
     """of the configuration, where they are not TRL's"""
@@ -54,11 +54,13 @@ METHODS = {
     "sft": Method(
         "SFTTrainer",
         "SFTConfig",
-        (("messages",), ("prompt", "completion"), ("text",), ("input_ids",), ("chosen",)),
+        (("input_ids",), ("prompt", "completion"), ("messages",), ("conversations",), ("text",), ("chosen",)),
         "supervised fine-tuning",
     ),
     "dpo": Method("DPOTrainer", "DPOConfig", _PAIRS, "direct preference optimisation, fifteen losses"),
-    "kto": Method("KTOTrainer", "KTOConfig", (("completion", "label"), *_PAIRS), "good and bad answers, unpaired"),
+    "kto": Method(
+        "KTOTrainer", "KTOConfig", (("prompt", "completion", "label"), *_PAIRS), "good and bad answers, unpaired"
+    ),
     "cpo": Method("CPOTrainer", "CPOConfig", _PAIRS, "contrastive preference optimisation, no reference model"),
     "simpo": Method(
         "CPOTrainer",

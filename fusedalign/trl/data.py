@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import datasets
 import trl
 
-from fusedalign.embedded import data_directory
+from fusedalign.trl import shapes
 from fusedalign.trl.arguments import METHODS, Arguments
+from fusedalign.trl.files import load_named
 
 
 def load_data(method: str, arguments: Arguments) -> tuple[Any, Any]:
-    """Train and evaluation split; the latter is None where none is wanted."""
+    """Train and evaluation split; the latter is None where none is wanted.
+
+    Raises:
+        FileNotFoundError: no such file or folder.
+        ValueError: no data named, a file that cannot be read, a split or columns that are not there, a row whose fields
+            are neither text nor messages.
+    """
     script, training, _, mixture, _ = arguments
     if mixture.datasets:
         name, splits = "datasets", trl.get_dataset(mixture)
     elif script.dataset_name:
-        name, splits = script.dataset_name, _load_named(script)
+        name = script.dataset_name
+        splits = load_named(name, name=script.dataset_config, streaming=script.dataset_streaming)
     else:
         raise ValueError(
             "dataset_name must name a data set (Hub name, folder, .jsonl, .json, .parquet, .csv), got nothing"
@@ -27,58 +37,108 @@ def load_data(method: str, arguments: Arguments) -> tuple[Any, Any]:
         raise ValueError(
             f"dataset_train_split must be a split of {name} ({', '.join(splits)}), got {script.dataset_train_split!r}"
         )
-    if method == "sft":
-        splits = {split: _chosen_side(dataset) for split, dataset in splits.items()}
-    train_dataset, eval_dataset = splits[script.dataset_train_split], None
-    _check_columns(method, name, train_dataset.column_names)
-    if training.eval_strategy != "no":
-        eval_dataset = splits.get(script.dataset_test_split)
-        if eval_dataset is None and len(splits) > 1:
-            raise ValueError(
-                f"dataset_test_split must be a split of {name} ({', '.join(splits)}), got {script.dataset_test_split!r}"
-            )
-        if eval_dataset is None:
-            print(f"{name} has the one split {script.dataset_train_split!r}: training without evaluation")
-            training.eval_strategy = "no"
-    return train_dataset, eval_dataset
-
-
-def _chosen_side(dataset: Any) -> Any:
-    """Preference data as what SFT learns from: its chosen answers. Other data as it is."""
-    columns = dataset.column_names or []
-    if "chosen" not in columns or {"messages", "completion", "text", "input_ids"} & set(columns):
-        return dataset
-    if "rejected" in columns:
-        dataset = dataset.remove_columns("rejected")
-    if "prompt" in columns:
-        return dataset.rename_column("chosen", "completion")
-    conversational = not isinstance(next(iter(dataset))["chosen"], str)
-    return dataset.rename_column("chosen", "messages" if conversational else "text")
-
-
-def _load_named(script: Any) -> Any:
-    from datasets import load_dataset
-
-    name, options = script.dataset_name, {"name": script.dataset_config, "streaming": script.dataset_streaming}
-    path = Path(name)
-    if not path.exists() and path.parts[:2] == ("recipes", "data"):  # the recipes' own data, from any working directory
-        path = data_directory().joinpath(*path.parts[2:])
-    if path.is_file():
-        kind = {".jsonl": "json", ".ndjson": "json"}.get(path.suffix.lower(), path.suffix.lower().lstrip("."))
-        if kind not in ("json", "parquet", "csv", "arrow"):
-            raise ValueError(f"dataset_name must be a .jsonl, .json, .parquet, .csv or .arrow file, got {name}")
-        return load_dataset(kind, data_files=str(path), **options)
-    if not path.exists() and (
-        name.startswith((".", "/", "~")) or path.suffix in (".jsonl", ".json", ".parquet", ".csv")
-    ):
-        raise FileNotFoundError(f"dataset_name must name a file or folder that exists, got {name}")
-    return load_dataset(str(path) if path.exists() else name, **options)
-
-
-def _check_columns(method: str, name: str, columns: Sequence[str] | None) -> None:
-    wanted = METHODS[method].columns
-    if columns is not None and not any(set(columns) >= set(choice) for choice in wanted):
-        expected = " or ".join("+".join(choice) for choice in wanted)
+    wanted = [script.dataset_train_split]
+    if training.eval_strategy != "no" and script.dataset_test_split in splits:
+        wanted.append(script.dataset_test_split)
+    elif training.eval_strategy != "no" and len(splits) > 1:
         raise ValueError(
-            f"data set for {method} must have the columns {expected}, got {name} with {', '.join(columns)}"
+            f"dataset_test_split must be a split of {name} ({', '.join(splits)}), got {script.dataset_test_split!r}"
         )
+    elif training.eval_strategy != "no":
+        print(f"{name} has the one split {script.dataset_train_split!r}: training without evaluation")
+        training.eval_strategy = "no"
+    text_field = getattr(training, "dataset_text_field", "text")
+    with training.main_process_first(desc="reading the data"):
+        train_dataset, *rest = [
+            served(splits[split], method, name if Path(name).is_file() else f"{name}, split {split!r}", text_field)
+            for split in wanted
+        ]
+    return train_dataset, rest[0] if rest else None
+
+
+def served(dataset: Any, method: str, source: str, text_field: str = "text") -> Any:
+    """A data set with the columns and rows that the trainer of a method takes.
+
+    Args:
+        dataset: a `datasets.Dataset`, whose rows are checked now, or an `IterableDataset`, whose rows are checked as
+            they come.
+        method: one of `METHODS`.
+        source: its name in errors.
+        text_field: the column of plain text for SFT.
+
+    Raises:
+        ValueError: no row, columns that the method cannot use, a field that is neither text nor messages.
+    """
+    columns = dataset.column_names or list(next(iter(dataset), {}))
+    if not columns or _length(dataset) == 0:
+        raise ValueError(f"{source} must have at least one row, got none")
+    shape, needed = _shape(method, source, columns, text_field)
+    if shape is None:
+        return dataset
+    dataset = dataset.remove_columns([c for c in columns if c in {*shapes.TEXTS, "label"} and c not in needed])
+    convert = partial(_converted, shape=shape, names=needed, source=source)
+    if _length(dataset) is None:
+        return dataset.map(convert, with_indices=True, remove_columns=list(needed))
+    if shape in _FOR_TEXT and all(_is_sound(dataset, name) for name in needed) and needed[0] != "chosen":
+        return dataset
+    unchanged = all(convert(row, i) == row for i, row in enumerate(_rows(dataset.select_columns(list(needed)))))
+    if unchanged and ("label" not in needed or dataset.features["label"] == datasets.Value("bool")):  # 1 == True
+        return dataset
+    converted = dataset.map(convert, with_indices=True, remove_columns=list(needed), desc="Converting the rows")
+    return converted.cast_column("label", datasets.Value("bool")) if "label" in needed else converted
+
+
+#: The functions of rows that leave sound text, with its prompt, as it is.
+_FOR_TEXT = (shapes.preference, shapes.prompt_completion, shapes.unpaired, shapes.text)
+
+
+def _shape(
+    method: str, source: str, columns: Sequence[str], text_field: str
+) -> tuple[Callable[[shapes.Row], shapes.Row] | None, tuple[str, ...]]:
+    """The function of rows for the first of the method's choices of columns that is there, and the columns it reads.
+
+    The function is None for tokens, which TRL takes as they are.
+    """
+    choices = [tuple(text_field if name == "text" else name for name in choice) for choice in METHODS[method].columns]
+    found = next((choice for choice in choices if set(choice) <= set(columns)), None)
+    if found is None:
+        expected = " or ".join("+".join(choice) for choice in choices)
+        raise ValueError(
+            f"data set for {method} must have the columns {expected}, got {source} with {', '.join(columns)}"
+        )
+    pair = ("prompt", "chosen", "rejected") if "prompt" in columns else ("chosen", "rejected")
+    return {
+        ("input_ids",): (None, found),
+        ("prompt", "completion"): (shapes.prompt_completion, found),
+        ("prompt", "completion", "label"): (shapes.unpaired, found),
+        ("messages",): (shapes.conversation, found),
+        ("conversations",): (shapes.conversation, found),
+        (text_field,): (shapes.text, found),
+        ("chosen",): (shapes.chosen_side, tuple(name for name in pair if name != "rejected")),
+        ("chosen", "rejected"): (shapes.preference, pair),
+    }[found]
+
+
+def _converted(
+    row: shapes.Row, index: int, *, shape: Callable[[shapes.Row], shapes.Row], names: Sequence[str], source: str
+) -> shapes.Row:
+    try:
+        return shape({name: row[name] for name in names})
+    except ValueError as error:
+        raise ValueError(f"{source}, row {index + 1}: {error}") from None
+
+
+def _length(dataset: Any) -> int | None:
+    return len(dataset) if hasattr(dataset, "__len__") else None
+
+
+def _is_sound(dataset: Any, name: str) -> bool:
+    """Whether a column is text in all rows, as its type and its count of nulls tell without a look at the rows."""
+    dtype = getattr(dataset.features[name], "dtype", None)
+    wanted = ("bool",) if name == "label" else ("string", "large_string")
+    return dtype in wanted and dataset.data.column(name).null_count == 0
+
+
+def _rows(dataset: Any) -> Iterator[shapes.Row]:
+    for batch in dataset.iter(batch_size=1000):
+        yield from (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))

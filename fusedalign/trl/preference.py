@@ -12,6 +12,7 @@ import warnings
 from typing import Any
 
 import torch
+import transformers
 from accelerate.utils import is_peft_model
 from torch import Tensor
 
@@ -19,6 +20,8 @@ from fusedalign.losses import sft_loss, tpo_loss
 from fusedalign.sequence import completion_labels, sequence_mean, sequence_sum
 from fusedalign.trl.forward import add_lm_head
 from fusedalign.trl.options import mixed_precision
+from fusedalign.trl.shapes import preference
+from fusedalign.trl.tokens import OPTIONS, PairSource, pair_ids, rendered
 from fusedalign.trl.trainers import Fused
 
 with warnings.catch_warnings():  # trl.experimental warns of being that; who asks for these trainers by name knows
@@ -56,6 +59,36 @@ class _FusedForward(Fused):
             kernels = trainer.args.liger_kernel_config or {}
             trainer.args.liger_kernel_config = {**kernels, "fused_linear_cross_entropy": False}
 
+
+class _FusedPairs(_FusedForward):
+    """What CPO and ORPO share: their rows, tokenised as DPO's are, and the forward of a batch."""
+
+    def _adapt(self, arguments: dict[str, Any]) -> None:
+        """The rows as they are for `tokenize_row`; a model for the name of an encoder-decoder."""
+        _load_encoder_decoder(arguments)
+        for name in ("train_dataset", "eval_dataset"):
+            if hasattr(arguments.get(name), "map"):
+                split = name.partition("_")[0]
+                arguments[name] = PairSource(arguments[name], self, arguments.get("args"), split)
+
+    def tokenize_row(self, feature: Any, model: Any = None) -> dict[str, Any]:
+        """The tokens of DPO for a row, the answers cut to max_length as TRL's CPO and ORPO cut them."""
+        trainer: Any = self
+        row = preference({n: feature[n] for n in ("prompt", "chosen", "rejected", *OPTIONS) if n in feature})
+        tokenizer = trainer.processing_class
+        if trainer.is_encoder_decoder:
+            return super().tokenize_row(rendered(row, tokenizer), model)  # type: ignore[misc]
+        prompt, *answers = pair_ids(row, tokenizer)
+        made: dict[str, Any] = {"prompt_input_ids": prompt, "prompt_attention_mask": [1] * len(prompt)}
+        if trainer.generate_during_eval:  # its table shows the prompt
+            made["prompt"] = tokenizer.decode(prompt, skip_special_tokens=True)
+        for side, answer in zip(("chosen", "rejected"), answers, strict=True):
+            answer = answer[: max(0, trainer.max_length - len(prompt))]
+            made[f"{side}_input_ids"] = prompt + answer
+            made[f"{side}_attention_mask"] = [1] * len(prompt + answer)
+            made[f"{side}_labels"] = [-100] * len(prompt) + answer
+        return made
+
     def _completion_forward(self, model: Any, batch: Any, *, with_prompt: bool, mean: bool, aux: bool) -> tuple:
         """What CPO's and ORPO's `concatenated_forward` returns, with mean logits in the place of the logits.
 
@@ -83,7 +116,22 @@ class _FusedForward(Fused):
         return (*made, out.aux_loss) if aux else made
 
 
-class FusedCPOTrainer(_FusedForward, CPOTrainer):
+def _load_encoder_decoder(arguments: dict[str, Any]) -> None:
+    name, args = arguments.get("model"), arguments.get("args")
+    if not isinstance(name, str) or args is None:
+        return
+    options = {"device_map": "auto", "trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
+    remote = {"revision": options.get("revision"), "trust_remote_code": options["trust_remote_code"]}
+    try:
+        config = transformers.AutoConfig.from_pretrained(name, **remote)
+    except (OSError, ValueError):  # adapters; or no model, of which the loader says more
+        return
+    if config.is_encoder_decoder:
+        arguments["model"] = transformers.AutoModelForSeq2SeqLM.from_pretrained(name, **options)
+        args.model_init_kwargs = None  # which are for models that TRL loads
+
+
+class FusedCPOTrainer(_FusedPairs, CPOTrainer):
     """`trl.experimental.cpo.CPOTrainer` without logits: CPO, SimPO and AlphaPO; see `FusedSFTTrainer`.
 
     A completion without tokens has an average log-probability of 0, where TRL's is NaN.
@@ -101,7 +149,7 @@ class FusedCPOTrainer(_FusedForward, CPOTrainer):
         return (*made[:4], nll, *made[5:])
 
 
-class FusedORPOTrainer(_FusedForward, ORPOTrainer):
+class FusedORPOTrainer(_FusedPairs, ORPOTrainer):
     """`trl.experimental.orpo.ORPOTrainer` without logits; see `FusedSFTTrainer`.
 
     Average log-probabilities are at most -1.2e-7, also that of a completion without tokens, where TRL's loss is NaN.

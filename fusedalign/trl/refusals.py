@@ -32,6 +32,10 @@ def refuse_arguments(name: str, arguments: Mapping[str, Any], loss_type: Any = N
     ):
         if arguments.get(argument) is not None:
             raise ValueError(f"{name} needs {argument}=None, got a function: {instead}")
+    for argument in ("train_dataset", "eval_dataset"):
+        dataset: Any = arguments.get(argument)
+        if hasattr(dataset, "__len__") and not isinstance(dataset, dict) and len(dataset) == 0:
+            raise ValueError(f"{argument} must have at least one row, got none")
 
 
 def refuse_adapters(trainer: Any) -> None:

@@ -19,6 +19,7 @@ from fusedalign.trl.arguments import METHODS, Arguments, parse, trl_class
 from fusedalign.trl.attachment import attach
 from fusedalign.trl.data import load_data
 from fusedalign.trl.folder import RunFolder, claimed
+from fusedalign.trl.lengths import check_lengths
 from fusedalign.trl.models import check_ends, check_has_head, check_template, load_processing_class, model_path
 from fusedalign.trl.record import MetricsFile, Written, plot_metrics
 
@@ -71,6 +72,10 @@ def build(method: str, arguments: Arguments, *, fused: bool = True) -> Any:
         **more,
         **(arguments.fused.head if fused else {}),
     )
+    if not fused:  # the Fused ones have looked by themselves
+        for name, dataset in (("train", trainer.train_dataset), ("eval", trainer.eval_dataset)):
+            if dataset is not None:
+                check_lengths(dataset, training, name)
     if script.ignore_bias_buffers:  # DDP cannot broadcast boolean buffers
         buffers = [name for name, buffer in trainer.model.named_buffers() if buffer.dtype == torch.bool]
         trainer.model._ddp_params_and_buffers_to_ignore = buffers

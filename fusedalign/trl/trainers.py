@@ -19,6 +19,7 @@ import trl
 
 from fusedalign.trl.forward import EXPERTS, add_lm_head
 from fusedalign.trl.options import HeadOptions, mixed_precision
+from fusedalign.trl.preparation import prepared
 from fusedalign.trl.refusals import refuse_adapters, refuse_arguments, refuse_experts, refuse_sharded
 
 
@@ -29,15 +30,25 @@ class Fused:
         options = HeadOptions.of(kwargs)
         kwargs = {name: value for name, value in kwargs.items() if name not in HeadOptions._fields}
         signature = inspect.signature(super().__init__)
-        arguments = signature.bind(*args, **kwargs).arguments
+        bound = signature.bind(*args, **kwargs)
+        arguments = bound.arguments
         default = trl.SFTConfig.loss_type if isinstance(self, trl.SFTTrainer) else None
         refuse_arguments(type(self).__name__, arguments, default)
+        self._adapt(arguments)
         self.head_options = options
         with self._head_in_place(arguments.get("args")):
-            super().__init__(*args, **kwargs)
+            super().__init__(*bound.args, **bound.kwargs)
         refuse_adapters(self)
         refuse_experts(self, EXPERTS, "set its router_aux_loss_coef to 0")
         refuse_sharded(self)
+
+    def _adapt(self, arguments: dict[str, Any]) -> None:
+        """Change the constructor's arguments, where TRL's class does not take what it is given."""
+
+    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, *rest: Any, **named: Any) -> Any:
+        """TRL's of SFT, DPO, KTO and TPO, for rows of every shape; with one end, and something left to train on."""
+        stock: Any = super()
+        return prepared(stock._prepare_dataset, dataset, processing_class, args, *rest, **named)
 
     @contextlib.contextmanager
     def _head_in_place(self, args: Any) -> Iterator[None]:

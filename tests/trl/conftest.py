@@ -11,6 +11,7 @@ import tiny
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSeq2SeqLM
 
+from fusedalign.embedded import build_embedded_model
 from fusedalign.trl import attach
 
 AUTO = {"t5": AutoModelForSeq2SeqLM, "qwen2_5_vl": AutoModelForImageTextToText}
@@ -42,6 +43,12 @@ def tiny_folder(tmp_path_factory):
         return made[name]
 
     return folder
+
+
+@pytest.fixture(scope="session")
+def embedded_folder(tmp_path_factory):
+    """The folder of the small model that the recipes train."""
+    return build_embedded_model(tmp_path_factory.mktemp("embedded"))
 
 
 @pytest.fixture(scope="session")

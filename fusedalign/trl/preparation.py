@@ -1,0 +1,49 @@
+"""Rows of every shape, tokenised by TRL's own trainers: before, the shape; after, what truncation has left."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from fusedalign.trl import shapes
+from fusedalign.trl.lengths import check_lengths
+from fusedalign.trl.tokens import one_end
+
+
+def prepared(
+    stock: Callable[..., Any], dataset: Any, processing_class: Any, args: Any, *rest: Any, **named: Any
+) -> Any:
+    """What TRL's `_prepare_dataset` gives, with one end after each answer.
+
+    Raises:
+        ValueError: no token is left to train on; a first row in none of the shapes.
+    """
+    if not any(callable(x) for x in (*rest, *named.values())):  # SFT's formatting_func makes text of any row
+        dataset = reshaped(dataset)
+    tokenised = stock(dataset, one_end(processing_class), args, *rest, **named)
+    rows = len(dataset) if hasattr(dataset, "__len__") else None
+    if rows is not None and {"chosen", "completion_ids"} <= {*dataset.column_names, *tokenised.column_names}:
+        rows = 2 * rows  # KTO takes pairs apart
+    return check_lengths(tokenised, args, named.get("dataset_name", rest[-1] if rest else "train"), rows)
+
+
+def reshaped(dataset: Any) -> Any:
+    """Pairs, and prompts with completions, as TRL's trainers take them, if the first row is not so already."""
+    first = next(iter(dataset), None)
+    if first is None:
+        raise ValueError("expected a data set with at least one row, got none")
+    for names, shape in _SHAPES.items():
+        present = {name: first[name] for name in (*names, "prompt") if name in first}
+        tokenised = {"input_ids", "reference"} & set(first)  # or TPO's, of three answers
+        if set(names) <= set(first) and not tokenised and shape(present) != present:
+            return dataset.map(
+                _apply, fn_kwargs={"shape": shape, "names": tuple(present)}, remove_columns=list(present)
+            )
+    return dataset
+
+
+_SHAPES = {("chosen", "rejected"): shapes.preference, ("prompt", "completion"): shapes.prompt_completion}
+
+
+def _apply(row: shapes.Row, shape: Callable[[shapes.Row], shapes.Row], names: tuple[str, ...]) -> shapes.Row:
+    return shape({name: row[name] for name in names if name in row})

@@ -1,0 +1,180 @@
+"""What max_length leaves to train on: nothing is refused before the first step, less than all is told."""
+
+import json
+
+import pytest
+import tiny
+from datasets import Dataset
+from transformers import AutoModelForCausalLM
+
+from fusedalign.cli import main
+from fusedalign.embedded import data_directory
+from fusedalign.trl.arguments import parse
+from fusedalign.trl.train import build
+
+COMMANDS = ["sft", "dpo", "kto", "cpo", "simpo", "orpo"]
+
+
+def argv(method, tmp_path, folder, **options):
+    options = {
+        "model_name_or_path": folder,
+        "output_dir": tmp_path / "out",
+        "max_steps": 1,
+        "per_device_train_batch_size": 2,
+        "eval_strategy": "no",
+        "use_cpu": "true",
+        **options,
+    }
+    words = [str(word) for name, x in options.items() for word in (f"--{name}", x)]
+    return [method, "--config", f"recipes/{method}.yaml", *words]
+
+
+def error(capsys):
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("fusedalign: error:")]
+    return lines[0] if len(lines) == 1 else lines
+
+
+@pytest.mark.parametrize("method", COMMANDS)
+def test_nothing_left_is_one_line_before_training(method, tmp_path, embedded_folder, capsys):
+    rows = 816 if method == "kto" else 408
+    assert main(argv(method, tmp_path, embedded_folder, max_length=4)) == 2
+    message = (
+        f"max_length=4 leaves no completion token to train on in any of the {rows} training rows: raise max_length"
+    )
+    assert message in error(capsys)
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("method", ["dpo", "simpo"])
+def test_nothing_left_of_a_stream(method, tmp_path, embedded_folder, capsys):
+    options = {"max_length": 4, "dataset_streaming": "true"}
+    assert main(argv(method, tmp_path, embedded_folder, **options)) == 2
+    which = "any of the" if method == "dpo" else "the first 64"  # DPO drops such rows itself
+    message = f"max_length=4 leaves no completion token to train on in {which} training rows: raise max_length"
+    assert message in error(capsys)
+
+
+@pytest.mark.parametrize("method", ["sft", "dpo", "kto"])
+def test_nothing_left_for_trls_own_trainer(method, tmp_path, embedded_folder):
+    """Which the commands attach to under FSDP."""
+    words = argv(method, tmp_path, embedded_folder, max_length=4)[1:]
+    with pytest.raises(ValueError, match=r"max_length=4 leaves no completion token .* training rows: raise max_length"):
+        build(method, parse(method, words), fused=False)
+
+
+@pytest.mark.parametrize("method", COMMANDS)
+def test_nothing_left_to_evaluate(method, tmp_path, embedded_folder, capsys):
+    data = tmp_path / "data"
+    data.mkdir()
+    long = [{"role": "user", "content": "why " * 60}]
+    source = data_directory() / ("sft" if method == "sft" else "preferences") / "train.jsonl"
+    rows = [json.loads(line) for line in source.read_text().splitlines()[:4]]
+    for name, split in (("train", rows), ("test", [row | {"prompt": long} for row in rows])):
+        (data / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in split))
+    options = {"dataset_name": data, "max_length": 50, "eval_strategy": "epoch"}
+    assert main(argv(method, tmp_path, embedded_folder, **options)) == 2
+    n = 8 if method == "kto" else 4
+    message = f"max_length=50 leaves no completion token to train on in any of the {n} evaluation rows"
+    assert message in error(capsys)
+
+
+@pytest.fixture(scope="module")
+def model(embedded_folder):
+    return AutoModelForCausalLM.from_pretrained(embedded_folder)
+
+
+def rows_of(prompts, answer="one two three four"):
+    return [{"prompt": "a " * n, "chosen": answer, "rejected": answer + " five"} for n in prompts]
+
+
+@pytest.fixture
+def trainer(model, tiny_folder, tmp_path):
+    """trainer("dpo", rows, max_length=4): the Fused one with words as tokens; a prompt of n words has n tokens."""
+
+    def build(method, rows, evaluation=None, **options):
+        _, cls, config = tiny.classes(method)
+
+        def dataset(rows):
+            if method == "tpo":
+                rows = [row | {"reference": row["chosen"]} for row in rows]
+            if method == "sft":
+                rows = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in rows]
+            return Dataset.from_list(rows)
+
+        return cls(
+            AutoModelForCausalLM.from_pretrained(tiny_folder("qwen3")),
+            args=config(str(tmp_path), use_cpu=True, bf16=False, report_to="none", **options),
+            train_dataset=dataset(rows),
+            eval_dataset=evaluation and dataset(evaluation),
+            processing_class=tiny.tokenizer(),
+        )
+
+    return build
+
+
+FUSED = ["sft", "dpo", "kto", "cpo", "orpo", "tpo"]
+
+
+@pytest.mark.parametrize("method", FUSED)
+def test_rows_that_lose_everything_are_counted(method, trainer, caplog):
+    built = trainer(method, rows_of([2, 9, 3, 4, 12, 7]), max_length=7)
+    lost, rows = (6, 12) if method == "kto" else (3, 6)
+    message = f"max_length=7 leaves no completion token to train on in {lost} of the {rows} training rows"
+    assert [message in r.getMessage() for r in caplog.records].count(True) == 1
+    kept = 6 if method in ("cpo", "orpo", "tpo") else rows - lost  # the others drop what trains nothing
+    assert len(built.train_dataset) == kept
+
+
+@pytest.mark.parametrize("method", FUSED)
+def test_nothing_is_said_where_all_rows_keep_a_token(method, trainer, caplog):
+    trainer(method, rows_of([2, 9, 3]), rows_of([5, 2]), max_length=10)
+    assert not [r for r in caplog.records if "max_length" in r.getMessage()]
+
+
+@pytest.mark.parametrize("method", FUSED)
+def test_the_evaluation_rows_are_counted_too(method, trainer):
+    with pytest.raises(ValueError, match=r"max_length=4 leaves no completion token .* of the . evaluation rows"):
+        trainer(method, rows_of([2, 9, 3]), rows_of([5, 4]), max_length=4)
+
+
+@pytest.mark.parametrize("method", ["sft", "dpo", "tpo"])
+def test_keep_end(method, trainer, caplog):
+    """The end of a row is its answer, so only a single token, which is never predicted, is too few."""
+    trainer(method, rows_of([5, 9]), max_length=2, truncation_mode="keep_end")
+    assert not [r for r in caplog.records if "max_length" in r.getMessage()]
+    with pytest.raises(ValueError, match=r"max_length=1 leaves no completion token .* any of the 2 training rows"):
+        trainer(method, rows_of([5, 9]), max_length=1, truncation_mode="keep_end")
+
+
+@pytest.mark.parametrize("strategy", ["bfd", "wrapped"])
+def test_packed_rows(strategy, trainer):
+    options = {"packing": True, "packing_strategy": strategy}
+    trainer("sft", rows_of([2, 9, 3]), max_length=6, **options)
+    if strategy == "bfd":  # which cuts each row before it packs them
+        with pytest.raises(ValueError, match=r"max_length=3 leaves no completion token .* any of the 3 training rows"):
+            trainer("sft", rows_of([3, 9, 4]), max_length=3, **options)
+
+
+def test_whole_rows_of_sft(trainer, model, tmp_path):
+    """Without a prompt, or with completion_only_loss=False, all tokens but the first are trained on."""
+    trainer("sft", rows_of([5, 9]), max_length=2, completion_only_loss=False)
+    with pytest.raises(ValueError, match=r"max_length=1 leaves no completion token"):
+        trainer("sft", rows_of([5, 9]), max_length=1, completion_only_loss=False)
+
+
+def test_assistant_only_loss(embedded_folder, tmp_path, capsys):
+    data = tmp_path / "mine.jsonl"
+    turns = [{"role": "user", "content": "why " * 20}, {"role": "assistant", "content": "because"}]
+    data.write_text(json.dumps({"messages": turns}) + "\n")
+    options = {"dataset_name": data, "max_length": 12, "assistant_only_loss": "true"}
+    assert main(argv("sft", tmp_path, embedded_folder, **options)) == 2
+    assert "max_length=12 leaves no completion token to train on in any of the 1 training rows" in error(capsys)
+
+
+@pytest.mark.parametrize("method", ["sft", "dpo", "kto", "orpo"])
+def test_a_data_set_without_rows(method, trainer):
+    with pytest.raises(ValueError, match="train_dataset must have at least one row, got none"):
+        trainer(method, [])
+    if method != "orpo":
+        with pytest.raises(ValueError, match="eval_dataset must have at least one row, got none"):
+            trainer(method, rows_of([2]), Dataset.from_list([]))
