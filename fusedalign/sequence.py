@@ -219,6 +219,7 @@ def preference_pair(logps: Tensor, mask: Tensor) -> PreferencePair:
         >>> pair.chosen_mean_logps.item(), pair.rejected_logps.item()
         (-2.0, -5.0)
     """
+    check_plain(logps=logps, mask=mask)
     return PreferencePair(*split_pairs(sequence_sum(logps, mask)), *split_pairs(mask.bool().sum(-1)))
 
 

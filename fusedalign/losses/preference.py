@@ -91,7 +91,7 @@ def check_loss_type(loss_type: str, known: Iterable[str]) -> None:
 def check_unused(name: str, value: object, default: object, users: Iterable[str], loss_types: Iterable[str]) -> None:
     """Raises ValueError where an option has been set that none of `loss_types` looks at: it would be ignored."""
     users = list(users)
-    if value != default and not set(users) & set(loss_types):
+    if not set(users) & set(loss_types) and value != default:
         chosen = ", ".join(loss_types)
         raise ValueError(
             f"{name} is for loss_type {', '.join(users)} only, with {chosen} it must be {default}, got {value}"
