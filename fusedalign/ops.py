@@ -220,6 +220,8 @@ def _check(
     needs = tuple(on and x is not None and x.requires_grad for x in (hidden, head, bias))
     if not torch.compiler.is_compiling():
         _check_transforms(options["impl"], targets, any(needs))
+    elif torch.compiler.is_exporting():
+        _check_export(options["impl"], head)
     return head, graphs.Options(operand_dtype=dtype, needs=needs, **options)  # type: ignore[arg-type]
 
 
@@ -317,6 +319,14 @@ def _check_transforms(impl: str, targets: Tensor, needs_gradient: bool) -> None:
         )
     if "Vmap" in levels and _is_mapped(targets):
         raise ValueError("targets must be the same in all of vmap, got mapped ones: use leading dimensions instead")
+
+
+def _check_export(impl: str, head: Tensor | Parts) -> None:
+    """An exported graph is whole: it can neither leave a call out nor look at targets."""
+    if impl not in graphs.NAMES:
+        raise ValueError(f"impl={impl!r} cannot do this: torch.export; impls that can: {', '.join(graphs.NAMES)}")
+    if not isinstance(head, Tensor):
+        raise ValueError("weight must be one tensor under torch.export, got several parts: merge the adapters first")
 
 
 def _is_mapped(x: Tensor) -> bool:
