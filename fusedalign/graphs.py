@@ -236,7 +236,7 @@ def linear_cross_entropy(
     loss_type: str,
     z_loss: float,
     reduction: str,
-    num_items: int | Tensor | None,
+    num_items: float | Tensor | None,
 ) -> Tensor:
     """As `ops.linear_cross_entropy`; arguments are checked already."""
     # The operator below returns gradients, which are held until the backward: keep_head=False forbids that for the
@@ -249,7 +249,10 @@ def linear_cross_entropy(
         total = token_losses(out.logps, out.lse, loss_type=loss_type, z_loss=z_loss)[0].sum()
         count = (targets != options.ignore_index).sum() if num_items is None else num_items
         return total if reduction == "sum" else mean_over(total, count)
-    items = targets.new_tensor(num_items) if isinstance(num_items, int) else num_items
+    items = num_items
+    if isinstance(items, (int, float)):
+        wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        items = targets.new_tensor(items, dtype=torch.int64 if isinstance(items, int) else wide)
     how = f"{loss_type} {reduction}"
     return _cross_entropy(hidden, weight, targets, bias, items, z_loss, how, *options.packed())[0]
 

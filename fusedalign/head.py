@@ -14,7 +14,6 @@ import functools
 import inspect
 import math
 import re
-import sys
 from collections.abc import Callable
 from types import CodeType
 from typing import Any, NamedTuple
@@ -22,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fusedalign.checks import check_plain, is_ordinary
 from fusedalign.ops import operand_dtype
 
 #: Every name under which a forward reads a transform of its logits, and what it does with the value.
@@ -202,9 +202,8 @@ def _linear(head: Any, where: str) -> _Linear:
 
 
 def _check_tensor(tensor: Tensor, what: str) -> None:
-    dtensor = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", ())
-    plain = type(tensor) in (Tensor, nn.Parameter) or isinstance(tensor, dtensor)
-    if not plain or tensor.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+    check_plain(**{what: tensor})
+    if not is_ordinary(tensor) or tensor.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         got = f"{type(tensor).__name__} of {tensor.dtype}"
         raise TypeError(f"expected the {what} to be a floating-point tensor, got {got}")
 

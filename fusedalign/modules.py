@@ -92,7 +92,7 @@ class LinearCrossEntropyLoss(nn.Module):
         self.loss_type, self.z_loss = loss_type, z_loss
         self.options = {"impl": impl, "token_chunk": chunk_size, **options}
 
-    def forward(self, hidden_states: Tensor, labels: Tensor, num_items: int | Tensor | None = None) -> Tensor:
+    def forward(self, hidden_states: Tensor, labels: Tensor, num_items: float | Tensor | None = None) -> Tensor:
         """The loss.
 
         Args:
@@ -123,14 +123,7 @@ class LinearCrossEntropyLoss(nn.Module):
         (lent,) = self._lent
         if lent is None:
             lent = self.head
-        head = layer_head(lent if isinstance(lent, nn.Module) else lent())
-        for weight in head.weight if isinstance(head.weight, tuple) else (head.weight,):
-            if type(weight) not in (Tensor, nn.Parameter):
-                got = type(weight).__name__
-                raise TypeError(
-                    f"expected the whole weight of output_embeddings, got a {got}: gather it before the loss"
-                )
-        return head
+        return layer_head(lent if isinstance(lent, nn.Module) else lent())
 
     def _targets(self, labels: Tensor) -> Tensor:
         if not self.shift:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -12,9 +11,10 @@ import torch
 from torch import Tensor
 
 from fusedalign import graphs
+from fusedalign.checks import check_finite, check_nonnegative, check_plain, check_positive
 from fusedalign.compaction import Places, compact
 from fusedalign.impls import check_name, resolve
-from fusedalign.losses.sft import LOSS_TYPES, ScalarLoss
+from fusedalign.losses.sft import LOSS_TYPES, ScalarLoss, check_num_items
 from fusedalign.problem import OUTPUTS, Parts, Problem, Tiling, TokenLogps, beside
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -55,9 +55,9 @@ def linear_logps(
             `fusedalign.sequence.shift_labels` for unshifted labels. On the device of `hidden`, or on the CPU: then
             nobody waits for that device, which goes on with what it was given before.
         bias: [V] or None.
-        scale: factor of the raw logits (Cohere's logit_scale, 1 / logits_scaling of Granite).
+        scale: finite factor of the raw logits (Cohere's logit_scale, 1 / logits_scaling of Granite).
         softcap: > 0 or None (Gemma 2's final_logit_softcapping).
-        temperature: > 0.
+        temperature: > 0. These three, and their quotients, must be finite in fp32.
         ignore_index: targets of this value take no part; every output is exactly 0 there.
         outputs: what to compute beside `logps`, among "entropy", "lse", "mean_logit", "log_sum_sq_probs", "is_top1".
         impl: "auto", or the name of one impl, which then serves or raises. See `fusedalign.explain`.
@@ -131,7 +131,7 @@ def linear_cross_entropy(
     loss_type: str = "nll",
     z_loss: float = 0.0,
     reduction: str = "mean",
-    num_items: int | Tensor | None = None,
+    num_items: float | Tensor | None = None,
     impl: str = "auto",
     filter_eps: float | None = None,
     workspace: int | None = None,
@@ -155,7 +155,7 @@ def linear_cross_entropy(
         z_loss: >= 0, weight of the squared log-sum-exp of each token.
         reduction: "mean" or "sum" over the tokens that are not ignored.
         num_items: what "mean" divides by, instead of the number of these tokens; for gradient accumulation and data
-            parallelism, the number in the whole window.
+            parallelism, the number in the whole window. See `fusedalign.losses.sft_loss`.
 
     Returns:
         A scalar in fp32 (fp64 where hidden is); 0, still connected to the graph, where every token is ignored.
@@ -178,9 +178,8 @@ def linear_cross_entropy(
         raise ValueError(f"reduction must be 'mean' or 'sum' (per-token values: linear_logps), got {reduction!r}")
     if reduction == "sum" and num_items is not None:
         raise ValueError(f"num_items must be None with reduction='sum', which divides by nothing, got {num_items}")
-    _check_number("z_loss", z_loss)
-    if not z_loss >= 0:
-        raise ValueError(f"z_loss must be >= 0, got {z_loss}")
+    check_nonnegative(z_loss=z_loss)
+    num_items = None if num_items is None else check_num_items(num_items)
     head, options = _check(
         hidden,
         weight,
@@ -215,11 +214,15 @@ def _check(
     parts = weight if isinstance(weight, tuple) else (weight,)
     _check_tensors(hidden, parts, targets, bias)
     _check_head(options["scale"], options["softcap"], options["temperature"])
-    _check_number("ignore_index", options["ignore_index"], "an integer", int, "__index__")
+    _check_options(options["ignore_index"], options["filter_eps"])
     check_name(options["impl"])
     on, dtype = torch.is_grad_enabled(), operand_dtype(hidden, parts[0])
     head = beside(parts, dtype)
     needs = tuple(on and x is not None and x.requires_grad for x in (hidden, head, bias))
+    if not torch.compiler.is_compiling():
+        _check_transforms(options["impl"], targets, any(needs))
+    elif torch.compiler.is_exporting():
+        _check_export(options["impl"], head)
     return head, graphs.Options(operand_dtype=dtype, needs=needs, **options)  # type: ignore[arg-type]
 
 
@@ -258,6 +261,7 @@ def _check_tensors(hidden: Tensor, parts: tuple[Tensor, ...], targets: Tensor, b
     names = ["weight"] if len(parts) == 1 else [f"weight[{i}]" for i in range(len(parts))]
     named = {"hidden": hidden, **dict(zip(names, parts, strict=True)), "targets": targets}
     named |= {} if bias is None else {"bias": bias}
+    check_plain(**named)
     for name, x in named.items():
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
@@ -267,6 +271,8 @@ def _check_tensors(hidden: Tensor, parts: tuple[Tensor, ...], targets: Tensor, b
             raise TypeError(f"{name} must be float64, float32, bfloat16 or float16, got {x.dtype}")
         if x.device != hidden.device and not (name == "targets" and x.device.type == "cpu"):
             raise ValueError(f"{name} must be on {hidden.device} like hidden, got {x.device}")
+        if x.device.type == "meta":
+            raise ValueError(f"{name} must hold data, got a meta tensor: load the model's weights onto a device first")
     if hidden.ndim < 1 or hidden.shape[-1] == 0:
         raise ValueError(f"hidden must have shape [..., D] with D > 0, got {tuple(hidden.shape)}")
     d, v = hidden.shape[-1], parts[0].shape[:1]
@@ -283,23 +289,54 @@ def _check_tensors(hidden: Tensor, parts: tuple[Tensor, ...], targets: Tensor, b
 
 
 def _check_head(scale: float, softcap: float | None, temperature: float) -> None:
-    numbers = {"scale": scale, "temperature": temperature} | ({} if softcap is None else {"softcap": softcap})
-    for name, value in numbers.items():
-        _check_number(name, value)
-    if not -math.inf < scale < math.inf:
-        raise ValueError(f"scale must be finite, got {scale}")
-    if softcap is not None and not 0 < softcap < math.inf:
-        raise ValueError(f"softcap must be > 0 or None, got {softcap}")
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"temperature must be > 0, got {temperature}")
+    check_finite(scale=scale, softcap=1.0 if softcap is None else softcap)
+    check_positive(temperature=temperature)
+    quotients = {"scale / temperature": (scale, temperature)}
+    if softcap is not None:
+        if not softcap > 0:
+            raise ValueError(f"softcap must be > 0 or None, got {softcap}")
+        check_positive(softcap=softcap)
+        quotients |= {"scale / softcap": (scale, softcap), "temperature / softcap": (temperature, softcap)}
+    for name, (dividend, divisor) in quotients.items():
+        if not abs(dividend / divisor) <= torch.finfo(torch.float32).max:
+            raise ValueError(f"{name} must be finite in fp32, got {dividend} / {divisor}")
 
 
-def _check_number(
-    name: str, value: Any, what: str = "a number", of: Any = (int, float), converts: str = "__float__"
-) -> None:
-    """Those of Python, of a graph and of numpy; no tensor, whose gradient would be lost."""
-    if not isinstance(value, of) and (isinstance(value, Tensor) or not hasattr(value, converts)):
-        raise TypeError(f"{name} must be {what}, got {type(value).__name__}")
+def _check_options(ignore_index: int, filter_eps: float | None) -> None:
+    integer = isinstance(ignore_index, int) or hasattr(ignore_index, "__index__")
+    if not integer or isinstance(ignore_index, Tensor):
+        raise TypeError(f"ignore_index must be an integer, got {type(ignore_index).__name__}")
+    if filter_eps is not None:
+        check_nonnegative(filter_eps=filter_eps)
+
+
+def _check_transforms(impl: str, targets: Tensor, needs_gradient: bool) -> None:
+    """What `torch.func` may do around a call: the autograd functions of all impls but "reference" are opaque to it."""
+    levels = [level.key().name for level in torch._C._functorch.get_interpreter_stack() or ()]
+    if levels and impl != "reference" and (needs_gradient or set(levels) != {"Jvp"}):
+        raise ValueError(
+            f"impl={impl!r} cannot do this: torch.func's transforms cannot look into its backward; impls that can: "
+            "reference; or take gradients with torch.autograd, and give hidden leading dimensions instead of vmap"
+        )
+    if "Vmap" in levels and _is_mapped(targets):
+        raise ValueError("targets must be the same in all of vmap, got mapped ones: use leading dimensions instead")
+
+
+def _check_export(impl: str, head: Tensor | Parts) -> None:
+    """An exported graph is whole: it can neither leave a call out nor look at targets."""
+    if impl not in graphs.NAMES:
+        raise ValueError(f"impl={impl!r} cannot do this: torch.export; impls that can: {', '.join(graphs.NAMES)}")
+    if not isinstance(head, Tensor):
+        raise ValueError("weight must be one tensor under torch.export, got several parts: merge the adapters first")
+
+
+def _is_mapped(x: Tensor) -> bool:
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(x):
+        if functorch.is_batchedtensor(x):
+            return True
+        x = functorch.get_unwrapped(x)
+    return False
 
 
 def _check_outputs(outputs: Iterable[str]) -> frozenset[str]:

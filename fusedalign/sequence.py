@@ -1,5 +1,7 @@
 """From token ids and masks to targets, and from per-token to per-sequence values. Imports torch alone.
 
+Every function refuses tensors that are not plain memory, such as DTensors, with a TypeError.
+
 T is the length of a row, B the number of rows. `labels[t]` is the token at t, -100 where it does not count;
 `targets[t]` is what the hidden state at t predicts: the label at t + 1.
 """
@@ -10,6 +12,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from fusedalign.checks import check_plain, values_within
 
 
 class Pairs(NamedTuple):
@@ -77,15 +81,17 @@ def completion_mask(prompt_lengths: Tensor, attention_mask: Tensor) -> Tensor:
         [B, T] bool.
 
     Raises:
-        ValueError: not one prompt length a row.
+        ValueError: not one prompt length a row, or, of those on the CPU, a negative one.
 
     Example:
         >>> completion_mask(torch.tensor([1, 2]), torch.tensor([[0, 1, 1], [1, 1, 1]])).int().tolist()
         [[0, 0, 1], [0, 0, 1]]
     """
+    check_plain(prompt_lengths=prompt_lengths, attention_mask=attention_mask)
     if prompt_lengths.shape != attention_mask.shape[:1]:
         expected, came = tuple(attention_mask.shape[:1]), tuple(prompt_lengths.shape)
         raise ValueError(f"prompt_lengths must have shape {expected} to match attention_mask, got {came}")
+    prompt_lengths = values_within("prompt_lengths", prompt_lengths.float(), least=0.0)
     attention_mask = attention_mask.bool()
     return attention_mask & (attention_mask.cumsum(-1) > prompt_lengths[:, None])
 
@@ -108,6 +114,7 @@ def shift_labels(labels: Tensor, *, position_ids: Tensor | None = None, ignore_i
         >>> shift_labels(torch.tensor([[5, 6, 7, 8]]), position_ids=torch.tensor([[0, 1, 0, 1]])).tolist()
         [[6, -100, 8, -100]]
     """
+    check_plain(labels=labels)
     targets = torch.full_like(labels, ignore_index)
     targets[..., :-1] = labels[..., 1:]
     if position_ids is not None:
@@ -188,6 +195,7 @@ def split_pairs(values: Tensor) -> Pairs:
         >>> split_pairs(torch.tensor([1, 2, 3, 4])).rejected.tolist()
         [3, 4]
     """
+    check_plain(values=values)
     if values.shape[0] % 2:
         raise ValueError(f"pairs need an even number of rows (all chosen, then all rejected), got {values.shape[0]}")
     return Pairs(*values.chunk(2)) if len(values) else Pairs(values, values)
@@ -211,9 +219,11 @@ def preference_pair(logps: Tensor, mask: Tensor) -> PreferencePair:
         >>> pair.chosen_mean_logps.item(), pair.rejected_logps.item()
         (-2.0, -5.0)
     """
+    check_plain(logps=logps, mask=mask)
     return PreferencePair(*split_pairs(sequence_sum(logps, mask)), *split_pairs(mask.bool().sum(-1)))
 
 
 def _check_same_shape(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
+    check_plain(**{other_name: other, name: x})
     if x.shape != other.shape:
         raise ValueError(f"{name} must have shape {tuple(other.shape)} to match {other_name}, got {tuple(x.shape)}")

@@ -10,6 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "fusedalign"
 #: Rooms from the ground up: a module may import from its own room and from those before it.
 ROOMS = [
+    "checks",
     "problem",
     "impls",
     "losses",
@@ -29,7 +30,7 @@ ROOMS = [
 #: What impls share: the records of tokens, the cut into tiles, the autograd around an impl's own arithmetic, what
 #: adapters have in common.
 SHARED = ["rows", "tiles", "autograd", "adapter"]
-TORCH_ONLY = ["losses", "sequence"]
+TORCH_ONLY = ["checks", "losses", "sequence"]
 OPTIONAL = ["triton", "transformers", "trl", "liger_kernel", "cut_cross_entropy", "datasets", "peft", "accelerate"]
 
 

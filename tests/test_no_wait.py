@@ -7,6 +7,8 @@ import pytest
 import torch
 from helpers import OURS, make_case
 
+from fusedalign import dpo_loss, kto_loss, ld_logps, linear_cross_entropy, sft_loss
+
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 
@@ -39,6 +41,28 @@ def test_forward_and_backward(impl, needs, ignored, outputs):
         got = run(host)
     assert len(got) == 1 + len(outputs) + sum(needs)
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -1.0])
+def test_losses_look_at_no_value(bad):
+    """Of numbers that come in tensors: one out of its range makes NaN."""
+    x, desirable = -torch.rand(2, device="cuda"), torch.tensor([True, False], device="cuda")
+    rows, mask = -torch.rand(2, 3, device="cuda"), torch.ones(2, 3, device="cuda")
+    numbers, one = torch.tensor([1.0, bad], device="cuda"), torch.ones(2, device="cuda")
+    lengths = {"chosen_lengths": one, "rejected_lengths": numbers}
+    case = make_case((3, 17), 64, 303, device="cuda", ignored=0.0)
+    host = replace(case, targets=case.targets.cpu())
+    with no_wait():
+        outs = [
+            dpo_loss(x, x, x, x, loss_type="ipo", **lengths).losses[1],
+            ld_logps(rows, mask, numbers, ld_alpha=0.5)[1],
+            sft_loss(rows, mask, num_items=numbers[1]),
+            linear_cross_entropy(host.hidden, host.weight, host.targets, num_items=numbers[1]),
+            *([] if bad == -1.0 else [dpo_loss(x, x, x, x, pair_weights=numbers).losses[1]]),
+        ]
+    assert torch.stack(outs).isnan().all()
+    if bad != -1.0:  # waits for its rewards, whose number only the device knows
+        assert kto_loss(x, x, desirable, numbers[1]).losses.isnan().all()
 
 
 def test_the_forward_of_the_fused_trainers():

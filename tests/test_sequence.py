@@ -97,6 +97,16 @@ def test_masked_values_have_no_influence(f):
     assert values.grad[0, 2] == values.grad[1, 0] == 0
 
 
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_masked_values_have_no_influence_on_segments(bad):
+    values = torch.tensor([[1.0, 2.0, bad], [bad, 3.0, 5.0]], requires_grad=True)
+    mask = torch.tensor([[1, 1, 0], [0, 1, 1]])
+    out = segment_sum(values, mask, torch.tensor([[0, 1, 2], [0, 1, 0]]))
+    assert out.tolist() == [3, 3, 5]
+    out.sum().backward()
+    assert torch.equal(values.grad, mask.float())
+
+
 @pytest.mark.parametrize("f", [sequence_sum, sequence_mean])
 def test_an_empty_completion_is_zero_with_zero_gradient(f):
     values = torch.randn(2, 3, requires_grad=True)
@@ -139,6 +149,11 @@ BAD = [
         "prompt_lengths must have shape (2,) to match attention_mask, got (3,)",
     ),
     (lambda: segment_sum(ONES, ONES, ONES[0]), "position_ids must have shape (2, 3) to match values, got (3,)"),
+    (
+        lambda: completion_mask(torch.tensor([1, -2]), ONES),
+        "prompt_lengths must be finite and >= 0, got -2",
+    ),
+    (lambda: completion_mask(torch.tensor([1, torch.nan]), ONES), "prompt_lengths must be finite and >= 0, got nan"),
     (lambda: split_pairs(torch.zeros(3, 2)), "pairs need an even number of rows"),
 ]
 

@@ -7,13 +7,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from fusedalign.checks import check_finite, check_nonnegative, check_positive
 from fusedalign.losses.preference import (
     MAX_EXPONENT,
     PreferenceLoss,
     check_label_smoothing,
     check_logps,
     check_loss_type,
-    check_positive,
     check_unused,
     smoothed_logistic,
 )
@@ -27,6 +27,9 @@ _LOSS_TYPES: dict[str, Callable[[Tensor, float, float], Tensor]] = {
 LOSS_TYPES = tuple(_LOSS_TYPES)
 
 _DEFAULT_TPO_L_GAMMA = 0.5
+
+#: Below it AlphaPO's reward is that of SimPO to the last bit of fp64, and the division by alpha would be 0 / 0 in fp32.
+_LEAST_ALPHA = 1e-20
 
 
 def cpo_loss(
@@ -120,8 +123,7 @@ def simpo_loss(
     """
     chosen, rejected = check_logps(chosen_mean_logps=chosen_mean_logps, rejected_mean_logps=rejected_mean_logps)
     check_positive(beta=beta)
-    if not gamma >= 0:
-        raise ValueError(f"gamma must be >= 0, got {gamma}")
+    check_nonnegative(gamma=gamma)
     check_label_smoothing(label_smoothing, loss_type="simpo")
     losses = smoothed_logistic(beta * (chosen - rejected) - gamma, label_smoothing)
     return PreferenceLoss(losses, (beta * chosen).detach(), (beta * rejected).detach())
@@ -136,7 +138,7 @@ def alphapo_rewards(mean_logps: Tensor, *, alpha: float = 0.25) -> Tensor:
 
     Args:
         mean_logps: [B], log p of a completion *averaged* over its tokens, nats.
-        alpha: any number; 0 is SimPO.
+        alpha: any finite number; 0 is SimPO.
 
     Returns:
         [B] in fp32 at least. The exponent -alpha * mean_logps is held at 40, where TRL overflows.
@@ -152,7 +154,8 @@ def alphapo_rewards(mean_logps: Tensor, *, alpha: float = 0.25) -> Tensor:
         -3.4366
     """
     (logps,) = check_logps(mean_logps=mean_logps)
-    return logps if alpha == 0 else -(-alpha * logps).clamp(max=MAX_EXPONENT).expm1() / alpha
+    check_finite(alpha=alpha)
+    return logps if abs(alpha) < _LEAST_ALPHA else -(-alpha * logps).clamp(max=MAX_EXPONENT).expm1() / alpha
 
 
 def tpo_loss(

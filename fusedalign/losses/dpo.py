@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fusedalign.checks import check_finite, check_plain, check_positive, check_share, values_within
 from fusedalign.losses.preference import (
     MAX_EXPONENT,
     PreferenceLoss,
@@ -22,9 +23,9 @@ from fusedalign.losses.preference import (
     check_label_smoothing,
     check_logps,
     check_loss_type,
-    check_positive,
     check_shape,
     check_unused,
+    nonzero,
     smoothed_logistic,
 )
 
@@ -68,8 +69,7 @@ class _Terms:
         """Each score divided by the length of its own completion; 0 for an empty one."""
         assert self.chosen_lengths is not None
         assert self.rejected_lengths is not None
-        chosen, rejected = self.chosen_lengths.clamp(min=1), self.rejected_lengths.clamp(min=1)
-        return self.chosen_score / chosen - self.rejected_score / rejected
+        return self.chosen_score / nonzero(self.chosen_lengths) - self.rejected_score / nonzero(self.rejected_lengths)
 
 
 @dataclass(frozen=True)
@@ -183,7 +183,7 @@ def discopop(t: _Terms) -> Tensor:
 def sft(t: _Terms) -> Tensor:
     """Token mean of -log p over the chosen completions of the batch, the same number for every pair."""
     assert t.chosen_lengths is not None
-    return (-t.c.sum() / t.chosen_lengths.sum().clamp(min=1)).expand_as(t.c)
+    return (-t.c.sum() / nonzero(t.chosen_lengths.sum())).expand_as(t.c)
 
 
 @_loss_type("f_divergence_type", "chosen_lengths", "rejected_lengths")
@@ -253,17 +253,17 @@ def dpo_loss(
         ref_rejected_logps: [B], likewise.
         beta: > 0, strength of the pull towards the reference.
         loss_type: one of the above, or several, whose losses are added.
-        loss_weights: one number a loss type; default all 1.
+        loss_weights: one finite number a loss type; default all 1.
         label_smoothing: exo_pair in (0, 1), robust in [0, 0.5), aot and aot_unpaired in [0, 1); the others take 0 only.
         f_divergence_type: "reverse_kl" (scores a, b), "forward_kl" (1 - exp(-a)), "js_divergence" (log 2 + log s(a)),
             "alpha_divergence" ((exp((al - 1) a) - 1) / (al - 1)); for sigmoid, hinge, ipo, exo_pair, robust, discopop
             and sigmoid_norm, beside which only sft may stand then. Exponents are held at 40.
         f_alpha_divergence_coef: al of "alpha_divergence"; 1 gives reverse_kl.
         discopop_tau: > 0, temperature of the blend in discopop.
-        chosen_lengths: [B], completion tokens of the chosen, for ipo, sigmoid_norm and sft.
+        chosen_lengths: [B] >= 0, completion tokens of the chosen, for ipo, sigmoid_norm and sft.
         rejected_lengths: [B], likewise of the rejected, for ipo and sigmoid_norm.
-        pair_weights: [B], what each pair's loss is multiplied by, detached; `wpo_weights` gives those of WPO. Not with
-            aot and aot_unpaired, whose losses belong to places in a sorted batch and not to pairs.
+        pair_weights: [B], finite, what each pair's loss is multiplied by, detached; `wpo_weights` gives those of WPO.
+            Not with aot and aot_unpaired, whose losses belong to places in a sorted batch and not to pairs.
 
     Returns:
         `PreferenceLoss` with rewards beta * a and beta * b. Computed in fp32 at least, whatever comes in.
@@ -271,7 +271,9 @@ def dpo_loss(
     Raises:
         TypeError: an input is not a floating-point tensor.
         ValueError: an input is not [B] like the first, a number is out of its range, an unknown name, lengths are
-            missing, or an option has been set that no loss type asked for looks at.
+            missing, or an option has been set that no loss type asked for looks at. Lengths and pair weights out of
+            their range raise on the CPU; on a GPU and in a graph, where values are not looked at, that pair's loss is
+            NaN.
 
     Source:
         Each loss type: see `docs/losses.md` and the functions of this module. f-divergences: Wang et al.,
@@ -293,6 +295,7 @@ def dpo_loss(
         raise TypeError(f"loss_type must be a name or a sequence of names, got {type(loss_type).__name__}")
     names = [loss_type] if isinstance(loss_type, str) else list(loss_type)
     weights = _check_options(names, loss_weights, beta, label_smoothing, f_divergence_type, discopop_tau)
+    check_finite(f_alpha_divergence_coef=f_alpha_divergence_coef)
     check_unused(
         "f_alpha_divergence_coef",
         f_alpha_divergence_coef,
@@ -300,14 +303,14 @@ def dpo_loss(
         ["alpha_divergence"],
         [f_divergence_type],
     )
-    _check_lengths(names, c, chosen_lengths=chosen_lengths, rejected_lengths=rejected_lengths)
+    lengths = _check_lengths(names, c, chosen_lengths=chosen_lengths, rejected_lengths=rejected_lengths)
     score = _F_DIVERGENCES[f_divergence_type]
     terms = _Terms(
         *(c, r, c0, r0),
         chosen_score=score(c - c0, f_alpha_divergence_coef),
         rejected_score=score(r - r0, f_alpha_divergence_coef),
-        chosen_lengths=chosen_lengths,
-        rejected_lengths=rejected_lengths,
+        chosen_lengths=lengths["chosen_lengths"],
+        rejected_lengths=lengths["rejected_lengths"],
         beta=beta,
         label_smoothing=label_smoothing,
         discopop_tau=discopop_tau,
@@ -320,7 +323,7 @@ def dpo_loss(
                 f"pair_weights must be None with {', '.join(names)}: aot's losses are not those of single pairs"
             )
         check_shape("pair_weights", pair_weights, "chosen_logps", chosen_logps)
-        losses = losses * as_float(pair_weights).detach()
+        losses = losses * values_within("pair_weights", as_float(pair_weights.detach()))
     return PreferenceLoss(losses, (beta * terms.a).detach(), (beta * terms.b).detach())
 
 
@@ -340,6 +343,7 @@ def _check_options(
     weights = [1.0] * len(names) if loss_weights is None else list(loss_weights)
     if len(weights) != len(names):
         raise ValueError(f"loss_weights must have one number for each of {', '.join(names)}, got {len(weights)}")
+    check_finite(**{f"loss_weights[{i}]": weight for i, weight in enumerate(weights)})
     check_positive(beta=beta, discopop_tau=discopop_tau)
     if f_divergence_type not in _F_DIVERGENCES:
         raise ValueError(f"f_divergence_type must be one of {', '.join(_F_DIVERGENCES)}, got {f_divergence_type!r}")
@@ -360,13 +364,17 @@ def _check_options(
     return weights
 
 
-def _check_lengths(names: list[str], logps: Tensor, **lengths: Tensor | None) -> None:
+def _check_lengths(names: list[str], logps: Tensor, **lengths: Tensor | None) -> dict[str, Tensor | None]:
+    """The lengths in the dtype of `logps`, each None or known to be in range."""
+    checked: dict[str, Tensor | None] = dict.fromkeys(lengths)
     for argument, x in lengths.items():
         needed = [name for name in names if argument in _LOSS_TYPES[name].uses]
         if x is None and needed:
             raise ValueError(f"{argument} is needed with loss_type {', '.join(needed)}, got None")
         if x is not None:
             check_shape(argument, x, "chosen_logps", logps)
+            checked[argument] = values_within(argument, x.to(logps.dtype), least=0.0)
+    return checked
 
 
 def wpo_weights(logps: Tensor, log_sum_sq_probs: Tensor, mask: Tensor) -> Tensor:
@@ -393,6 +401,7 @@ def wpo_weights(logps: Tensor, log_sum_sq_probs: Tensor, mask: Tensor) -> Tensor
         >>> wpo_weights(torch.tensor([[-1.0, -3.0]]), torch.tensor([[-2.0, -2.0]]), torch.ones(1, 2)).tolist()
         [1.0]
     """
+    check_plain(logps=logps)
     check_shape("log_sum_sq_probs", log_sum_sq_probs, "logps", logps)
     check_shape("mask", mask, "logps", logps)
     mask = mask.bool()
@@ -422,13 +431,15 @@ def ld_logps(logps: Tensor, mask: Tensor, shared_lengths: Tensor, *, ld_alpha: f
         >>> ld_logps(torch.tensor([[-1.0, -2.0, -4.0]]), torch.ones(1, 3), torch.tensor([2]), ld_alpha=0.5).tolist()
         [-5.0]
     """
+    check_plain(logps=logps, shared_lengths=shared_lengths)
     check_shape("mask", mask, "logps", logps)
     if shared_lengths.shape != logps.shape[:-1]:
         expected, came = tuple(logps.shape[:-1]), tuple(shared_lengths.shape)
         raise ValueError(f"shared_lengths must have shape {expected} to match logps, got {came}")
-    if not 0 <= ld_alpha <= 1:
-        raise ValueError(f"ld_alpha must be in [0, 1], got {ld_alpha}")
-    mask = mask.bool()
-    tail = mask.cumsum(-1) > shared_lengths[..., None]
-    logps = as_float(logps).where(mask, 0)
-    return logps.where(~tail, ld_alpha * logps).sum(-1)
+    check_share(ld_alpha=ld_alpha)
+    logps, mask = as_float(logps), mask.bool()
+    shared = values_within("shared_lengths", shared_lengths.to(logps.dtype), least=0.0)
+    tail = mask.cumsum(-1) > shared[..., None]
+    logps = logps.where(mask, 0)
+    sums = logps.where(~tail, ld_alpha * logps).sum(-1)
+    return sums.where(~shared.isnan(), math.nan)  # no comparison holds for NaN

@@ -5,12 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fusedalign.checks import check_finite, check_nonnegative, check_plain, check_positive, values_within
 from fusedalign.losses.preference import (
     PreferenceLoss,
-    as_float,
     check_logps,
     check_loss_type,
-    check_positive,
     check_shape,
 )
 
@@ -42,7 +41,8 @@ def kto_loss(
         ref_logps: [B], likewise of the reference model.
         desirable: [B] bool.
         kl: scalar, the baseline from `kto_kl`; taken as a constant, and as 0 where it is negative. None for
-            "apo_zero_unpaired", which has none.
+            "apo_zero_unpaired", which has none. NaN and infinity raise, but for a tensor on a GPU or in a graph, whose
+            value is not looked at: there all losses are NaN.
         beta: > 0.
         desirable_weight: >= 0, w_d.
         undesirable_weight: >= 0, w_u. The paper keeps (w_d n_d) / (w_u n_u) between 1 and 4/3 for n_d, n_u completions.
@@ -70,14 +70,13 @@ def kto_loss(
         raise TypeError(f"desirable must be bool, got {desirable.dtype}")
     check_loss_type(loss_type, LOSS_TYPES)
     check_positive(beta=beta)
-    for name, weight in (("desirable_weight", desirable_weight), ("undesirable_weight", undesirable_weight)):
-        if not weight >= 0:
-            raise ValueError(f"{name} must be >= 0, got {weight}")
+    check_nonnegative(desirable_weight=desirable_weight, undesirable_weight=undesirable_weight)
     x = policy - reference
     rewards = beta * x
-    sign = torch.where(desirable, 1.0, -1.0).to(x.dtype)
-    losses = (-sign * beta * (x - _baseline(kl, loss_type, x))).sigmoid()  # 1 - s(y) = s(-y)
-    losses = losses * torch.where(desirable, desirable_weight, undesirable_weight).to(x.dtype)
+    gain = x - _baseline(kl, loss_type, x)
+    losses = (-beta * torch.where(desirable, gain, -gain)).sigmoid()  # 1 - s(y) = s(-y)
+    # Numbers meet tensors only: torch.where of two numbers would round them to torch's default dtype.
+    losses = torch.where(desirable, desirable_weight * losses, undesirable_weight * losses)
     return PreferenceLoss(losses, rewards[desirable].detach(), rewards[~desirable].detach())
 
 
@@ -88,10 +87,13 @@ def _baseline(kl: Tensor | float | None, loss_type: str, like: Tensor) -> Tensor
         return like.new_zeros(())
     if kl is None:
         raise ValueError("kl must be a scalar with loss_type='kto' (see kto_kl), got None")
-    kl = torch.as_tensor(kl, device=like.device)
+    if not isinstance(kl, Tensor):
+        check_finite(kl=kl)
+        return like.new_tensor(max(float(kl), 0.0))
+    check_plain(kl=kl)
     if kl.numel() != 1:
         raise ValueError(f"kl must be a scalar, got shape {tuple(kl.shape)}")
-    return as_float(kl).detach().reshape(()).clamp(min=0)
+    return values_within("kl", kl.detach().reshape(()).to(like.dtype)).to(like.device).clamp(min=0)
 
 
 def kto_kl(kl_logps: Tensor, ref_kl_logps: Tensor) -> Tensor:

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fusedalign.losses.preference import PreferenceLoss, check_logps, check_positive
+from fusedalign.checks import check_positive
+from fusedalign.losses.preference import PreferenceLoss, check_logps
 
 #: Nearest to 0 that a mean log-probability is taken: log(1 - p) and its gradient 1 / (1 - p) stay finite in fp32.
 _NEAREST_ZERO = -1e-30
@@ -32,7 +33,7 @@ def orpo_loss(chosen_mean_logps: Tensor, rejected_mean_logps: Tensor, *, beta: f
 
     Raises:
         TypeError: an input is not a floating-point tensor.
-        ValueError: an input is not [B] like the first, or beta <= 0.
+        ValueError: an input is not [B] like the first, or beta is out of its range.
 
     Source:
         Hong et al., arXiv:2403.07691, equations 4 and 7. TRL returns the term with the opposite sign, and infinities

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fusedalign.checks import check_finite, check_plain
+
 #: Exponents are held at this value: e**40 is 2.4e17, and its square still fits fp32.
 MAX_EXPONENT = 40.0
 
@@ -35,9 +37,10 @@ def check_logps(**logps: Tensor) -> list[Tensor]:
     """The named tensors in fp32 (fp64 stays), after a check that nothing would broadcast.
 
     Raises:
-        TypeError: one is not a floating-point tensor.
+        TypeError: one is not a floating-point tensor, or no plain one.
         ValueError: one is not of the first one's shape [B].
     """
+    check_plain(**logps)
     first_name, first = next(iter(logps.items()))
     for name, x in logps.items():
         if not isinstance(x, Tensor) or not x.is_floating_point():
@@ -54,25 +57,25 @@ def as_float(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+def nonzero(counts: Tensor) -> Tensor:
+    """Counts as divisors: 1 in the place of 0, so that a mean of nothing is 0."""
+    return counts.where(counts != 0, 1)
+
+
 def check_shape(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
-    """Raises TypeError unless `x` is a tensor, ValueError unless both have one shape and one device."""
+    """Raises TypeError unless `x` is a plain tensor, ValueError unless both have one shape and one device."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    check_plain(**{name: x})
     if x.device != other.device:
         raise ValueError(f"{name} must be on {other.device} like {other_name}, got {x.device}")
     if x.shape != other.shape:
         raise ValueError(f"{name} must have shape {tuple(other.shape)} to match {other_name}, got {tuple(x.shape)}")
 
 
-def check_positive(**values: float) -> None:
-    """Raises ValueError unless every named number is above 0."""
-    for name, value in values.items():
-        if not value > 0:
-            raise ValueError(f"{name} must be > 0, got {value}")
-
-
 def check_label_smoothing(value: float, *, below: float = 1.0, above_zero: bool = False, loss_type: str) -> None:
     """Raises ValueError, naming the range, unless `0 <= value < below`, 0 itself left out with `above_zero`."""
+    check_finite(label_smoothing=value)
     if not 0 <= value < below or (above_zero and value == 0):
         span = f"{'(' if above_zero else '['}0, {below:g})"
         raise ValueError(f"label_smoothing must be in {span} with loss_type={loss_type!r}, got {value}")
@@ -88,7 +91,7 @@ def check_loss_type(loss_type: str, known: Iterable[str]) -> None:
 def check_unused(name: str, value: object, default: object, users: Iterable[str], loss_types: Iterable[str]) -> None:
     """Raises ValueError where an option has been set that none of `loss_types` looks at: it would be ignored."""
     users = list(users)
-    if value != default and not set(users) & set(loss_types):
+    if not set(users) & set(loss_types) and value != default:
         chosen = ", ".join(loss_types)
         raise ValueError(
             f"{name} is for loss_type {', '.join(users)} only, with {chosen} it must be {default}, got {value}"

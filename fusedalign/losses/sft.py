@@ -8,12 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fusedalign.checks import check_nonnegative, check_plain, values_within
 from fusedalign.losses.preference import (
     as_float,
     check_label_smoothing,
     check_loss_type,
     check_shape,
     check_unused,
+    nonzero,
 )
 
 #: loss_type -> the factor of each token's log p(target), which takes no gradient itself.
@@ -44,7 +46,7 @@ def sft_loss(
     logps: Tensor,
     mask: Tensor,
     *,
-    num_items: int | Tensor | None = None,
+    num_items: float | Tensor | None = None,
     loss_type: str = "nll",
     label_smoothing: float = 0.0,
     mean_logps: Tensor | None = None,
@@ -62,8 +64,10 @@ def sft_loss(
     Args:
         logps: [...], log p(target) of each token, nats.
         mask: [...] bool (or 0/1), which tokens count; what stands elsewhere in `logps` has no influence, not even NaN.
-        num_items: what the sum is divided by; default: how many tokens count here. Under gradient accumulation or data
-            parallelism pass the number of the whole window over all ranks, so that every token weighs the same.
+        num_items: what the sum is divided by, a finite number >= 0 or a tensor of one; default: how many tokens count
+            here. Under gradient accumulation or data parallelism pass the number of the whole window over all ranks, so
+            that every token weighs the same. 0 divides by nothing. A tensor on a GPU or in a graph is not looked at:
+            out of that range it makes the loss NaN.
         loss_type: "nll" or "dft".
         label_smoothing: in [0, 1), "nll" only; the share of the target's weight that is spread over the vocabulary.
         mean_logps: [...], mean over the vocabulary of log p, nats: mean logit minus lse. `TokenLogps.mean_logit`
@@ -93,20 +97,20 @@ def sft_loss(
     if not isinstance(logps, Tensor) or not logps.is_floating_point():
         came = logps.dtype if isinstance(logps, Tensor) else type(logps).__name__
         raise TypeError(f"logps must be floating-point, got {came}")
+    check_plain(logps=logps)
     check_shape("mask", mask, "logps", logps)
     mask = mask.bool()
     logps = as_float(logps).where(mask, 0.0)
     losses = token_loss(logps, loss_type=loss_type)
     check_unused("label_smoothing", label_smoothing, 0.0, ["nll"], [loss_type])
     check_label_smoothing(label_smoothing, loss_type=loss_type)
-    if not z_loss >= 0:
-        raise ValueError(f"z_loss must be >= 0, got {z_loss}")
+    check_nonnegative(z_loss=z_loss)
     if (more := _companion("mean_logps", mean_logps, "label_smoothing", label_smoothing, mask)) is not None:
         losses = (1 - label_smoothing) * losses - label_smoothing * more
     if (more := _companion("lse", lse, "z_loss", z_loss, mask)) is not None:
         losses = losses + z_loss * more.square()
     losses = losses.where(mask, 0.0)
-    return mean_over(losses.sum(), mask.sum() if num_items is None else num_items)
+    return mean_over(losses.sum(), mask.sum() if num_items is None else check_num_items(num_items))
 
 
 def token_losses(
@@ -129,7 +133,7 @@ class ScalarLoss:
     loss_type: str
     z_loss: float
     reduction: str
-    num_items: int | Tensor
+    num_items: float | Tensor
 
     def __post_init__(self) -> None:
         check_loss_type(self.loss_type, LOSS_TYPES)
@@ -145,25 +149,34 @@ class ScalarLoss:
         """What the NLL of every token is multiplied with; None where tokens differ or there is more to the loss."""
         if self.loss_type != "nll" or self.z_loss:
             return None
-        return self._part(torch.ones((), device=getattr(self.num_items, "device", None)))
+        return self._part(torch.ones((), dtype=torch.float32, device=getattr(self.num_items, "device", None)))
 
     def _part(self, x: Tensor) -> Tensor:
         return x if self.reduction == "sum" else mean_over(x, self.num_items)
 
 
-def mean_over(total: Tensor, num_items: int | Tensor) -> Tensor:
-    """`total / num_items`, and `total` where there are no items, so that nothing is divided by 0.
+def check_num_items(num_items: float | Tensor) -> float | Tensor:
+    """`num_items`, once it is known to be one finite number >= 0; on a GPU and in a graph NaN where it is not.
 
     Raises:
-        ValueError: num_items is a negative number, or a tensor of several.
+        TypeError: no number, or no plain tensor.
+        ValueError: out of range, or a tensor of several.
     """
+    if not isinstance(num_items, Tensor):
+        check_nonnegative(num_items=num_items)
+        return num_items
+    check_plain(num_items=num_items)
+    if num_items.numel() != 1:
+        raise ValueError(f"num_items must be one number, got a tensor of shape {tuple(num_items.shape)}")
+    wide = torch.float32 if num_items.device.type == "mps" else torch.float64  # holds every count
+    return values_within("num_items", num_items.detach().reshape(()).to(wide), least=0.0)
+
+
+def mean_over(total: Tensor, num_items: float | Tensor) -> Tensor:
+    """`total / num_items`, which is checked already, and `total` where there are no items: nothing is divided by 0."""
     if isinstance(num_items, Tensor):
-        if num_items.numel() != 1:
-            raise ValueError(f"num_items must be one number, got a tensor of shape {tuple(num_items.shape)}")
-        return total / num_items.reshape(()).to(total.device).clamp(min=1)
-    if num_items < 0:
-        raise ValueError(f"num_items must be >= 0, got {num_items}")
-    return total / max(num_items, 1)
+        return total / nonzero(num_items.to(total))
+    return total / (num_items if num_items != 0 else 1)
 
 
 def _companion(name: str, x: Tensor | None, option: str, value: float, mask: Tensor) -> Tensor | None:

@@ -25,7 +25,14 @@ from fusedalign.head import LMHead
 from fusedalign.ops import linear_logps
 from fusedalign.trl.forward import OUTPUT_NAMES, fused_by
 from fusedalign.trl.options import HeadOptions, mixed_precision
-from fusedalign.trl.refusals import refuse_adapters, refuse_arguments, refuse_experts, refuse_zero3, unwrapped
+from fusedalign.trl.refusals import (
+    refuse_adapters,
+    refuse_arguments,
+    refuse_experts,
+    refuse_numbers,
+    refuse_zero3,
+    unwrapped,
+)
 from fusedalign.trl.trainers import Fused, loss_hint
 
 SUPPORTED = ("SFTTrainer", "DPOTrainer", "KTOTrainer", "GRPOTrainer", "RLOOTrainer")
@@ -85,6 +92,7 @@ def attach(trainer: Any, **options: Any) -> Any:
         raise TypeError(f"expected a trainer with TRL's head, got {type(trainer).__name__}: give it the options itself")
     if isinstance(trainer, trl.SFTTrainer):
         refuse_arguments("attach()", {"args": trainer.args, "compute_loss_func": trainer.compute_loss_func})
+    refuse_numbers(trainer.args)
     refuse_zero3(trainer)
     refuse_adapters(trainer)
     refuse_experts(trainer, ("num_experts",), f"use Fused{type(trainer).__name__}")

@@ -4,10 +4,32 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from accelerate.utils import is_peft_model
+
+from fusedalign.checks import check_finite, check_nonnegative, check_positive, check_share
+from fusedalign.losses.preference import check_label_smoothing
+
+#: The numbers of TRL's configurations that enter a loss, where a configuration has them and they are not None.
+_NUMBERS: dict[str, Callable[..., None]] = {
+    "beta": check_positive,
+    "ld_alpha": check_share,
+    "f_alpha_divergence_coef": check_finite,
+    "discopop_tau": check_positive,
+    "desirable_weight": check_nonnegative,
+    "undesirable_weight": check_nonnegative,
+    "cpo_alpha": check_nonnegative,
+    "simpo_gamma": check_nonnegative,
+    "alpha": check_finite,
+    "tpo_alpha": check_nonnegative,
+    "tpo_l_gamma": check_nonnegative,
+    "ref_model_mixup_alpha": check_share,
+    "router_aux_loss_coef": check_finite,
+}
+#: Configurations in which a beta of 0 leaves a term out, and something else trains.
+_BETA_MAY_BE_ZERO = {"ORPOConfig", "GRPOConfig", "RLOOConfig"}
 
 
 def refuse_arguments(name: str, arguments: Mapping[str, Any], loss_type: Any = None) -> None:
@@ -36,6 +58,24 @@ def refuse_arguments(name: str, arguments: Mapping[str, Any], loss_type: Any = N
         dataset: Any = arguments.get(argument)
         if hasattr(dataset, "__len__") and not isinstance(dataset, dict) and len(dataset) == 0:
             raise ValueError(f"{argument} must have at least one row, got none")
+
+
+def refuse_numbers(args: Any) -> None:
+    """Raises ValueError for a number of a trainer's configuration with which no loss can train, NaN above all.
+
+    TypeError where it is no number. What the loss type in use does not look at is checked too.
+    """
+    checks = dict(_NUMBERS)
+    if _BETA_MAY_BE_ZERO & {cls.__name__ for cls in type(args).__mro__}:
+        checks["beta"] = check_nonnegative
+    for name, check in checks.items():
+        value = getattr(args, name, None)
+        if value is not None:
+            check(**{name: value})
+    check_finite(**{f"loss_weights[{i}]": x for i, x in enumerate(getattr(args, "loss_weights", None) or [])})
+    if hasattr(args, "label_smoothing"):
+        robust = "robust" in args.loss_type
+        check_label_smoothing(args.label_smoothing, below=0.5 if robust else 1.0, loss_type=args.loss_type)
 
 
 def refuse_adapters(trainer: Any) -> None:

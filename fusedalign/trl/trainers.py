@@ -20,7 +20,7 @@ import trl
 from fusedalign.trl.forward import EXPERTS, add_lm_head
 from fusedalign.trl.options import HeadOptions, mixed_precision
 from fusedalign.trl.preparation import prepared
-from fusedalign.trl.refusals import refuse_adapters, refuse_arguments, refuse_experts, refuse_sharded
+from fusedalign.trl.refusals import refuse_adapters, refuse_arguments, refuse_experts, refuse_numbers, refuse_sharded
 
 
 class Fused:
@@ -34,6 +34,7 @@ class Fused:
         arguments = bound.arguments
         default = trl.SFTConfig.loss_type if isinstance(self, trl.SFTTrainer) else None
         refuse_arguments(type(self).__name__, arguments, default)
+        refuse_numbers(arguments.get("args"))
         self._adapt(arguments)
         self.head_options = options
         with self._head_in_place(arguments.get("args")):

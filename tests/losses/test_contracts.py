@@ -191,6 +191,43 @@ def test_kto_with_one_side_absent(side):
     assert torch.isfinite(x.grad).all()
 
 
+@pytest.mark.parametrize(("tau", "d"), [(2.0, -200.0), (2.0, -1e4), (5.0, -1e5)])
+def test_discopops_exponent_is_held(tau, d):
+    """With tau > 1 the product m exp(-x) grows as exp(-x (1 - 1 / tau)) below 0; free, it overflows fp32 near -178."""
+    c = torch.tensor([d, 0.5], requires_grad=True)
+    zero = torch.zeros(2)
+    losses = dpo_loss(c, zero, zero, zero, beta=1.0, loss_type="discopop", discopop_tau=tau).losses
+    (grad,) = torch.autograd.grad(losses.sum(), c)
+    expected = [-d + math.exp(40.0), None]
+    assert losses[0].item() == pytest.approx(expected[0], rel=1e-5)
+    assert torch.isfinite(losses).all()
+    assert torch.isfinite(grad).all()
+    assert losses.square().isfinite().all()  # as the constant promises
+    m = 1 / (1 + math.exp(-0.5 / tau))
+    assert losses[1].item() == pytest.approx((1 - m) * math.log1p(math.exp(-0.5)) + m * math.exp(-0.5), rel=1e-6)
+
+
+@pytest.mark.parametrize("loss_type", ["sigmoid", "ipo", "apo_zero"])
+def test_pair_weights_are_constants(loss_type):
+    """WPO's weights come of the policy, and no gradient goes back through them."""
+    c, r, c0, r0 = (x.requires_grad_() for x in inputs(4, 3))
+    weights = (c.exp() * torch.tensor([1.0, 2.0, 0.5])).float()
+    options = dpo_options(loss_type, 3)
+    got = dpo_loss(c, r, c0, r0, pair_weights=weights, **options).losses
+    want = dpo_loss(c, r, c0, r0, **options).losses * weights.detach()
+    torch.testing.assert_close(got, want)
+    for x, y in zip(*(torch.autograd.grad(losses.sum(), (c, r)) for losses in (got, want)), strict=True):
+        torch.testing.assert_close(x, y)
+
+
+@pytest.mark.parametrize("coef", [1 - 1e-12, 1 + 1e-12, 1.0])
+def test_alpha_divergence_near_reverse_kl(coef):
+    """(exp((al - 1) x) - 1) / (al - 1): 1 less a rounded exponential would leave three digits."""
+    xs = inputs(4, 5)
+    got = dpo_loss(*xs, f_divergence_type="alpha_divergence", f_alpha_divergence_coef=coef).losses
+    torch.testing.assert_close(got, dpo_loss(*xs).losses, rtol=1e-10, atol=0)
+
+
 def test_kto_weights_do_not_enter_the_denominator():
     args = torch.tensor([-1.0, -2.0]), torch.zeros(2), torch.tensor([True, False]), 0.0
     double = kto_loss(*args, desirable_weight=2.0, undesirable_weight=2.0).losses.mean()

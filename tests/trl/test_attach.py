@@ -123,6 +123,35 @@ def test_detach_leaves_no_trace(build, stock_history):
     tiny.assert_same(tiny.history(trainer), stock_history("dpo"))
 
 
+def test_detach_gives_an_instances_own_methods_back(build):
+    """Those that a user has put on this trainer: before attach(), under it, and over it."""
+    trainer, calls = build("sft", "stock", max_steps=1), []
+    original = trainer.compute_loss
+
+    def own(*args, **kwargs):
+        calls.append("own")
+        return original(*args, **kwargs)
+
+    trainer.compute_loss = own
+    attach(trainer)
+    trainer.train()
+    assert calls == ["own"]
+    detach(trainer)
+    assert vars(trainer)["compute_loss"] is own
+    assert "training_step" not in vars(trainer)
+    attach(attach(trainer))  # the second time replaces the first
+    detach(trainer)
+    assert vars(trainer)["compute_loss"] is own
+
+    attach(trainer)
+    step = trainer.compute_loss
+    trainer.compute_loss = later = lambda *args, **kwargs: step(*args, **kwargs)
+    detach(trainer)
+    assert vars(trainer)["compute_loss"] is later
+    trainer.train()
+    assert calls == ["own", "own"]
+
+
 def test_generate_save_and_reload(build, tmp_path):
     trainer = build("sft", "attach")
     trainer.train()

@@ -1,6 +1,8 @@
 """Each thing that a trainer refuses when it is built or attached to, by its message."""
 
+import dataclasses
 import inspect
+import json
 import types
 
 import peft
@@ -13,9 +15,11 @@ import trl
 from accelerate.state import AcceleratorState
 from transformers.models.phimoe import modeling_phimoe
 
+from fusedalign.cli import main
 from fusedalign.impls import pytorch
 from fusedalign.trl import FusedSFTTrainer, attach
 from fusedalign.trl.forward import fused_by
+from fusedalign.trl.refusals import refuse_numbers
 
 KINDS = ("sft", "dpo", "kto", "cpo", "orpo", "tpo")
 
@@ -149,6 +153,119 @@ def test_label_smoothing_of_sft(build, how):
     with pytest.raises(ValueError, match=rf"needs label_smoothing_factor=0, got 0\.1, {instead}"):
         build("sft", how, label_smoothing_factor=0.1)
     build("sft", how, label_smoothing_factor=0.1, loss_type="dft")
+
+
+NAN, INF = float("nan"), float("inf")
+#: kind -> the numbers of its configuration, each with what no training may go on with.
+BAD_NUMBERS = {
+    "dpo": {
+        "beta": (NAN, INF, -1.0, 0.0),
+        "ld_alpha": (NAN, -0.1, 1.1),
+        "f_alpha_divergence_coef": (NAN, INF),
+        "discopop_tau": (NAN, INF, 0.0, -0.05),
+        "label_smoothing": (NAN, INF, -0.1, 1.0),
+        "ref_model_mixup_alpha": (NAN, 1.5),
+        "router_aux_loss_coef": (NAN, INF),
+    },
+    "kto": {
+        "beta": (NAN, INF, -1.0, 0.0),
+        "desirable_weight": (NAN, INF, -1.0),
+        "undesirable_weight": (NAN, INF, -1.0),
+    },
+    "cpo": {
+        "beta": (NAN, INF, -1.0, 0.0),
+        "cpo_alpha": (NAN, INF, -1.0),
+        "simpo_gamma": (NAN, INF, -0.5),
+        "alpha": (NAN, INF),
+        "label_smoothing": (NAN, -0.1, 1.0),
+    },
+    "orpo": {"beta": (NAN, INF, -1.0)},
+    "tpo": {
+        "beta": (NAN, INF, -1.0, 0.0),
+        "tpo_alpha": (NAN, INF, -1.0),
+        "tpo_l_gamma": (NAN, INF, -0.5),
+        "label_smoothing": (NAN, -0.1, 1.0),
+    },
+    "sft": {"router_aux_loss_coef": (NAN, INF)},
+}
+
+
+@pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind, numbers in BAD_NUMBERS.items() for name in numbers])
+def test_numbers_that_no_loss_trains_with(build, kind, name):
+    for bad in BAD_NUMBERS[kind][name]:
+        for how in ("fused", "attach") if kind in ("sft", "dpo", "kto") and bad is NAN else ("fused",):
+            with pytest.raises(ValueError, match=rf"^{name} must be .*, got {bad}$"):
+                build(kind, how, model="qwen3_moe" if name.startswith("router") else "qwen3", **{name: bad})
+
+
+def test_every_number_of_a_loss_is_checked():
+    """Fields of TRL's configurations with a number as default, less those known not to enter a loss."""
+    others = {"max_length", "precompute_ref_batch_size", "ref_model_sync_steps", "max_completion_length"}
+    others |= {"pad_to_multiple_of", "padding_value", "dataset_num_proc", "learning_rate"}
+    for kind, numbers in BAD_NUMBERS.items():
+        config = tiny.classes(kind)[2]
+        own = {f.name: str(f.type) for f in dataclasses.fields(config)}
+        base = {f.name for f in dataclasses.fields(transformers.TrainingArguments)}
+        found = {name for name, kind in own.items() if ("float" in kind or "int" in kind) and name not in base}
+        assert found - others - {"loss_weights"} <= set().union(*BAD_NUMBERS.values()), kind
+        assert numbers.keys() <= own.keys()
+
+
+def test_loss_weights_and_the_type_of_numbers(build):
+    weights = {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, NAN]}
+    with pytest.raises(ValueError, match=r"^loss_weights\[1\] must be finite, got nan$"):
+        build("dpo", "fused", **weights)
+    with pytest.raises(TypeError, match=r"^beta must be a number, got str$"):
+        build("dpo", "fused", beta="0.1")
+    with pytest.raises(
+        ValueError, match=r"^label_smoothing must be in \[0, 0.5\) with loss_type=\['robust'\], got 0.5$"
+    ):
+        build("dpo", "fused", loss_type=["robust"], label_smoothing=0.5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("dpo", {"ld_alpha": 0.0, "loss_type": ["sigmoid", "sft"], "loss_weights": [0.0, 1.0]}),
+        ("dpo", {"ld_alpha": 1.0, "f_alpha_divergence_coef": -0.5, "ref_model_mixup_alpha": 1.0}),
+        ("dpo", {"label_smoothing": 0.3}),
+        ("kto", {"desirable_weight": 0.0, "undesirable_weight": 1}),
+        ("cpo", {"loss_type": "simpo", "cpo_alpha": 0.0, "simpo_gamma": 0.0, "alpha": -0.25}),
+        ("cpo", {"loss_type": "hinge", "label_smoothing": 0.1}),
+        ("orpo", {"beta": 0.0}),
+        ("tpo", {"tpo_alpha": 0.0, "tpo_l_gamma": 0.0}),
+    ],
+)
+def test_numbers_that_trl_trains_with(build, kind, options):
+    build(kind, "fused", **options)
+
+
+@pytest.mark.parametrize("kind", ["grpo", "rloo"])
+def test_a_reinforcement_learner_may_have_no_kl_term(kind):
+    """Their rewards make them slow to build; attach() asks this of them."""
+    config = tiny.classes(kind)[2]
+    for beta in (0.0, 0.04):
+        refuse_numbers(config(output_dir="unused", beta=beta, report_to="none", use_cpu=True, bf16=False))
+    for bad in (NAN, -1.0):
+        with pytest.raises(ValueError, match=rf"^beta must be >= 0, got {bad}$"):
+            refuse_numbers(config(output_dir="unused", beta=bad, report_to="none", use_cpu=True, bf16=False))
+
+
+@pytest.mark.parametrize("value", ["-1", "nan", "inf"])
+def test_on_the_command_line(capsys, tiny_folder, tmp_path, value):
+    data = tmp_path / "data.jsonl"
+    data.write_text(json.dumps({"prompt": "a good", "chosen": " answer", "rejected": " boats"}) + "\n")
+    model = tiny_folder("qwen3")
+    tiny.tokenizer().save_pretrained(model)
+    for method, flag in (("dpo", "--beta"), ("simpo", "--simpo_gamma")):
+        flags = {"--model_name_or_path": model, "--dataset_name": data, "--output_dir": tmp_path / "out"}
+        words = [method, *(str(x) for pair in flags.items() for x in pair), f"{flag}={value}"]
+        words += ["--use_cpu", "true", "--bf16", "false", "--report_to", "none", "--max_steps", "1"]
+        assert main(words) == 2
+        (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("fusedalign: error")]
+        assert line.startswith(f"fusedalign: error: {flag[2:]} must be ")
+        assert f"got {float(value)}" in line
+    assert not (tmp_path / "out" / "metrics.jsonl").exists()
 
 
 def test_label_smoothing_in_arguments_that_trl_makes_its_own_of(tmp_path):
