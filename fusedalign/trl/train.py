@@ -17,6 +17,7 @@ from fusedalign.trl.attachment import attach
 from fusedalign.trl.data import load_data
 from fusedalign.trl.models import check_has_head, model_path
 from fusedalign.trl.record import MetricsFile, Written, plot_metrics
+from fusedalign.trl.reference import keyed
 
 
 def build(method: str, arguments: Arguments, *, fused: bool = True) -> Any:
@@ -47,7 +48,7 @@ def build(method: str, arguments: Arguments, *, fused: bool = True) -> Any:
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, **remote)
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
         more = {"processing_class": tokenizer}  # type: ignore[dict-item]
-    cls = getattr(fusedalign.trl, f"Fused{name}") if fused else trl_class(name)
+    cls = getattr(fusedalign.trl, f"Fused{name}") if fused else keyed(trl_class(name))
     trainer = cls(
         model=path,
         args=training,
