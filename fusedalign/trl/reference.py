@@ -95,26 +95,32 @@ def check_adapters(arguments: dict[str, Any]) -> None:
     if arguments.get("ref_model") is not None:
         return
     if is_peft_model(model):
-        tuner = model.base_model
-        active = list(getattr(tuner, "active_adapters", None) or [model.active_adapter])
-        names = ", ".join(model.peft_config)
+        names, active = ", ".join(model.peft_config), _active_adapters(model)
         if "ref" in model.peft_config:
             raise ValueError(
-                f"expected no adapter called 'ref', the name of the reference, which TRL copies from 'default', got {names}: "
-                "delete or rename it, or pass the reference as ref_model"
+                "expected no adapter called 'ref', the name of the reference, which TRL copies from 'default', got "
+                f"{names}: delete or rename it"
             )
         if active != ["default"]:
             raise ValueError(
-                f"expected the adapter 'default' to be active, of which TRL makes the reference, got {' and '.join(active)} "
-                f"of {names}: load the one to train with PeftModel.from_pretrained(model, folder, is_trainable=True)"
+                "expected the adapter 'default' to be active, of which TRL makes the reference, got "
+                f"{' and '.join(active)} of {names}: load the one to train by "
+                "PeftModel.from_pretrained(model, folder, is_trainable=True)"
             )
         config = model.peft_config["default"]
     how = getattr(config, "init_lora_weights", None)
     if isinstance(how, str) and how.lower().startswith(_CHANGING_THE_MODEL):
         raise ValueError(
-            f"expected adapters that leave the model's weights, which are the reference, got init_lora_weights={how!r}, "
-            "which changes them: pass ref_model, or use another initialisation"
+            "expected adapters that leave the model's weights, which are the reference, got "
+            f"init_lora_weights={how!r}, which changes them: use another initialisation"
         )
+
+
+def _active_adapters(model: Any) -> list[str]:
+    from peft.tuners.tuners_utils import BaseTuner
+
+    tuner = model.base_model  # of prompt learning: the model of transformers itself
+    return list(tuner.active_adapters) if isinstance(tuner, BaseTuner) else [model.active_adapter]
 
 
 def complete_reference_adapter(model: nn.Module) -> None:

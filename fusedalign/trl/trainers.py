@@ -125,4 +125,4 @@ class FusedDPOTrainer(FusedWithReference, trl.DPOTrainer):
 
 
 class FusedKTOTrainer(FusedWithReference, trl.KTOTrainer):
-    """`trl.KTOTrainer` without logits, its KL term included; see `FusedSFTTrainer`, for its reference `FusedDPOTrainer`."""
+    """`trl.KTOTrainer` without logits, its KL term included; see `FusedSFTTrainer` and `FusedDPOTrainer`."""
