@@ -94,7 +94,7 @@ def _lora_config(**options):
 
 def _assert_starts_at_its_reference(build, kind, model, **options):
     """Rewards are 0 at the first step, where policy and reference are one model, and not at the second."""
-    trainer = build(kind, "fused", arguments=[("model", lambda: model)], max_steps=2, learning_rate=1e-2, **options)
+    trainer = build(kind, "fused", arguments=[("model", lambda: model)], max_steps=2, learning_rate=5e-2, **options)
     trainer.train()
     first, second = trainer.state.log_history[:2]
     for name in ("rewards/chosen", "rewards/rejected"):
@@ -264,11 +264,13 @@ PRECOMPUTED = {"precompute_ref_log_probs": True, "truncation_mode": "keep_end", 
 
 
 def test_a_precomputed_reference_is_that_of_these_settings(build, precomputations):
-    """Without a shared entry the first step starts at ln 2, however long the sequences were the last time."""
+    """The first step starts at ln 2, however long the sequences were the last time."""
+    trainers = []  # with the last of these data sets their temporary files go
 
     def first_loss(**options):
         before = len(precomputations)
         trainer = build("dpo", "fused", **PRECOMPUTED | options)
+        trainers.append(trainer)
         trainer.train()
         return trainer.state.log_history[0]["loss"], len(precomputations) > before
 
@@ -289,10 +291,11 @@ def test_a_precomputed_reference_is_that_of_these_settings(build, precomputation
 
 
 def test_kto_and_its_kl(build, precomputations):
-    options = {"precompute_ref_log_probs": True, "max_length": None, "max_steps": 1}
+    options, trainers = {"precompute_ref_log_probs": True, "max_length": None, "max_steps": 1}, []
     for bf16 in (False, True):
         before = len(precomputations)
         trainer = build("kto", "fused", bf16=bf16, **options)
+        trainers.append(trainer)
         trainer.train()
         row = trainer.state.log_history[0]
         assert len(precomputations) > before
@@ -329,8 +332,8 @@ def test_what_the_key_depends_on(build, loaded):
     changed(trainer, "head_options", trainer.head_options._replace(filter_eps=1e-3))
     changed(trainer.data_collator, "pad_token_id", 1)
     changed(trainer, "data_collator", lambda examples: examples)
-    changed(trainer.model.config, "_attn_implementation", "sdpa")
-    changed(trainer.model.config, "rms_norm_eps", 0.5)
+    changed(trainer.ref_model.config, "_attn_implementation", "sdpa")
+    changed(trainer.ref_model.config, "rms_norm_eps", 0.5)
     torch.set_float32_matmul_precision("high")
     keys.append(reference_key(trainer))
     torch.set_float32_matmul_precision("highest")
@@ -364,7 +367,7 @@ def test_the_template_of_the_tokenizer_is_in_the_data(build, precomputations):
     ):
         tokenizer, before = tiny.tokenizer(), len(precomputations)
         tokenizer.chat_template = template
-        arguments = {"processing_class": lambda tokenizer=tokenizer: tokenizer, "eval_dataset": lambda: None}
+        arguments = {"processing_class": lambda tokenizer=tokenizer: tokenizer}
         trainer = build("dpo", "fused", data=data, arguments=arguments, **PRECOMPUTED)
         trainer.train()
         assert trainer.state.log_history[0]["loss"] == pytest.approx(0.693147, abs=1e-5)
