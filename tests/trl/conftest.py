@@ -91,7 +91,7 @@ def build(tiny_folder, tmp_path_factory):
             model=lm,
             args=config_cls(**config | options),
             train_dataset=dataset(kind, rows) if data is None else data,
-            **({} if kind in ("grpo", "rloo") else {"eval_dataset": dataset(kind, 6)}),
+            **({} if kind in ("grpo", "rloo") or data is not None else {"eval_dataset": dataset(kind, 6)}),
             **({"processing_class": tokenizer} | arguments),
             **(dict(head) if how == "fused" else {}),
         )

@@ -10,7 +10,7 @@ import tiny
 import torch
 import transformers
 import trl
-from datasets import Dataset
+from datasets import Dataset, load_from_disk
 from transformers import AutoModelForCausalLM
 
 from fusedalign.trl.forward import fused_by
@@ -250,27 +250,39 @@ def test_an_initialisation_that_changes_the_reference(build, loaded):
 
 @pytest.fixture
 def precomputations(monkeypatch):
-    """One entry for each batch of which a reference was computed."""
+    """The number of sequences in each batch of which a reference was computed."""
     made = []
     for cls in (trl.DPOTrainer, trl.KTOTrainer):
-        original = cls.compute_ref_log_probs
-        monkeypatch.setattr(
-            cls, "compute_ref_log_probs", lambda self, *a, _o=original, **k: made.append(1) or _o(self, *a, **k)
-        )
+
+        def recorded(self, model, inputs, original=cls.compute_ref_log_probs):
+            made.append(len(inputs["input_ids"]))
+            return original(self, model, inputs)
+
+        monkeypatch.setattr(cls, "compute_ref_log_probs", recorded)
     return made
+
+
+@pytest.fixture
+def on_disk(tmp_path):
+    """on_disk("dpo") -> data of which TRL caches what it makes of them, as it does not of data in memory."""
+
+    def load(kind):
+        if not (tmp_path / kind).exists():
+            tiny.data(kind, 12).save_to_disk(tmp_path / kind)
+        return load_from_disk(tmp_path / kind)
+
+    return load
 
 
 PRECOMPUTED = {"precompute_ref_log_probs": True, "truncation_mode": "keep_end", "max_steps": 1}
 
 
-def test_a_precomputed_reference_is_that_of_these_settings(build, precomputations):
+def test_a_precomputed_reference_is_that_of_these_settings(build, on_disk, precomputations):
     """The first step starts at ln 2, however long the sequences were the last time."""
-    trainers = []  # with the last of these data sets their temporary files go
 
     def first_loss(**options):
         before = len(precomputations)
-        trainer = build("dpo", "fused", **PRECOMPUTED | options)
-        trainers.append(trainer)
+        trainer = build("dpo", "fused", data=on_disk("dpo"), **PRECOMPUTED | options)
         trainer.train()
         return trainer.state.log_history[0]["loss"], len(precomputations) > before
 
@@ -290,12 +302,11 @@ def test_a_precomputed_reference_is_that_of_these_settings(build, precomputation
     assert not computed  # what has no influence is no reason to compute it again
 
 
-def test_kto_and_its_kl(build, precomputations):
-    options, trainers = {"precompute_ref_log_probs": True, "max_length": None, "max_steps": 1}, []
+def test_kto_and_its_kl(build, on_disk, precomputations):
+    options = {"precompute_ref_log_probs": True, "max_length": None, "max_steps": 1, "data": on_disk("kto")}
     for bf16 in (False, True):
         before = len(precomputations)
         trainer = build("kto", "fused", bf16=bf16, **options)
-        trainers.append(trainer)
         trainer.train()
         row = trainer.state.log_history[0]
         assert len(precomputations) > before
@@ -353,13 +364,14 @@ def test_adapters_are_in_the_key(build, loaded):
     assert keys[0] != keys[1]
 
 
-def test_the_template_of_the_tokenizer_is_in_the_data(build, precomputations):
+def test_the_template_of_the_tokenizer_is_in_the_data(build, tmp_path, precomputations):
     """What it makes of the data is in the data's own hash, which TRL has always had in the key."""
     rows = [
         {side: [{"role": "user", "content": "a good"}, {"role": "assistant", "content": text}] for side, text in row}
         for row in [[("chosen", "answer is"), ("rejected", "boats")]] * 4
     ]
-    data = Dataset.from_list(rows)
+    Dataset.from_list(rows).save_to_disk(tmp_path)
+    data = load_from_disk(tmp_path)
     computed = []
     for template in (
         "{% for m in messages %}{{ m['content'] + ' ' }}{% endfor %}",
