@@ -112,7 +112,7 @@ def check_adapters(arguments: dict[str, Any]) -> None:
     if isinstance(how, str) and how.lower().startswith(_CHANGING_THE_MODEL):
         raise ValueError(
             "expected adapters that leave the model's weights, which are the reference, got "
-            f"init_lora_weights={how!r}, which changes them: use another initialisation"
+            f"init_lora_weights={how!r}, which changes them: pass ref_model, or use another initialisation"
         )
 
 

@@ -70,7 +70,7 @@ def _lora(model, **options):
 
 
 def _embedding_lora(model):
-    return _lora(model, target_modules=["embed_tokens", "q_proj"], use_dora=True)
+    return _moved(_lora(model, target_modules=["embed_tokens", "q_proj"], use_dora=True))
 
 
 def _ia3(model):
@@ -241,7 +241,9 @@ def test_adapters_of_which_trl_makes_another_reference(build, loaded, kind, chan
 
 def test_an_initialisation_that_changes_the_reference(build, loaded):
     config = _lora_config(init_lora_weights="olora", task_type="CAUSAL_LM")
-    with pytest.raises(ValueError, match="got init_lora_weights='olora', which changes them: use another"):
+    with pytest.raises(
+        ValueError, match="got init_lora_weights='olora', which changes them: pass ref_model, or use another"
+    ):
         build("dpo", "fused", arguments=[("model", lambda: loaded), ("peft_config", lambda: config)])
 
 
