@@ -39,7 +39,7 @@ class Fused:
         given = inspect.signature(super().__init__).bind(*args, **kwargs)
         default = trl.SFTConfig.loss_type if isinstance(self, trl.SFTTrainer) else None
         refuse_arguments(type(self).__name__, given.arguments, default)
-        self._check_reference(given.arguments)
+        self._set_reference(given.arguments)
         self._has_head = False
         stock = next(cls for cls in type(self).__mro__ if cls.__module__.startswith("trl."))
         # TRL asks whether the head is a layer with an adapter, in order to refuse it: here none is.
@@ -58,7 +58,7 @@ class Fused:
         refuse_experts(self, EXPERTS, "set its router_aux_loss_coef to 0")
         refuse_sharded(self)
 
-    def _check_reference(self, arguments: dict[str, Any]) -> None:
+    def _set_reference(self, arguments: dict[str, Any]) -> None:
         """See to it that the constructor's arguments give the right reference, for trainers that have one."""
 
     def _add_own_head(self, original: Any, model: Any, *args: Any, **kwargs: Any) -> None:
@@ -80,7 +80,7 @@ class Fused:
 class FusedWithReference(KeyedReference, Fused):
     """What the Fused trainers with a reference model share."""
 
-    def _check_reference(self, arguments: dict[str, Any]) -> None:
+    def _set_reference(self, arguments: dict[str, Any]) -> None:
         """Raises ValueError where it cannot be the model as it was given."""
         check_adapters(arguments)
         if needs_copy(arguments):
