@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import copy
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -109,8 +108,6 @@ def load_adapter(adapter: Adapter, options: Mapping[str, Any], *, trainable: boo
             )
     except (RuntimeError, ValueError, UserWarning) as error:
         raise ValueError(f"adapter {adapter.path} must fit its base model {adapter.base}, got: {error}") from error
-    if trainable:
-        _copy_whole_references(model)
     return model
 
 
@@ -137,27 +134,6 @@ def _untie(model: Any) -> None:
     head = model.get_output_embeddings()
     if head.weight is model.get_input_embeddings().weight:
         head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)
-
-
-def _copy_whole_references(model: Any) -> None:
-    """Make of TRL's reference, an adapter `ref` beside `default`, a copy of all that `default` has.
-
-    TRL leaves out parameters with names that end in `.default`: trained tokens, LoRA on embeddings, IA3, VeRA.
-    """
-    add = model.add_adapter
-
-    def add_adapter(name: str, config: peft.PeftConfig, **options: Any) -> None:
-        config = copy.copy(config)
-        if hasattr(config, "init_lora_weights"):
-            config.init_lora_weights = True  # PiSSA and others would change the base model once more
-        add(name, config, **options)
-        tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-        for key, tensor in tensors.items():
-            twin = ".".join(name if part == "default" else part for part in key.split("."))
-            if twin != key and twin in tensors:
-                tensors[twin].data.copy_(tensor.data)
-
-    model.add_adapter = add_adapter
 
 
 def merge(adapter: Adapter, folder: Path, *, dtype: str | None = "auto", trust_remote_code: bool = False) -> None:

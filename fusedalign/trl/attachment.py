@@ -10,8 +10,9 @@ heads, the shift, the masks, mixture-of-experts terms and the metrics all stay w
 from __future__ import annotations
 
 import functools
+import threading
 import weakref
-from contextvars import ContextVar, Token
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,16 +46,24 @@ class _Attachment:
     options: HeadOptions
     loss_hint: str | None
     handles: list[RemovableHandle] = field(default_factory=list)
-    stepping: bool = False
-    """whether the trainer is in one of `_STEPS`"""
 
 
 #: The methods of a trainer in which its models are called for log-probabilities.
 _STEPS = ("training_step", "prediction_step", "compute_loss", "compute_ref_log_probs")
 
-#: The attachment whose model is in its forward right now, in this thread or task.
-_active: ContextVar[_Attachment | None] = ContextVar("fusedalign_active_attachment", default=None)
+#: The attachment whose trainer is in one of `_STEPS`, in this thread or task.
+_stepping: ContextVar[_Attachment | None] = ContextVar("fusedalign_stepping_attachment", default=None)
+#: The marked models that are in their forward, in this thread or task, the innermost last, and what serves each.
+_forwards: ContextVar[tuple[tuple[_Mark, _Attachment | None], ...]] = ContextVar("fusedalign_forwards", default=())
 _attached: weakref.WeakKeyDictionary[Any, _Attachment] = weakref.WeakKeyDictionary()
+_lock = threading.RLock()
+"""held while trainers are attached or detached, which may take away or bring the switch for all of them"""
+
+
+def _active() -> _Attachment | None:
+    """What serves the model that is in its forward right now; None: TRL."""
+    forwards = _forwards.get()
+    return forwards[-1][1] if forwards else None
 
 
 def attach(trainer: Any, **options: Any) -> Any:
@@ -99,15 +108,16 @@ def attach(trainer: Any, **options: Any) -> Any:
     models = [model for model in (trainer.model, getattr(trainer, "ref_model", None)) if isinstance(model, nn.Module)]
     for model in models:
         _check_head(model, attachment.options, trainer)
-    detach(trainer)
-    _install_switch()
-    for model in models:
-        mark = _Mark(attachment)
-        attachment.handles.append(model.register_forward_pre_hook(mark.enter, prepend=True))
-        attachment.handles.append(model.register_forward_hook(mark.leave, always_call=True))
-    for name in filter(functools.partial(hasattr, trainer), _STEPS):
-        setattr(trainer, name, _Step(getattr(trainer, name), attachment))
-    _attached[trainer] = attachment
+    with _lock:
+        detach(trainer)
+        _install_switch()
+        for model in models:
+            mark = _Mark(attachment)
+            attachment.handles.append(model.register_forward_pre_hook(mark.enter, prepend=True))
+            attachment.handles.append(model.register_forward_hook(mark.leave, always_call=True))
+        for name in filter(functools.partial(hasattr, trainer), _STEPS):
+            setattr(trainer, name, _Step(getattr(trainer, name), attachment))
+        _attached[trainer] = attachment
     return trainer
 
 
@@ -127,18 +137,19 @@ def _check_head(model: nn.Module, options: HeadOptions, trainer: Any) -> None:
 
 def detach(trainer: Any) -> Any:
     """Give a trainer TRL's own head back; harmless where nothing is attached. Returns the trainer."""
-    attachment = _attached.pop(trainer, None)
-    if attachment is not None:
-        for handle in attachment.handles:
-            handle.remove()
-        for name in _STEPS:
-            step = vars(trainer).get(name)
-            if isinstance(step, _Step):  # else somebody has put another one there since
-                delattr(trainer, name)
-                if step.method != getattr(trainer, name, None):  # it was not the class's
-                    setattr(trainer, name, step.method)
-    if not _attached:
-        _remove_switch()
+    with _lock:
+        attachment = _attached.pop(trainer, None)
+        if attachment is not None:
+            for handle in attachment.handles:
+                handle.remove()
+            for name in _STEPS:
+                step = vars(trainer).get(name)
+                if isinstance(step, _Step):  # else somebody has put another one there since
+                    delattr(trainer, name)
+                    if step.method != getattr(trainer, name, None):  # it was not the class's
+                        setattr(trainer, name, step.method)
+        if not _attached:
+            _remove_switch()
     return trainer
 
 
@@ -150,11 +161,11 @@ class _Step:
         functools.update_wrapper(self, method)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        before, self.attachment.stepping = self.attachment.stepping, True
+        token = _stepping.set(self.attachment)
         try:
             return self.method(*args, **kwargs)
         finally:
-            self.attachment.stepping = before
+            _stepping.reset(token)
 
 
 class _Mark:
@@ -162,21 +173,20 @@ class _Mark:
 
     def __init__(self, attachment: _Attachment | None) -> None:
         self.attachment = attachment
-        self.entered: list[Token | None] = []
 
     def __reduce__(self) -> tuple:
         return _Mark, (None,)  # a copy of the model, from a file or not, is nobody's
 
     def enter(self, *_: Any) -> None:
         """Before a forward."""
-        serves = self.attachment is not None and self.attachment.stepping
-        self.entered.append(_active.set(self.attachment) if serves else None)
+        serves = self.attachment is not None and _stepping.get() is self.attachment
+        _forwards.set((*_forwards.get(), (self, self.attachment if serves else _active())))
 
     def leave(self, *_: Any) -> None:
         """After it, also if that raises."""
-        token = self.entered.pop() if self.entered else None  # an earlier hook's exception ends what was not entered
-        if token is not None:
-            _active.reset(token)
+        forwards = _forwards.get()
+        if forwards and forwards[-1][0] is self:  # an earlier hook's exception ends what was not entered
+            _forwards.set(forwards[:-1])
 
 
 # ---------------------------------------------------------------------------------------------------------- the switch
@@ -202,7 +212,7 @@ class _Switch:
         outputs: tuple[str, ...] = (),
     ) -> tuple[Tensor | None, ...]:
         """TRL's arguments in TRL's order; returns (logps, *fields of `OUTPUT_NAMES`), all [N], None if not asked."""
-        attachment = _active.get()
+        attachment = _active()
         if attachment is None and self.original is None:
             raise RuntimeError(
                 f"expected Triton, which the head of TRL {trl.__version__} needs, or an attached trainer"
@@ -225,7 +235,7 @@ class _Switch:
 
     def project_valid_tokens_only(self, device: torch.device) -> bool:
         """Stands in for TRL's question whether to leave out ignored tokens before the head: here always."""
-        return _active.get() is not None or self.use_triton(device)
+        return _active() is not None or self.use_triton(device)
 
 
 def _install_switch() -> None:

@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 import transformers
-from accelerate.utils import is_peft_model
 from torch import Tensor
 
 from fusedalign.losses import sft_loss, tpo_loss
 from fusedalign.sequence import completion_labels, sequence_mean, sequence_sum
 from fusedalign.trl.forward import add_lm_head
 from fusedalign.trl.options import mixed_precision
+from fusedalign.trl.refusals import base_of
 from fusedalign.trl.shapes import preference
 from fusedalign.trl.tokens import OPTIONS, PairSource, pair_ids, rendered
 from fusedalign.trl.trainers import Fused
@@ -36,6 +36,7 @@ _logger = logging.getLogger(__name__)
 class _FusedForward(Fused):
     """Puts the head on once the trainer is built; mixed precision wraps the model later, when it trains."""
 
+    _trl_has_head = False
     #: The per-token outputs that the loss and the metrics take.
     _outputs: tuple[str, ...] = ("log_probs",)
     #: Positions of which the stock trainer logs the mean logit; None: it takes those of the completions.
@@ -44,7 +45,7 @@ class _FusedForward(Fused):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         trainer: Any = self
-        model = trainer.model.get_base_model() if is_peft_model(trainer.model) else trainer.model
+        model = base_of(trainer.model)
         if model.config.is_encoder_decoder:
             _logger.warning("%s is an encoder-decoder: it keeps TRL's own path, with logits", type(model).__name__)
             return

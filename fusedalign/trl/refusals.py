@@ -112,7 +112,11 @@ def refuse_experts(trainer: Any, names: Iterable[str], instead: str) -> None:
 
 def unwrapped(trainer: Any, model: Any) -> Any:
     """A model of a trainer without what PEFT, `torch.compile` or a parallel scheme has put around it."""
-    model = trainer.accelerator.unwrap_model(model, keep_torch_compile=False)
+    return base_of(trainer.accelerator.unwrap_model(model, keep_torch_compile=False))
+
+
+def base_of(model: Any) -> Any:
+    """A model without the `PeftModel` around it, if there is one; its adapters stay."""
     return model.get_base_model() if is_peft_model(model) else model
 
 

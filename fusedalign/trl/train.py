@@ -22,6 +22,7 @@ from fusedalign.trl.folder import RunFolder, claimed
 from fusedalign.trl.lengths import check_lengths
 from fusedalign.trl.models import check_ends, check_has_head, check_template, load_processing_class, model_path
 from fusedalign.trl.record import MetricsFile, Written, plot_metrics
+from fusedalign.trl.reference import keyed
 
 
 def build(method: str, arguments: Arguments, *, fused: bool = True) -> Any:
@@ -61,7 +62,7 @@ def build(method: str, arguments: Arguments, *, fused: bool = True) -> Any:
     if adapter is not None:
         instance = load_adapter(adapter, {**training.model_init_kwargs, **more})
         training.model_init_kwargs, more = None, {}
-    cls = getattr(fusedalign.trl, f"Fused{name}") if fused else trl_class(name)
+    cls = getattr(fusedalign.trl, f"Fused{name}") if fused else keyed(trl_class(name))
     trainer = cls(
         model=instance,
         args=training,

@@ -1,77 +1,114 @@
 """`FusedSFTTrainer`, `FusedDPOTrainer`, `FusedKTOTrainer`: TRL's trainers with this package's head from the start.
 
 TRL's trainers put a fused head on their models while they are built, through a function that their module imports by
-name, and refuse adapters on the head just before. For the time of the construction this package's function stands under
-that name, so it is in place before mixed precision wraps the models and before the reference is precomputed. All the
-rest, the loss above all, is TRL's.
+name, and refuse adapters on the head just before. For the time of the construction this package's function is called
+instead, so its head is in place before mixed precision wraps the models and before the reference is precomputed. All
+the rest, the loss above all, is TRL's.
 """
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import inspect
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import trl
 
+from fusedalign.trl.construction import replaced
 from fusedalign.trl.forward import EXPERTS, add_lm_head
 from fusedalign.trl.options import HeadOptions, mixed_precision
 from fusedalign.trl.preparation import prepared
-from fusedalign.trl.refusals import refuse_adapters, refuse_arguments, refuse_experts, refuse_numbers, refuse_sharded
+from fusedalign.trl.reference import (
+    KeyedReference,
+    check_adapters,
+    complete_reference_adapter,
+    needs_copy,
+    reference_copy,
+)
+from fusedalign.trl.refusals import (
+    base_of,
+    refuse_adapters,
+    refuse_arguments,
+    refuse_experts,
+    refuse_numbers,
+    refuse_sharded,
+)
 
 
 class Fused:
     """What the Fused trainers share; comes before TRL's class among the bases."""
 
+    #: Whether TRL's constructor puts a fused head on, which is then replaced.
+    _trl_has_head = True
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        options = HeadOptions.of(kwargs)
+        self.head_options = HeadOptions.of(kwargs)
         kwargs = {name: value for name, value in kwargs.items() if name not in HeadOptions._fields}
-        signature = inspect.signature(super().__init__)
-        bound = signature.bind(*args, **kwargs)
-        arguments = bound.arguments
+        given = inspect.signature(super().__init__).bind(*args, **kwargs)
         default = trl.SFTConfig.loss_type if isinstance(self, trl.SFTTrainer) else None
-        refuse_arguments(type(self).__name__, arguments, default)
-        refuse_numbers(arguments.get("args"))
-        self._adapt(arguments)
-        self.head_options = options
-        with self._head_in_place(arguments.get("args")):
-            super().__init__(*bound.args, **bound.kwargs)
+        refuse_arguments(type(self).__name__, given.arguments, default)
+        refuse_numbers(given.arguments.get("args"))
+        self._adapt(given.arguments)
+        self._has_head = False
+        stock = next(cls for cls in type(self).__mro__ if cls.__module__.startswith("trl."))
+        # TRL asks whether the head is a layer with an adapter, in order to refuse it: here none is.
+        names: dict[str, Any] = {
+            "add_fused_lm_head": self._add_own_head,
+            "BaseTunerLayer": lambda original, layer: False,
+        }
+        with replaced(sys.modules[stock.__module__], **names):
+            super().__init__(*given.args, **given.kwargs)
+        if self._trl_has_head and not self._has_head:
+            raise RuntimeError(
+                f"expected {stock.__module__}.add_fused_lm_head to be called while {type(self).__name__} is built, got "
+                f"TRL {trl.__version__} without that call: undo what has replaced {stock.__name__}.__init__"
+            )
         refuse_adapters(self)
         refuse_experts(self, EXPERTS, "set its router_aux_loss_coef to 0")
         refuse_sharded(self)
 
     def _adapt(self, arguments: dict[str, Any]) -> None:
-        """Change the constructor's arguments, where TRL's class does not take what it is given."""
+        """Change the constructor's arguments, where TRL's class does not take what it is given, or takes it wrongly."""
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, *rest: Any, **named: Any) -> Any:
         """TRL's of SFT, DPO, KTO and TPO, for rows of every shape; with one end, and something left to train on."""
         stock: Any = super()
         return prepared(stock._prepare_dataset, dataset, processing_class, args, *rest, **named)
 
-    @contextlib.contextmanager
-    def _head_in_place(self, args: Any) -> Iterator[None]:
-        stock = next(cls for cls in type(self).__mro__ if cls.__module__.startswith("trl."))
-        module: Any = sys.modules[stock.__module__]
+    def _add_own_head(self, original: Any, model: Any, *args: Any, **kwargs: Any) -> None:
+        """Called instead of TRL's `add_fused_lm_head`, which `original` is."""
+        trainer: Any = self
+        if model is base_of(trainer.model) or model is getattr(trainer, "ref_model", None):
+            self._add_head(model, *args, **kwargs)
+            self._has_head = True
+        else:  # of another trainer, which a callback builds while this one is under construction
+            original(model, *args, **kwargs)
+
+    def _add_head(self, model: Any, outputs: tuple[str, ...] = ("log_probs",)) -> None:
+        """Put this package's head on a model of this trainer."""
+        args = getattr(self, "args", None)
         hint, mixed = loss_hint(type(self), args), mixed_precision(args)
-        ours = {
-            "add_fused_lm_head": functools.partial(add_lm_head, options=self.head_options, loss_hint=hint, mixed=mixed),
-            "BaseTunerLayer": _NoAdapter,  # of which TRL asks whether the head is one, in order to refuse it
-        }
-        before = {name: getattr(module, name) for name in ours if hasattr(module, name)}
-        for name in before:
-            setattr(module, name, ours[name])
-        try:
-            yield
-        finally:
-            for name, value in before.items():
-                setattr(module, name, value)
+        add_lm_head(model, outputs, options=self.head_options, loss_hint=hint, mixed=mixed)
 
 
-class _NoAdapter:
-    """No head is an instance of this."""
+class FusedWithReference(KeyedReference, Fused):
+    """What the Fused trainers with a reference model share."""
+
+    def _adapt(self, arguments: dict[str, Any]) -> None:
+        """A reference that is the model as it was given.
+
+        Raises:
+            ValueError: that cannot be had.
+        """
+        check_adapters(arguments)
+        if needs_copy(arguments):
+            arguments["ref_model"] = reference_copy(arguments["model"])
+
+    def _add_head(self, model: Any, outputs: tuple[str, ...] = ("log_probs",)) -> None:
+        trainer: Any = self
+        if trainer.ref_model is None:
+            complete_reference_adapter(model)
+        super()._add_head(model, outputs)
 
 
 def loss_hint(cls: type, args: Any) -> str | None:
@@ -93,9 +130,17 @@ class FusedSFTTrainer(Fused, trl.SFTTrainer):
     """
 
 
-class FusedDPOTrainer(Fused, trl.DPOTrainer):
-    """`trl.DPOTrainer` without logits, reference and precomputed reference included; see `FusedSFTTrainer`."""
+class FusedDPOTrainer(FusedWithReference, trl.DPOTrainer):
+    """`trl.DPOTrainer` without logits, reference and precomputed reference included; see `FusedSFTTrainer`.
+
+    The reference of a model that is passed as an instance is a copy of that instance, where TRL loads the model of its
+    name; that of a `PeftModel` is a copy of its adapter "default".
+
+    Raises:
+        ValueError: also an instance that cannot be copied, or adapters whose copy TRL would not take; both name what
+            to pass instead.
+    """
 
 
-class FusedKTOTrainer(Fused, trl.KTOTrainer):
-    """`trl.KTOTrainer` without logits, its KL term included; see `FusedSFTTrainer`."""
+class FusedKTOTrainer(FusedWithReference, trl.KTOTrainer):
+    """`trl.KTOTrainer` without logits, its KL term included; see `FusedSFTTrainer` and `FusedDPOTrainer`."""

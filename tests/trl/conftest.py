@@ -65,7 +65,7 @@ def build(tiny_folder, tmp_path_factory):
             datasets[kind, n] = tiny.data(kind, n)
         return datasets[kind, n]
 
-    def make(kind, how, model="qwen3", rows=12, cls=None, arguments=(), head=(), prepare=None, **options):
+    def make(kind, how, model="qwen3", rows=12, cls=None, arguments=(), head=(), prepare=None, data=None, **options):
         stock, fused, config_cls = tiny.classes(kind)
         config = {
             "output_dir": output,
@@ -97,8 +97,8 @@ def build(tiny_folder, tmp_path_factory):
         trainer = cls(
             model=lm,
             args=config_cls(**config | options),
-            train_dataset=dataset(kind, rows),
-            **({} if kind in ("grpo", "rloo") else {"eval_dataset": dataset(kind, 6)}),
+            train_dataset=dataset(kind, rows) if data is None else data,
+            **({} if kind in ("grpo", "rloo") or data is not None else {"eval_dataset": dataset(kind, 6)}),
             **({"processing_class": tokenizer} | arguments),
             **(dict(head) if how == "fused" else {}),
         )

@@ -168,8 +168,8 @@ def test_a_forward_that_raises_does_not_stay_active(build):
     trainer = build("sft", "attach")
     with pytest.raises(Exception):  # noqa: B017, PT011
         trainer.compute_loss(trainer.model, {"input_ids": "not a tensor", "labels": torch.zeros(1, 2)})
-    assert attach_module._active.get() is None
-    assert not attach_module._attached[trainer].stepping
+    assert attach_module._active() is None
+    assert attach_module._stepping.get() is None
 
 
 def test_what_cannot_be_attached_is_refused(build, monkeypatch):

@@ -1,0 +1,221 @@
+"""The reference of DPO and KTO: a copy of the model as it was given, and a precomputed one that is never stale.
+
+TRL loads the reference of a model that is passed as an instance again from the name in its configuration, which gives
+another model if the instance has been changed since. It copies an adapter only where it is called "default", and of it
+not every parameter. It caches a precomputed reference under a hash of data and weights alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import hashlib
+import importlib.metadata
+import json
+from typing import Any
+
+import torch
+from accelerate.utils import is_peft_model
+from datasets.fingerprint import Hasher, generate_random_fingerprint
+from torch import nn
+
+from fusedalign.trl.forward import fused_by
+from fusedalign.trl.refusals import unwrapped
+
+
+def needs_copy(arguments: dict[str, Any]) -> bool:
+    """Whether TRL would load a reference by name for these constructor arguments with an instance as the model."""
+    model, precomputed = arguments["model"], getattr(arguments.get("args"), "precompute_ref_log_probs", False)
+    if not isinstance(model, nn.Module) or is_peft_model(model) or precomputed:
+        return False
+    return arguments.get("ref_model") is None and arguments.get("peft_config") is None
+
+
+def reference_copy(model: nn.Module) -> nn.Module:
+    """A copy of `model` on the same device, frozen and in eval mode, without the fused heads of earlier trainers.
+
+    Raises:
+        ValueError: the model cannot be copied, or its copy would run the modules of the model itself.
+    """
+    instead = "pass another instance of it as ref_model"
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError(
+            f"expected a model with its weights in memory, got an offloaded {type(model).__name__}: {instead}"
+        )
+    try:
+        reference = copy.deepcopy(model)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        reason = str(error).split("\n")[0]
+        raise ValueError(
+            f"expected a model that can be copied, got {type(model).__name__} ({reason}): {instead}"
+        ) from error
+    if fused_by(reference) in ("trl", "fusedalign"):  # of an earlier trainer, bound to that trainer's model
+        del reference.forward
+        vars(reference).pop("_original_forward", None)  # accelerate's, of mixed precision
+    originals = {id(module) for module in model.modules()}
+    for name, module in reference.named_modules():
+        if _refers_to(vars(module).get("forward"), originals):
+            where = ".".join(filter(None, (name, "forward")))
+            raise ValueError(f"expected a model that can be copied, got a {where} bound to the model itself: {instead}")
+    return reference.requires_grad_(False).eval()
+
+
+def _refers_to(function: Any, modules: set[int]) -> bool:
+    """Whether a function holds one of these modules, by its closure, by `functools` or as the bound instance."""
+    waiting: list[Any] = [function]
+    seen: set[int] = set()
+    while waiting:
+        x = waiting.pop()
+        if id(x) in modules:
+            return True
+        if not callable(x) or id(x) in seen or isinstance(x, nn.Module):
+            continue
+        seen.add(id(x))
+        waiting += [getattr(x, name, None) for name in ("__self__", "__func__", "__wrapped__")]
+        if isinstance(x, functools.partial):
+            waiting += [x.func, *x.args, *x.keywords.values()]
+        for cell in getattr(x, "__closure__", None) or ():
+            with contextlib.suppress(ValueError):  # of an empty cell
+                waiting.append(cell.cell_contents)
+    return False
+
+
+# ------------------------------------------------------------------------------------------------------------ adapters
+
+#: Ways to initialise LoRA, by how their names begin, that change the weights of the model itself.
+_CHANGING_THE_MODEL = ("pissa", "corda", "olora", "loftq", "lora_ga")
+
+
+def check_adapters(arguments: dict[str, Any]) -> None:
+    """Raises ValueError for adapters from which TRL would take another reference than the model as it was given."""
+    model, config = arguments["model"], arguments.get("peft_config")
+    if arguments.get("ref_model") is not None:
+        return
+    if is_peft_model(model):
+        names, active = ", ".join(model.peft_config), _active_adapters(model)
+        if "ref" in model.peft_config:
+            raise ValueError(
+                "expected no adapter called 'ref', the name of the reference, which TRL copies from 'default', got "
+                f"{names}: delete or rename it"
+            )
+        if active != ["default"]:
+            raise ValueError(
+                "expected the adapter 'default' to be active, of which TRL makes the reference, got "
+                f"{' and '.join(active)} of {names}: load the one to train by "
+                "PeftModel.from_pretrained(model, folder, is_trainable=True)"
+            )
+        config = model.peft_config["default"]
+    how = getattr(config, "init_lora_weights", None)
+    if isinstance(how, str) and how.lower().startswith(_CHANGING_THE_MODEL):
+        raise ValueError(
+            "expected adapters that leave the model's weights, which are the reference, got "
+            f"init_lora_weights={how!r}, which changes them: pass ref_model, merge the adapter "
+            "first (fusedalign merge), or use another initialisation"
+        )
+
+
+def _active_adapters(model: Any) -> list[str]:
+    from peft.tuners.tuners_utils import BaseTuner
+
+    tuner = model.base_model  # of prompt learning: the model of transformers itself
+    return list(tuner.active_adapters) if isinstance(tuner, BaseTuner) else [model.active_adapter]
+
+
+def complete_reference_adapter(model: nn.Module) -> None:
+    """Copy all of the adapter "default" to "ref", which TRL has made of it.
+
+    TRL itself leaves out the tensors with names that end in the adapter's: LoRA's of an embedding, all of IA3 and VeRA.
+    """
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    for name, tensor in tensors.items():
+        parts = name.split(".")
+        source = ".".join("default" if part == "ref" else part for part in parts)
+        if "ref" in parts and source in tensors:
+            tensor.data.copy_(tensors[source].data)
+
+
+# --------------------------------------------------------------------------------------------------------- precomputed
+
+#: Fields of the configurations without influence on the log-probabilities of a frozen model. All others, also those of
+#: future versions, are in the key: one too many costs a recomputation, one too few gives wrong numbers in silence.
+WITHOUT_INFLUENCE = (
+    "output_dir", "run_name", "project", "report_to", "disable_tqdm", "log_level", "log_level_replica",
+    "log_on_each_node", "logging_strategy", "logging_steps", "logging_first_step", "logging_nan_inf_filter",
+    "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id", "save_strategy", "save_steps",
+    "save_total_limit", "save_only_model", "save_on_each_node", "push_to_hub", "hub_token", "hub_private_repo",
+    "hub_model_id", "hub_strategy", "hub_always_push", "hub_revision", "resume_from_checkpoint",
+    "ignore_data_skip", "eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "load_best_model_at_end",
+    "metric_for_best_model", "greater_is_better", "do_train", "do_eval", "do_predict", "num_train_epochs",
+    "max_steps", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "warmup_ratio",
+    "optim", "optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "seed",
+    "data_seed", "local_rank", "gradient_accumulation_steps", "average_tokens_across_devices", "beta",
+    "loss_type", "loss_weights", "label_smoothing", "f_divergence_type", "f_alpha_divergence_coef",
+    "discopop_tau", "desirable_weight", "undesirable_weight",
+)  # fmt: skip
+
+_PACKAGES = ("fusedalign", "trl", "transformers", "torch", "accelerate", "peft")
+
+
+class KeyedReference:
+    """A DPO or KTO trainer of TRL that keys its precomputed reference by all that a log-probability depends on."""
+
+    def _precompute_ref_logps(self, *args: Any, **kwargs: Any) -> Any:
+        trainer: Any = self
+        weights, training = trainer._precompute_model_hash, trainer.model.training
+        trainer._precompute_model_hash = f"{weights}-{reference_key(trainer)}"
+        trainer.model.eval()  # TRL computes it in the mode in which the model was given, with dropout if so
+        try:
+            return super()._precompute_ref_logps(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            trainer._precompute_model_hash = weights
+            trainer.model.train(training)
+
+
+def keyed(cls: Any) -> Any:
+    """`cls`, one of TRL's trainers, with `KeyedReference` if it precomputes one."""
+    if not hasattr(cls, "_precompute_ref_logps"):
+        return cls
+    return type(cls.__name__, (KeyedReference, cls), {"__doc__": cls.__doc__})
+
+
+def reference_key(trainer: Any) -> str:
+    """A hash of all but the weights and the data that the log-probabilities of a trainer's reference depend on."""
+    settings = trainer.args.to_dict()
+    model = unwrapped(trainer, trainer.ref_model or trainer.model)
+    adapters = getattr(trainer.model, "peft_config", {})
+    parts = {
+        "settings": {name: settings[name] for name in sorted(settings.keys() - set(WITHOUT_INFLUENCE))},
+        "trainer": f"{type(trainer).__module__}.{type(trainer).__qualname__}",
+        "head": getattr(trainer, "head_options", None),
+        "model": f"{type(model).__module__}.{type(model).__qualname__}",
+        "config": model.config.to_dict(),
+        "attention": [config._attn_implementation for config in (model.config, model.config.get_text_config())],
+        "adapters": {name: adapter.to_dict() for name, adapter in adapters.items()},
+        "collator": _hash_of_object(trainer.data_collator),
+        "precision": [trainer.accelerator.mixed_precision, torch.get_float32_matmul_precision()],
+        "device": trainer.accelerator.device.type,
+        "packages": {name: _version(name) for name in _PACKAGES},
+    }
+    return hashlib.sha256(json.dumps(parts, default=_plain).encode()).hexdigest()
+
+
+def _plain(x: Any) -> Any:
+    """What JSON has no form for; an object whose text has its address gives another key each time."""
+    return sorted(map(repr, x)) if isinstance(x, set | frozenset) else repr(x)
+
+
+def _hash_of_object(x: Any) -> str:
+    try:
+        return str(Hasher.hash(x))
+    except Exception:  # as `datasets` does with what cannot be pickled: never taken for the same
+        return str(generate_random_fingerprint())
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

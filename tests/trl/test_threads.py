@@ -1,0 +1,251 @@
+"""Trainers built, attached, detached and stepped in several threads at once: each has the head that it asked for."""
+
+import functools
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+import transformers
+import trl
+import trl.trainer.utils as trl_utils
+
+from fusedalign.trl import attach, detach, trainers
+from fusedalign.trl import attachment as attach_module
+from fusedalign.trl.forward import fused_by
+
+NAMES = ("add_fused_lm_head", "BaseTunerLayer")
+
+
+def _globals(module="sft"):
+    return {name: vars(sys.modules[f"trl.trainer.{module}_trainer"])[name] for name in NAMES}
+
+
+def _together(*functions):
+    """Call all at once, each in its own thread; the results."""
+    with ThreadPoolExecutor(len(functions)) as pool:
+        return [future.result(timeout=60) for future in [pool.submit(function) for function in functions]]
+
+
+def test_trainers_built_at_once(build, monkeypatch):
+    """All of them are in their constructors at once, and leave them in an order that mixes both kinds."""
+    inside, prepare = threading.Barrier(4), trl.SFTTrainer._prepare_dataset
+    first = threading.local()
+
+    def wait(self, *args, **kwargs):
+        if not hasattr(first, "waited"):
+            first.waited = True
+            inside.wait(timeout=60)
+        return prepare(self, *args, **kwargs)
+
+    before = _globals()
+    kinds = ["fused", "stock", "fused", "stock"]
+    models = [build("sft", "stock").model for _ in kinds]  # transformers does not load them in several threads at once
+    for model in models:
+        del model.forward
+    monkeypatch.setattr(trl.SFTTrainer, "_prepare_dataset", wait)
+    arguments = [[("model", lambda model=model: model)] for model in models]
+    built = _together(
+        *(functools.partial(build, "sft", *x[:1], arguments=x[1]) for x in zip(kinds, arguments, strict=True))
+    )
+    assert [fused_by(trainer.model) for trainer in built] == ["fusedalign", "trl", "fusedalign", "trl"]
+    assert _globals() == before
+    monkeypatch.undo()
+    assert fused_by(build("sft", "stock").model) == "trl"
+
+
+def test_a_stock_trainer_is_built_while_a_fused_one_is_under_construction(build, monkeypatch):
+    at_it, go_on, prepare = threading.Event(), threading.Event(), trl.SFTTrainer._prepare_dataset
+
+    def wait(self, *args, **kwargs):
+        if isinstance(self, trainers.FusedSFTTrainer):
+            at_it.set()
+            assert go_on.wait(timeout=60)
+        return prepare(self, *args, **kwargs)
+
+    monkeypatch.setattr(trl.SFTTrainer, "_prepare_dataset", wait)
+    before = _globals()
+    with ThreadPoolExecutor(1) as pool:
+        fused = pool.submit(build, "sft", "fused")
+        assert at_it.wait(timeout=60)
+        stock = build("sft", "stock")
+        go_on.set()
+        assert fused_by(fused.result(timeout=60).model) == "fusedalign"
+    assert fused_by(stock.model) == "trl"
+    assert _globals() == before
+
+
+class _Building(transformers.TrainerCallback):
+    """Builds another trainer while its own is under construction."""
+
+    def __init__(self, build):
+        self.build = build
+
+    def on_init_end(self, *args, **kwargs):
+        self.build()
+
+
+@pytest.mark.parametrize("inner", ["fused", "stock"])
+def test_a_trainer_built_within_the_construction_of_another(build, monkeypatch, inner):
+    given, built, original = [], [], trainers.add_lm_head
+    monkeypatch.setattr(
+        trainers,
+        "add_lm_head",
+        lambda *a, options, **k: given.append(options.impl) or original(*a, options=options, **k),
+    )
+    callback = _Building(lambda: built.append(build("sft", inner, head=[("impl", "reference")])))
+    outer = build("sft", "fused", head=[("impl", "pytorch")], arguments=[("callbacks", lambda: [callback])])
+    assert fused_by(outer.model) == "fusedalign"
+    assert fused_by(built[0].model) == ("trl" if inner == "stock" else "fusedalign")
+    assert given == (["pytorch"] if inner == "stock" else ["reference", "pytorch"])
+
+
+def test_a_construction_that_fails_leaves_trl_as_it_was(build):
+    before = _globals()
+    with pytest.raises(ValueError, match="filter_eps"):
+        build("sft", "fused", head=[("impl", "reference"), ("filter_eps", 1e-3)])
+    assert _globals() == before
+    assert fused_by(build("sft", "stock").model) == "trl"
+
+
+def test_what_another_library_has_put_there_stays(build, monkeypatch):
+    """Before the construction and within it: it serves stock trainers, and never the Fused ones."""
+    module, served = sys.modules["trl.trainer.sft_trainer"], []
+    original = module.add_fused_lm_head
+
+    def patch():
+        below = module.add_fused_lm_head
+        monkeypatch.setattr(
+            module, "add_fused_lm_head", lambda model, *a, **k: served.append(model) or below(model, *a, **k)
+        )
+        return module.add_fused_lm_head
+
+    theirs = patch()
+    assert fused_by(build("sft", "fused").model) == "fusedalign"
+    assert module.add_fused_lm_head is theirs
+    assert not served
+
+    patched = []
+    fused = build("sft", "fused", arguments=[("callbacks", lambda: [_Building(lambda: patched.append(patch()))])])
+    assert fused_by(fused.model) == "fusedalign"
+    assert module.add_fused_lm_head is patched[0]
+    served.clear()
+    assert fused_by(build("sft", "fused").model) == "fusedalign"
+    assert not served
+    stock = build("sft", "stock")
+    assert fused_by(stock.model) == "trl"
+    assert served == [stock.model] * 2
+    monkeypatch.undo()
+    assert module.add_fused_lm_head is original
+
+
+def test_a_trl_without_that_name_is_noticed(build, monkeypatch):
+    """The trainer would have TRL's head, and nothing would say so."""
+    module = sys.modules["trl.trainer.sft_trainer"]
+    monkeypatch.setattr(trl.SFTTrainer, "__init__", _with_globals(trl.SFTTrainer.__init__, vars(module)))
+    with pytest.raises(
+        RuntimeError, match=r"expected trl\.trainer\.sft_trainer\.add_fused_lm_head to be called .* got TRL"
+    ):
+        build("sft", "fused")
+
+
+def _with_globals(function, names):
+    """The function as if another library had compiled it anew, with globals of its own."""
+    other = type(function)(
+        function.__code__, dict(names), function.__name__, function.__defaults__, function.__closure__
+    )
+    other.__kwdefaults__ = function.__kwdefaults__
+    return other
+
+
+# ------------------------------------------------------------------------------------------------------------ attach()
+
+
+def test_the_last_is_detached_while_another_is_attached(build):
+    leaving, coming = build("sft", "attach"), build("sft", "stock")
+    threads = []
+
+    def register(*args, **kwargs):
+        threads.append(threading.Thread(target=detach, args=(leaving,)))
+        threads[-1].start()
+        threads[-1].join(timeout=1)
+        return type(coming.model).register_forward_pre_hook(coming.model, *args, **kwargs)
+
+    coming.model.register_forward_pre_hook = register
+    attach(coming)
+    for thread in threads:
+        thread.join(timeout=60)
+    assert coming in attach_module._attached
+    assert leaving not in attach_module._attached
+    assert isinstance(trl_utils._ChunkedLogProbFunction, attach_module._Switch)
+    detach(coming)
+    assert not isinstance(trl_utils._ChunkedLogProbFunction, attach_module._Switch)
+
+
+def test_two_threads_step_one_trainer(build, monkeypatch):
+    """One has left its step when the other's forward begins; then both are within the forward."""
+    calls, original = [], attach_module.linear_logps
+    monkeypatch.setattr(attach_module, "linear_logps", lambda *a, **k: calls.append(k["impl"]) or original(*a, **k))
+    trainer = build("sft", "stock")
+    batch = next(iter(trainer.get_train_dataloader()))
+    both_step, one_left, compute_loss = threading.Barrier(2), threading.Event(), trainer.compute_loss
+
+    def one(*args, **kwargs):
+        both_step.wait(timeout=60)
+        if threading.current_thread().name == "late":
+            assert one_left.wait(timeout=60)
+        return compute_loss(*args, **kwargs)
+
+    trainer.compute_loss = one
+    attach(trainer, impl="pytorch")
+
+    def step(name):
+        threading.current_thread().name = name
+        try:
+            return trainer.compute_loss(trainer.model, dict(batch)).item()
+        finally:
+            if name == "early":
+                one_left.set()
+
+    losses = _together(lambda: step("early"), lambda: step("late"))
+    assert losses[0] == losses[1]
+    assert calls == ["pytorch"] * 2
+    detach(trainer)
+
+
+def test_two_threads_in_the_forward_of_one_model(build, monkeypatch):
+    """SFT and DPO of one model at once: each is served as it was attached."""
+    calls, original = [], attach_module.linear_logps
+    monkeypatch.setattr(attach_module, "linear_logps", lambda *a, **k: calls.append(k["impl"]) or original(*a, **k))
+    sft = build("sft", "attach", head=[("impl", "reference")])
+    dpo = build(
+        "dpo", "stock", arguments=[("model", lambda: sft.model), ("ref_model", lambda: build("sft", "stock").model)]
+    )
+    attach(dpo, impl="pytorch")
+    batches = [(trainer, next(iter(trainer.get_train_dataloader()))) for trainer in (sft, dpo)]
+    both_in, first_out = threading.Barrier(2), threading.Event()
+    inside = threading.local()
+
+    def wait(*_):
+        if not hasattr(inside, "waited"):
+            inside.waited = True
+            both_in.wait(timeout=60)
+            if threading.current_thread().name == "dpo":
+                assert first_out.wait(timeout=60)
+
+    handle = sft.model.model.register_forward_pre_hook(wait)
+
+    def step(name, trainer, batch):
+        threading.current_thread().name = name
+        try:
+            return trainer.compute_loss(trainer.model, dict(batch)).item()
+        finally:
+            first_out.set()
+
+    _together(lambda: step("sft", *batches[0]), lambda: step("dpo", *batches[1]))
+    handle.remove()
+    assert sorted(calls) == ["pytorch", "pytorch", "reference"]
+    assert torch.is_grad_enabled()
+    detach(sft)
+    detach(dpo)
