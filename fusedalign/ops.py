@@ -219,9 +219,8 @@ def _check(
     on, dtype = torch.is_grad_enabled(), operand_dtype(hidden, parts[0])
     head = beside(parts, dtype)
     needs = tuple(on and x is not None and x.requires_grad for x in (hidden, head, bias))
-    if not torch.compiler.is_compiling():
-        _check_transforms(options["impl"], targets, any(needs))
-    elif torch.compiler.is_exporting():
+    _check_transforms(options["impl"], targets, any(needs))
+    if torch.compiler.is_exporting():
         _check_export(options["impl"], head)
     return head, graphs.Options(operand_dtype=dtype, needs=needs, **options)  # type: ignore[arg-type]
 
@@ -312,6 +311,8 @@ def _check_options(ignore_index: int, filter_eps: float | None) -> None:
 
 def _check_transforms(impl: str, targets: Tensor, needs_gradient: bool) -> None:
     """What `torch.func` may do around a call: the autograd functions of all impls but "reference" are opaque to it."""
+    if torch.compiler.is_compiling():  # it cannot trace what follows, and has its own way with transforms
+        return
     levels = [level.key().name for level in torch._C._functorch.get_interpreter_stack() or ()]
     if levels and impl != "reference" and (needs_gradient or set(levels) != {"Jvp"}):
         raise ValueError(
