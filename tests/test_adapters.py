@@ -185,6 +185,33 @@ def test_dropout_is_of_the_present_mode():
         assert error(fused(wrapped), plain(wrapped)) < 1e-7
 
 
+@pytest.mark.parametrize("config", ["lora", "tokens"])
+def test_the_columns_come_in_the_dtype_of_the_product(config):
+    """fp32 adapters of a bf16 head widen no hidden states."""
+    head = lm_head(adapted("llama", CONFIGS[config], torch.bfloat16))
+    assert head.expand(torch.randn(2, 3, D, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+def test_several_adapters_of_tokens():
+    config = {"target_modules": ["lm_head"], "task_type": "CAUSAL_LM"}
+    wrapped = peft.get_peft_model(build("llama"), peft.TrainableTokensConfig(token_indices=[4, 9], **config))
+    wrapped.add_adapter("more", peft.TrainableTokensConfig(token_indices=[40, 8, 5], **config))
+    for names in (["more"], ["default", "more"]):
+        wrapped.base_model.set_adapter(names)
+        assert_same(trained(wrapped))
+
+
+@pytest.mark.parametrize("model", ["llama", "qwen3 tied"])
+def test_an_adapter_without_tokens_beside_one_with(model):
+    config = CONFIGS["tokens" if model == "llama" else "tokens and lora"]
+    wrapped = adapted(model, config)
+    wrapped.add_adapter("elsewhere", lora(target_modules=["q_proj"]))
+    for name in ("elsewhere", "default"):
+        wrapped.set_adapter(name)
+        assert_same(trained(wrapped))
+        assert isinstance(lm_head(wrapped).weight, tuple) == (name == "default")
+
+
 def test_weights_tied_by_peft():
     config = lora(target_modules=["q_proj"], modules_to_save=["lm_head"])
     config.ensure_weight_tying = True
@@ -473,6 +500,20 @@ def test_refuses_quantised_layers_below_lora():
     layer = wrapped.get_base_model().lm_head.base_layer
     layer.weight = nn.Parameter(torch.zeros(V, D, dtype=torch.int8), requires_grad=False)
     refused(TypeError, "weight of LlamaForCausalLM.lm_head to be a floating-point tensor, got .*int8", wrapped)
+
+
+def test_refuses_adapters_that_are_quantised():
+    wrapped = adapted("llama", lora(), torch.float32)
+    b = wrapped.get_base_model().lm_head.lora_B["default"]
+    b.weight = nn.Parameter(torch.zeros(V, 4, dtype=torch.int8), requires_grad=False)
+    refused(TypeError, "lora_B of LlamaForCausalLM.lm_head to be a floating-point tensor, got .*int8", wrapped)
+
+
+def test_refuses_tokens_above_another_adapter():
+    """A PEFT model inside of a PEFT model: the rows that the tokens replace are the sum of the weight and LoRA."""
+    config = peft.TrainableTokensConfig(token_indices=[4], **HEAD)
+    wrapped = peft.get_peft_model(adapted("llama", lora(), torch.float32), config, adapter_name="outer")
+    refused(TypeError, "plain nn.Linear below the trainable tokens of .*lm_head, got one with an adapter", wrapped)
 
 
 def test_refuses_layers_that_forward_otherwise():
