@@ -1,6 +1,7 @@
 """`add_lm_head` on a model alone: the contract of TRL's fused forward, against the model's own logits."""
 
 import functools
+import inspect
 import types
 
 import pytest
@@ -133,6 +134,30 @@ def test_a_forward_that_stands_on_the_instance_stays_below():
     assert calls == [[], ["labels"]]
 
 
+def test_the_signature_is_the_models_own():
+    """`generate` and the Trainer ask it what the model takes."""
+    model = fused()
+    own = inspect.signature(type(model).forward).parameters
+    assert list(inspect.signature(model.forward).parameters) == list(own)[1:]
+    with pytest.raises(ValueError, match="nonsense"):
+        model.generate(batch()[0], max_new_tokens=2, nonsense=3)
+
+
+def test_a_forward_that_takes_little_is_given_little():
+    class Little(transformers.Qwen3ForCausalLM):
+        def forward(self, input_ids):
+            return self.lm_head(self.model(input_ids).last_hidden_state)
+
+    torch.manual_seed(0)
+    model, (ids, labels) = Little(transformers.Qwen3Config(**tiny.SMALL, head_dim=8)), batch()
+    want = model(ids)
+    add_lm_head(model, options=HeadOptions())
+    assert torch.equal(model(ids), want)
+    logps = want[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+    got = model(ids, labels=labels, fused_lm_head=True).log_probs
+    torch.testing.assert_close(got, logps.where(labels[:, 1:] != -100, 0))
+
+
 def test_the_backbone_keeps_no_cache():
     """Even where the caller or the configuration wants one."""
     model, (ids, labels), seen = fused(), batch(), []
@@ -183,7 +208,7 @@ def test_experts_that_the_configuration_counts_by_another_name():
     torch.testing.assert_close(model(ids, labels=labels, fused_lm_head=True).aux_loss, want)
 
 
-# --------------------------------------------------------------------------------------------------- whose forward it is
+# -------------------------------------------------------------------------------------------------- whose forward it is
 
 
 def test_whose_forward_it_is():
