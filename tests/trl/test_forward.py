@@ -208,6 +208,22 @@ def test_experts_that_the_configuration_counts_by_another_name():
     torch.testing.assert_close(model(ids, labels=labels, fused_lm_head=True).aux_loss, want)
 
 
+def test_experts_of_a_model_that_keeps_its_text_configuration_inside():
+    """As those for images do; without a coefficient the term is logged and not part of the loss."""
+    model, (ids, labels) = fused("mixtral"), batch()
+    want = model(ids, labels=labels, fused_lm_head=True)
+    text = types.SimpleNamespace(output_router_logits=True, num_local_experts=4, num_experts_per_tok=2)
+    model.config.output_router_logits = False
+    vars(model.config)["get_text_config"] = lambda **_: text
+    got = model(ids, labels=labels, fused_lm_head=True)
+    torch.testing.assert_close(got.aux_loss, want.aux_loss)
+    torch.testing.assert_close(got.loss, want.loss - model.config.router_aux_loss_coef * want.aux_loss)
+    text.router_aux_loss_coef = 3.0
+    torch.testing.assert_close(
+        model(ids, labels=labels, fused_lm_head=True).loss, got.loss + 3 * got.aux_loss, rtol=1e-5, atol=1e-5
+    )
+
+
 # -------------------------------------------------------------------------------------------------- whose forward it is
 
 
