@@ -47,6 +47,8 @@ def build(name, dtype=torch.float64, **config):
     cls = getattr(transformers, cls)
     model = cls(cls.config_class(**{**SMALL, **own, **config})).to(dtype)
     nn.init.normal_(model.lm_head.weight, std=0.3)
+    if model.lm_head.bias is not None:
+        nn.init.normal_(model.lm_head.bias)
     return model
 
 
@@ -336,21 +338,34 @@ def test_bf16_with_adapters_in_fp32(config, autocast, impl, device):
         assert ours[name] <= 2**2 * theirs[name], name
 
 
-def test_logits_of_trained_tokens_are_not_rounded():
-    """A row far from where it began, so that its logit in bf16 would be off by 0.05."""
-    wrapped = adapted("llama", CONFIGS["tokens"], torch.bfloat16)
+@pytest.mark.parametrize("autocast", [False, True], ids=["bf16 base", "autocast"])
+def test_logits_of_trained_tokens_are_not_rounded(autocast):
+    """A row far from where it began, so that its logit in bf16 would be off by 0.05; only operands are rounded."""
+    wrapped = adapted("llama", CONFIGS["tokens"], torch.float32 if autocast else torch.bfloat16)
     layer = wrapped.get_base_model().lm_head
     hidden = torch.randn(50, D).bfloat16()
+    given = hidden.float() if autocast else hidden
     with torch.no_grad():
         layer.token_adapter.trainable_tokens_delta["default"].mul_(4)
         exact = copy.deepcopy(layer).double()
-        exact.token_adapter.trainable_tokens_delta["default"].data = (
-            layer.token_adapter.trainable_tokens_delta["default"].bfloat16().double()
-        )
+        for parameter in exact.parameters():
+            parameter.data = parameter.bfloat16().double()
         want, targets = exact(hidden.double()).log_softmax(-1), torch.full((50,), 4)
-        got, once = of(lm_head(wrapped), hidden, targets).logps, layer(hidden).double().log_softmax(-1)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            got, once = of(lm_head(wrapped), given, targets).logps, layer(given).double().log_softmax(-1)
     assert error(once[:, 4], want[:, 4]) > 0.02
     assert error(got, want[:, 4]) < 2e-4
+
+
+def test_trained_tokens_are_rounded_as_when_they_are_merged():
+    """Rows in fp32 of a head in bf16, with hidden states in fp32, in which the product is then."""
+    wrapped = adapted("llama", CONFIGS["tokens"], torch.bfloat16)
+    assert wrapped.get_base_model().lm_head.token_adapter.trainable_tokens_delta["default"].dtype == torch.float32
+    hidden, targets = torch.randn(50, D), torch.full((50,), 4)
+    with torch.no_grad():
+        got = of(lm_head(wrapped), hidden, targets).logps
+        wrapped.merge_adapter()
+        torch.testing.assert_close(got, of(lm_head(wrapped), hidden, targets).logps, rtol=1e-5, atol=1e-5)
 
 
 # --- cost ------------------------------------------------------------------------------------------------------------

@@ -467,7 +467,10 @@ def zoomed_by_a_name_that_starts_like_a_known_one(self, input_ids):
 
 
 def scaled_in_an_inner_function(self, input_ids):
-    return [self.lm_head(x) * self.config.logit_zoom for x in (lambda: self.model(input_ids))()]
+    def logits(hidden):
+        return self.lm_head(hidden) * self.config.logit_zoom
+
+    return logits(self.model(input_ids)[0])
 
 
 def scaled_by_a_name_in_a_string(self, input_ids):
@@ -554,6 +557,25 @@ def test_reads_other_forwards(forward, config, expected, monkeypatch):
         setattr(model.config, name, value)
     monkeypatch.setattr(Odd, "forward", forward)
     assert lm_head(model)[2:4] == expected
+
+
+def scaled_by_the_text_configuration(self, input_ids):
+    return self.lm_head(self.model(input_ids)[0]) * self.config.get_text_config().logit_scale
+
+
+@pytest.mark.parametrize(
+    ("forward", "expected"), [(scaled_by_a_known_name, 0.3), (scaled_by_the_text_configuration, 0.9)]
+)
+def test_the_configuration_that_the_forward_reads(forward, expected, monkeypatch):
+    """Its own or, of a model for images, that of the text, and both are searched for what is not known."""
+    model = Odd(transformers.Qwen3Config(**SMALL))
+    text = copy.deepcopy(model.config)
+    model.config.logit_scale, text.logit_scale = 0.3, 0.9
+    vars(model.config)["get_text_config"] = lambda **_: text
+    monkeypatch.setattr(Odd, "forward", forward)
+    assert lm_head(model).scale == expected
+    text.final_logit_power = 2
+    refused(ValueError, "Qwen3Config has final_logit_power=2", model)
 
 
 def test_refuses_lost_columns_below_an_adapter(monkeypatch):

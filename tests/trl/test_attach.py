@@ -103,13 +103,22 @@ def test_every_call_of_the_head_is_served(build, monkeypatch, kind):
     detach(trainer)
 
 
-def test_another_trainer_gets_trls_own_head(build, stock_history):
-    """While one is attached: its scale, its bias and TRL's way with ignored tokens."""
-    before = getattr(trl_utils, "_use_triton", lambda device: None)(torch.device("cpu"))
-    attached = build("sft", "attach")
-    assert getattr(trl_utils, "_use_triton", lambda device: None)(torch.device("cpu")) == before
-    for model in ("cohere", "gemma2"):
-        tiny.assert_same(tiny.history(build("dpo", "stock", model=model)), stock_history("dpo", model=model))
+@pytest.mark.parametrize("model", ["cohere", "gemma2", "phi"])
+def test_another_trainer_gets_trls_own_head(build, model):
+    """While one is attached: its scale, softcap or bias, its outputs, and TRL's way with ignored tokens."""
+    use_triton = getattr(trl_utils, "_use_triton", None)
+    other, attached = build("sft", "stock", model=model).model.eval(), build("sft", "attach")
+    if use_triton is not None:
+        assert trl_utils._use_triton(torch.device("cpu")) == use_triton(torch.device("cpu"))
+    ids = torch.randint(3, 400, (2, 9))
+    labels = ids.masked_fill(torch.rand(2, 9) < 0.3, -100)
+    with torch.no_grad():
+        got = other(input_ids=ids, labels=labels, fused_lm_head=True)
+        logits, counted = other(input_ids=ids).logits[:, :-1], labels[:, 1:] != -100
+    logps = logits.log_softmax(-1)
+    entropy, of_target = -(logps.exp() * logps).sum(-1), logps.gather(-1, ids[:, 1:, None])[..., 0]
+    torch.testing.assert_close(got.log_probs, of_target.where(counted, 0), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(got.entropy, entropy.where(counted, 0), rtol=1e-4, atol=1e-4)
     detach(attached)
 
 
