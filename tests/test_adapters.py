@@ -47,6 +47,8 @@ def build(name, dtype=torch.float64, **config):
     cls = getattr(transformers, cls)
     model = cls(cls.config_class(**{**SMALL, **own, **config})).to(dtype)
     nn.init.normal_(model.lm_head.weight, std=0.3)
+    if model.lm_head.bias is not None:
+        nn.init.normal_(model.lm_head.bias)
     return model
 
 
@@ -185,6 +187,33 @@ def test_dropout_is_of_the_present_mode():
         assert error(fused(wrapped), plain(wrapped)) < 1e-7
 
 
+@pytest.mark.parametrize("config", ["lora", "tokens"])
+def test_the_columns_come_in_the_dtype_of_the_product(config):
+    """fp32 adapters of a bf16 head widen no hidden states."""
+    head = lm_head(adapted("llama", CONFIGS[config], torch.bfloat16))
+    assert head.expand(torch.randn(2, 3, D, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+def test_several_adapters_of_tokens():
+    config = {"target_modules": ["lm_head"], "task_type": "CAUSAL_LM"}
+    wrapped = peft.get_peft_model(build("llama"), peft.TrainableTokensConfig(token_indices=[4, 9], **config))
+    wrapped.add_adapter("more", peft.TrainableTokensConfig(token_indices=[40, 8, 5], **config))
+    for names in (["more"], ["default", "more"]):
+        wrapped.base_model.set_adapter(names)
+        assert_same(trained(wrapped))
+
+
+@pytest.mark.parametrize("model", ["llama", "qwen3 tied"])
+def test_an_adapter_without_tokens_beside_one_with(model):
+    config = CONFIGS["tokens" if model == "llama" else "tokens and lora"]
+    wrapped = adapted(model, config)
+    wrapped.add_adapter("elsewhere", lora(target_modules=["q_proj"]))
+    for name in ("elsewhere", "default"):
+        wrapped.set_adapter(name)
+        assert_same(trained(wrapped))
+        assert isinstance(lm_head(wrapped).weight, tuple) == (name == "default")
+
+
 def test_weights_tied_by_peft():
     config = lora(target_modules=["q_proj"], modules_to_save=["lm_head"])
     config.ensure_weight_tying = True
@@ -309,21 +338,34 @@ def test_bf16_with_adapters_in_fp32(config, autocast, impl, device):
         assert ours[name] <= 2**2 * theirs[name], name
 
 
-def test_logits_of_trained_tokens_are_not_rounded():
-    """A row far from where it began, so that its logit in bf16 would be off by 0.05."""
-    wrapped = adapted("llama", CONFIGS["tokens"], torch.bfloat16)
+@pytest.mark.parametrize("autocast", [False, True], ids=["bf16 base", "autocast"])
+def test_logits_of_trained_tokens_are_not_rounded(autocast):
+    """A row far from where it began, so that its logit in bf16 would be off by 0.05; only operands are rounded."""
+    wrapped = adapted("llama", CONFIGS["tokens"], torch.float32 if autocast else torch.bfloat16)
     layer = wrapped.get_base_model().lm_head
     hidden = torch.randn(50, D).bfloat16()
+    given = hidden.float() if autocast else hidden
     with torch.no_grad():
         layer.token_adapter.trainable_tokens_delta["default"].mul_(4)
         exact = copy.deepcopy(layer).double()
-        exact.token_adapter.trainable_tokens_delta["default"].data = (
-            layer.token_adapter.trainable_tokens_delta["default"].bfloat16().double()
-        )
+        for parameter in exact.parameters():
+            parameter.data = parameter.bfloat16().double()
         want, targets = exact(hidden.double()).log_softmax(-1), torch.full((50,), 4)
-        got, once = of(lm_head(wrapped), hidden, targets).logps, layer(hidden).double().log_softmax(-1)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            got, once = of(lm_head(wrapped), given, targets).logps, layer(given).double().log_softmax(-1)
     assert error(once[:, 4], want[:, 4]) > 0.02
     assert error(got, want[:, 4]) < 2e-4
+
+
+def test_trained_tokens_are_rounded_as_when_they_are_merged():
+    """Rows in fp32 of a head in bf16, with hidden states in fp32, in which the product is then."""
+    wrapped = adapted("llama", CONFIGS["tokens"], torch.bfloat16)
+    assert wrapped.get_base_model().lm_head.token_adapter.trainable_tokens_delta["default"].dtype == torch.float32
+    hidden, targets = torch.randn(50, D), torch.full((50,), 4)
+    with torch.no_grad():
+        got = of(lm_head(wrapped), hidden, targets).logps
+        wrapped.merge_adapter()
+        torch.testing.assert_close(got, of(lm_head(wrapped), hidden, targets).logps, rtol=1e-5, atol=1e-5)
 
 
 # --- cost ------------------------------------------------------------------------------------------------------------
@@ -473,6 +515,20 @@ def test_refuses_quantised_layers_below_lora():
     layer = wrapped.get_base_model().lm_head.base_layer
     layer.weight = nn.Parameter(torch.zeros(V, D, dtype=torch.int8), requires_grad=False)
     refused(TypeError, "weight of LlamaForCausalLM.lm_head to be a floating-point tensor, got .*int8", wrapped)
+
+
+def test_refuses_adapters_that_are_quantised():
+    wrapped = adapted("llama", lora(), torch.float32)
+    b = wrapped.get_base_model().lm_head.lora_B["default"]
+    b.weight = nn.Parameter(torch.zeros(V, 4, dtype=torch.int8), requires_grad=False)
+    refused(TypeError, "lora_B of LlamaForCausalLM.lm_head to be a floating-point tensor, got .*int8", wrapped)
+
+
+def test_refuses_tokens_above_another_adapter():
+    """A PEFT model inside of a PEFT model: the rows that the tokens replace are the sum of the weight and LoRA."""
+    config = peft.TrainableTokensConfig(token_indices=[4], **HEAD)
+    wrapped = peft.get_peft_model(adapted("llama", lora(), torch.float32), config, adapter_name="outer")
+    refused(TypeError, "plain nn.Linear below the trainable tokens of .*lm_head, got one with an adapter", wrapped)
 
 
 def test_refuses_layers_that_forward_otherwise():

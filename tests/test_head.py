@@ -252,6 +252,44 @@ def test_forwards_wrapped_on_the_instance_and_by_inheritance():
     assert lm_head(model).softcap == 1.7
 
 
+def test_hooks_of_accelerate_on_the_head():
+    """They put a forward on the instance, and leave the product alone."""
+    hooks = pytest.importorskip("accelerate.hooks")
+    model = qwen3()
+    hooks.add_hook_to_module(model.lm_head, hooks.AlignDevicesHook(execution_device="cpu"))
+    assert "forward" in vars(model.lm_head)
+    assert lm_head(model).weight is model.lm_head.weight
+
+
+class Around(nn.Module):
+    """A model that keeps a whole causal LM inside; the cases below do different things to its logits."""
+
+    def __init__(self, inside):
+        super().__init__()
+        self.inside, self.config = inside, inside.config
+
+    def get_output_embeddings(self):
+        return self.inside.lm_head
+
+    def forward(self, input_ids):
+        return self.inside(input_ids=input_ids).logits
+
+
+def test_a_model_around_a_causal_lm():
+    model = qwen3()
+    assert lm_head(Around(model)) == lm_head(model)
+
+
+def test_a_backbone_that_holds_the_scale():
+    """Asked after the model itself and before the configuration."""
+    model = build("CohereForCausalLM", {**SMALL, "logit_scale": 0.3})
+    del model.logit_scale
+    model.model.logit_scale, model.config.logit_scale = 0.7, 0.9
+    assert lm_head(model).scale == 0.7
+    del model.model.logit_scale
+    assert lm_head(model).scale == 0.9
+
+
 # --- refused ---------------------------------------------------------------------------------------------------------
 
 
@@ -285,6 +323,18 @@ def test_refuses_models_without_a_head():
         ("RobertaForCausalLM", {**ENCODER, "is_decoder": True}, TypeError, "inside RobertaLMHead"),
         ("ElectraForCausalLM", {**ENCODER, "is_decoder": True}, TypeError, r"\['electra', 'generator_predictions'\]"),
         ("ModernBertDecoderForCausalLM", SMALL, TypeError, r"\['lm_head', 'model'\]"),
+        (
+            "ChameleonForConditionalGeneration",
+            {**SMALL, "vocabulary_map": {"<image>": 4, "IMGIMGA": 5}},
+            ValueError,
+            "overwrites the logits of image tokens",
+        ),
+        (
+            "Blip2ForConditionalGeneration",
+            vlm({"model_type": "t5", "vocab_size": V, "d_model": D, "num_layers": 1}, VIT, qformer_config=QFORMER),
+            TypeError,
+            "encoder-decoder Blip2",
+        ),
         ("ProphetNetForCausalLM", {"vocab_size": V, "num_decoder_layers": 1}, ValueError, "n-gram stream"),
         (
             "MusicgenForCausalLM",
@@ -322,6 +372,39 @@ def test_refuses_heads_that_are_not_plain(head, match):
     model = qwen3()
     model.lm_head = head
     refused(TypeError, match, model)
+
+
+def test_refuses_a_bias_that_is_packed():
+    model = qwen3()
+    model.lm_head.bias = nn.Parameter(torch.zeros(V, dtype=torch.int8), requires_grad=False)
+    refused(TypeError, "bias of .* floating-point tensor, got Parameter of torch.int8", model)
+
+
+def test_refuses_a_model_around_a_causal_lm_that_changes_its_logits():
+    class Tempered(Around):
+        def forward(self, input_ids):
+            return self.inside(input_ids=input_ids).logits / self.temperature
+
+    refused(ValueError, "the forward of Tempered uses 'temperature'", Tempered(qwen3()))
+
+
+def test_refuses_a_head_that_no_causal_lm_holds():
+    """A holder without a configuration says nothing of what it does to the logits."""
+
+    class Foreign(Around):
+        def get_output_embeddings(self):
+            return nn.Linear(D, V)
+
+    class Bare(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lm_head = nn.Linear(D, V)
+
+        def get_output_embeddings(self):
+            return self.lm_head
+
+    refused(TypeError, "output embeddings to be a layer of Foreign, got Linear from elsewhere", Foreign(qwen3()))
+    refused(TypeError, "the head to sit in a causal LM itself, got one inside Bare", Bare())
 
 
 def test_refuses_a_head_whose_forward_was_replaced():
@@ -379,6 +462,30 @@ def scaled_in_either_direction(self, input_ids):
     return self.lm_head(self.model(input_ids)[0]) / self.config.logits_scaling
 
 
+def zoomed_by_a_name_that_starts_like_a_known_one(self, input_ids):
+    return self.logits_zoom(self.lm_head(self.model(input_ids)[0]))
+
+
+def scaled_in_an_inner_function(self, input_ids):
+    def logits(hidden):
+        return self.lm_head(hidden) * self.config.logit_zoom
+
+    return logits(self.model(input_ids)[0])
+
+
+def scaled_by_a_name_in_a_string(self, input_ids):
+    return self.lm_head(self.model(input_ids)[0]) * getattr(self.config, "logit_scale", 1.0)
+
+
+def capped_twice(self, input_ids):
+    cap, again = self.config.final_logit_softcapping, self.config.output_logit_soft_cap
+    return torch.tanh(self.lm_head(self.model(input_ids)[0]) / cap) * again
+
+
+def without_the_last_columns(self, input_ids):
+    return self.lm_head(self.model(input_ids)[0])[..., : self.config.unpadded_vocab_size]
+
+
 def capped_by_a_known_name(self, input_ids):
     return self.lm_head(self.model(input_ids)[0]) / self.config.final_logit_softcapping
 
@@ -401,6 +508,23 @@ def capped_by_a_known_name(self, input_ids):
         (scaled_by_a_known_name, {"logit_scale": float("inf")}, ValueError, "got inf"),
         (scaled_in_either_direction, {"logits_scaling": 2.0}, ValueError, "got Odd with logits_scaling=2.0"),
         (capped_by_a_known_name, {"final_logit_softcapping": 0.0}, ValueError, "final_logit_softcapping=0.0"),
+        (capped_by_a_known_name, {"final_logit_softcapping": -2.0}, ValueError, "final_logit_softcapping=-2.0"),
+        (scaled_by_a_known_name, {"logit_scale": True}, ValueError, "to be a finite number or None, got True"),
+        (zoomed_by_a_name_that_starts_like_a_known_one, {}, ValueError, "the forward of Odd uses 'logits_zoom'"),
+        (scaled_in_an_inner_function, {}, ValueError, "the forward of Odd uses 'logit_zoom'"),
+        (
+            scaled_in_either_direction,
+            {"model_type": "granite", "logits_scaling": 0.0},
+            ValueError,
+            "got Odd with logits_scaling=0.0",
+        ),
+        (
+            capped_twice,
+            {"final_logit_softcapping": 2.0, "output_logit_soft_cap": 3.0},
+            ValueError,
+            "got Odd with output_logit_soft_cap=3.0",
+        ),
+        (without_the_last_columns, {"unpadded_vocab_size": V - 1}, ValueError, f"unpadded_vocab_size={V - 1}"),
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )
@@ -411,6 +535,58 @@ def test_refuses_forwards_that_it_cannot_read(forward, config, error, match, mon
         setattr(model.config, name, value)
     monkeypatch.setattr(Odd, "forward", forward)
     refused(error, match, model)
+
+
+@pytest.mark.parametrize(
+    ("forward", "config", "expected"),
+    [
+        (scaled_by_a_name_in_a_string, {"logit_scale": 0.3}, (0.3, None)),
+        (scaled_by_a_name_in_a_string, {}, (1.0, None)),  # getattr has a default
+        (without_the_last_columns, {"unpadded_vocab_size": V}, (1.0, None)),
+        (
+            leaves_scale_to_a_helper,
+            {"logit_scale": 1, "use_logit_norm": True, "logit_power": 0},
+            (1.0, None),
+        ),  # neutral
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_reads_other_forwards(forward, config, expected, monkeypatch):
+    model = Odd(transformers.Qwen3Config(**SMALL))
+    for name, value in config.items():
+        setattr(model.config, name, value)
+    monkeypatch.setattr(Odd, "forward", forward)
+    assert lm_head(model)[2:4] == expected
+
+
+def scaled_by_the_text_configuration(self, input_ids):
+    return self.lm_head(self.model(input_ids)[0]) * self.config.get_text_config().logit_scale
+
+
+@pytest.mark.parametrize(
+    ("forward", "expected"), [(scaled_by_a_known_name, 0.3), (scaled_by_the_text_configuration, 0.9)]
+)
+def test_the_configuration_that_the_forward_reads(forward, expected, monkeypatch):
+    """Its own or, of a model for images, that of the text, and both are searched for what is not known."""
+    model = Odd(transformers.Qwen3Config(**SMALL))
+    text = copy.deepcopy(model.config)
+    model.config.logit_scale, text.logit_scale = 0.3, 0.9
+    vars(model.config)["get_text_config"] = lambda **_: text
+    monkeypatch.setattr(Odd, "forward", forward)
+    assert lm_head(model).scale == expected
+    text.final_logit_power = 2
+    refused(ValueError, "Qwen3Config has final_logit_power=2", model)
+
+
+def test_refuses_lost_columns_below_an_adapter(monkeypatch):
+    """The vocabulary is that of the weight, whatever stands beside it."""
+    model = Odd(transformers.Qwen3Config(**SMALL))
+    monkeypatch.setattr(Odd, "forward", without_the_last_columns)
+    model.config.unpadded_vocab_size = V
+    wrapped = peft_model(model, target_modules=["lm_head"])
+    assert len(lm_head(wrapped).weight) == 2
+    model.config.unpadded_vocab_size = V - 1
+    refused(ValueError, f"unpadded_vocab_size={V - 1}", wrapped)
 
 
 def test_refuses_a_bias_under_a_scale_of_the_hidden_states():
@@ -443,6 +619,8 @@ def test_peft_adapters_elsewhere():
     model = qwen3()
     wrapped = peft_model(model)
     assert lm_head(wrapped) == lm_head(Wrapper(wrapped)) == LMHead(model.lm_head.weight)
+    hidden = torch.randn(2, 3, D)
+    assert lm_head(wrapped).expand(hidden) is hidden
     assert not lm_head(wrapped).weight.requires_grad
 
 
@@ -468,6 +646,10 @@ def test_peft_modules_to_save():
         copies["second"].weight.add_(1.0)
     hidden, logits = last_hidden_and_logits(model)
     torch.testing.assert_close(logits_of(hidden, lm_head(wrapped)), logits, rtol=1e-5, atol=1e-5)
+    wrapped.add_adapter("elsewhere", peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    wrapped.set_adapter("elsewhere")  # which has no copy of the head
+    assert lm_head(wrapped).weight is original
+    wrapped.set_adapter("second")
     with wrapped.disable_adapter():
         assert lm_head(wrapped).weight is original
         hidden, logits = last_hidden_and_logits(model)

@@ -218,8 +218,9 @@ def test_ignored_positions_are_zero_whatever_stands_there(impl, device):
     assert not case.hidden.grad[~case.valid].any()
 
 
-@pytest.mark.parametrize("ignore_index", [-1, 3])
+@pytest.mark.parametrize("ignore_index", [-1, 0, 3, 100])
 def test_another_ignore_index(impl, device, ignore_index):
+    """Out of range, or a token of the vocabulary: also the least and the largest of the targets."""
     case = make_case((3, 9), 16, 101, device=device)
     targets = case.targets.masked_fill(case.targets == ignore_index, 5)
     expected = linear_logps(case.hidden, case.weight, targets, impl=impl).logps

@@ -105,20 +105,47 @@ def test_the_mean_over_the_batch_leaves_nothing_to_scale(calls, monkeypatch):
     assert factors == [1.0] * 3
 
 
-def test_one_token_that_differs(calls):
-    """By little, in a batch of many: looked at token by token."""
-    case = make_case((4, 50), 8, 61, dtype=torch.float64, ignored=0.0)
-    weights = torch.ones(4, 50, dtype=torch.float64)
-    weights[2, 31] += 1e-6
+EPS = {dtype: torch.finfo(dtype).eps for dtype in (torch.float64, torch.float32)}
+
+
+@pytest.mark.parametrize("by", [30, 100, 5000, 1e6])
+@pytest.mark.parametrize("token", [0, 131])
+@pytest.mark.parametrize("dtype", EPS)
+def test_one_token_that_differs(calls, dtype, token, by):
+    """By little more than rounding does, `by` units of eps, in a batch of many: its gradient is its own."""
+    case = make_case((4, 50), 8, 61, dtype=dtype, ignored=0.0)
+    weights = torch.ones(200, dtype=dtype)
+    weights[token] += by * EPS[dtype]
 
     def grads(hint):
         leaves = case.leaves()
-        (leaves.logps(impl="pytorch", loss_hint=hint).logps * weights).sum().backward()
+        leaves.logps(impl="pytorch", loss_hint=hint).logps.backward(weights.view(4, 50))
         return leaves.grads()
 
     got, want = grads("nll"), grads(None)
     assert calls == ["one_pass", "two_pass_grads", "two_pass_grads"]
     assert all(torch.equal(got[name], want[name]) for name in want)
+
+
+@pytest.mark.parametrize("loss_type", LOSSES)
+@pytest.mark.parametrize("dtype", EPS)
+def test_rounding_makes_no_other_loss(calls, dtype, loss_type):
+    """The expected loss in another order of operations: each token's weight is 2 units of eps off, at most."""
+    case = make_case((4, 50), 8, 61, dtype=dtype)
+    off = 2 * EPS[dtype] * torch.randint(-1, 2, (4, 50), generator=torch.Generator().manual_seed(0))
+
+    def grads(hint):
+        leaves = case.leaves()
+        logps = leaves.logps(impl="pytorch", loss_hint=hint).logps
+        weights = logps.detach().exp() if loss_type == "dft" else torch.ones_like(logps)
+        logps.backward(-0.37 * weights * (1 + off))
+        return leaves.grads()
+
+    got, want = grads(loss_type), grads(None)
+    assert calls == ["one_pass", "two_pass_grads"]
+    for name in want:
+        size = want[name].abs().max().item()
+        torch.testing.assert_close(got[name], want[name], rtol=0, atol=50 * EPS[dtype] * size)
 
 
 @pytest.mark.parametrize("factor", [0.0, -3.7, 65536.0, 1e-30, torch.inf, torch.nan])

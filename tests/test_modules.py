@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from helpers import IMPLS, Allocations
 
-from fusedalign import LinearCrossEntropyLoss, linear_cross_entropy
+from fusedalign import LinearCrossEntropyLoss, linear_cross_entropy, modules
 
 transformers = pytest.importorskip("transformers")
 V, D = 301, 32
@@ -70,6 +70,61 @@ def test_shift_and_reduction(shift, reduction):
     torch.testing.assert_close(loss_fn(hidden, labels), want)
     if reduction == "mean":
         torch.testing.assert_close(loss_fn(hidden, labels, num_items=99), each.sum() / 99)
+
+
+@pytest.mark.parametrize("leading", [(), (2, 3)])
+@pytest.mark.parametrize("shift", [0, 1, 3])
+def test_any_number_of_leading_dimensions(leading, shift):
+    """Each row is shifted by itself."""
+    loss_fn = LinearCrossEntropyLoss(in_features=D, out_features=V, shift=shift, reduction="none")
+    hidden, labels = torch.randn(*leading, 5, D), torch.randint(0, V, (*leading, 5))
+    logps = loss_fn.head(hidden).log_softmax(-1)[..., : 5 - shift, :]
+    want = -logps.gather(-1, labels[..., shift:, None]).squeeze(-1)
+    torch.testing.assert_close(loss_fn(hidden, labels), F.pad(want, (0, shift)))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_every_option_reaches_the_primitive(reduction, monkeypatch):
+    """Under the name that it has there, none of them at its default."""
+    calls = []
+    for name in ("linear_logps", "linear_cross_entropy"):
+        original = getattr(modules, name)
+        monkeypatch.setattr(modules, name, lambda *a, _f=original, **k: calls.append((_f.__name__, k)) or _f(*a, **k))
+    shared = {"scale": 0.5, "softcap": 9.0, "temperature": 0.7, "workspace": 10**5, "vocab_chunk": 100}
+    shared |= {"keep_head": False, "impl": "pytorch", "ignore_index": -1}
+    of_loss = {} if reduction == "none" else {"loss_type": "dft", "z_loss": 0.1}
+    loss_fn = LinearCrossEntropyLoss(
+        in_features=D, out_features=V, bias=True, chunk_size=7, reduction=reduction, **shared, **of_loss
+    )
+    (ids, _), hidden = batch(), torch.randn(3, 17, D)
+    loss = loss_fn(hidden, ids)
+    ((name, options),) = calls
+    assert name == ("linear_logps" if reduction == "none" else "linear_cross_entropy")
+    assert options.pop("bias") is loss_fn.head.bias
+    if reduction != "none":
+        of_loss |= {"reduction": reduction, "num_items": None}
+    assert options == shared | of_loss | {"token_chunk": 7}
+    assert loss.shape == ((3, 17) if reduction == "none" else ())
+
+
+def test_its_own_head_is_made_as_asked():
+    head = LinearCrossEntropyLoss(in_features=3, out_features=5, device="meta", dtype=torch.bfloat16).head
+    assert (head.weight.shape, head.weight.dtype, head.weight.device.type) == ((5, 3), torch.bfloat16, "meta")
+    assert head.bias is None
+
+
+def test_it_is_printed_with_what_was_chosen():
+    loss_fn = LinearCrossEntropyLoss(in_features=3, out_features=5, shift=1, softcap=2.0, reduction="sum")
+    assert loss_fn.extra_repr() == "reduction='sum', shift=1, impl='auto', softcap=2.0"
+    assert loss_fn.extra_repr() in repr(loss_fn)
+
+
+def test_num_items_divides_only_a_mean():
+    (_, labels), hidden = batch(), torch.randn(3, 17, D)
+    for reduction in ("sum", "none"):
+        loss_fn = LinearCrossEntropyLoss(in_features=D, out_features=V, reduction=reduction)
+        with pytest.raises(ValueError, match=f"num_items must be None with reduction='{reduction}'"):
+            loss_fn(hidden, labels, num_items=3)
 
 
 def test_the_shift_copies_no_hidden_states():
@@ -192,6 +247,16 @@ def test_in_one_graph():
         ({"in_features": 3}, ValueError, "expected output_embeddings, or in_features and out_features"),
         ({"output_embeddings": torch.nn.Linear(2, 3), "in_features": 2}, ValueError, "expected output_embeddings, or"),
         ({"output_embeddings": torch.nn.Linear(2, 3), "bias": True}, ValueError, "bias, device and dtype are those of"),
+        (
+            {"output_embeddings": torch.nn.Linear(2, 3), "dtype": torch.float32},
+            ValueError,
+            "bias, device and dtype are those",
+        ),
+        (
+            {"output_embeddings": torch.nn.Linear(2, 3), "device": "cpu"},
+            ValueError,
+            "bias, device and dtype are those of",
+        ),
         ({"in_features": 2, "out_features": 3, "impl": "cuda"}, ValueError, "impl must be one of auto, "),
         (
             {"in_features": 2, "out_features": 3, "reduction": "max"},
@@ -199,6 +264,13 @@ def test_in_one_graph():
             "reduction must be one of mean, sum, n",
         ),
         ({"in_features": 2, "out_features": 3, "shift": -1}, ValueError, "shift must be an integer >= 0, got -1"),
+        ({"in_features": 2, "out_features": 3, "shift": 1.5}, ValueError, "shift must be an integer >= 0, got 1.5"),
+        ({"in_features": 2, "out_features": 3, "shift": "1"}, ValueError, "shift must be an integer >= 0, got '1'"),
+        (
+            {"in_features": 2, "out_features": 3, "reduction": "none", "loss_type": "dft"},
+            ValueError,
+            "reduction='none' is for the plain NLL",
+        ),
         ({"in_features": 2, "out_features": 3, "chunk": 1}, TypeError, "options must be among filter_eps, keep_head, "),
         (
             {"in_features": 2, "out_features": 3, "reduction": "none", "z_loss": 0.1},

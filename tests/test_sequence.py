@@ -26,6 +26,14 @@ def test_shift_labels_aligns_with_hidden_states():
     assert torch.equal(shift_labels(labels[0]), targets[0])
 
 
+def test_another_ignore_index():
+    """Of the last token of a row, of a segment, and of what is no completion."""
+    labels, positions = torch.tensor([[5, 6, 7, 8]]), torch.tensor([[0, 1, 0, 1]])
+    assert shift_labels(labels, ignore_index=-1).tolist() == [[6, 7, 8, -1]]
+    assert shift_labels(labels, position_ids=positions, ignore_index=-1).tolist() == [[6, -1, 8, -1]]
+    assert completion_labels(labels, positions, ignore_index=-1).tolist() == [[-1, 6, -1, 8]]
+
+
 def test_shifted_targets_score_like_shifted_hidden_states():
     hidden, weight, labels = torch.randn(3, 7, 8), torch.randn(50, 8), torch.randint(0, 50, (3, 7))
     whole = linear_logps(hidden, weight, shift_labels(labels)).logps
@@ -65,6 +73,13 @@ def test_long_segments_lose_no_more_than_rows_do(dtype):
     torch.testing.assert_close(got.double(), values.double().sum(), rtol=torch.finfo(dtype).eps, atol=0)
 
 
+def test_the_gradient_of_a_segments_sum_is_that_of_its_tokens():
+    values = torch.randn(2, 4, dtype=torch.float64, requires_grad=True)
+    mask, positions = torch.tensor([[1, 1, 0, 1], [0, 1, 1, 1]]), torch.tensor([[0, 1, 2, 0], [3, 4, 0, 1]])
+    segment_sum(values, mask, positions).backward(torch.tensor([2.0, 3.0, 5.0, 7.0], dtype=torch.float64))
+    assert values.grad.tolist() == [[2, 2, 0, 3], [0, 5, 7, 7]]
+
+
 def test_rows_without_tokens_have_no_segments():
     assert segment_sum(torch.ones(2, 0), torch.ones(2, 0), torch.ones(2, 0)).shape == (0,)
 
@@ -76,6 +91,7 @@ def test_completion_mask_with_padding_on_either_side(left):
     mask = completion_mask(torch.tensor([2, 2, 0]), attention)
     assert mask.sum(-1).tolist() == [2, 0, 0]
     assert mask[0].int().tolist() == ([0, 0, 0, 1, 1] if left else [0, 0, 1, 1, 0])
+    assert mask.dtype == torch.bool  # ~mask of integers would be -1 and -2
 
 
 def test_completion_labels():
@@ -107,6 +123,18 @@ def test_masked_values_have_no_influence_on_segments(bad):
     assert torch.equal(values.grad, mask.float())
 
 
+@pytest.mark.parametrize("mask_dtype", [torch.bool, torch.int64, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_dtype_is_that_of_the_values(dtype, mask_dtype):
+    """Whatever the mask's is; lengths are int64."""
+    values, mask = torch.ones(2, 3, dtype=dtype), torch.tensor([[1, 1, 0], [1, 0, 0]]).to(mask_dtype)
+    pair = preference_pair(values, mask)
+    for x in (sequence_sum(values, mask), sequence_mean(values, mask), pair.chosen_logps, pair.rejected_mean_logps):
+        assert x.dtype == dtype
+    assert pair.chosen_lengths.dtype == pair.rejected_lengths.dtype == torch.int64
+    assert completion_mask(torch.zeros(2, dtype=torch.int64), mask).dtype == torch.bool
+
+
 @pytest.mark.parametrize("f", [sequence_sum, sequence_mean])
 def test_an_empty_completion_is_zero_with_zero_gradient(f):
     values = torch.randn(2, 3, requires_grad=True)
@@ -128,14 +156,14 @@ def test_split_pairs():
 def test_preference_pair_is_three_lines_from_a_batch_to_a_loss():
     hidden, weight = torch.randn(4, 5, 8), torch.randn(30, 8)
     targets = torch.randint(0, 30, (4, 5)).masked_fill(torch.rand(4, 5) < 0.4, -100)
-    targets[1] = -100  # an empty completion
+    targets[1] = targets[2] = -100  # a chosen and a rejected completion that are empty
     pair = preference_pair(linear_logps(hidden, weight, targets).logps, targets != -100)
     losses = simpo_loss(pair.chosen_mean_logps, pair.rejected_mean_logps).losses
     assert losses.shape == (2,)
     assert torch.isfinite(losses).all()
-    assert pair.chosen_logps[1] == pair.chosen_mean_logps[1] == 0
+    assert pair.chosen_logps[1] == pair.chosen_mean_logps[1] == pair.rejected_mean_logps[0] == 0
     assert pair.rejected_lengths.tolist() == (targets[2:] != -100).sum(-1).tolist()
-    torch.testing.assert_close(pair.rejected_mean_logps, pair.rejected_logps / pair.rejected_lengths)
+    torch.testing.assert_close(pair.rejected_mean_logps[1], pair.rejected_logps[1] / pair.rejected_lengths[1])
 
 
 ONES = torch.ones(2, 3)
@@ -148,6 +176,7 @@ BAD = [
         lambda: completion_mask(torch.ones(3), ONES),
         "prompt_lengths must have shape (2,) to match attention_mask, got (3,)",
     ),
+    (lambda: segment_sum(ONES, ONES[:, :1], ONES), "mask must have shape (2, 3) to match values, got (2, 1)"),
     (lambda: segment_sum(ONES, ONES, ONES[0]), "position_ids must have shape (2, 3) to match values, got (3,)"),
     (
         lambda: completion_mask(torch.tensor([1, -2]), ONES),

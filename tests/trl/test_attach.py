@@ -3,6 +3,7 @@
 import copy
 import io
 
+import peft
 import pytest
 import tiny
 import torch
@@ -10,6 +11,7 @@ import trl.trainer.utils as trl_utils
 from helpers import Allocations
 from transformers import AutoModelForCausalLM
 
+from fusedalign.impls import pytorch
 from fusedalign.trl import attach, detach
 from fusedalign.trl import attachment as attach_module
 
@@ -66,6 +68,70 @@ def test_only_the_attached_trainer_is_served(build, monkeypatch):
     detach(attached)
     attached.train()
     assert calls == ["pytorch", "reference"]
+
+
+ONLINE = {
+    "arguments": [("reward_funcs", lambda: _reward)],
+    "num_generations": 2,
+    "max_completion_length": 6,
+    "beta": 0.1,
+}
+EVERY = {"sft": {}, "dpo": {}, "kto": {}, "grpo": ONLINE, "rloo": ONLINE}
+
+
+def _reward(completions, **_):
+    return [float(len(set(completion)) % 5) for completion in completions]
+
+
+@pytest.mark.parametrize("kind", EVERY)
+def test_every_call_of_the_head_is_served(build, monkeypatch, kind):
+    """Of the policy and of the reference, in training and in evaluation: none reaches TRL's own function."""
+
+    def apply(*_):
+        raise AssertionError("TRL's own head was called")
+
+    trainer = build(kind, "stock", max_steps=1, **EVERY[kind])
+    monkeypatch.setattr(trl_utils, "_ChunkedLogProbFunction", type("Stock", (), {"apply": staticmethod(apply)}))
+    monkeypatch.setattr(trl_utils._ChunkedLogProbFunction, "__module__", trl_utils.__name__)
+    with pytest.raises(AssertionError, match="TRL's own head"):
+        trainer.train()
+    attach(trainer).train()
+    trainer.evaluate(**({"eval_dataset": tiny.data(kind, 4)} if kind in ("grpo", "rloo") else {}))
+    if kind in ("dpo", "kto"):
+        batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+        trainer.compute_ref_log_probs(trainer.ref_model, batch)
+    detach(trainer)
+
+
+@pytest.mark.parametrize("model", ["cohere", "gemma2", "phi"])
+def test_another_trainer_gets_trls_own_head(build, model):
+    """While one is attached: its scale, softcap or bias, its outputs, and TRL's way with ignored tokens."""
+    use_triton = getattr(trl_utils, "_use_triton", None)
+    other, attached = build("sft", "stock", model=model).model.eval(), build("sft", "attach")
+    if use_triton is not None:
+        assert trl_utils._use_triton(torch.device("cpu")) == use_triton(torch.device("cpu"))
+    ids = torch.randint(3, 400, (2, 9))
+    labels = ids.masked_fill(torch.rand(2, 9) < 0.3, -100)
+    with torch.no_grad():
+        got = other(input_ids=ids, labels=labels, fused_lm_head=True)
+        logits, counted = other(input_ids=ids).logits[:, :-1], labels[:, 1:] != -100
+    logps = logits.log_softmax(-1)
+    entropy, of_target = -(logps.exp() * logps).sum(-1), logps.gather(-1, ids[:, 1:, None])[..., 0]
+    torch.testing.assert_close(got.log_probs, of_target.where(counted, 0), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(got.entropy, entropy.where(counted, 0), rtol=1e-4, atol=1e-4)
+    detach(attached)
+
+
+def test_an_attach_that_fails_leaves_the_one_before(build, monkeypatch):
+    calls = []
+    original = attach_module.linear_logps
+    monkeypatch.setattr(attach_module, "linear_logps", lambda *a, **k: calls.append(k["impl"]) or original(*a, **k))
+    trainer = build("sft", "attach", max_steps=1, head=[("impl", "reference")])
+    for options in ({"impl": "pytorch", "filter_eps": 1e-4}, {"impl": "cuda"}):
+        with pytest.raises(ValueError, match=r"filter_eps must be None|impl must be one of"):
+            attach(trainer, **options)
+    trainer.train()
+    assert set(calls) == {"reference"}
 
 
 def test_trainers_that_share_a_model(build, monkeypatch):
@@ -170,6 +236,30 @@ def test_a_forward_that_raises_does_not_stay_active(build):
         trainer.compute_loss(trainer.model, {"input_ids": "not a tensor", "labels": torch.zeros(1, 2)})
     assert attach_module._active() is None
     assert attach_module._stepping.get() is None
+
+
+def test_what_the_head_will_be_asked_is_checked(build, monkeypatch):
+    """By an impl that cannot do a thing: a bias, the dtype of mixed precision."""
+    seen = []
+    for model, options in (("phi", {}), ("qwen3", {"bf16": True})):
+        trainer = build("sft", "stock", model=model, **options)
+        with monkeypatch.context() as context:
+            context.setattr(pytorch, "supports", lambda problem: seen.append(problem) or "it is asked too much")
+            with pytest.raises(ValueError, match="cannot do this: it is asked too much"):
+                attach(trainer, impl="pytorch")
+    phi, bf16 = seen[0], seen[-1]
+    assert phi.bias is not None
+    assert bf16.bias is None
+    assert (phi.operand_dtype, bf16.operand_dtype) == (torch.float32, torch.bfloat16)
+
+
+def test_a_head_that_trl_cannot_read_is_refused(build):
+    config = {"r": 4, "target_modules": ["q_proj"], "trainable_token_indices": [3, 5], "task_type": "CAUSAL_LM"}
+    trainer = build("dpo", "stock", model="tied", arguments=[("peft_config", lambda: peft.LoraConfig(**config))])
+    with pytest.raises(
+        TypeError, match=r"a head that TRL reads, got TrainableTokens\w+: use FusedDPOTrainer instead of"
+    ):
+        attach(trainer)
 
 
 def test_what_cannot_be_attached_is_refused(build, monkeypatch):
