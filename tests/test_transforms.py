@@ -152,5 +152,5 @@ def test_several_upstream_gradients_at_once_are_one_line(trained, loss_hint):
     logps = linear_logps(hidden, weight, targets, impl="pytorch", loss_hint=loss_hint).logps
     loss = linear_cross_entropy(hidden, weight, targets, impl="pytorch")
     for out, upstream in ((logps, torch.eye(3)), (loss, torch.ones(3))):
-        with pytest.raises(RuntimeError, match="^several gradients at once .* expected impl='reference'"):
+        with pytest.raises(RuntimeError, match=r"^several gradients at once .* expected impl='reference'"):
             torch.autograd.grad(out, hidden, upstream, is_grads_batched=True)
