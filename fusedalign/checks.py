@@ -19,7 +19,7 @@ def check_finite(**numbers: Any) -> None:
     """For each: a number of Python, of numpy or of a graph, finite in fp32.
 
     Raises:
-        TypeError: anything else, tensors too: a gradient by them would be lost.
+        TypeError: anything else, a bool too, and tensors: a gradient by them would be lost.
         ValueError: NaN, infinite, or beyond the range of fp32.
     """
     for name, value in numbers.items():
@@ -58,9 +58,11 @@ def check_share(**numbers: Any) -> None:
 
 
 def _check_is_number(name: str, value: Any) -> None:
-    if isinstance(value, (int, float)):
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
         return
-    if isinstance(value, Tensor) or not hasattr(value, "__float__") or getattr(value, "ndim", False):
+    # Arrays, unlike numbers, have elements to set, also those without dimensions.
+    several = isinstance(value, Tensor) or hasattr(value, "__setitem__")
+    if several or isinstance(value, bool) or not hasattr(value, "__float__"):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
 
 

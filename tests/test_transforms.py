@@ -142,3 +142,15 @@ def test_what_cannot_be_exported(strict):
         with pytest.raises(Exception, match=re.escape(message)) as caught:
             torch.export.export(model, args, strict=strict)
         assert strict or isinstance(caught.value, ValueError)  # dynamo makes its own error of it
+
+
+@pytest.mark.parametrize("loss_hint", [None, "nll"])
+@pytest.mark.parametrize("trained", [False, True])
+def test_several_upstream_gradients_at_once_are_one_line(trained, loss_hint):
+    hidden, weight = torch.randn(3, 4, requires_grad=True), torch.randn(6, 4, requires_grad=trained)
+    targets = torch.tensor([1, 5, 0])
+    logps = linear_logps(hidden, weight, targets, impl="pytorch", loss_hint=loss_hint).logps
+    loss = linear_cross_entropy(hidden, weight, targets, impl="pytorch")
+    for out, upstream in ((logps, torch.eye(3)), (loss, torch.ones(3))):
+        with pytest.raises(RuntimeError, match=r"^several gradients at once .* expected impl='reference'"):
+            torch.autograd.grad(out, hidden, upstream, is_grads_batched=True)

@@ -222,6 +222,11 @@ def _first_order(backward: Callable[..., tuple]) -> Callable[..., tuple]:
 
     @functools.wraps(backward)
     def guarded(ctx: Any, *upstream: Tensor | None) -> tuple:
+        if any(x is not None and torch._C._functorch.is_legacy_batchedtensor(x) for x in upstream):
+            raise RuntimeError(
+                "several gradients at once (is_grads_batched=True, vectorize=True) through an LM head: expected "
+                "impl='reference' for that, or one call for each"
+            )
         if not torch.is_grad_enabled():  # the graph of this backward is not wanted
             return backward(ctx, *upstream)
         return _FirstOrder.apply(lambda: backward(ctx, *upstream), *ctx.sources, *upstream)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fusedalign.checks import check_nonnegative, check_plain, values_within
+from fusedalign.checks import check_nonnegative, check_plain, check_positive, values_within
 from fusedalign.losses.preference import (
     as_float,
     check_label_smoothing,
@@ -164,6 +164,8 @@ def check_num_items(num_items: float | Tensor) -> float | Tensor:
     """
     if not isinstance(num_items, Tensor):
         check_nonnegative(num_items=num_items)
+        if num_items != 0:
+            check_positive(num_items=num_items)
         return num_items
     check_plain(num_items=num_items)
     if num_items.numel() != 1:

@@ -14,6 +14,7 @@ from fusedalign.losses.preference import check_label_smoothing
 
 #: The numbers of TRL's configurations that enter a loss, where a configuration has them and they are not None.
 _NUMBERS: dict[str, Callable[..., None]] = {
+    "max_length": check_nonnegative,  # SFT would cut as many tokens off the end of each row
     "beta": check_positive,
     "ld_alpha": check_share,
     "f_alpha_divergence_coef": check_finite,

@@ -92,7 +92,15 @@ def test_every_number_is_one(name, f):
             with_lengths(f)(**{name: bad})
 
 
-@pytest.mark.parametrize("name", ["beta", "discopop_tau", "softcap", "temperature"])
+@EACH_NUMBER
+def test_neither_a_truth_value_nor_an_array_is_a_number(name, f):
+    """Of True and of an array without dimensions arithmetic with tensors makes errors of its own, or other types."""
+    for bad in (True, np.array(0.5)):
+        with pytest.raises(TypeError, match=rf"^{name} must be a number, got {type(bad).__name__}$"):
+            with_lengths(f)(**{name: bad})
+
+
+@pytest.mark.parametrize("name", ["beta", "discopop_tau", "softcap", "temperature", "num_items"])
 @pytest.mark.parametrize("bad", [5e-324, 1e-310, 1e-39])
 def test_what_divides_has_a_finite_reciprocal(name, bad):
     """1 / 5e-324 is inf in fp64 already, 1 / 1e-39 in fp32."""

@@ -186,7 +186,7 @@ BAD_NUMBERS = {
         "tpo_l_gamma": (NAN, INF, -0.5),
         "label_smoothing": (NAN, -0.1, 1.0),
     },
-    "sft": {"router_aux_loss_coef": (NAN, INF)},
+    "sft": {"router_aux_loss_coef": (NAN, INF), "max_length": (-5,)},
 }
 
 
@@ -200,7 +200,7 @@ def test_numbers_that_no_loss_trains_with(build, kind, name):
 
 def test_every_number_of_a_loss_is_checked():
     """Fields of TRL's configurations with a number as default, less those known not to enter a loss."""
-    others = {"max_length", "precompute_ref_batch_size", "ref_model_sync_steps", "max_completion_length"}
+    others = {"precompute_ref_batch_size", "ref_model_sync_steps", "max_completion_length"}
     others |= {"pad_to_multiple_of", "padding_value", "dataset_num_proc", "learning_rate"}
     for kind, numbers in BAD_NUMBERS.items():
         config = tiny.classes(kind)[2]
