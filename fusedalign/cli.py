@@ -65,6 +65,9 @@ def _run(words: list[str]) -> int:
         print(_USAGE)
         return 0 if words else 2
     command, *rest = words
+    if command in _ABOUT and rest in (["-h"], ["--help"]):
+        print(f"usage: fusedalign {command}\n\n{_ABOUT[command]}")
+        return 0
     try:
         if command not in COMMANDS:
             raise ValueError(f"command must be one of {', '.join(COMMANDS)}, got {command!r}")
@@ -83,6 +86,11 @@ def _run(words: list[str]) -> int:
     return 0
 
 
+#: The commands without arguments.
+_ABOUT = {
+    "demo": "SFT, then DPO with stock TRL and with fusedalign, on built-in data: a table and a picture in runs/demo.",
+    "env": "Versions, devices, and which impl can run here.",
+}
 _EXTRA = ("trl", "transformers", "datasets", "accelerate", "peft", "matplotlib", "yaml")
 _LONGEST = 400  # characters of a message: other libraries' go over many lines
 

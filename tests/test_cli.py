@@ -29,6 +29,12 @@ def test_help(capsys):
     assert main([]) == 2
 
 
+@pytest.mark.parametrize("command", ["demo", "env"])
+def test_help_of_a_command_without_arguments(capsys, command):
+    assert main([command, "--help"]) == 0
+    assert capsys.readouterr().out.startswith(f"usage: fusedalign {command}\n\n")
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
@@ -201,7 +207,14 @@ def test_help_is_short_and_names_what_matters(capsys, method):
     text = capsys.readouterr().out
     assert len(text.splitlines()) < 120
     assert all(len(line) <= 120 for line in text.splitlines())
-    for flag in ("--model_name_or_path", "--fused_impl", "--max_length", "--help_all"):
+    for flag in (
+        "--model_name_or_path",
+        "--fused_impl",
+        "--max_length",
+        "--help_all",
+        "  last: go on",
+        "--num_processes",
+    ):
         assert flag in text
     assert f"recipes/{method}.yaml" in text
     if method != "sft":

@@ -19,6 +19,8 @@ _USUAL = (
     "eval_strategy", "save_strategy", "report_to", "seed", "use_peft", "lora_r", "lora_alpha", "lora_target_modules",
     "load_in_4bit",
 )  # fmt: skip
+#: Where a command takes more than TRL says.
+_WORDS = {"resume_from_checkpoint": "last: go on from the latest checkpoint in output_dir; or a checkpoint's folder"}
 
 
 def help_text(method: str, *, everything: bool = False) -> str:
@@ -43,12 +45,15 @@ def help_text(method: str, *, everything: bool = False) -> str:
     }
     for title, names in groups.items():
         parts.append("\n".join([f"{title}:", *(_help_line(actions[name]) for name in names if name in actions)]))
-    parts.append(f"fusedalign {method} --help_all lists the other fields of TRL's and transformers' configurations.")
+    parts.append(
+        f"fusedalign {method} --help_all lists the other fields of TRL's and transformers' configurations.\n"
+        "Flags of accelerate launch, such as --num_processes 2, are passed on to it."
+    )
     return "\n\n".join(parts)
 
 
 def _help_line(action: Any) -> str:
-    text = re.sub(r"\s+", " ", action.help or "").replace("%%", "%").replace("`", "")
+    text = re.sub(r"\s+", " ", _WORDS.get(action.dest, action.help) or "").replace("%%", "%").replace("`", "")
     text = re.split(r"(?<=[a-z)\]])\. ", text)[0].rstrip(".")
     default = "" if action.default in (None, "==SUPPRESS==") else f" [{action.default}]"
     body = textwrap.shorten(text, 150, placeholder=" ...") + default

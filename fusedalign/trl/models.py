@@ -7,6 +7,7 @@ from typing import Any
 
 import transformers
 from huggingface_hub.errors import GatedRepoError
+from jinja2 import TemplateError
 from transformers.utils import cached_file
 
 from fusedalign.embedded import EMBEDDED_NAME, build_embedded_model
@@ -123,6 +124,27 @@ def check_ends(processing_class: Any, path: str, *, pads: bool, ends: bool) -> N
             f"{' and no pad_token' if tokenizer.pad_token is None else ''}: "
             "set it in its tokenizer_config.json to the token that ends an answer"
         )
+
+
+def check_has_template(processing_class: Any, path: str) -> None:
+    """Raises ValueError for a tokenizer or processor, loaded from `path`, that cannot write a conversation."""
+    if not getattr(processing_class, "chat_template", None):
+        raise ValueError(
+            f"the tokenizer of {path} must have a chat template for data with messages, got none: save one with it "
+            "(chat_template.jinja in its folder), or pass text"
+        )
+
+
+def refused_row(processing_class: Any, dataset: Any) -> int | None:
+    """The number, from 1, of the first row whose conversation the chat template refuses; None if there is none."""
+    for number, row in enumerate(dataset, 1):
+        options = {"tools": row.get("tools"), **(row.get("chat_template_kwargs") or {})}
+        for answer in filter(None, map(row.get, ("messages", "completion", "chosen", "rejected"))):
+            try:
+                processing_class.apply_chat_template([*row.get("prompt", ()), *answer], tokenize=False, **options)
+            except TemplateError:
+                return number
+    return None
 
 
 def check_template(path: str | None) -> None:

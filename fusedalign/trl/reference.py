@@ -94,7 +94,7 @@ def check_adapters(arguments: dict[str, Any]) -> None:
     model, config = arguments["model"], arguments.get("peft_config")
     if arguments.get("ref_model") is not None:
         return
-    if is_peft_model(model):
+    if not isinstance(model, str) and is_peft_model(model):  # which fails on a name
         names, active = ", ".join(model.peft_config), _active_adapters(model)
         if "ref" in model.peft_config:
             raise ValueError(

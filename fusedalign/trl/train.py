@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import transformers
 import trl
+from jinja2 import TemplateError
 
 import fusedalign.trl
 from fusedalign.reports import plot_failure
@@ -20,7 +21,15 @@ from fusedalign.trl.attachment import attach
 from fusedalign.trl.data import load_data
 from fusedalign.trl.folder import RunFolder, claimed
 from fusedalign.trl.lengths import check_lengths
-from fusedalign.trl.models import check_ends, check_has_head, check_template, load_processing_class, model_path
+from fusedalign.trl.models import (
+    check_ends,
+    check_has_head,
+    check_has_template,
+    check_template,
+    load_processing_class,
+    model_path,
+    refused_row,
+)
 from fusedalign.trl.record import MetricsFile, Written, plot_metrics
 from fusedalign.trl.reference import keyed
 
@@ -63,16 +72,25 @@ def build(method: str, arguments: Arguments, *, fused: bool = True) -> Any:
         instance = load_adapter(adapter, {**training.model_init_kwargs, **more})
         training.model_init_kwargs, more = None, {}
     cls = getattr(fusedalign.trl, f"Fused{name}") if fused else keyed(trl_class(name))
-    trainer = cls(
-        model=instance,
-        args=training,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
-        processing_class=processing_class,
-        peft_config=trl.get_peft_config(model),
-        **more,
-        **(arguments.fused.head if fused else {}),
-    )
+    try:
+        trainer = cls(
+            model=instance,
+            args=training,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            peft_config=trl.get_peft_config(model),
+            **more,
+            **(arguments.fused.head if fused else {}),
+        )
+    except TemplateError as error:
+        splits = {script.dataset_train_split: train_dataset, script.dataset_test_split: eval_dataset}
+        rows = {split: refused_row(processing_class, dataset or ()) for split, dataset in splits.items()}
+        where = next((f"split {split!r}, row {row}" for split, row in rows.items() if row), "a row")
+        raise ValueError(
+            f"expected conversations that the chat template of {path} accepts, got "
+            f"{script.dataset_name or 'datasets'}, {where}: {error}"
+        ) from error
     if not fused:  # the Fused ones have looked by themselves
         for name, dataset in (("train", trainer.train_dataset), ("eval", trainer.eval_dataset)):
             if dataset is not None:
@@ -104,10 +122,13 @@ def _find_model(arguments: Arguments, trust_remote_code: bool) -> tuple[str, Ada
 
 def _check_tokens(method: str, training: Any, processing_class: Any, path: str, train_dataset: Any) -> None:
     """Raises where the tokenizer, or the chat template in its place, lacks what the training on these data needs."""
-    check_template(getattr(training, "chat_template_path", None))
+    template = getattr(training, "chat_template_path", None)
+    check_template(template)
+    example: dict[str, Any] = next(iter(train_dataset), {})
+    if template is None and trl.is_conversational(example):
+        check_has_template(processing_class, path)
     if getattr(training, "eos_token", None) is not None:  # which TRL puts in
         return
-    example: dict[str, Any] = next(iter(train_dataset), {})
     # TRL gives an answer in plain text its end; a conversation ends as its template says.
     plain = not (trl.is_conversational(example) or "input_ids" in example)
     pads = getattr(training, "pad_token", None) is None

@@ -114,3 +114,34 @@ def test_without_bf16_a_command_trains_on_a_cpu(folder, tmp_path, monkeypatch, c
     argv = words(folder, tmp_path)
     at = argv.index("--use_cpu")
     assert main([method, *argv[:at], *argv[at + 2 :]]) == 0, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method", ["sft", "dpo", "kto", "orpo"])
+def test_conversations_for_a_tokenizer_without_a_template(folder, tmp_path, capsys, method):
+    pair = _pair("a good")
+    file = tmp_path / "pairs.jsonl"
+    file.write_text(json.dumps(pair) + "\n")
+    error = error_of(capsys, [method, *words(folder, tmp_path, dataset_name=file)])
+    assert f"the tokenizer of {folder / 'whole'} must have a chat template for data with messages, got none" in error
+
+
+@pytest.mark.parametrize("method", ["sft", "dpo", "kto", "orpo"])
+def test_a_conversation_that_the_template_refuses(folder, tmp_path, capsys, method):
+    model = tmp_path / "model"
+    shutil.copytree(folder / "whole", model)
+    template = (
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system here') }}{% endif %}"
+        "{{ m.role }} {{ m.content }}{{ eos_token }}{% endfor %}"
+    )
+    (model / "chat_template.jinja").write_text(template)
+    refused = _pair("a good")
+    refused["prompt"].insert(0, {"role": "system", "content": "short"})
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in [_pair("a good"), refused]))
+    error = error_of(capsys, [method, *words(folder, tmp_path, model=model, dataset_name=file)])
+    assert f"the chat template of {model} accepts, got {file}, split 'train', row 2: no system here" in error
+
+
+def _pair(prompt):
+    chosen, rejected = ([{"role": "assistant", "content": answer}] for answer in ("answer is short", "boats"))
+    return {"prompt": [{"role": "user", "content": prompt}], "chosen": chosen, "rejected": rejected}

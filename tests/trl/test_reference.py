@@ -129,6 +129,13 @@ def test_the_reference_is_the_model_as_it_was_given(build, loaded, kind, change,
     _assert_starts_at_its_reference(build, kind, change(loaded), **options)
 
 
+@pytest.mark.parametrize("kind", ["dpo", "kto"])
+def test_the_reference_of_a_named_model(build, tiny_folder, kind):
+    trainer = build(kind, "fused", arguments=[("model", lambda: str(tiny_folder("qwen3")))])
+    own, reference = trainer.model.state_dict(), trainer.ref_model.state_dict()
+    assert all(torch.equal(own[name], reference[name]) for name in own)
+
+
 @pytest.mark.parametrize("earlier", ["stock", "fused"])
 def test_a_model_that_another_trainer_has_trained(build, loaded, earlier):
     """Its forward is that trainer's, bound to the model: a plain copy of it would run the policy as the reference."""
