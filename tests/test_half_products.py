@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fusedalign import linear_cross_entropy
 from fusedalign.impls import pytorch
+from fusedalign.impls.autograd import early_dtype
 from fusedalign.impls.rows import TokenGrads
 from fusedalign.problem import Problem
 
@@ -88,8 +89,9 @@ def test_shapes_and_dtypes_of_the_true_calls(monkeypatch, dtype):
             problem, lambda logps, lse: (lse - logps, -torch.ones_like(logps), torch.ones_like(lse)), (True, True, True)
         )
     assert {x.dtype for x in [loss, *sums.results(problem)[:3]]} == {torch.float32}
-    for d_hidden, (d_weight,), d_bias in (two_pass, one_pass):
-        for x, grad in ((hidden, d_hidden), (weight, d_weight), (bias, d_bias)):
+    for (d_hidden, (d_weight,), d_bias), hidden_dtype in ((two_pass, dtype), (one_pass, early_dtype(dtype))):
+        assert (d_hidden.shape, d_hidden.dtype) == (hidden.shape, hidden_dtype)
+        for x, grad in ((weight, d_weight), (bias, d_bias)):
             assert (grad.shape, grad.dtype) == (x.shape, dtype)
     assert jacobian.rows.dtype == torch.float16
 

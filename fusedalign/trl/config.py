@@ -48,6 +48,10 @@ class _Loader(yaml.SafeLoader):
 _MERGE = "tag:yaml.org,2002:merge"
 
 
+#: Fields of text that also take true and false.
+_TRUE_OR_FALSE = ("resume_from_checkpoint",)
+
+
 def file_value(parser: Any, action: argparse.Action, value: Any, name: str) -> Any:
     """A field's value from YAML, converted as the same words of a flag would be.
 
@@ -71,6 +75,8 @@ def file_value(parser: Any, action: argparse.Action, value: Any, name: str) -> A
     nested = isinstance(value, list) and (not value or isinstance(value[0], dict | list))
     if value is None or isinstance(value, dict) or nested:
         return value
+    if isinstance(value, bool) and action.dest in _TRUE_OR_FALSE:
+        value = str(value).lower()
     if isinstance(value, bool) and bool not in allowed:
         raise ValueError(
             f"{name} must not be {str(value).lower()}, which is also how YAML reads a bare "

@@ -249,7 +249,7 @@ def test_adapters_of_which_trl_makes_another_reference(build, loaded, kind, chan
 def test_an_initialisation_that_changes_the_reference(build, loaded):
     config = _lora_config(init_lora_weights="olora", task_type="CAUSAL_LM")
     with pytest.raises(
-        ValueError, match="got init_lora_weights='olora', which changes them: pass ref_model, or use another"
+        ValueError, match="got init_lora_weights='olora', which changes them: pass ref_model, merge the adapter first"
     ):
         build("dpo", "fused", arguments=[("model", lambda: loaded), ("peft_config", lambda: config)])
 
