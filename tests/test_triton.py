@@ -191,8 +191,9 @@ def test_frozen_head_at_extreme_logits(recomputed, device, dtype, name):
 def test_frozen_head_where_most_targets_are_far_from_likely(recomputed, device, dtype, layout):
     """Several blocks of columns and of D, ragged; with bias, scale and softcap, and a head that is not contiguous."""
     head = {"softcap": 90.0, "scale": 1.3, "temperature": 0.6} if layout == "everything" else {}
-    case = make_case((3, 11), 70, 203, dtype=dtype, device=device, bias=layout == "everything", **head)
-    case.hidden *= torch.linspace(2, 25, 33, device=device).reshape(3, 11, 1)
+    columns = 4 if INTERPRETED else 11
+    case = make_case((3, columns), 70, 203, dtype=dtype, device=device, bias=layout == "everything", **head)
+    case.hidden *= torch.linspace(2, 25, 3 * columns, device=device).reshape(3, columns, 1)
     if layout == "columns contiguous":
         case.weight = case.weight.t().contiguous().t()
     logps = case.to(torch.float64).logps(impl="reference").logps[case.valid]
