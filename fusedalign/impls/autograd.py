@@ -288,7 +288,7 @@ class _FirstOrderOutput(torch.autograd.Function):
 
 
 def first_order(function: Callable[[Problem], TokenLogps], problem: Problem) -> TokenLogps:
-    """`function(problem)`, of a library whose gradients have no graph of their own: differentiating them raises."""
+    """Call a library's `function(problem)`; differentiating its gradients, which have no graph, raises."""
     sources = list(_sources(problem))
     if not sources:
         return function(problem)

@@ -1,4 +1,4 @@
-"""What a run leaves behind beside its model: metrics and a plot."""
+"""What a run leaves behind in addition to its model: metrics and a plot."""
 
 from __future__ import annotations
 

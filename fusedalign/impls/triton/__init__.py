@@ -234,7 +234,7 @@ def _rows_of_head(problem: Problem, rows: RowSums) -> Iterator[tuple[slice, _Row
         lost = None
         if isinstance(problem.weight, Tensor):
             far_rows(left, rows, reference, total, _LEAST_LOGP)
-        else:  # whose rows `far_rows` cannot read
+        else:  # `far_rows` reads heads of one tensor only
             lost = ((reference - rows.max[tokens] - rows.log_e(tokens)).abs() > -_LEAST_LOGP).any()
         p_reference = (reference - rows.max[tokens]).exp() / rows.e[tokens]
         slope = _slope(problem, rows.target[tokens])
