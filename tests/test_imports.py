@@ -20,6 +20,7 @@ ROOMS = [
     "ops",
     "head",
     "modules",
+    "packing",
     "embedded",
     "reports",
     "trl",

@@ -19,7 +19,11 @@ from trl.trainer.utils import FusedCausalLMOutput
 
 from fusedalign.head import LMHead, lm_head
 from fusedalign.ops import linear_logps
+from fusedalign.packing import PackedBatch
+from fusedalign.packing.attention import Layout
+from fusedalign.packing.backbone import Picked
 from fusedalign.sequence import shift_labels as shifted
+from fusedalign.trl.layouts import Layouts, backbone_output
 from fusedalign.trl.options import HeadOptions
 
 #: TRL's name of each per-token output -> ours, in the order in which TRL's own function returns them.
@@ -51,6 +55,7 @@ def add_lm_head(
     mean_positions: slice | None = None,
     loss_hint: str | None = None,
     mixed: torch.dtype | None = None,
+    layouts: Layouts | None = None,
 ) -> None:
     """Give `model` the forward described above.
 
@@ -61,6 +66,7 @@ def add_lm_head(
         mean_positions: the positions over which `row_mean_logits` averages; None: it is not wanted.
         loss_hint: as in `linear_logps`.
         mixed: the dtype of mixed precision, if there is any.
+        layouts: how the trainer's rows are laid out; default: with a mask.
 
     Raises:
         TypeError, ValueError: the head cannot be read, see `lm_head`, the model's backbone cannot be told, or no impl
@@ -69,6 +75,7 @@ def add_lm_head(
     options.check(lm_head(model), (ours for theirs, ours in OUTPUT_NAMES.items() if theirs in outputs), mixed=mixed)
     if model.base_model is model:
         raise TypeError(f"expected a model whose base_model is its backbone, got {type(model).__name__}")
+    layouts = Layouts() if layouts is None else layouts
     instead = vars(model).get("forward")  # of the instance, where somebody has put one there
 
     @functools.wraps(type(model).forward)  # `generate` validates its arguments against the signature
@@ -79,6 +86,7 @@ def add_lm_head(
         labels: Tensor | None = None,
         shift_labels: Tensor | None = None,
         num_items_in_batch: Any = None,
+        layout: Layout | None = None,
         **kwargs: Any,
     ) -> Any:
         if not fused_lm_head:
@@ -86,7 +94,7 @@ def add_lm_head(
             original = types.MethodType(type(self).forward, self) if instead is None else instead
             return original(*args, **kwargs, **{name: x for name, x in more.items() if x is not None})
         config = self.config.get_text_config()
-        kwargs["use_cache"] = False
+        kwargs |= dict(zip(("input_ids", "attention_mask"), args, strict=False))
         if getattr(config, "output_router_logits", False):
             kwargs.setdefault("output_router_logits", True)
         # Aligned targets instead of shifted hidden states, which would be a copy of them.
@@ -94,18 +102,22 @@ def add_lm_head(
         if targets is None:
             raise ValueError("fused_lm_head=True needs labels or shift_labels, got neither")
         targets = targets.long()  # a collator of one's own may give fewer bits
+        layout = layouts.for_call(layout, kwargs)
         copy, arrived = _copied_to_host(targets)
-        backbone = self.base_model(*args, **kwargs)
+        backbone = backbone_output(self, layout, kwargs)
         if arrived is not None:  # long before the hidden states, for which nobody waits
             arrived.synchronize()
-        out = _score(_read(self), backbone.last_hidden_state, copy, outputs, mean_positions, options, loss_hint)
+        score = _score_packed if isinstance(layout, PackedBatch) else _score
+        hidden = backbone.last_hidden_state
+        out = score(_read(self), hidden, copy, outputs, mean_positions, options, loss_hint, layout)
         out["label_mask"] = (targets != -100).to(out["log_probs"].device)
         if shift_labels is None:  # TRL's fields have no place for the last position
             out = {name: x if x.ndim < 2 else x[:, :-1] for name, x in out.items()}
         count = out["label_mask"].sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
         loss, aux_loss = -out["log_probs"].sum() / count, None
         if kwargs.get("output_router_logits"):
-            aux_loss = _router_loss(config, backbone.router_logits, kwargs.get("attention_mask"))
+            counts = layout.row_counts if isinstance(layout, PackedBatch) else kwargs.get("attention_mask")
+            aux_loss = _router_loss(config, backbone.router_logits, counts)
             loss = loss + getattr(config, "router_aux_loss_coef", 0.0) * aux_loss
         return FusedOutput(loss=loss, aux_loss=aux_loss, **out)
 
@@ -139,6 +151,7 @@ def _score(
     mean_positions: slice | None,
     options: HeadOptions,
     loss_hint: str | None,
+    layout: Layout | None = None,
 ) -> dict[str, Tensor]:
     """TRL's per-token fields, [B, T], and `row_mean_logits`, [B], where it is wanted."""
     # A model that is split over devices can end on another one than that of its head.
@@ -153,6 +166,38 @@ def _score(
         with torch.no_grad():
             fields["row_mean_logits"] = _row_mean_logits(head, hidden[:, mean_positions], of_head)
     return fields
+
+
+@torch.compiler.disable  # which hidden states the head takes depends on the targets
+def _score_packed(
+    head: LMHead,
+    hidden: Tensor,
+    targets: Tensor,
+    outputs: tuple[str, ...],
+    mean_positions: slice | None,
+    options: HeadOptions,
+    loss_hint: str | None,
+    layout: PackedBatch,
+) -> dict[str, Tensor]:
+    """As `_score`, from hidden states of packed tokens, [1, S, D]; means are those over the tokens of each row."""
+    device = _first(head).device
+    packed = hidden[0].to(device)
+    picked = Picked(packed, layout, targets.cpu())
+    fields = _score(head, picked.hidden, picked.targets, outputs, None, options, loss_hint)
+    fields = {name: picked.scatter(x) for name, x in fields.items()}
+    if mean_positions is not None:
+        with torch.no_grad():
+            of_head = {"bias": head.bias, "scale": head.scale, "softcap": head.softcap, **options._asdict()}
+            fields["row_mean_logits"] = _packed_mean_logits(head, packed, layout, of_head)
+    return fields
+
+
+def _packed_mean_logits(head: LMHead, packed: Tensor, layout: PackedBatch, of_head: dict[str, Any]) -> Tensor:
+    """[B]: the mean logit over the vocabulary and the tokens of each row."""
+    hidden = head.expand(packed)
+    if head.softcap is None:
+        return _row_mean_logits(head, layout.row_means(hidden)[:, None], of_head)
+    return layout.row_means(_row_mean_logits(head, hidden[:, None], of_head))
 
 
 def _row_mean_logits(head: LMHead, hidden: Tensor, of_head: dict[str, Any]) -> Tensor:

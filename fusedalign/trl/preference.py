@@ -7,6 +7,7 @@ written anew around `fusedalign.tpo_loss`.
 
 from __future__ import annotations
 
+import functools
 import logging
 import warnings
 from typing import Any
@@ -18,6 +19,7 @@ from torch import Tensor
 from fusedalign.losses import sft_loss, tpo_loss
 from fusedalign.sequence import completion_labels, sequence_mean, sequence_sum
 from fusedalign.trl.forward import add_lm_head
+from fusedalign.trl.layouts import KEY, LayOut, Layouts
 from fusedalign.trl.options import mixed_precision
 from fusedalign.trl.refusals import base_of
 from fusedalign.trl.shapes import preference
@@ -55,6 +57,7 @@ class _FusedForward(Fused):
             options=self.head_options,
             mean_positions=self._mean_positions,
             mixed=mixed_precision(trainer.args),
+            layouts=self.layouts,
         )
         if trainer.args.use_liger_kernel:  # which would replace that forward when training starts
             kernels = trainer.args.liger_kernel_config or {}
@@ -90,20 +93,33 @@ class _FusedPairs(_FusedForward):
             made[f"{side}_labels"] = [-100] * len(prompt) + answer
         return made
 
+    def _groups(self) -> int:
+        return 2
+
+    def _lay_out(self) -> LayOut:
+        return functools.partial(_lay_out_pairs, padding_value=self._padding_value)
+
+    @property
+    def _padding_value(self) -> int:
+        trainer: Any = self
+        padding: int = getattr(trainer, "padding_value", trainer.processing_class.pad_token_id)  # ORPO's own option
+        return padding
+
     def _completion_forward(self, model: Any, batch: Any, *, with_prompt: bool, mean: bool, aux: bool) -> tuple:
         """What CPO's and ORPO's `concatenated_forward` returns, with mean logits in the place of the logits.
 
         One call of the head serves the NLL of the chosen rows, prompt included or not, and the preference terms.
         """
         trainer: Any = self
-        padding = getattr(trainer, "padding_value", trainer.processing_class.pad_token_id)  # ORPO has an option for it
-        inputs = trainer.concatenated_inputs(batch, padding_value=padding, device=trainer.accelerator.device)
+        device = trainer.accelerator.device
+        inputs = trainer.concatenated_inputs(batch, padding_value=self._padding_value, device=device)
         ids, attention_mask = inputs["concatenated_input_ids"], inputs["concatenated_attention_mask"]
         labels, n = inputs["concatenated_labels"], batch["chosen_labels"].shape[0]
         nll_labels = completion_labels(ids[:n], attention_mask[:n]) if with_prompt else labels[:n]
         out: Any = model(
-            ids,
+            input_ids=ids,
             attention_mask=attention_mask,
+            layout=batch.get(KEY),
             labels=torch.cat([nll_labels, labels[n:]]),
             fused_lm_head=True,
             **({"output_router_logits": True} if aux else {}),
@@ -115,6 +131,12 @@ class _FusedPairs(_FusedForward):
         nll = sft_loss(per_token[:n], nll_labels[:, 1:] != -100)
         made = (logps[:n], logps[n:], out.row_mean_logits[:n], out.row_mean_logits[n:], nll)
         return (*made, out.aux_loss) if aux else made
+
+
+def _lay_out_pairs(layouts: Layouts, batch: Any, padding_value: int) -> Any:
+    """The layout of a batch of TRL's collator for CPO and ORPO, of which the trainers join the two halves later."""
+    joined = CPOTrainer.concatenated_inputs(batch, padding_value=padding_value)
+    return layouts.of({name: joined[f"concatenated_{name}"] for name in ("input_ids", "attention_mask")})
 
 
 def _load_encoder_decoder(arguments: dict[str, Any]) -> None:
@@ -170,6 +192,9 @@ class FusedORPOTrainer(_FusedPairs, ORPOTrainer):
 
 class FusedTPOTrainer(_FusedForward, TPOTrainer):
     """`trl.experimental.tpo.TPOTrainer` without logits; see `FusedSFTTrainer`."""
+
+    def _groups(self) -> int:
+        return 3 if self.tpo_alpha else 2
 
     _outputs = ("log_probs", "entropy", "mean_logits", "is_top1")
 

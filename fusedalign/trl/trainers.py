@@ -12,10 +12,13 @@ import inspect
 import sys
 from typing import Any
 
+import torch
 import trl
 
 from fusedalign.trl.construction import replaced
 from fusedalign.trl.forward import EXPERTS, add_lm_head
+from fusedalign.trl.layouts import KEY, PACKED_DEFAULT, LayOut, Layouts, check_packed, decide
+from fusedalign.trl.matched import MatchedModel, lay_out_kto
 from fusedalign.trl.options import HeadOptions, mixed_precision
 from fusedalign.trl.preparation import prepared
 from fusedalign.trl.reference import (
@@ -43,7 +46,10 @@ class Fused:
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.head_options = HeadOptions.of(kwargs)
+        packed = kwargs.pop("packed", PACKED_DEFAULT)
         kwargs = {name: value for name, value in kwargs.items() if name not in HeadOptions._fields}
+        check_packed(packed)
+        self._packed, self.layouts = packed, Layouts()
         given = inspect.signature(super().__init__).bind(*args, **kwargs)
         default = trl.SFTConfig.loss_type if isinstance(self, trl.SFTTrainer) else None
         refuse_arguments(type(self).__name__, given.arguments, default)
@@ -66,6 +72,22 @@ class Fused:
         refuse_adapters(self)
         refuse_experts(self, EXPERTS, "set its router_aux_loss_coef to 0")
         refuse_sharded(self)
+        self._decide_layouts()
+
+    def _decide_layouts(self) -> None:
+        """Settle how batches are laid out, once; the models must be where they train."""
+        if self._packed is not None:
+            packed, self._packed = self._packed, None
+            self.layouts.groups = self._groups()
+            decide(self, self.layouts, packed, self._lay_out())
+
+    def _groups(self) -> int:
+        """Answers to one prompt in a batch, all first ones first."""
+        return 1
+
+    def _lay_out(self) -> LayOut:
+        """What makes the layout of a batch of the collator."""
+        return Layouts.of
 
     def _adapt(self, arguments: dict[str, Any]) -> None:
         """Change the constructor's arguments, where TRL's class does not take what it is given, or takes it wrongly."""
@@ -88,7 +110,7 @@ class Fused:
         """Put this package's head on a model of this trainer."""
         args = getattr(self, "args", None)
         hint, mixed = loss_hint(type(self), args), mixed_precision(args)
-        add_lm_head(model, outputs, options=self.head_options, loss_hint=hint, mixed=mixed)
+        add_lm_head(model, outputs, options=self.head_options, loss_hint=hint, mixed=mixed, layouts=self.layouts)
 
 
 class FusedWithReference(KeyedReference, Fused):
@@ -109,6 +131,10 @@ class FusedWithReference(KeyedReference, Fused):
         if trainer.ref_model is None:
             complete_reference_adapter(model)
         super()._add_head(model, outputs)
+
+    def _precompute_ref_logps(self, *args: Any, **kwargs: Any) -> Any:
+        self._decide_layouts()  # TRL precomputes while the trainer is built
+        return super()._precompute_ref_logps(*args, **kwargs)
 
 
 def loss_hint(cls: type, args: Any) -> str | None:
@@ -144,3 +170,32 @@ class FusedDPOTrainer(FusedWithReference, trl.DPOTrainer):
 
 class FusedKTOTrainer(FusedWithReference, trl.KTOTrainer):
     """`trl.KTOTrainer` without logits, its KL term included; see `FusedSFTTrainer` and `FusedDPOTrainer`."""
+
+    def _lay_out(self) -> LayOut:
+        return lay_out_kto
+
+    def _compute_loss(self, model: Any, inputs: Any, return_outputs: bool) -> Any:
+        """TRL's; a live reference is computed as a precomputed one is."""
+        layouts = inputs.pop(KEY, None)
+        if layouts is None:
+            return super()._compute_loss(model, inputs, return_outputs)
+        live = not self.precompute_ref_logps
+        if live:
+            reference = self.model if self.ref_model is None else self.ref_model
+            names = ("ref_logps", "ref_KL_logps")
+            logps = self.compute_ref_log_probs(reference, {**inputs, KEY: layouts})
+            inputs |= {name: x for name, x in zip(names, logps, strict=True) if x is not None}
+        laid_out = MatchedModel(model, inputs, layouts, may_join=not self.aux_loss_enabled)
+        self.precompute_ref_logps = True
+        try:
+            return super()._compute_loss(laid_out, inputs, return_outputs)
+        finally:
+            self.precompute_ref_logps = not live
+
+    def compute_ref_log_probs(self, model: Any, inputs: Any) -> Any:
+        """TRL's; matched and mismatched rows share their prompts where they are packed."""
+        if KEY not in inputs:
+            return super().compute_ref_log_probs(model, inputs)
+        with torch.no_grad():
+            model = MatchedModel(model, inputs, inputs[KEY])
+        return super().compute_ref_log_probs(model, inputs)

@@ -1,0 +1,250 @@
+"""The attention of packed batches, as an attention function of transformers.
+
+`install(model)` gives a model an attention function that serves layers which are handed a layout: a `PackedBatch`, or
+`RightPadded` rows, which need no mask. Without a layout the function that the model had before serves, with its mask,
+so `generate` and everything else stay as they were.
+
+Packed batches run through `torch.nn.attention.varlen` on CUDA in half precision, else through one
+`scaled_dot_product_attention` a segment.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import re
+import sys
+from collections.abc import Callable
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fusedalign.packing.batch import PackedBatch, RightPadded
+
+Layout = PackedBatch | RightPadded
+
+#: How the names of these functions begin in transformers' tables; what follows is the function that serves otherwise.
+PREFIX = "fusedalign_"
+
+#: Head sizes that FlashAttention has kernels for.
+_LARGEST_HEAD = 256
+
+
+class LayoutError(ValueError):
+    """A model cannot run in the layout that was asked for, with the reason."""
+
+
+class LayoutMismatchError(LayoutError):
+    """It can be run, and gives other numbers than in the padded layout."""
+
+
+# ------------------------------------------------------------------------------------ the function, and where it stands
+
+
+def install(model: Any) -> str:
+    """Give a causal LM of transformers the attention function described above.
+
+    Returns:
+        The name of the function that it had, for `uninstall`.
+
+    Raises:
+        LayoutError: the model takes no attention function.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+    original: str = model.config._attn_implementation
+    if original.startswith(PREFIX):
+        return _originals[original]
+    name = PREFIX + re.sub(r"\W", "_", original)
+    if name not in _originals:
+        AttentionInterface.register(name, functools.partial(_attention, original))
+        # A name without a mask function would get no mask, also where no layout is given.
+        if original in ALL_MASK_ATTENTION_FUNCTIONS:
+            AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[original])
+        _originals[name] = original
+    model.set_attn_implementation(name)
+    if model.config.get_text_config()._attn_implementation != name:
+        model.set_attn_implementation(original)
+        raise LayoutError(f"{type(model).__name__} takes no attention function")
+    return original
+
+
+def uninstall(model: Any, original: str) -> None:
+    """Take it back."""
+    model.set_attn_implementation(original)
+
+
+def installed(model: Any) -> bool:
+    """Whether `install` has been called for this model."""
+    return str(model.config.get_text_config()._attn_implementation).startswith(PREFIX)
+
+
+#: Registered name -> the function of transformers that serves without a layout.
+_originals: dict[str, str] = {}
+
+#: A 4D mask passes through transformers' building of masks as it is, whatever the model; no layer looks at it.
+_MARKER = (1, 1, 1, 1)
+
+
+def marker(device: torch.device) -> Tensor:
+    """The attention mask to give to a model together with a layout."""
+    return torch.ones(_MARKER, dtype=torch.bool, device=device)
+
+
+#: What layers have asked for while a proof observes them: (their window, whether attention was by segments).
+observed: ContextVar[set[tuple[int | None, bool]] | None] = ContextVar("fusedalign_observed_attention", default=None)
+
+
+def _attention(
+    original: str,
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    *,
+    layout: Layout | None = None,
+    **options: Any,
+) -> tuple[Tensor, Any]:
+    """As transformers' attention functions: [B, H, T, d] of queries, fewer heads of keys and values -> [B, T, H, d]."""
+    if layout is None:
+        if isinstance(attention_mask, Tensor) and attention_mask.shape == _MARKER and query.shape[2] > 1:
+            # Attention would see all tokens, those of other rows too.
+            raise LayoutError(f"{type(module).__name__} is not handed the keyword arguments of the model's forward")
+        return _function(original, module)(module, query, key, value, attention_mask, **options)
+    _refuse(module, options)
+    scale = options.get("scaling")
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    window = options.get("sliding_window")
+    if isinstance(layout, RightPadded):
+        by_segments, out = False, _causal(query, key, value, scale, window).transpose(1, 2)
+    else:
+        dtype = _compute_dtype(query, value)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+        by_segments = not _has_kernel(query, value)
+        out = (_segments if by_segments else _varlen)(query, key, value, layout, scale, window)
+    record = observed.get()
+    if record is not None:
+        record.add((window, by_segments))
+    return out.contiguous(), None
+
+
+def _function(original: str, module: Any) -> Callable[..., tuple[Tensor, Any]]:
+    if original == "eager":  # which each module of transformers has under this name
+        return sys.modules[type(module).__module__].eager_attention_forward  # type: ignore[no-any-return]
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    return ALL_ATTENTION_FUNCTIONS[original]  # type: ignore[no-any-return]
+
+
+def _refuse(module: Any, options: dict[str, Any]) -> None:
+    """Raises LayoutError for what changes attention beyond causality, window and scale."""
+    for name in ("softcap", "s_aux", "position_bias", "head_mask"):
+        if options.get(name) is not None:
+            raise LayoutError(
+                f"{type(module).__name__} has {name} in its attention, which packed batches have no way for"
+            )
+    if options.get("dropout"):
+        raise LayoutError(f"{type(module).__name__} has dropout in its attention: set it to 0 in the model's config")
+    if options.get("is_causal") is False or getattr(module, "is_causal", True) is False:
+        raise LayoutError(f"{type(module).__name__} has attention that is not causal")
+
+
+def _compute_dtype(query: Tensor, value: Tensor) -> torch.dtype:
+    """That of autocast, which rotary embeddings leave in fp32 and `varlen_attn` does not know."""
+    kind = query.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else value.dtype
+
+
+# ----------------------------------------------------------------------------------------------------------- arithmetic
+
+
+@functools.cache
+def varlen_attention() -> Any:
+    """`torch.nn.attention.varlen.varlen_attn`; None before PyTorch 2.10."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    return varlen_attn if "window_size" in inspect.signature(varlen_attn).parameters else None
+
+
+def _has_kernel(query: Tensor, value: Tensor) -> bool:
+    half = query.dtype in (torch.float16, torch.bfloat16)
+    return query.is_cuda and half and max(query.shape[-1], value.shape[-1]) <= _LARGEST_HEAD
+
+
+def _varlen(query: Tensor, key: Tensor, value: Tensor, batch: PackedBatch, scale: float, window: int | None) -> Tensor:
+    """[1, H, S, d] -> [1, S, H, d], by FlashAttention's kernels for runs of uneven length."""
+    size = value.shape[-1]
+    wide = -(-max(query.shape[-1], size) // 8) * 8  # the kernels want one size for all, a multiple of 8
+    q, k, v = (F.pad(x[0].transpose(0, 1), (0, wide - x.shape[-1])) for x in (query, key, value))
+    if batch.shared is not None:
+        k, v = (_WithPrefixes.apply(x, *batch.shared) for x in (k, v))
+    varlen_attn = varlen_attention()
+    options: dict[str, Any] = {"scale": scale, "window_size": (-1 if window is None else window - 1, 0)}
+    if q.shape[1] != k.shape[1] and "enable_gqa" in inspect.signature(varlen_attn).parameters:
+        options["enable_gqa"] = True  # before it had that name it took fewer heads of keys all the same
+    out = varlen_attn(
+        q.contiguous(),
+        k.contiguous(),
+        v.contiguous(),
+        batch.query_offsets,
+        batch.key_offsets,
+        batch.max_queries,
+        batch.max_keys,
+        **options,
+    )
+    return out[None, ..., :size]  # type: ignore[no-any-return]
+
+
+class _WithPrefixes(torch.autograd.Function):
+    """Keys or values of packed tokens, [S, H, d], with a copy of its prefix before each segment, [K, H, d].
+
+    The gradient of a token is gathered from its home and added from its copies, where `index_select` would add all of
+    them by atomics.
+    """
+
+    @staticmethod
+    def forward(ctx, x, tokens, home, copy, source):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(home, copy, source)
+        return x.index_select(0, tokens)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        home, copy, source = ctx.saved_tensors
+        total = grad.index_select(0, home)
+        total.index_add_(0, source, grad.index_select(0, copy))
+        return total, None, None, None, None
+
+
+@torch.compiler.disable  # a loop of as many turns as the batch has segments
+def _segments(
+    query: Tensor, key: Tensor, value: Tensor, batch: PackedBatch, scale: float, window: int | None
+) -> Tensor:
+    """[1, H, S, d] -> [1, S, H, d], a segment at a time: on any device, in any dtype."""
+    outs = []
+    for segment in batch.segments:
+        own = slice(segment.start, segment.start + segment.length)
+        prefix = slice(segment.prefix_start, segment.prefix_start + segment.prefix_length)
+        k, v = key[:, :, own], value[:, :, own]
+        if segment.prefix_length:
+            k, v = torch.cat([key[:, :, prefix], k], 2), torch.cat([value[:, :, prefix], v], 2)
+        outs.append(_causal(query[:, :, own], k, v, scale, window))
+    return torch.cat(outs, 2).transpose(1, 2)
+
+
+def _causal(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
+    """Attention of the last queries.shape[2] tokens of a run to all of it; [B, H, T, d]."""
+    queries, keys = query.shape[2], key.shape[2]
+    options: dict[str, Any] = {"scale": scale, "enable_gqa": query.shape[1] != key.shape[1]}
+    if queries == keys and (window is None or window >= keys):
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True, **options)
+    mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril_(keys - queries)
+    if window is not None:
+        mask = mask.triu_(keys - queries - window + 1)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, **options)

@@ -1,0 +1,55 @@
+"""A model's backbone over a packed batch, and the hidden states that the LM head needs of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusedalign.packing.attention import marker
+from fusedalign.packing.batch import PackedBatch, RightPadded
+
+
+def packed_output(model: Any, batch: PackedBatch, **options: Any) -> Any:
+    """The output record of the model's backbone for a packed batch; its `last_hidden_state` is [1, S, D].
+
+    Args:
+        model: a causal LM of transformers whose attention is installed (`enable`), not the `PeftModel` around it.
+        batch: on any device.
+        options: more arguments of the backbone, such as `output_router_logits`.
+    """
+    device = model.get_input_embeddings().weight.device
+    batch = batch.to(device, non_blocking=True)
+    return model.base_model(
+        input_ids=batch.input_ids,
+        position_ids=batch.position_ids,
+        attention_mask=marker(device),
+        layout=batch,
+        use_cache=False,
+        **options,
+    )
+
+
+def unmasked_arguments(input_ids: Tensor, layout: RightPadded) -> dict[str, Any]:
+    """What a backbone is given in the place of the attention mask of right-padded rows, `input_ids` [B, L]."""
+    positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
+    return {"attention_mask": marker(input_ids.device), "position_ids": positions, "layout": layout}
+
+
+class Picked:
+    """The hidden states that predict the targets of a packed batch, one for each, and where the results go."""
+
+    def __init__(self, hidden: Tensor, batch: PackedBatch, targets: Tensor) -> None:
+        slots = (targets != -100).flatten().nonzero()[:, 0]
+        if not batch.valid.flatten()[slots].all():
+            raise ValueError("labels must be -100 where the token before them is padding, got labels on padding")
+        index = batch.token_index.flatten()[slots].to(hidden.device, non_blocking=True)
+        self.shape = targets.shape
+        self.slots = slots.to(hidden.device, non_blocking=True)
+        self.targets = targets.flatten()[slots]
+        self.hidden = hidden.index_select(0, index)
+
+    def scatter(self, values: Tensor) -> Tensor:
+        """[N] -> [B, L]."""
+        return values.new_zeros(self.shape.numel()).index_copy(0, self.slots, values).view(self.shape)

@@ -1,0 +1,85 @@
+"""Hidden states and log-probabilities of packed batches, from a causal LM of transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor
+
+from fusedalign.head import lm_head
+from fusedalign.ops import linear_logps
+from fusedalign.packing.attention import installed
+from fusedalign.packing.backbone import Picked, packed_output
+from fusedalign.packing.batch import PackedBatch
+from fusedalign.packing.proof import enable
+from fusedalign.problem import TokenLogps
+from fusedalign.sequence import shift_labels
+
+
+def packed_hidden(model: Any, batch: PackedBatch) -> Tensor:
+    """Last hidden states of packed tokens.
+
+    Args:
+        model: a causal LM of transformers. Its attention function is replaced at the first call, see `enable`; without
+            packed batches it does what it did before.
+        batch: of `pack_rows`, `pack_answers`, `pack_padded` or `pack_documents`, on any device.
+
+    Returns:
+        [S, D], the input of the LM head. `batch.spread` brings them into the padded layout.
+
+    Raises:
+        LayoutError (a ValueError): this model would go wrong in packed batches, with the reason.
+
+    Example::
+
+        batch = pack_answers(prompts, chosen, rejected)
+        hidden = packed_hidden(model, batch)
+    """
+    if not installed(model):
+        enable(model)
+    hidden: Tensor = packed_output(model, batch).last_hidden_state[0]
+    return hidden
+
+
+def packed_logps(
+    model: Any, batch: PackedBatch, labels: Tensor | None = None, *, outputs: Iterable[str] = (), **options: Any
+) -> TokenLogps:
+    """Per-token log-probabilities of a packed batch, in the padded layout.
+
+    Args:
+        model, batch: as in `packed_hidden`.
+        labels: [B, L] int64 on the CPU, unshifted, -100 where a token does not count; default: every token but the
+            first of each row.
+        outputs, options: as in `fusedalign.linear_logps`.
+
+    Returns:
+        `TokenLogps` of [B, L]: [b, t] belongs to the label at [b, t + 1]; zero where nothing counts. Differentiable.
+
+    Raises:
+        LayoutError: as `packed_hidden`.
+        ValueError: labels of another shape, or on padding.
+    """
+    if labels is None:
+        ids = batch.input_ids.cpu()[0][batch.token_index]
+        labels = ids.masked_fill(~batch.valid, -100)
+    if labels.shape != batch.valid.shape:
+        raise ValueError(f"labels must have shape {tuple(batch.valid.shape)}, got {tuple(labels.shape)}")
+    targets = shift_labels(labels.cpu())
+    hidden = packed_hidden(model, batch)
+    head = lm_head(model)
+    weight = head.weight[0] if isinstance(head.weight, tuple) else head.weight
+    picked = Picked(hidden.to(weight.device), batch, targets)
+    out = linear_logps(
+        head.expand(picked.hidden),
+        head.weight,
+        picked.targets,
+        bias=head.bias,
+        scale=head.scale,
+        softcap=head.softcap,
+        outputs=outputs,
+        **options,
+    )
+    logps, *others = (None if x is None else picked.scatter(x) for x in out)
+    assert logps is not None
+    return TokenLogps(logps, *others)

@@ -1,0 +1,327 @@
+"""Whether a model may run packed: by what its configuration says, then by running a few tokens in both layouts.
+
+No list of models is kept. The configuration tells of layers that carry a state along the row, for instance; a few
+tokens, in the padded layout and in the packed one, tell the rest: hidden states and gradients must agree as closely as
+rounding allows. That allowance comes from the model itself: it is a multiple of what changes when each number of the
+input embeddings moves by one rounding error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fusedalign.packing.attention import (
+    Layout,
+    LayoutError,
+    LayoutMismatchError,
+    install,
+    installed,
+    observed,
+    uninstall,
+    varlen_attention,
+)
+from fusedalign.packing.backbone import packed_output, unmasked_arguments
+from fusedalign.packing.batch import PackedBatch, RightPadded, pack_padded
+
+#: How far layouts may differ, as a multiple of what one rounding of the input embeddings changes. A model rounds some
+#: tens of times on the way, each time at most by as much.
+_ALLOWANCE = 16.0
+
+
+class Proof(NamedTuple):
+    """What a comparison of two layouts has shown."""
+
+    difference: float
+    """of hidden states, relative to their size"""
+    allowed: float
+    gradient_difference: float
+    """of the parameters' gradient norms, relative to the largest; 0 where no parameter is trained"""
+    gradient_allowed: float
+    by_segments: bool
+    """whether attention ran one segment at a time, for want of a kernel"""
+
+
+def enable(model: Any) -> Proof:
+    """Let a causal LM of transformers run packed batches, once that is proven to be right.
+
+    Its attention function is replaced, see `attention.install`; without a packed batch it does what it did before.
+
+    Args:
+        model: not the `PeftModel` around it; adapters in its layers do not matter.
+
+    Returns:
+        The numbers of the proof.
+
+    Raises:
+        LayoutError: it would go wrong, with the reason; the model is then as it was.
+    """
+    return _enable(model, refusal(model), prove_packed)
+
+
+def enable_unmasked(model: Any) -> Proof:
+    """Let a causal LM of transformers run right-padded rows without an attention mask, once that is proven.
+
+    Args, Returns and Raises: as `enable`.
+    """
+    reason = _structure(model)
+    if reason is None and not str(model.config._attn_implementation).endswith("sdpa"):
+        reason = f"{model.config._attn_implementation} attention has its own way with masks"
+    return _enable(model, reason, prove_unmasked)
+
+
+def _enable(model: Any, reason: str | None, prove: Callable[[Any], Proof]) -> Proof:
+    if reason is not None:
+        raise LayoutError(reason)
+    before = None if installed(model) else install(model)
+    try:
+        return prove(model)
+    except Exception as error:
+        if before is not None:
+            uninstall(model, before)
+        if isinstance(error, (LayoutError, torch.OutOfMemoryError)):
+            raise
+        reason = str(error).split("\n")[0]
+        raise LayoutError(f"{type(model).__name__} fails in it with {type(error).__name__}: {reason}") from error
+
+
+# ------------------------------------------------------------------------------------------------------- configuration
+
+
+def refusal(model: Any) -> str | None:
+    """Why this model cannot run packed, as far as that can be told without running it; None: no reason is known."""
+    on_cuda = model.get_input_embeddings().weight.device.type == "cuda"
+    if on_cuda and varlen_attention() is None:
+        return f"torch.nn.attention.varlen came with PyTorch 2.10, this is {torch.__version__}"
+    return _structure(model)
+
+
+def _structure(model: Any) -> str | None:
+    name, config = type(model).__name__, model.config
+    text = config.get_text_config()
+    kinds = set(getattr(text, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if config.is_encoder_decoder:
+        return f"{name} is an encoder-decoder"
+    if text is not config:
+        return f"{name} takes more than text"
+    if getattr(model, "_is_stateful", False):
+        return f"{name} carries a state along the row, which would go from one row to the next"
+    if kinds:
+        return f"{name} has layers of kinds {', '.join(sorted(kinds))}, which are no plain attention"
+    if getattr(text, "alibi", False) or getattr(text, "position_embedding_type", "") == "alibi":
+        return f"{name} has position biases in its attention (ALiBi)"
+    if not getattr(model, "_can_set_attn_implementation", lambda: False)():
+        return f"{name} has attention of its own, which takes no other function"
+    if any(parameter.is_meta for parameter in model.parameters()):
+        return f"{name} has weights that are not in memory"
+    return None
+
+
+# ------------------------------------------------------------------------------------------------------- both layouts
+
+#: Two prompts with two answers each, chosen first; lengths 7, 9, 10, 5, of which 4 and 3 are prompt. Numbers are token
+#: ids, modulo the vocabulary's size.
+_ROWS = (
+    (11, 23, 5, 17, 31, 8, 40),
+    (3, 29, 13, 37, 19, 2, 41, 7, 43),
+    (11, 23, 5, 17, 47, 12, 53, 6, 59, 14),
+    (3, 29, 13, 61, 21),
+)
+
+
+def prove_packed(model: Any) -> Proof:
+    """Compare the packed layout, prompts shared, with the padded one.
+
+    Raises:
+        LayoutError: they differ, with the numbers; or a layer has told why not.
+    """
+    rows = _padded_rows(model)
+    proof = _compare(model, rows, pack_padded(*rows, groups=2))
+    with _undisturbed(model), torch.no_grad():  # dropout is told to attention in training alone
+        model.train()
+        _run(model, rows, pack_padded(*rows, groups=2))
+    return proof
+
+
+def prove_unmasked(model: Any) -> Proof:
+    """Compare right-padded rows without a mask with the same rows under one.
+
+    Raises:
+        LayoutError: as `prove_packed`.
+    """
+    return _compare(model, _padded_rows(model), RightPadded())
+
+
+class _Rows(NamedTuple):
+    input_ids: Tensor
+    attention_mask: Tensor
+
+
+def _padded_rows(model: Any) -> _Rows:
+    embeddings = model.get_input_embeddings()
+    device, vocab = embeddings.weight.device, model.config.get_text_config().vocab_size
+    width = max(map(len, _ROWS)) + 1
+    ids = torch.tensor([[*row, *[0] * (width - len(row))] for row in _ROWS]) % vocab
+    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in _ROWS])
+    return _Rows(ids.to(device), mask.to(device))
+
+
+class _Measured(NamedTuple):
+    hidden: Tensor
+    """[tokens, D] of the real tokens"""
+    norms: Tensor
+    """[parameters that are trained]: of their gradients"""
+    windows: set[tuple[int | None, bool]]
+
+
+def _compare(model: Any, rows: _Rows, layout: Layout) -> Proof:
+    with _undisturbed(model):
+        model.eval()
+        padded, candidate = _measure(model, rows, None), _measure(model, rows, layout)
+        with _rounded_embeddings(model, _unit(model, padded.hidden)):
+            rounded = _measure(model, rows, None)
+    windows = {window for window, _ in candidate.windows}
+    if windows != (expected := _windows(model)):
+        raise LayoutError(
+            f"{type(model).__name__} should ask its attention for windows of {expected}, but asked for {windows}"
+        )
+    floor = 4 * _unit(model, padded.hidden)
+    proof = Proof(
+        _distance(candidate.hidden, padded.hidden),
+        _ALLOWANCE * _distance(rounded.hidden, padded.hidden) + floor,
+        _distance(candidate.norms, padded.norms),
+        _ALLOWANCE * _distance(rounded.norms, padded.norms) + floor,
+        any(by_segments for _, by_segments in candidate.windows),
+    )
+    agrees = proof.difference <= proof.allowed and proof.gradient_difference <= proof.gradient_allowed
+    if not agrees:  # NaN too
+        raise LayoutMismatchError(
+            f"{type(model).__name__} does not come out as in the padded layout: hidden states differ by "
+            f"{proof.difference:.1e} ({proof.allowed:.1e} is allowed), gradients by {proof.gradient_difference:.1e} "
+            f"({proof.gradient_allowed:.1e})"
+        )
+    return proof
+
+
+def _measure(model: Any, rows: _Rows, layout: Layout | None) -> _Measured:
+    trained = [parameter for parameter in model.base_model.parameters() if parameter.requires_grad]
+    seen: set[tuple[int | None, bool]] = set()
+    token = observed.set(seen)
+    try:
+        with torch.set_grad_enabled(bool(trained)), _gradient_norms(trained) as norms:
+            hidden = _run(model, rows, layout)
+            if trained:
+                # A direction for each number, so that no sum of the gradients can vanish by symmetry.
+                direction = torch.linspace(1.0, 7.0, hidden.numel(), device=hidden.device).sin().view_as(hidden)
+                (hidden.float() * direction).sum().backward()
+    finally:
+        observed.reset(token)
+    return _Measured(
+        hidden.detach().float(), torch.stack([norms[i] for i in sorted(norms)]) if norms else torch.zeros(0), seen
+    )
+
+
+def _run(model: Any, rows: _Rows, layout: Layout | None) -> Tensor:
+    """[tokens, D]: hidden states of the real tokens, in the order of the padded layout."""
+    valid = rows.attention_mask.bool()
+    if isinstance(layout, PackedBatch):
+        hidden: Tensor = packed_output(model, layout).last_hidden_state[0]
+        return hidden[layout.token_index[layout.valid].to(hidden.device)]
+    options: dict[str, Any] = {"attention_mask": rows.attention_mask}
+    if layout is not None:
+        options = unmasked_arguments(rows.input_ids, layout)
+    hidden = model.base_model(input_ids=rows.input_ids, use_cache=False, **options).last_hidden_state
+    return hidden[valid.to(hidden.device)]
+
+
+def _windows(model: Any) -> set[int | None]:
+    """The windows that the layers' attention should be told of."""
+    text = model.config.get_text_config()
+    window = getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
+    kinds = getattr(text, "layer_types", None)
+    if kinds is None:
+        return {window}
+    return {window if kind == "sliding_attention" else None for kind in kinds}
+
+
+def _unit(model: Any, hidden: Tensor) -> float:
+    """The rounding error of the dtype that the model computes in."""
+    device, dtype = hidden.device, next(model.parameters()).dtype
+    if not dtype.is_floating_point:  # of a quantised model
+        dtype = hidden.dtype
+    units = [torch.finfo(dtype).eps]
+    if torch.is_autocast_enabled(device.type):
+        units.append(torch.finfo(torch.get_autocast_dtype(device.type)).eps)
+    if device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32:
+        units.append(2.0**-10)
+    return max(units)
+
+
+def _distance(x: Tensor, reference: Tensor) -> float:
+    """Of two vectors, relative to the reference."""
+    if not reference.numel():
+        return 0.0
+    size = torch.linalg.vector_norm(reference.double())
+    return float(torch.linalg.vector_norm(x.double() - reference.double()) / size.clamp(min=1e-300))
+
+
+# ------------------------------------------------------------------------------------------------------- without traces
+
+
+@contextlib.contextmanager
+def _undisturbed(model: Any) -> Iterator[None]:
+    """Afterwards modes, gradients and random numbers are as they were."""
+    modes = {module: module.training for module in model.modules()}
+    device = model.get_input_embeddings().weight.device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        try:
+            yield
+        finally:
+            for module, training in modes.items():
+                module.training = training
+
+
+@contextlib.contextmanager
+def _gradient_norms(parameters: list[Any]) -> Iterator[dict[int, Tensor]]:
+    """Collects the norm of each parameter's gradient, which is let go at once."""
+    norms: dict[int, Tensor] = {}
+    before = [parameter.grad for parameter in parameters]
+    for parameter in parameters:
+        parameter.grad = None
+
+    def record(index: int) -> Callable[[Any], None]:
+        def hook(parameter: Any) -> None:
+            norms[index] = torch.linalg.vector_norm(parameter.grad.float()).cpu()
+            parameter.grad = None
+
+        return hook
+
+    handles = [p.register_post_accumulate_grad_hook(record(i)) for i, p in enumerate(parameters)]
+    try:
+        yield norms
+    finally:
+        for handle in handles:
+            handle.remove()
+        for parameter, grad in zip(parameters, before, strict=True):
+            parameter.grad = grad
+
+
+@contextlib.contextmanager
+def _rounded_embeddings(model: Any, unit: float) -> Iterator[None]:
+    """The input embeddings move by one rounding error, up or down in turn."""
+
+    def hook(module: Any, args: Any, output: Tensor) -> Tensor:
+        signs = torch.ones_like(output.flatten())
+        signs[::3] = -1.0
+        signs[1::7] = -1.0
+        return output * (1.0 + unit * signs.view_as(output))
+
+    handle = model.get_input_embeddings().register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()

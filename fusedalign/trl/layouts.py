@@ -1,0 +1,242 @@
+"""How a trainer's rows are laid out for its models: packed, right-padded without a mask, or as TRL pads and masks them.
+
+`decide(trainer, packed)` settles it when a trainer is built, once its models are where they train. From then on
+`LayoutCollator` lays out each batch on the CPU, where lengths are known without a wait for the GPU. What TRL gives to
+the model and what it reads from it stays padded.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import IterableDataset
+
+from fusedalign.packing import (
+    LayoutError,
+    LayoutMismatchError,
+    PackedBatch,
+    RightPadded,
+    enable,
+    enable_unmasked,
+    pack_documents,
+    pack_padded,
+)
+from fusedalign.packing.attention import Layout
+from fusedalign.packing.backbone import packed_output, unmasked_arguments
+from fusedalign.trl.refusals import unwrapped
+
+_logger = logging.getLogger(__name__)
+
+PACKED, UNMASKED, MASKED = "packed", "right-padded without a mask", "padded with a mask"
+
+#: What the Fused trainers do where `packed` is not given.
+PACKED_DEFAULT = "auto"
+
+#: Packed tokens come in multiples of this on a GPU, so that kernels meet fewer sizes.
+_MULTIPLE = 64
+
+#: What a batch's layout is called, also as an argument of the model's forward.
+KEY = "layout"
+
+
+#: Arguments of a model's forward that its layout replaces, or that do not depend on it.
+_UNDERSTOOD = frozenset(
+    [
+        *("input_ids", "attention_mask", "position_ids", "use_cache", "output_router_logits", "return_dict"),
+        *("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"),  # of TRL's padding_free
+    ]
+)
+
+
+@dataclass
+class Layouts:
+    """What has been decided for a trainer; its models' forwards and its collator hold the same record."""
+
+    groups: int = 1
+    """answers to a prompt: rows i, i + B/groups, ... of a batch of B begin alike"""
+    kind: str = MASKED
+    reason: str = "not decided yet"
+    must_pack: bool = False
+    """whether a batch that cannot be packed is an error"""
+    multiple: int = 1
+
+    def of(self, batch: Mapping[str, Any]) -> Layout | None:
+        """The layout of a model's padded arguments on any device; None: the mask says it all.
+
+        Args:
+            batch: `input_ids` [B, L] with `attention_mask`, or with the `position_ids` of documents that are packed.
+
+        Raises:
+            ValueError: as `pack_padded`.
+        """
+        mask, positions = batch.get("attention_mask"), batch.get("position_ids")
+        if self.kind == PACKED:
+            if mask is None and positions is not None:
+                return pack_documents(batch["input_ids"], positions, multiple=self.multiple)
+            mask = torch.ones_like(batch["input_ids"]) if mask is None else mask
+            return pack_padded(batch["input_ids"], mask, groups=self._groups(mask), multiple=self.multiple)
+        if self.kind == UNMASKED and positions is None and mask is not None and (mask.diff(dim=1) <= 0).all():
+            return RightPadded()
+        return None
+
+    @torch.compiler.disable
+    def for_call(self, layout: Layout | None, arguments: Mapping[str, Any]) -> Layout | None:
+        """The layout with which a model's forward is to run, given what came with the batch and its padded arguments.
+
+        Where packed rows come without one, it is made here, which waits for the GPU.
+
+        Raises:
+            ValueError: arguments that packed rows have no way for, and `must_pack`.
+        """
+        if self.kind == MASKED:
+            return None
+        ids = arguments.get("input_ids")
+        foreign = sorted(name for name, x in arguments.items() if x is not None and name not in _UNDERSTOOD)
+        if ids is None or foreign:
+            if self.kind == PACKED and self.must_pack:
+                names = ", ".join(foreign) or "no input_ids"
+                raise ValueError(f"packed=True needs batches of text, whose model takes input_ids alone, got {names}")
+            return None
+        if isinstance(layout, PackedBatch) and layout.token_index.shape != ids.shape:
+            layout = None  # of other rows
+        return self.of(arguments) if layout is None and self.kind == PACKED else layout
+
+    def _groups(self, mask: Tensor) -> int:
+        return self.groups if len(mask) % self.groups == 0 else 1
+
+
+def backbone_output(model: Any, layout: Layout | None, arguments: Mapping[str, Any]) -> Any:
+    """The output record of a model's backbone for padded arguments, run as `layout` says."""
+    if isinstance(layout, PackedBatch):
+        router = {name: x for name, x in arguments.items() if name == "output_router_logits"}
+        return packed_output(model, layout, **router)
+    laid_out = {} if layout is None else unmasked_arguments(arguments["input_ids"], layout)
+    return model.base_model(**{**arguments, **laid_out, "use_cache": False})
+
+
+class LayoutCollator:
+    """A trainer's collator, which adds to each batch how it is laid out.
+
+    `lay_out(layouts, batch)` makes the layout; it must not hold the trainer, for data loaders pickle their collators.
+    """
+
+    def __init__(self, collator: Any, layouts: Layouts, lay_out: LayOut) -> None:
+        self.collator, self.layouts, self.lay_out = collator, layouts, lay_out
+
+    def __call__(self, examples: list[Any]) -> Any:
+        """A batch."""
+        batch = self.collator(examples)
+        layout = self.lay_out(self.layouts, batch)
+        if layout is not None:
+            batch[KEY] = layout
+        return batch
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or "collator" not in vars(self):  # of a copy that is not filled yet
+            raise AttributeError(name)
+        return getattr(self.collator, name)
+
+
+#: From what has been decided and a batch of the collator to what the batch is to carry under `KEY`.
+LayOut = Callable[[Layouts, Mapping[str, Any]], Any]
+
+
+def check_packed(packed: Any) -> None:
+    """Raises ValueError where `packed` is none of its three values."""
+    if packed != "auto" and not isinstance(packed, bool):
+        raise ValueError(f"packed must be 'auto', True or False, got {packed!r}")
+
+
+def decide(trainer: Any, layouts: Layouts, packed: bool | str, lay_out: LayOut = Layouts.of) -> None:
+    """Settle how a built trainer's batches are laid out, and log it in one line.
+
+    Args:
+        trainer: its models are on the device on which they train.
+        layouts: is filled in.
+        packed: "auto" packs on CUDA where that is proven to be right; True packs or raises; False does not pack.
+        lay_out: for a trainer whose collator gives something other than a model's padded arguments.
+
+    Raises:
+        ValueError: packed=True, and this trainer cannot pack.
+    """
+    models = [unwrapped(trainer, model) for model in (trainer.model, getattr(trainer, "ref_model", None)) if model]
+    on_cuda = trainer.accelerator.device.type == "cuda"
+    layouts.must_pack = packed is True
+    with trainer.accelerator.autocast():
+        kind, reason = _packed(trainer, models, packed, on_cuda)
+        if kind != PACKED:
+            kind, reason = _unpacked(trainer, models, reason)
+    layouts.kind, layouts.reason = kind, reason
+    layouts.multiple = _MULTIPLE if on_cuda else 1
+    if layouts.kind != MASKED and not _dispatches(trainer):
+        trainer.data_collator = LayoutCollator(trainer.data_collator, layouts, lay_out)
+    _logger.info("%s: batches are %s: %s", type(trainer).__name__, kind, reason)
+
+
+def _packed(trainer: Any, models: list[Any], packed: bool | str, on_cuda: bool) -> tuple[str, str]:
+    if packed is False:
+        return MASKED, "packed=False"
+    if packed == "auto" and not on_cuda:
+        return MASKED, "packed='auto' packs on CUDA"
+    try:
+        if (reason := _trainer_refusal(trainer)) is not None:
+            raise LayoutError(reason)
+        proofs = [enable(model) for model in models]
+    except LayoutError as error:
+        if packed is True:
+            raise ValueError(f"packed=True needs a model that can run packed: {error}") from error
+        if isinstance(error, LayoutMismatchError):
+            _logger.warning("packed batches are left out: %s", error)
+        return MASKED, str(error)
+    if packed == "auto" and any(proof.by_segments for proof in proofs):
+        return (
+            MASKED,
+            "attention has no kernel here for packed batches (bf16 or fp16 has): packed=True packs all the same",
+        )
+    most = max(proofs)
+    return (
+        PACKED,
+        f"proven on a few tokens, hidden states differ by {most.difference:.1e} of {most.allowed:.1e} allowed",
+    )
+
+
+def _unpacked(trainer: Any, models: list[Any], reason: str) -> tuple[str, str]:
+    try:
+        if (refusal := _trainer_refusal(trainer)) is not None:
+            raise LayoutError(refusal)
+        for model in models:
+            enable_unmasked(model)
+    except LayoutError as error:
+        return MASKED, f"{reason}; {error}" if str(error) != reason else reason
+    return UNMASKED, reason
+
+
+def _trainer_refusal(trainer: Any) -> str | None:
+    """What about the trainer, not its model, rules out both layouts."""
+    for adapter in getattr(trainer.model, "peft_config", {}).values():
+        if adapter.is_prompt_learning:
+            return f"{adapter.peft_type.value} puts virtual tokens before each row"
+    if trainer.args.n_gpu > 1:
+        return "DataParallel splits batches: launch one process for each GPU"
+    if trainer.is_fsdp_enabled:
+        return "FSDP"
+    parallelism = getattr(trainer.accelerator, "parallelism_config", None)
+    if parallelism is not None and (
+        getattr(parallelism, "cp_enabled", False) or getattr(parallelism, "sp_enabled", False)
+    ):
+        return "context parallelism splits rows"
+    return None
+
+
+def _dispatches(trainer: Any) -> bool:
+    """Whether one process joins the batches for all, which it can do with tensors alone."""
+    datasets = [trainer.train_dataset]
+    evaluated = getattr(trainer, "eval_dataset", None)
+    datasets += evaluated.values() if isinstance(evaluated, dict) else [evaluated]
+    dispatches = trainer.accelerator.dispatch_batches
+    return bool(dispatches) or (dispatches is None and any(isinstance(x, IterableDataset) for x in datasets))
