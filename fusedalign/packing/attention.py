@@ -182,7 +182,7 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, batch: PackedBatch, scale
     """[1, H, S, d] -> [1, S, H, d], by FlashAttention's kernels for runs of uneven length."""
     size = value.shape[-1]
     wide = -(-max(query.shape[-1], size) // 8) * 8  # the kernels want one size for all, a multiple of 8
-    q, k, v = (F.pad(x[0].transpose(0, 1), (0, wide - x.shape[-1])) for x in (query, key, value))
+    q, k, v = (_widened(x[0].transpose(0, 1), wide) for x in (query, key, value))
     if batch.shared is not None:
         k, v = (_WithPrefixes.apply(x, *batch.shared) for x in (k, v))
     varlen_attn = varlen_attention()
@@ -190,9 +190,9 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, batch: PackedBatch, scale
     if q.shape[1] != k.shape[1] and "enable_gqa" in inspect.signature(varlen_attn).parameters:
         options["enable_gqa"] = True  # before it had that name it took fewer heads of keys all the same
     out = varlen_attn(
-        q.contiguous(),
-        k.contiguous(),
-        v.contiguous(),
+        q,
+        k,
+        v,
         batch.query_offsets,
         batch.key_offsets,
         batch.max_queries,
@@ -200,6 +200,11 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, batch: PackedBatch, scale
         **options,
     )
     return out[None, ..., :size]  # type: ignore[no-any-return]
+
+
+def _widened(x: Tensor, size: int) -> Tensor:
+    """With zeros up to `size` numbers a head; `F.pad` would copy also where there is nothing to add."""
+    return x if x.shape[-1] == size else F.pad(x, (0, size - x.shape[-1]))
 
 
 class _WithPrefixes(torch.autograd.Function):
