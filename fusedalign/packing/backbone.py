@@ -19,16 +19,19 @@ def packed_output(model: Any, batch: PackedBatch, **options: Any) -> Any:
         batch: on any device.
         options: more arguments of the backbone, such as `output_router_logits`.
     """
-    device = model.get_input_embeddings().weight.device
+    arguments = packed_arguments(batch, model.get_input_embeddings().weight.device)
+    return model.base_model(**arguments, use_cache=False, **options)
+
+
+def packed_arguments(batch: PackedBatch, device: torch.device) -> dict[str, Any]:
+    """What a backbone on `device` is given for a packed batch."""
     batch = batch.to(device, non_blocking=True)
-    return model.base_model(
-        input_ids=batch.input_ids,
-        position_ids=batch.position_ids,
-        attention_mask=marker(device),
-        layout=batch,
-        use_cache=False,
-        **options,
-    )
+    return {
+        "input_ids": batch.input_ids,
+        "position_ids": batch.position_ids,
+        "attention_mask": marker(device),
+        "layout": batch,
+    }
 
 
 def unmasked_arguments(input_ids: Tensor, layout: RightPadded) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import trl
 from transformers.utils import is_torch_bf16_gpu_available, is_torch_xla_available
 
 from fusedalign.trl.config import file_value, kinds, read_config
+from fusedalign.trl.layouts import PACKED_DEFAULT
 from fusedalign.trl.options import HeadOptions
 
 
@@ -89,6 +90,12 @@ class FusedArguments:
         default=HeadOptions().workspace,
         metadata={"help": "Bytes that the tiles of the head may take; 256 MiB where not given."},
     )
+    fused_packed: str = field(
+        default=PACKED_DEFAULT,
+        metadata={
+            "help": "Run batches without padding, prompts of a pair once: true, false, or auto, on CUDA if proven."
+        },
+    )
     accelerate_config: str | None = field(
         default=None,
         metadata={"help": "Start through `accelerate launch`: a file, or single_gpu, multi_gpu, fsdp2, ... of TRL's."},
@@ -107,6 +114,18 @@ class FusedArguments:
     def head(self) -> dict[str, Any]:
         """As the Fused trainers and `attach` take it."""
         return {name: getattr(self, f"fused_{name}") for name in HeadOptions._fields}
+
+    @property
+    def packed(self) -> bool | str:
+        """Likewise; it is text, for `--fused_packed true` and `fused_packed: true` in YAML.
+
+        Raises:
+            ValueError: none of the three words.
+        """
+        words: dict[str, bool | str] = {"auto": "auto", "true": True, "false": False}
+        if self.fused_packed.lower() not in words:
+            raise ValueError(f"fused_packed must be auto, true or false, got {self.fused_packed!r}")
+        return words[self.fused_packed.lower()]
 
 
 class Arguments(NamedTuple):
@@ -163,6 +182,7 @@ def parse(method: str, argv: Sequence[str]) -> Arguments:
                 "leave it out, or add --use_cpu true for bf16 on the CPU"
             )
     arguments = Arguments(*parser.parse_dict(vars(values), allow_extra_keys=True))
+    _ = arguments.fused.packed  # raises
     modules = arguments.model.lora_target_modules
     # TRL makes a pattern of a single name, and a pattern must match a module's whole path.
     if isinstance(modules, str) and modules.isidentifier():

@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import threading
 import weakref
+from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,6 +26,7 @@ from torch.utils.hooks import RemovableHandle
 from fusedalign.head import LMHead
 from fusedalign.ops import linear_logps
 from fusedalign.trl.forward import OUTPUT_NAMES, fused_by
+from fusedalign.trl.layouts import MASKED, Layouts, check_packed, decide, lay_out_nothing, models_of, wrap_backbone
 from fusedalign.trl.options import HeadOptions, mixed_precision
 from fusedalign.trl.refusals import (
     refuse_adapters,
@@ -36,6 +38,7 @@ from fusedalign.trl.refusals import (
 )
 from fusedalign.trl.trainers import Fused, loss_hint
 
+_PACKABLE = (trl.SFTTrainer, trl.DPOTrainer, trl.KTOTrainer)
 SUPPORTED = ("SFTTrainer", "DPOTrainer", "KTOTrainer", "GRPOTrainer", "RLOOTrainer")
 
 
@@ -46,6 +49,8 @@ class _Attachment:
     options: HeadOptions
     loss_hint: str | None
     handles: list[RemovableHandle] = field(default_factory=list)
+    undo: list[Callable[[], None]] = field(default_factory=list)
+    """what takes packing back"""
 
 
 #: The methods of a trainer in which its models are called for log-probabilities.
@@ -66,13 +71,15 @@ def _active() -> _Attachment | None:
     return forwards[-1][1] if forwards else None
 
 
-def attach(trainer: Any, **options: Any) -> Any:
+def attach(trainer: Any, *, packed: bool | str = False, **options: Any) -> Any:
     """Let a built trainer compute its log-probabilities with fusedalign.
 
     Attaching again replaces the options and is otherwise harmless. `detach` takes it back.
 
     Args:
         trainer: one of TRL's trainers in `SUPPORTED`, or an instance of a subclass.
+        packed: True runs batches packed, "auto" where they are on CUDA and the model has been proven; see docs/packing.md.
+            Hidden states are then brought into the padded layout for TRL's forward, which the Fused trainers spare.
         options: those of `HeadOptions`.
 
     Returns:
@@ -80,7 +87,8 @@ def attach(trainer: Any, **options: Any) -> Any:
 
     Raises:
         TypeError: any other trainer or option; a head that TRL's own forward cannot read.
-        ValueError: no impl has this name or does what is asked; what the trainer is set to would build the logits.
+        ValueError: no impl has this name or does what is asked; what the trainer is set to would build the logits;
+            packed=True, and trainer or model cannot pack.
         RuntimeError: another library has replaced TRL's head, or this TRL has none that can be replaced.
 
     Example::
@@ -96,6 +104,7 @@ def attach(trainer: Any, **options: Any) -> Any:
         raise TypeError(f"trainer must be one of TRL's {', '.join(SUPPORTED)} or your own, got {kind.__name__}")
     if unknown := options.keys() - set(HeadOptions._fields):
         raise TypeError(f"options must be among {', '.join(HeadOptions._fields)}, got {', '.join(sorted(unknown))}")
+    check_packed(packed)
     attachment = _Attachment(HeadOptions.of(options), loss_hint(type(trainer), trainer.args))
     if isinstance(trainer, Fused):
         raise TypeError(f"expected a trainer with TRL's head, got {type(trainer).__name__}: give it the options itself")
@@ -118,7 +127,20 @@ def attach(trainer: Any, **options: Any) -> Any:
         for name in filter(functools.partial(hasattr, trainer), _STEPS):
             setattr(trainer, name, _Step(getattr(trainer, name), attachment))
         _attached[trainer] = attachment
+        if packed is not False:
+            _pack(trainer, attachment, packed)
     return trainer
+
+
+def _pack(trainer: Any, attachment: _Attachment, packed: bool | str) -> None:
+    """Let the models' backbones run packed under TRL's forward."""
+    if not isinstance(trainer, _PACKABLE):
+        raise ValueError(f"packed must be False for {type(trainer).__name__}, got {packed!r}")
+    layouts, collator = Layouts(groups=2 if isinstance(trainer, trl.DPOTrainer) else 1), trainer.data_collator
+    decide(trainer, layouts, packed, lay_out_nothing if isinstance(trainer, trl.KTOTrainer) else Layouts.of)
+    attachment.undo.append(functools.partial(setattr, trainer, "data_collator", collator))
+    for model in models_of(trainer) if layouts.kind != MASKED else ():
+        attachment.undo.append(wrap_backbone(model, layouts, lambda: _active() is attachment))
 
 
 def _check_head(model: nn.Module, options: HeadOptions, trainer: Any) -> None:
@@ -142,6 +164,8 @@ def detach(trainer: Any) -> Any:
         if attachment is not None:
             for handle in attachment.handles:
                 handle.remove()
+            for undo in attachment.undo:
+                undo()
             for name in _STEPS:
                 step = vars(trainer).get(name)
                 if isinstance(step, _Step):  # else somebody has put another one there since

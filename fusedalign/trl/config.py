@@ -49,7 +49,7 @@ _MERGE = "tag:yaml.org,2002:merge"
 
 
 #: Fields of text that also take true and false.
-_TRUE_OR_FALSE = ("resume_from_checkpoint",)
+_TRUE_OR_FALSE = ("resume_from_checkpoint", "fused_packed")
 
 
 def file_value(parser: Any, action: argparse.Action, value: Any, name: str) -> Any:

@@ -7,13 +7,14 @@ the model and what it reads from it stays padded.
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
 from fusedalign.packing import (
@@ -27,7 +28,7 @@ from fusedalign.packing import (
     pack_padded,
 )
 from fusedalign.packing.attention import Layout
-from fusedalign.packing.backbone import packed_output, unmasked_arguments
+from fusedalign.packing.backbone import packed_arguments, packed_output, unmasked_arguments
 from fusedalign.trl.refusals import unwrapped
 
 _logger = logging.getLogger(__name__)
@@ -64,6 +65,9 @@ class Layouts:
     must_pack: bool = False
     """whether a batch that cannot be packed is an error"""
     multiple: int = 1
+
+    def __str__(self) -> str:
+        return f"batches: {self.kind} ({self.reason})"
 
     def of(self, batch: Mapping[str, Any]) -> Layout | None:
         """The layout of a model's padded arguments on any device; None: the mask says it all.
@@ -114,9 +118,59 @@ def backbone_output(model: Any, layout: Layout | None, arguments: Mapping[str, A
     """The output record of a model's backbone for padded arguments, run as `layout` says."""
     if isinstance(layout, PackedBatch):
         router = {name: x for name, x in arguments.items() if name == "output_router_logits"}
-        return packed_output(model, layout, **router)
-    laid_out = {} if layout is None else unmasked_arguments(arguments["input_ids"], layout)
-    return model.base_model(**{**arguments, **laid_out, "use_cache": False})
+        on_cuda = arguments["input_ids"].is_cuda
+        return (packed_output if on_cuda else _packed_output_without_graph)(model, layout, **router)
+    return model.base_model(**{**arguments, **_unmasked(arguments, layout), "use_cache": False})
+
+
+#: Elsewhere attention goes from segment to segment, so that a graph would be made anew for every batch.
+_packed_output_without_graph = torch.compiler.disable(packed_output)
+
+
+def _unmasked(arguments: Mapping[str, Any], layout: RightPadded | None) -> dict[str, Any]:
+    return {} if layout is None else unmasked_arguments(arguments["input_ids"], layout)
+
+
+def wrap_backbone(model: Any, layouts: Layouts, active: Callable[[], bool]) -> Callable[[], None]:
+    """Let a model's backbone run as its rows are laid out, and return hidden states in the padded layout.
+
+    For a forward above it that is not ours. Router logits come back padded too.
+
+    Args:
+        model: a causal LM of transformers.
+        layouts: what has been decided.
+        active: whether to, asked at each call; else the backbone is as it was.
+
+    Returns:
+        What takes it back.
+    """
+    backbone = model.base_model
+    original, own = backbone.forward, vars(backbone).get("forward")
+
+    @functools.wraps(original)
+    def forward(*args: Any, layout: Layout | None = None, **kwargs: Any) -> Any:
+        if not active():
+            return original(*args, **kwargs)
+        kwargs |= dict(zip(("input_ids", "attention_mask"), args, strict=False))
+        layout = layouts.for_call(layout, kwargs)
+        if not isinstance(layout, PackedBatch):
+            return original(**kwargs | _unmasked(kwargs, layout))
+        router = kwargs.get("output_router_logits")
+        options = {} if router is None else {"output_router_logits": router}
+        output = original(**packed_arguments(layout, kwargs["input_ids"].device), use_cache=False, **options)
+        output.last_hidden_state = layout.spread(output.last_hidden_state[0])
+        if getattr(output, "router_logits", None) is not None:
+            output.router_logits = tuple(layout.spread(x).flatten(0, 1) for x in output.router_logits)
+        return output
+
+    def restore() -> None:
+        if vars(backbone).get("forward") is forward:  # else another library has wrapped it since
+            del backbone.forward
+            if own is not None:
+                backbone.forward = own
+
+    backbone.forward = forward
+    return restore
 
 
 class LayoutCollator:
@@ -152,6 +206,10 @@ def check_packed(packed: Any) -> None:
         raise ValueError(f"packed must be 'auto', True or False, got {packed!r}")
 
 
+def lay_out_nothing(layouts: Layouts, batch: Mapping[str, Any]) -> None:
+    """For collators of batches that hold the arguments of several calls: each call's layout is made when it comes."""
+
+
 def decide(trainer: Any, layouts: Layouts, packed: bool | str, lay_out: LayOut = Layouts.of) -> None:
     """Settle how a built trainer's batches are laid out, and log it in one line.
 
@@ -164,7 +222,7 @@ def decide(trainer: Any, layouts: Layouts, packed: bool | str, lay_out: LayOut =
     Raises:
         ValueError: packed=True, and this trainer cannot pack.
     """
-    models = [unwrapped(trainer, model) for model in (trainer.model, getattr(trainer, "ref_model", None)) if model]
+    models = models_of(trainer)
     on_cuda = trainer.accelerator.device.type == "cuda"
     layouts.must_pack = packed is True
     with trainer.accelerator.autocast():
@@ -175,7 +233,13 @@ def decide(trainer: Any, layouts: Layouts, packed: bool | str, lay_out: LayOut =
     layouts.multiple = _MULTIPLE if on_cuda else 1
     if layouts.kind != MASKED and not _dispatches(trainer):
         trainer.data_collator = LayoutCollator(trainer.data_collator, layouts, lay_out)
-    _logger.info("%s: batches are %s: %s", type(trainer).__name__, kind, reason)
+    _logger.info("%s, %s", type(trainer).__name__, layouts)
+
+
+def models_of(trainer: Any) -> list[Any]:
+    """Policy and, if there is one, reference, without what is wrapped around them."""
+    models = (trainer.model, getattr(trainer, "ref_model", None))
+    return [unwrapped(trainer, model) for model in models if isinstance(model, nn.Module)]
 
 
 def _packed(trainer: Any, models: list[Any], packed: bool | str, on_cuda: bool) -> tuple[str, str]:

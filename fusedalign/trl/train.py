@@ -81,7 +81,7 @@ def build(method: str, arguments: Arguments, *, fused: bool = True) -> Any:
             processing_class=processing_class,
             peft_config=trl.get_peft_config(model),
             **more,
-            **(arguments.fused.head if fused else {}),
+            **({**arguments.fused.head, "packed": arguments.fused.packed} if fused else {}),
         )
     except TemplateError as error:
         splits = {script.dataset_train_split: train_dataset, script.dataset_test_split: eval_dataset}
@@ -178,9 +178,12 @@ def train(method: str, argv: Sequence[str]) -> tuple[Any, Written]:
     with claimed(arguments) as folder:
         try:
             if _sharded(arguments.training) and not METHODS[method].experimental:  # TRL's own forward gathers the head
-                trainer = attach(build(method, arguments, fused=False), **arguments.fused.head)
+                stock, fused = build(method, arguments, fused=False), arguments.fused
+                trainer = attach(stock, packed=fused.packed, **fused.head)
             else:
                 trainer = build(method, arguments)
+                if trainer.is_world_process_zero():
+                    print(trainer.layouts, flush=True)
             return trainer, run(trainer, folder)
         except KeyboardInterrupt:
             first = arguments.training.process_index == 0
