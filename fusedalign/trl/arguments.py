@@ -89,6 +89,10 @@ class FusedArguments:
         default=HeadOptions().workspace,
         metadata={"help": "Bytes that the tiles of the head may take; 256 MiB where not given."},
     )
+    liger_kernels: bool = field(
+        default=False,
+        metadata={"help": "Liger Kernel's RMSNorm, RoPE and MLP in the model and the reference; GPUs only."},
+    )
     accelerate_config: str | None = field(
         default=None,
         metadata={"help": "Start through `accelerate launch`: a file, or single_gpu, multi_gpu, fsdp2, ... of TRL's."},
