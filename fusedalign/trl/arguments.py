@@ -96,6 +96,10 @@ class FusedArguments:
             "help": "Run batches without padding, prompts of a pair once: true, false, or auto, on CUDA if proven."
         },
     )
+    liger_kernels: bool = field(
+        default=False,
+        metadata={"help": "Liger Kernel's RMSNorm, RoPE and MLP in the model and the reference; GPUs only."},
+    )
     accelerate_config: str | None = field(
         default=None,
         metadata={"help": "Start through `accelerate launch`: a file, or single_gpu, multi_gpu, fsdp2, ... of TRL's."},
@@ -114,6 +118,11 @@ class FusedArguments:
     def head(self) -> dict[str, Any]:
         """As the Fused trainers and `attach` take it."""
         return {name: getattr(self, f"fused_{name}") for name in HeadOptions._fields}
+
+    @property
+    def trainer_options(self) -> dict[str, Any]:
+        """As the Fused trainers take them."""
+        return {**self.head, "packed": self.packed, "liger_kernels": self.liger_kernels}
 
     @property
     def packed(self) -> bool | str:

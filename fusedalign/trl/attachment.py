@@ -78,7 +78,7 @@ def attach(trainer: Any, *, packed: bool | str = False, **options: Any) -> Any:
 
     Args:
         trainer: one of TRL's trainers in `SUPPORTED`, or an instance of a subclass.
-        packed: True runs batches packed, "auto" where they are on CUDA and the model has been proven; see docs/packing.md.
+        packed: True runs batches packed, "auto" on CUDA where that is proven to be right; see docs/packing.md.
             Hidden states are then brought into the padded layout for TRL's forward, which the Fused trainers spare.
         options: those of `HeadOptions`.
 

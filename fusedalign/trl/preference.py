@@ -19,6 +19,7 @@ from torch import Tensor
 from fusedalign.losses import sft_loss, tpo_loss
 from fusedalign.sequence import completion_labels, sequence_mean, sequence_sum
 from fusedalign.trl.forward import add_lm_head
+from fusedalign.trl.kernels import add_liger_kernels
 from fusedalign.trl.layouts import KEY, LayOut, Layouts
 from fusedalign.trl.options import mixed_precision
 from fusedalign.trl.refusals import base_of
@@ -48,6 +49,8 @@ class _FusedForward(Fused):
         super().__init__(*args, **kwargs)
         trainer: Any = self
         model = base_of(trainer.model)
+        if self.liger_kernels:
+            add_liger_kernels(model)
         if model.config.is_encoder_decoder:
             _logger.warning("%s is an encoder-decoder: it keeps TRL's own path, with logits", type(model).__name__)
             return

@@ -21,6 +21,7 @@ from datasets.fingerprint import Hasher, generate_random_fingerprint
 from torch import nn
 
 from fusedalign.trl.forward import fused_by
+from fusedalign.trl.kernels import liger_parts
 from fusedalign.trl.refusals import unwrapped
 
 
@@ -156,7 +157,7 @@ WITHOUT_INFLUENCE = (
     "discopop_tau", "desirable_weight", "undesirable_weight",
 )  # fmt: skip
 
-_PACKAGES = ("fusedalign", "trl", "transformers", "torch", "accelerate", "peft")
+_PACKAGES = ("fusedalign", "trl", "transformers", "torch", "accelerate", "peft", "liger-kernel")
 
 
 class KeyedReference:
@@ -190,6 +191,7 @@ def reference_key(trainer: Any) -> str:
         "settings": {name: settings[name] for name in sorted(settings.keys() - set(WITHOUT_INFLUENCE))},
         "trainer": f"{type(trainer).__module__}.{type(trainer).__qualname__}",
         "head": getattr(trainer, "head_options", None),
+        "liger": liger_parts(model),
         "model": f"{type(model).__module__}.{type(model).__qualname__}",
         "config": model.config.to_dict(),
         "attention": [config._attn_implementation for config in (model.config, model.config.get_text_config())],

@@ -42,6 +42,11 @@ def build(method: str, arguments: Arguments, *, fused: bool = True) -> Any:
         FileNotFoundError: a folder without a model.
     """
     script, training, model, *_ = arguments
+    if arguments.fused.liger_kernels and not fused:
+        raise ValueError(
+            "liger_kernels must be false where the trainer is TRL's own, as under FSDP, got true: use DDP, or "
+            "TRL's use_liger_kernel, which changes the layers of the policy alone"
+        )
     train_dataset, eval_dataset = load_data(method, arguments)
     _check_evaluated(script, training, eval_dataset)
     trust, revision = getattr(training, "trust_remote_code", False), model.model_revision
@@ -81,7 +86,7 @@ def build(method: str, arguments: Arguments, *, fused: bool = True) -> Any:
             processing_class=processing_class,
             peft_config=trl.get_peft_config(model),
             **more,
-            **({**arguments.fused.head, "packed": arguments.fused.packed} if fused else {}),
+            **(arguments.fused.trainer_options if fused else {}),
         )
     except TemplateError as error:
         splits = {script.dataset_train_split: train_dataset, script.dataset_test_split: eval_dataset}

@@ -17,6 +17,7 @@ import trl
 
 from fusedalign.trl.construction import replaced
 from fusedalign.trl.forward import EXPERTS, add_lm_head
+from fusedalign.trl.kernels import add_liger_kernels, check_liger_kernels
 from fusedalign.trl.layouts import KEY, PACKED_DEFAULT, LayOut, Layouts, check_packed, decide
 from fusedalign.trl.matched import MatchedModel, lay_out_kto
 from fusedalign.trl.options import HeadOptions, mixed_precision
@@ -46,6 +47,7 @@ class Fused:
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.head_options = HeadOptions.of(kwargs)
+        self.liger_kernels = kwargs.pop("liger_kernels", False)
         packed = kwargs.pop("packed", PACKED_DEFAULT)
         kwargs = {name: value for name, value in kwargs.items() if name not in HeadOptions._fields}
         check_packed(packed)
@@ -54,6 +56,7 @@ class Fused:
         default = trl.SFTConfig.loss_type if isinstance(self, trl.SFTTrainer) else None
         refuse_arguments(type(self).__name__, given.arguments, default)
         refuse_numbers(given.arguments.get("args"))
+        check_liger_kernels(self.liger_kernels, type(self).__name__, given.arguments.get("args"))
         self._adapt(given.arguments)
         self._has_head = False
         stock = next(cls for cls in type(self).__mro__ if cls.__module__.startswith("trl."))
@@ -107,7 +110,9 @@ class Fused:
             original(model, *args, **kwargs)
 
     def _add_head(self, model: Any, outputs: tuple[str, ...] = ("log_probs",)) -> None:
-        """Put this package's head on a model of this trainer."""
+        """Put this package's head on a model of this trainer, and Liger's kernels into it if they are wanted."""
+        if self.liger_kernels:
+            add_liger_kernels(model)
         args = getattr(self, "args", None)
         hint, mixed = loss_hint(type(self), args), mixed_precision(args)
         add_lm_head(model, outputs, options=self.head_options, loss_hint=hint, mixed=mixed, layouts=self.layouts)
@@ -146,6 +151,8 @@ def loss_hint(cls: type, args: Any) -> str | None:
 
 class FusedSFTTrainer(Fused, trl.SFTTrainer):
     """`trl.SFTTrainer` without logits: its arguments and configuration, and those of `HeadOptions` as keywords.
+
+    `liger_kernels=True`, also a keyword, puts Liger Kernel's RMSNorm, RoPE and MLP into the models, see docs/trl.md.
 
     Raises:
         TypeError, ValueError: as TRL's; a head that cannot be read; what would need the logits.
