@@ -1,0 +1,181 @@
+"""The attention of packed and of right-padded rows against dense masks in fp64, values and gradients."""
+
+import itertools
+import math
+
+import oracles
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fusedalign.packing import attention as packed_attention
+from fusedalign.packing import pack_padded, pack_rows
+from fusedalign.packing.attention import _causal, _segments, _varlen, _WithPrefixes, varlen_attention
+
+#: Two groups: a shared beginning in the answers, equal rows, a row that begins another, an empty one, nothing shared.
+ROWS = [
+    [3, 4, 5, 6, 7, 8, 9],
+    [3, 4, 5],
+    [6, 7],
+    [8, 9, 4],
+    [],
+    [5, 6, 7],
+    [3, 4, 5, 6, 1, 2, 1, 2],
+    [3, 4, 5],
+    [6, 7, 1, 2, 1],
+    [8],
+    [4, 4, 2],
+    [6, 6],
+]
+WINDOWS = [None, 1, 3, 5, 100]
+HEADS = [(2, 2), (4, 2), (3, 1)]
+
+
+def operands(batch, heads, sizes=(8, 8), dtype=torch.float64, device="cpu", seed=0):
+    g = torch.Generator().manual_seed(seed)
+    shapes = [(heads[0], sizes[0]), (heads[1], sizes[0]), (heads[1], sizes[1])]
+    made = (torch.randn(1, n, batch.tokens, size, generator=g) * 1.5 for n, size in shapes)
+    return [x.to(device, dtype).requires_grad_() for x in made]
+
+
+def values_and_grads(f, operands, real):
+    """The output of tokens [0, real) and the gradients of a loss that asks each number something else."""
+    out = f(*operands)[:, :real].double()
+    direction = torch.linspace(1, 9, out.numel(), dtype=torch.float64, device=out.device).sin().view_as(out)
+    return [out.detach(), *(x.double() for x in torch.autograd.grad((out * direction).sum(), operands))]
+
+
+def eager_varlen(q, k, v, query_offsets, key_offsets, max_q, max_k, *, scale, window_size=(-1, -1), enable_gqa=False):
+    """What `torch.nn.attention.varlen.varlen_attn` documents, one run at a time."""
+    assert enable_gqa or q.shape[1] == k.shape[1]
+    left, right = window_size
+    assert right == 0
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    outs = []
+    for (a, b), (c, d) in zip(
+        *(itertools.pairwise(x) for x in (query_offsets.tolist(), key_offsets.tolist())), strict=True
+    ):
+        assert b - a <= max_q
+        assert d - c <= max_k
+        back = torch.arange(b - a)[:, None] + (d - c) - (b - a) - torch.arange(d - c)[None]
+        seen = (back >= 0) & ((back <= left) | (left < 0))
+        scores = torch.einsum("qhd,khd->hqk", q[a:b], k[c:d]) * scale
+        outs.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, -torch.inf).softmax(-1), v[c:d]))
+    return torch.cat(outs)
+
+
+@pytest.fixture
+def varlen_on_cpu(monkeypatch):
+    """`_varlen`, with the kernel's place taken by plain code, so that what is around the kernel is tested here too."""
+    monkeypatch.setattr(packed_attention, "varlen_attention", lambda: eager_varlen)
+    return _varlen
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("groups", [1, 2, 3])
+@pytest.mark.parametrize("how", ["segments", "varlen"])
+def test_packed_rows(how, groups, heads, window, varlen_on_cpu):
+    batch = pack_rows(ROWS, groups=groups, multiple=9)
+    real = int((batch.row_counts > 0).sum())
+    assert batch.tokens > real  # there is filler
+    sizes = (8, 8) if how == "segments" else (12, 7)  # the kernel wants one size
+    made, scale = operands(batch, heads, sizes), 0.7
+    f = _segments if how == "segments" else varlen_on_cpu
+    got = values_and_grads(lambda q, k, v: f(q, k, v, batch, scale, window), made, real)
+    want = values_and_grads(lambda q, k, v: oracles.attention(q, k, v, batch, scale, window), made, real)
+    for name, a, b in zip(("out", "dq", "dk", "dv"), got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("heads", HEADS)
+def test_right_padded_rows(heads, window):
+    made = operands(pack_rows([range(1, 10)]), heads, (8, 5))
+    got = values_and_grads(lambda q, k, v: _causal(q, k, v, 0.7, window), made, 9)
+    repeats = heads[0] // heads[1]
+    want = values_and_grads(
+        lambda q, k, v: oracles.dense(q, k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1), 0.7, window),
+        made,
+        9,
+    )
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+def test_gradients_of_shared_keys():
+    batch = pack_rows(ROWS, groups=3)
+    keys = torch.randn(batch.tokens, 2, dtype=torch.float64, requires_grad=True)
+    assert batch.shared is not None
+    assert torch.autograd.gradcheck(lambda x: _WithPrefixes.apply(x, *batch.shared), (keys,))
+
+
+# ------------------------------------------------------------------------------------------------------------- on a GPU
+
+SIZES = [(64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (256, 256)]
+
+
+def padded_sdpa(query, key, value, batch, scale, window):
+    """The same numbers as padded rows give them, by SDPA under a mask, where each row is computed by itself."""
+    index, valid = batch.token_index.to(query.device), batch.valid.to(query.device)
+    repeats = query.shape[1] // key.shape[1]
+    q, k, v = (x[0][:, index].transpose(0, 1) for x in (query, key, value))
+    k, v = (x.repeat_interleave(repeats, 1) for x in (k, v))
+    place = torch.arange(index.shape[1], device=query.device)
+    back = place[:, None] - place[None]
+    seen = (back >= 0) if window is None else (back >= 0) & (back < window)
+    seen = seen & valid[:, None, None, :] | torch.eye(len(place), dtype=torch.bool, device=query.device)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale).transpose(1, 2)
+    packed = out.new_zeros(batch.tokens, *out.shape[2:])
+    for row, mask, tokens in reversed(list(zip(out, valid, index, strict=True))):  # the first of its rows wins
+        packed = packed.index_copy(0, tokens[mask], row[mask])
+    return packed[None]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.skipif(varlen_attention() is None, reason="needs torch.nn.attention.varlen")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (8, 1)], ids=str)
+@pytest.mark.parametrize("window", [None, 1, 37])
+def test_the_kernel(dtype, sizes, heads, window):
+    """Its error against fp64 is at most twice that of SDPA on padded rows, and half a unit in the last place."""
+    g = torch.Generator().manual_seed(0)
+    rows = []
+    for length, own in ((70, 50), (1, 130), (200, 1), (40, 0)):
+        prompt = torch.randint(0, 99, (length,), generator=g).tolist()
+        rows.append([prompt + torch.randint(0, 99, (own + i,), generator=g).tolist() for i in (0, 9)])
+    rows = [row for side in zip(*rows, strict=True) for row in side]
+    batch = pack_rows(rows, groups=2, multiple=64)
+    assert batch.shared is not None
+    real, device = int((batch.row_counts > 0).sum()), batch.to("cuda")
+    made, scale = operands(batch, heads, sizes, dtype, "cuda"), sizes[0] ** -0.5
+    got = values_and_grads(lambda q, k, v: _varlen(q, k, v, device, scale, window), made, real)
+    eager = values_and_grads(lambda q, k, v: padded_sdpa(q, k, v, batch, scale, window), made, real)
+    exact = values_and_grads(
+        lambda q, k, v: oracles.attention(q, k, v, batch, scale, window), [x.double() for x in made], real
+    )
+    for name, a, b, want in zip(("out", "dq", "dk", "dv"), got, eager, exact, strict=True):
+        rounding = torch.finfo(dtype).eps * want.abs().max().item()
+        budget = 2 * (b - want).abs().max().item() + rounding
+        error = (a - want).abs().max().item()
+        assert math.isfinite(error), name
+        assert error <= budget, f"{name}: {error:.2e} > {budget:.2e}"
+    assert not any(x.grad is not None for x in made)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_layout_on_the_gpu_comes_from_there(tmp_path):
+    ids = torch.tensor([[5, 6, 7, 0], [5, 6, 8, 9]], device="cuda")
+    batch = pack_padded(ids, (ids > 0).long(), groups=2)
+    assert batch.input_ids.device.type == "cpu"
+    pinned = batch.pin_memory()
+    assert pinned.input_ids.is_pinned()
+    assert pinned.shared.tokens.is_pinned()
+    moved = pinned.to("cuda", non_blocking=True)
+    assert {moved.input_ids.device.type, moved.shared.tokens.device.type} == {"cuda"}
+    assert torch.equal(moved.input_ids.cpu(), batch.input_ids)
+    values = torch.randn(batch.tokens, 3, device="cuda")
+    assert torch.equal(batch.spread(values).cpu(), batch.spread(values.cpu()))
