@@ -12,20 +12,20 @@ from fusedalign.packing import attention as packed_attention
 from fusedalign.packing import pack_padded, pack_rows
 from fusedalign.packing.attention import _causal, _segments, _varlen, _WithPrefixes, varlen_attention
 
-#: Two groups: a shared beginning in the answers, equal rows, a row that begins another, an empty one, nothing shared.
+#: In groups of 2 and of 3: a shared beginning, equal rows, a row that begins another, an empty one, nothing shared.
 ROWS = [
     [3, 4, 5, 6, 7, 8, 9],
     [3, 4, 5],
     [6, 7],
     [8, 9, 4],
-    [],
-    [5, 6, 7],
+    [3, 4, 1, 1],
+    [3, 4, 5, 6],
     [3, 4, 5, 6, 1, 2, 1, 2],
     [3, 4, 5],
-    [6, 7, 1, 2, 1],
+    [3, 4, 5, 6, 2],
+    [],
+    [6, 7, 9, 9, 9, 9],
     [8],
-    [4, 4, 2],
-    [6, 6],
 ]
 WINDOWS = [None, 1, 3, 5, 100]
 HEADS = [(2, 2), (4, 2), (3, 1)]
@@ -76,7 +76,8 @@ def varlen_on_cpu(monkeypatch):
 @pytest.mark.parametrize("groups", [1, 2, 3])
 @pytest.mark.parametrize("how", ["segments", "varlen"])
 def test_packed_rows(how, groups, heads, window, varlen_on_cpu):
-    batch = pack_rows(ROWS, groups=groups, multiple=9)
+    batch = pack_rows(ROWS, groups=groups, multiple=11)
+    assert (batch.shared is None) == (groups == 1)
     real = int((batch.row_counts > 0).sum())
     assert batch.tokens > real  # there is filler
     sizes = (8, 8) if how == "segments" else (12, 7)  # the kernel wants one size
