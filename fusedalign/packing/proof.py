@@ -140,11 +140,7 @@ def prove_packed(model: Any) -> Proof:
         LayoutError: they differ, with the numbers; or a layer has told why not.
     """
     rows = _padded_rows(model)
-    proof = _compare(model, rows, pack_padded(*rows, groups=2))
-    with _undisturbed(model), torch.no_grad():  # dropout is told to attention in training alone
-        model.train()
-        _run(model, rows, pack_padded(*rows, groups=2))
-    return proof
+    return _compare(model, rows, pack_padded(*rows, groups=2))
 
 
 def prove_unmasked(model: Any) -> Proof:
@@ -204,6 +200,9 @@ def _compare(model: Any, rows: _Rows, layout: Layout) -> Proof:
             f"{proof.difference:.1e} ({proof.allowed:.1e} is allowed), gradients by {proof.gradient_difference:.1e} "
             f"({proof.gradient_allowed:.1e})"
         )
+    with _undisturbed(model), torch.no_grad():  # dropout is told to attention in training alone
+        model.train()
+        _run(model, rows, layout)
     return proof
 
 
