@@ -16,9 +16,10 @@ import torch
 from fusedalign.bench.runner import machine
 from fusedalign.bench.training import processes
 from fusedalign.bench.training.plot import draw
-from fusedalign.bench.training.settings import EQUAL, MIXES, SIDES, SIZES, STEPS, TRAININGS, Job
+from fusedalign.bench.training.settings import ALL_MIXES, EQUAL, MIXES, SIDES, SIZES, STEPS, TRAININGS, Job
 from fusedalign.bench.training.table import (
     COLUMNS,
+    LENGTHS,
     Result,
     describe_mix,
     failures,
@@ -129,12 +130,10 @@ def _run(todo: Sequence[Job], out: Path | None) -> list[Result]:
 def _write(todo: Sequence[Job], results: Sequence[Result], out: Path) -> None:
     """The files of `--out`: text, JSON and bars."""
     replace_text(out / f"{WORD}.md", _text(todo, results) + "\n")
-    report = {
-        "machine": machine(todo[0].device),
-        "mixes": [describe_mix(name) for name in {job.mix: 0 for job in todo}],
-    }
-    rows: list[dict[str, Any]] = [dataclasses.asdict(job) | dataclasses.asdict(x) for job, x in results]
-    replace_text(out / f"{WORD}.json", to_json(report | {"rows": rows}, indent=1) + "\n")
+    report: dict[str, Any] = {"machine": machine(todo[0].device)}
+    report["mixes"] = {job.mix: dataclasses.asdict(ALL_MIXES[job.mix]) for job in todo}
+    report["rows"] = [dataclasses.asdict(job) | dataclasses.asdict(measured) for job, measured in results]
+    replace_text(out / f"{WORD}.json", to_json(report, indent=1) + "\n")
     reason = plot_failure(lambda path: draw(results, path), out / f"{WORD}.png")
     if len(results) == len(todo) and reason not in (None, NO_MATPLOTLIB):
         warn(str(reason))
@@ -163,7 +162,7 @@ def _parser() -> _Parser:
 
     sections = {
         "trainings": listed({name: training.about for name, training in TRAININGS.items()}),
-        "mixes": "\n".join(f"  {describe_mix(name)}" for name in MIXES),
+        f"mixes, {LENGTHS}": "\n".join(f"  {describe_mix(name)}" for name in MIXES),
         "rows": listed({name: side.about for name, side in SIDES.items()}),
         "columns": listed(COLUMNS),
     }

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from fusedalign.bench.training.settings import Job
 from fusedalign.bench.training.worker import Measured
@@ -26,8 +27,9 @@ def measure_alone(job: Job) -> Measured:
         done = subprocess.run(command, env=os.environ | caches, capture_output=True, text=True, errors="replace")
         if not path.exists():
             return Measured(reason=_why(done.returncode, done.stderr))
-        figures = json.loads(path.read_text())
-    return Measured(**{name: tuple(x) if isinstance(x, list) else x for name, x in figures.items()})
+        figures: dict[str, Any] = json.loads(path.read_text())
+    lists = {name: tuple(x) for name, x in figures.items() if isinstance(x, list)}
+    return Measured(**{**figures, **lists})
 
 
 def _why(status: int, output: str) -> str:

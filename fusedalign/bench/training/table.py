@@ -15,7 +15,7 @@ COLUMNS = {
     "first": "ms of the first step, in which kernels compile",
     "median": "ms of a later step, with the making of its batch",
     "slowest": "ms of the slowest later step",
-    "GPU": "ms that the GPU worked in one more step, which was profiled; the rest of a step it waits for the CPU",
+    "GPU": "ms that the GPU worked in one more step, a profiled one; the rest of it the GPU waits for the CPU",
     "tokens/s": "of the later steps, without padding, a prompt counted for each of its answers",
     "slots": "token positions a step that went through a model, with padding; the reference's count too",
     "peak": "GiB of a later step, model and optimizer included",
@@ -24,6 +24,7 @@ COLUMNS = {
     "x +Liger": "how many times as fast as TRL + Liger",
     "loss": "the largest relative difference of a step's loss from the first row's",
 }
+LENGTHS = "lengths in tokens, log-normal, as median / sigma / cap"
 _WIDTHS = [max(len(side.title) for side in SIDES.values()), *(max(6, len(title)) for title in COLUMNS)]
 
 
@@ -44,31 +45,39 @@ def header(jobs: Sequence[Job]) -> str:
     job = jobs[0]
     where = ", ".join(x if name == "device" else f"{name} {x}" for name, x in machine(job.device).items())
     precision = "bf16 weights, mixed precision" if job.device == "cuda" else "fp32"
-    legend = [(SIDES[name].title, SIDES[name].about) for name in dict.fromkeys(job.side for job in jobs)]
+    mixes, sides = dict.fromkeys(job.mix for job in jobs), dict.fromkeys(job.side for job in jobs)
+    shrunk = {SIZES[job.size].about: SIZES[job.size].shrink for job in jobs if SIZES[job.size].shrink > 1}
+    batch = f"{ALL_MIXES[job.mix].rows} rows a step (SFT, KTO), or {ALL_MIXES[job.mix].rows // 2} pairs"
     lines = [
         "# fusedalign bench trl",
         "",
         where,
         "",
-        f"Random weights, {precision}, gradient checkpointing, AdamW, impl {job.impl}; {job.steps} steps after the first.",
-        "Each row is a process of its own, without compiled kernels; all rows of a table train on the same data.",
+        f"Random weights, {precision}, gradient checkpointing, AdamW, impl {job.impl}; {batch};",
+        f"{job.steps} steps after the first. Each row is a process of its own that has compiled nothing yet; all rows of a",
+        "table train on the same data.",
         "",
-        *(f"* {describe_mix(name, job.size)}" for name in dict.fromkeys(job.mix for job in jobs)),
+        f"Mixes, {LENGTHS}:",
         "",
-        *(f"* {title}: {about}" for title, about in legend),
+        *(f"* {describe_mix(name)}" for name in mixes),
+        *(f"* {about}: all lengths divided by {shrink}" for about, shrink in shrunk.items()),
+        "",
+        "Rows:",
+        "",
+        *(f"* {SIDES[name].title}: {SIDES[name].about}" for name in sides),
+        "",
+        "Columns:",
         "",
         *(f"* {title}: {about}" for title, about in COLUMNS.items()),
     ]
     return "\n".join(lines)
 
 
-def describe_mix(name: str, size: str | None = None) -> str:
+def describe_mix(name: str) -> str:
     """A mix with its parameters in one line."""
     mix = ALL_MIXES[name]
-    parts = ", ".join(f"{x} {getattr(mix, x)}" for x in ("prompt", "chosen", "rejected"))
-    shrink = SIZES[size].shrink if size is not None else 1
-    divided = f", divided by {shrink}" if shrink > 1 else ""
-    return f"{name}: {mix.about}; log-normal, median / sigma / cap: {parts} tokens{divided}; {mix.rows} rows a step"
+    parts = ", ".join(f"{part} {getattr(mix, part)}" for part in ("prompt", "chosen", "rejected"))
+    return f"{name}: {parts} ({mix.about})"
 
 
 def group_title(job: Job) -> str:

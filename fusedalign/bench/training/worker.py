@@ -33,7 +33,7 @@ class Measured:
     """What one training took, or why there is nothing."""
 
     ms: tuple[float, ...] = ()
-    """of each step, the first included: from the end of the step before to its own end, so with the making of a batch"""
+    """of each step, the first included, from the end of the step before to its own: with the making of its batch"""
     tokens: tuple[int, ...] = ()
     """of the rows of each step, as a user has them: without padding, a prompt for each of its answers"""
     slots: tuple[int, ...] = ()
@@ -41,7 +41,7 @@ class Measured:
     losses: tuple[float, ...] = ()
     """of each step, the profiled one included"""
     gpu_ms: float | None = None
-    """in one more step, while the GPU did something; the rest it waited for the CPU. None on a CPU, like the next two"""
+    """of one more step, while the GPU did something: the rest it waited. None on a CPU, like the next two"""
     peak_bytes: int | None = None
     """of the device in a step after the first, model and optimizer included"""
     pass_bytes: int | None = None
@@ -90,12 +90,8 @@ def measure(job: Job) -> Measured:
     losses = tuple(row["loss"] for row in trainer.state.log_history if "loss" in row)
     seconds = getattr(trainer, "precompute_seconds", None)
     steps = len(stopwatch.ms)
-    return dataclasses.replace(
-        Measured(
-            tuple(stopwatch.ms), tuple(tokens[:steps]), tuple(stopwatch.slots), losses, precompute_seconds=seconds
-        ),
-        **stopwatch.of_the_gpu,
-    )
+    more = stopwatch.of_the_gpu | {"precompute_seconds": seconds}
+    return Measured(tuple(stopwatch.ms), tuple(tokens[:steps]), tuple(stopwatch.slots), losses, **more)
 
 
 def build(job: Job, folder: str) -> tuple[Any, list[int]]:
