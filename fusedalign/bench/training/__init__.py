@@ -2,8 +2,9 @@
 
     settings.py   what can be measured: trainings, models, mixes of lengths, the rows of a table
     data.py       rows of random words with the lengths of a mix
-    worker.py     one training in this process, measured; as a program, into a JSON file
-    processes.py  the same in a process of its own, with kernels that are not compiled yet
+    worker.py     one training in this process, measured
+    __main__.py   the same as a program, which writes JSON
+    processes.py  that program, once for each row of a table
     table.py      the text: a header, a table for each training, model and mix, notes
     plot.py       the same as bars
     quiet.py      trainers without their own output

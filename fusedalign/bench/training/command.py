@@ -88,7 +88,7 @@ def jobs(options: argparse.Namespace) -> list[Job]:
 def _sides(words: str | None, device: str) -> list[str]:
     """The rows that are named, else all that can run here."""
     there = importlib.util.find_spec("liger_kernel") is not None
-    missing = "" if there and device == "cuda" else "a GPU" if there else "liger-kernel: pip install liger-kernel"
+    missing = "a GPU" if device != "cuda" else "" if there else "liger-kernel (pip install liger-kernel)"
     names = _names("--rows", words or ",".join(SIDES), SIDES)
     needing = [name for name in names if SIDES[name].liger]
     if missing and needing:
@@ -107,36 +107,39 @@ def _names(what: str, words: str, known: Iterable[str]) -> list[str]:
 
 
 def _run(todo: Sequence[Job], out: Path | None) -> list[Result]:
-    """Measure all jobs, print each row when it is there, and write what there is so far."""
+    """Measure all jobs; print, and write into a folder, each row when it is there."""
     print(header(todo), flush=True)
     results: list[Result] = []
-    for _, group in groupby(todo, group_title):
-        rows: list[Result] = []
-        for job in group:
-            if not rows:
-                print(f"\n{head(job)}", flush=True)
-            print(f"{group_title(job)}: {SIDES[job.side].title}", file=sys.stderr, flush=True)
-            result = Result(job, processes.measure_alone(job))
-            print(line(result, rows), flush=True)
-            rows.append(result)
-            if out is not None:
-                _write(todo, [*results, *rows], out)
-        results += rows
-        if notes(rows):
-            print(f"\n{notes(rows)}", flush=True)
+    try:
+        for _, group in groupby(todo, group_title):
+            rows: list[Result] = []
+            for job in group:
+                if not rows:
+                    print(f"\n{head(job)}", flush=True)
+                print(f"{group_title(job)}: {SIDES[job.side].title}", file=sys.stderr, flush=True)
+                result = Result(job, processes.measure_alone(job))
+                print(line(result, rows), flush=True)
+                rows.append(result)
+                results.append(result)
+                if out is not None:
+                    _write(todo, results, out)
+            if notes(rows):
+                print(f"\n{notes(rows)}", flush=True)
+    finally:  # Ctrl-C too leaves what was measured
+        if out is not None and results:
+            reason = plot_failure(lambda path: draw(results, path), out / f"{WORD}.png")
+            if reason not in (None, NO_MATPLOTLIB):
+                warn(str(reason))
     return results
 
 
 def _write(todo: Sequence[Job], results: Sequence[Result], out: Path) -> None:
-    """The files of `--out`: text, JSON and bars."""
-    replace_text(out / f"{WORD}.md", _text(todo, results) + "\n")
+    """The text and all figures of these results."""
     report: dict[str, Any] = {"machine": machine(todo[0].device)}
     report["mixes"] = {job.mix: dataclasses.asdict(ALL_MIXES[job.mix]) for job in todo}
     report["rows"] = [dataclasses.asdict(job) | dataclasses.asdict(measured) for job, measured in results]
+    replace_text(out / f"{WORD}.md", _text(todo, results) + "\n")
     replace_text(out / f"{WORD}.json", to_json(report, indent=1) + "\n")
-    reason = plot_failure(lambda path: draw(results, path), out / f"{WORD}.png")
-    if len(results) == len(todo) and reason not in (None, NO_MATPLOTLIB):
-        warn(str(reason))
 
 
 def _text(todo: Sequence[Job], results: Sequence[Result]) -> str:

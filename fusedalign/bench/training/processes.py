@@ -15,7 +15,7 @@ from typing import Any
 from fusedalign.bench.training.settings import Job
 from fusedalign.bench.training.worker import Measured
 
-_WORKER = "fusedalign.bench.training.worker"
+PROGRAM = "fusedalign.bench.training"
 
 
 def measure_alone(job: Job) -> Measured:
@@ -23,11 +23,16 @@ def measure_alone(job: Job) -> Measured:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "measured.json"
         caches = {name: str(Path(folder) / name) for name in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")}
-        command = [sys.executable, "-m", _WORKER, json.dumps(dataclasses.asdict(job)), str(path)]
+        command = [sys.executable, "-m", PROGRAM, json.dumps(dataclasses.asdict(job)), str(path)]
         done = subprocess.run(command, env=os.environ | caches, capture_output=True, text=True, errors="replace")
         if not path.exists():
             return Measured(reason=_why(done.returncode, done.stderr))
-        figures: dict[str, Any] = json.loads(path.read_text())
+        return read(path)
+
+
+def read(path: Path) -> Measured:
+    """What the program has written."""
+    figures: dict[str, Any] = json.loads(path.read_text())
     lists = {name: tuple(x) for name, x in figures.items() if isinstance(x, list)}
     return Measured(**{**figures, **lists})
 

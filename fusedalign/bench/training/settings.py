@@ -115,10 +115,10 @@ _CHOSEN, _REJECTED = LogNormal(280, 0.8, 1024), LogNormal(240, 0.8, 1024)
 _HALF = LogNormal(1023, 0.0, 1023)
 MIXES = {
     "chat": Mix("short prompts", LogNormal(150, 1.0, 1024), _CHOSEN, _REJECTED),
-    "long": Mix("long prompts: retrieval, code, many turns", LogNormal(1400, 0.6, 3000), _CHOSEN, _REJECTED),
+    "long": Mix("retrieval, code, many turns", LogNormal(1400, 0.6, 3000), _CHOSEN, _REJECTED),
 }
 EQUAL = "equal"
-ALL_MIXES = MIXES | {EQUAL: Mix("2048 tokens a row, half of them prompt", LogNormal(1024, 0.0, 1024), _HALF, _HALF, 8)}
+ALL_MIXES = MIXES | {EQUAL: Mix("2048 a row, half of them prompt", LogNormal(1024, 0.0, 1024), _HALF, _HALF, 8)}
 
 
 @dataclass(frozen=True)

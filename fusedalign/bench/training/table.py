@@ -25,7 +25,7 @@ COLUMNS = {
     "loss": "the largest relative difference of a step's loss from the first row's",
 }
 LENGTHS = "lengths in tokens, log-normal, as median / sigma / cap"
-_WIDTHS = [max(len(side.title) for side in SIDES.values()), *(max(6, len(title)) for title in COLUMNS)]
+_WIDTHS = [max(len(side.title) for side in SIDES.values()), *(max(5, len(title)) for title in COLUMNS)]
 
 
 class Result(NamedTuple):
@@ -54,8 +54,8 @@ def header(jobs: Sequence[Job]) -> str:
         where,
         "",
         f"Random weights, {precision}, gradient checkpointing, AdamW, impl {job.impl}; {batch};",
-        f"{job.steps} steps after the first. Each row is a process of its own that has compiled nothing yet; all rows of a",
-        "table train on the same data.",
+        f"{job.steps} steps after the first. Each row is a process of its own, without compiled kernels.",
+        "All rows of a table train on the same data.",
         "",
         f"Mixes, {LENGTHS}:",
         "",

@@ -1,20 +1,12 @@
-"""One training in this process, measured.
-
-As a program, `python -m fusedalign.bench.training.worker JOB FILE`: JOB is a `Job` in JSON, and FILE will have a
-`Measured` in JSON.
-"""
+"""One training in this process, measured."""
 
 from __future__ import annotations
 
 import copy
-import dataclasses
-import json
 import statistics
-import sys
 import tempfile
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +17,6 @@ from fusedalign.bench.runner import in_short
 from fusedalign.bench.training.data import examples, tokenizer
 from fusedalign.bench.training.quiet import quiet
 from fusedalign.bench.training.settings import MAX_LENGTH, SIDES, SIZES, TRAININGS, Job, Side
-from fusedalign.reports import replace_text
 
 
 @dataclass(frozen=True)
@@ -242,13 +233,3 @@ def _stopwatch(job: Job, embeddings: list[Any]) -> Any:
             self.start_of_step()
 
     return Stopwatch()
-
-
-def main(words: list[str]) -> None:
-    """Measure the job that the first word holds in JSON, and write the second, a file."""
-    job, path = words
-    replace_text(Path(path), json.dumps(dataclasses.asdict(measure(Job(**json.loads(job))))))
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
