@@ -86,7 +86,7 @@ def jobs(options: argparse.Namespace) -> list[Job]:
 
 
 def _sides(words: str | None, device: str) -> list[str]:
-    """The rows that are named, else all that can run here."""
+    """The rows that are named, else all that can run here; stock TRL, which others are compared with, first."""
     there = importlib.util.find_spec("liger_kernel") is not None
     missing = "a GPU" if device != "cuda" else "" if there else "liger-kernel (pip install liger-kernel)"
     names = _names("--rows", words or ",".join(SIDES), SIDES)
@@ -95,7 +95,7 @@ def _sides(words: str | None, device: str) -> list[str]:
         if words is not None:
             raise ValueError(f"the rows {', '.join(needing)} need {missing}")
         warn(f"the rows {', '.join(needing)} are left out: they need {missing}")
-    return [name for name in names if not (missing and SIDES[name].liger)]
+    return [name for name in SIDES if name in names and not (missing and SIDES[name].liger)]
 
 
 def _names(what: str, words: str, known: Iterable[str]) -> list[str]:
@@ -103,7 +103,7 @@ def _names(what: str, words: str, known: Iterable[str]) -> list[str]:
     for name in names:
         if name not in known:
             raise ValueError(f"{what} must be one of {', '.join(known)}, got {name!r}")
-    return [name for name in known if name in names]
+    return names
 
 
 def _run(todo: Sequence[Job], out: Path | None) -> list[Result]:
