@@ -9,7 +9,7 @@
     table.py      Markdown, JSON, plot
     profiling.py  where the time of one row goes
     microbatches.py  a pipeline's last stage, with many forwards in flight
-    training/     whole training steps, stock TRL beside the Fused trainers
+    training/     whole training steps, stock TRL against the Fused trainers
     command.py    the words on the command line
 
 A benchmark of another kind is a module or room of its own, chosen by its word in `command.bench`.

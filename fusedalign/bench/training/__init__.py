@@ -1,4 +1,4 @@
-"""`fusedalign bench trl`: whole training steps on rows of uneven length, stock TRL beside the Fused trainers.
+"""`fusedalign bench trl`: whole training steps on rows of uneven length, stock TRL against the Fused trainers.
 
     settings.py   what can be measured: trainings, models, mixes of lengths, the rows of a table
     data.py       rows of random words with the lengths of a mix
