@@ -43,8 +43,8 @@ def compact(
         ValueError: a target out of range.
     """
     index = _those_that_count(targets.reshape(-1).cpu(), weight.shape[0], ignore_index)
-    places = Places(targets.shape, None if index is None else _sent(index, hidden.device))
-    targets = targets if targets.device == hidden.device else _sent(targets, hidden.device)
+    places = Places(targets.shape, None if index is None else send(index, hidden.device))
+    targets = targets if targets.device == hidden.device else send(targets, hidden.device)
     return Problem(places.gather(hidden), weight, places.gather(targets).contiguous(), **options), places
 
 
@@ -66,8 +66,8 @@ def _those_that_count(targets: Tensor, vocab: int, ignore_index: int) -> Tensor 
     return None if counts.all() else counts.nonzero().squeeze(-1)
 
 
-def _sent(x: Tensor, device: torch.device) -> Tensor:
-    """`x`, which is on the CPU, on `device`, once that gets to it; the caller may write into `x` meanwhile."""
+def send(x: Tensor, device: torch.device) -> Tensor:
+    """`x`, which is on the CPU, on `device`, without a wait for that; the caller may write into `x` meanwhile."""
     if device.type != "cuda":
         return x.to(device)
     return torch.empty_like(x, pin_memory=True).copy_(x).to(device, non_blocking=True)  # others can have the CPU wait

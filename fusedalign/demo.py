@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fusedalign.bench.trainers import quiet
+from fusedalign.bench.training.quiet import quiet
 from fusedalign.embedded import EMBEDDED_NAME, data_directory
 from fusedalign.ops import linear_logps
 from fusedalign.reports import plot_failure, warn

@@ -9,10 +9,10 @@
     table.py      Markdown, JSON, plot
     profiling.py  where the time of one row goes
     microbatches.py  a pipeline's last stage, with many forwards in flight
+    training/     whole training steps, stock TRL against the Fused trainers
     command.py    the words on the command line
 
-A benchmark of another kind (of whole training steps, say) is a module of its own, chosen by its word in
-`command.bench`.
+A benchmark of another kind is a module or room of its own, chosen by its word in `command.bench`.
 """
 
 from fusedalign.bench.command import bench

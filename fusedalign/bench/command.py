@@ -6,7 +6,7 @@ import argparse
 import importlib.util
 import sys
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 
@@ -18,7 +18,7 @@ from fusedalign.bench.profiling import profile_row
 from fusedalign.bench.runner import Settings, free, inputs, reason, run
 from fusedalign.bench.table import about, afterwards, header, tabled, write
 from fusedalign.bench.tasks import TASKS, Task
-from fusedalign.impls import check_name
+from fusedalign.bench.training import command as training
 from fusedalign.reports import NO_MATPLOTLIB, check_writable, warn
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -37,7 +37,7 @@ def _parser() -> _Parser:
         prog="fusedalign bench",
         description="This package's impls beside other libraries: time, memory and error of the head and loss.\n"
         f"By themselves, with --help of their own: fusedalign bench {WORD}, a pipeline's last stage, and\n"
-        "fusedalign bench trl, whole training steps.\n"
+        f"fusedalign bench {training.WORD}, whole training steps.\n"
         f"\ntasks (default: all)\n{tasks}\n\ncases\n{cases}\n\nimpls\n  {', '.join(implementations())}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         add_help=False,
@@ -67,8 +67,8 @@ def bench(argv: list[str]) -> None:
     if argv[:1] == [WORD]:
         microbatches(argv[1:])
         return
-    if argv[:1] == ["trl"]:
-        _trainers(argv[1:])
+    if argv[:1] == [training.WORD]:
+        training.trainings(argv[1:])
         return
     parser = _parser()
     options = parser.parse_args(argv)
@@ -102,44 +102,6 @@ def bench(argv: list[str]) -> None:
         warn(str(no_plot))
     if unwritten is not None:
         raise unwritten
-
-
-def _trainers(argv: list[str]) -> None:
-    if importlib.util.find_spec("trl") is None:
-        raise ValueError("bench trl needs TRL: pip install 'fusedalign[trl]', on Python 3.11 or later")
-    from fusedalign.bench.trainers import DEFAULT, SIZES, TRAININGS, failures, run, table
-
-    rows = "\n".join(f"  {name:<9} {training.about}" for name, training in TRAININGS.items())
-    parser = _Parser(
-        prog="fusedalign bench trl",
-        description="Training steps of stock TRL beside the Fused trainers: time, peak memory, whether losses agree.\n"
-        f"\ntrainings\n{rows}\n\nmodel\n" + "\n".join(f"  on {name}: {size.name}" for name, size in SIZES.items()),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("trainings", nargs="*", metavar="TRAINING", help=f"default: {' '.join(DEFAULT)}")
-    parser.add_argument("--steps", type=int, default=5, help="that are measured; default: 5")
-    parser.add_argument("--impl", default="auto", help="of the Fused trainers; default: auto")
-    options = parser.parse_args(argv)
-    names = options.trainings or list(DEFAULT)
-    for name in names:
-        if name not in TRAININGS:
-            raise ValueError(f"a training must be one of {', '.join(TRAININGS)}, got {name!r}")
-    if options.steps < 1:
-        raise ValueError(f"--steps must be at least 1, got {options.steps}")
-    check_name(options.impl)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    size = SIZES[device]
-    measured: list[Any] = []
-    try:
-        for row in run(names, size, options.steps, options.impl, device, lambda line: print(line, file=sys.stderr)):
-            measured.append(row)
-    finally:  # Ctrl-C too leaves what was measured
-        if measured:
-            print(table(measured, size, options.steps, options.impl, device), flush=True)
-    failed = failures(measured)
-    if failed:
-        raise ValueError(f"bench trl: {'; '.join(f'{name} failed: {reason}' for name, reason in failed)}")
 
 
 def _profile(settings: Settings) -> None:

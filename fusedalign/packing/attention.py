@@ -173,6 +173,12 @@ def varlen_attention() -> Any:
     return varlen_attn if "window_size" in inspect.signature(varlen_attn).parameters else None
 
 
+@functools.cache
+def _has_gqa_option() -> bool:
+    """Whether fewer heads of keys must be announced; PyTorch 2.10 and 2.11 just take them."""
+    return "enable_gqa" in inspect.signature(varlen_attention()).parameters
+
+
 def _has_kernel(query: Tensor, value: Tensor) -> bool:
     half = query.dtype in (torch.float16, torch.bfloat16)
     return query.is_cuda and half and max(query.shape[-1], value.shape[-1]) <= _LARGEST_HEAD
@@ -184,11 +190,11 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, batch: PackedBatch, scale
     wide = -(-max(query.shape[-1], size) // 8) * 8  # the kernels want one size for all, a multiple of 8
     q, k, v = (_widened(x[0].transpose(0, 1), wide) for x in (query, key, value))
     if batch.shared is not None:
-        k, v = (_WithPrefixes.apply(x, *batch.shared) for x in (k, v))
+        k, v = _WithPrefixes.apply(k, v, *batch.shared)
     varlen_attn = varlen_attention()
     options: dict[str, Any] = {"scale": scale, "window_size": (-1 if window is None else window - 1, 0)}
-    if q.shape[1] != k.shape[1] and "enable_gqa" in inspect.signature(varlen_attn).parameters:
-        options["enable_gqa"] = True  # before it had that name it took fewer heads of keys all the same
+    if q.shape[1] != k.shape[1] and _has_gqa_option():
+        options["enable_gqa"] = True
     out = varlen_attn(
         q,
         k,
@@ -208,23 +214,25 @@ def _widened(x: Tensor, size: int) -> Tensor:
 
 
 class _WithPrefixes(torch.autograd.Function):
-    """Keys or values of packed tokens, [S, H, d], with a copy of its prefix before each segment, [K, H, d].
+    """Keys and values of packed tokens, [S, H, d], with a copy of its prefix before each segment, [K, H, d].
 
     The gradient of a token is gathered from its home and added from its copies, where `index_select` would add all of
     them by atomics.
     """
 
     @staticmethod
-    def forward(ctx, x, tokens, home, copy, source):  # type: ignore[no-untyped-def]
+    def forward(ctx, key, value, tokens, home, copy, source):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(home, copy, source)
-        return x.index_select(0, tokens)
+        return key.index_select(0, tokens), value.index_select(0, tokens)
 
     @staticmethod
-    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+    def backward(ctx, *grads):  # type: ignore[no-untyped-def]
         home, copy, source = ctx.saved_tensors
-        total = grad.index_select(0, home)
-        total.index_add_(0, source, grad.index_select(0, copy))
-        return total, None, None, None, None
+        totals = []
+        for grad in grads:
+            total = grad.index_select(0, home)
+            totals.append(total.index_add_(0, source, grad.index_select(0, copy)))
+        return (*totals, None, None, None, None)
 
 
 @torch.compiler.disable  # a loop of as many turns as the batch has segments

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fusedalign.compaction import send
 from fusedalign.packing.attention import marker
 from fusedalign.packing.batch import PackedBatch, RightPadded
 
@@ -25,7 +26,7 @@ def packed_output(model: Any, batch: PackedBatch, **options: Any) -> Any:
 
 def packed_arguments(batch: PackedBatch, device: torch.device) -> dict[str, Any]:
     """What a backbone on `device` is given for a packed batch."""
-    batch = batch.to(device, non_blocking=True)
+    batch = batch.to(device)
     return {
         "input_ids": batch.input_ids,
         "position_ids": batch.position_ids,
@@ -47,9 +48,9 @@ class Picked:
         slots = (targets != -100).flatten().nonzero()[:, 0]
         if not batch.valid.flatten()[slots].all():
             raise ValueError("labels must be -100 where the token before them is padding, got labels on padding")
-        index = batch.token_index.flatten()[slots].to(hidden.device, non_blocking=True)
+        index = send(batch.token_index.flatten()[slots], hidden.device)
         self.shape = targets.shape
-        self.slots = slots.to(hidden.device, non_blocking=True)
+        self.slots = send(slots, hidden.device)
         self.targets = targets.flatten()[slots]
         self.hidden = hidden.index_select(0, index)
 

@@ -1,6 +1,6 @@
 """Rows of tokens as one row without padding, in which a beginning that several rows share stands once.
 
-Imports torch alone. B rows of at most L tokens become S packed tokens. A row is its *prefix*, which it shares with an
+B rows of at most L tokens become S packed tokens. A row is its *prefix*, which it shares with an
 earlier row, and its *segment*, the tokens that stand for this row alone; both are runs of consecutive packed tokens.
 The queries of a segment see the keys of the prefix and, causally, those of the segment.
 
@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fusedalign.checks import check_plain
+from fusedalign.compaction import send
 
 
 class Segment(NamedTuple):
@@ -90,9 +91,10 @@ class PackedBatch:
         """S, with the filler."""
         return self.input_ids.shape[1]
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
-        """This batch with the model's tensors on `device`."""
-        return self._moved(lambda x: x.to(device, non_blocking=non_blocking))
+    def to(self, device: torch.device | str, non_blocking: bool = True) -> PackedBatch:
+        """This batch with the model's tensors on `device`; none of these small copies waits for a GPU."""
+        device = torch.device(device)
+        return self._moved(lambda x: send(x, device) if x.device.type == "cpu" else x.to(device))
 
     def pin_memory(self) -> PackedBatch:
         """This batch with the model's tensors in pinned memory, as data loaders ask for."""
@@ -384,10 +386,6 @@ def _spread(values: Tensor, batch: PackedBatch) -> Tensor:
     tokens = batch.token_index.flatten()[slots]
     order = torch.argsort(tokens, stable=True)
     repeats = F.pad(tokens[order].diff() == 0, (1, 0))[: len(order)]
-    index = [
-        x.to(values.device, non_blocking=True)
-        for part in (order[~repeats], order[repeats])
-        for x in (tokens[part], slots[part])
-    ]
+    index = [send(x, values.device) for part in (order[~repeats], order[repeats]) for x in (tokens[part], slots[part])]
     padded = _Spread.apply(values, *index, batch.valid.numel())
     return padded.view(*batch.valid.shape, *values.shape[1:])  # type: ignore[no-any-return]

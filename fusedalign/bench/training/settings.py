@@ -1,0 +1,180 @@
+"""What `fusedalign bench trl` can measure: trainings, models, mixes of lengths, and the rows of a table."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+from typing import Any
+
+#: No mix has longer rows, so nothing is truncated.
+MAX_LENGTH = 4096
+STEPS = 12
+SHORTEST = 4
+"""tokens of a prompt or an answer"""
+
+
+@dataclass(frozen=True)
+class Training:
+    """A trainer and how it trains."""
+
+    trainer: str
+    """without "Trainer" """
+    about: str
+    pairs: bool = True
+    """whether an example is two answers to a prompt"""
+    lora: bool = False
+    config: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether the loss compares with a reference, which can be precomputed."""
+        return self.trainer in ("DPO", "KTO")
+
+
+TRAININGS = {
+    "sft": Training("SFT", "SFT", pairs=False),
+    "sft-lora": Training("SFT", "SFT with LoRA", pairs=False, lora=True),
+    "dpo": Training("DPO", "DPO, all weights"),
+    "dpo-lora": Training("DPO", "DPO with LoRA", lora=True),
+    "orpo": Training("ORPO", "ORPO", config={"max_completion_length": None}),
+    "simpo": Training("CPO", "SimPO", config={"loss_type": "simpo", "cpo_alpha": 0.0}),
+    "kto": Training("KTO", "KTO", pairs=False),
+}
+
+
+@dataclass(frozen=True)
+class Size:
+    """A model with random weights, after Qwen3."""
+
+    about: str
+    config: dict[str, Any]
+    shrink: int = 1
+    """what the lengths of a mix are divided by"""
+
+
+_QWEN3 = {
+    "tie_word_embeddings": True,
+    "pad_token_id": 0,
+    "eos_token_id": 2,
+    "bos_token_id": None,
+    "max_position_embeddings": 2 * MAX_LENGTH,
+    "vocab_size": 151_936,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+}
+_TINY = {
+    "vocab_size": 997,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+}
+SIZES = {
+    "0.6b": Size("Qwen3-0.6B", _QWEN3 | {"hidden_size": 1024, "intermediate_size": 3072}),
+    "1.7b": Size("Qwen3-1.7B", _QWEN3 | {"hidden_size": 2048, "intermediate_size": 6144}),
+    "tiny": Size("tiny Qwen3", _QWEN3 | _TINY, shrink=32),
+}
+
+
+@dataclass(frozen=True)
+class LogNormal:
+    """Log-normal lengths, in tokens."""
+
+    median: int
+    sigma: float
+    """of the logarithm; 0: all lengths are equal"""
+    cap: int
+
+    def draw(self, generator: random.Random, shrink: int = 1) -> int:
+        """A length, all divided by `shrink`."""
+        length = self.median * generator.lognormvariate(0.0, self.sigma)
+        return max(SHORTEST, int(min(self.cap, length) / shrink))
+
+    def __str__(self) -> str:
+        return f"{self.median} / {self.sigma:g} / {self.cap}"
+
+
+@dataclass(frozen=True)
+class Mix:
+    """How long prompts and answers are, and how many rows a step has."""
+
+    about: str
+    prompt: LogNormal
+    chosen: LogNormal
+    """without the end of the sequence, like the next"""
+    rejected: LogNormal
+    rows: int = 16
+    """of prompt and answer a step: half as many pairs"""
+
+
+_CHOSEN, _REJECTED = LogNormal(280, 0.8, 1024), LogNormal(240, 0.8, 1024)
+_HALF = LogNormal(1023, 0.0, 1023)
+MIXES = {
+    "chat": Mix("short prompts", LogNormal(150, 1.0, 1024), _CHOSEN, _REJECTED),
+    "long": Mix("retrieval, code, many turns", LogNormal(1400, 0.6, 3000), _CHOSEN, _REJECTED),
+}
+EQUAL = "equal"
+ALL_MIXES = MIXES | {EQUAL: Mix("2048 a row, half of them prompt", LogNormal(1024, 0.0, 1024), _HALF, _HALF, 8)}
+
+
+@dataclass(frozen=True)
+class Side:
+    """A row of a table: who trains, and with what switched on."""
+
+    title: str
+    about: str
+    fused: bool = True
+    packed: bool = False
+    liger: bool = False
+    """Liger's kernels for RMSNorm, RoPE and SwiGLU, in the model and its reference"""
+    precomputed: bool = False
+
+    def serves(self, training: Training) -> bool:
+        """Whether the training has such a row."""
+        return training.has_reference or not self.precomputed
+
+
+STOCK, STOCK_LIGER = "trl", "trl-liger"
+SIDES = {
+    STOCK: Side("TRL", "stock TRL", fused=False),
+    STOCK_LIGER: Side("TRL + Liger", "stock TRL, Liger's RMSNorm, RoPE and SwiGLU", fused=False, liger=True),
+    "padded": Side("padded", "the Fused trainer, packed=False"),
+    "packed": Side("packed", "the Fused trainer, packed=True", packed=True),
+    "packed-liger": Side("packed + Liger", "the same with liger_kernels=True", packed=True, liger=True),
+    "precomputed": Side(
+        "precomputed",
+        "the same with precompute_ref_log_probs=True (DPO and KTO)",
+        packed=True,
+        liger=True,
+        precomputed=True,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training to be measured, by names in the tables above."""
+
+    training: str
+    size: str
+    mix: str
+    side: str
+    steps: int = STEPS
+    """that are measured after the first"""
+    impl: str = "auto"
+    device: str = "cpu"
+
+    @property
+    def all_steps(self) -> int:
+        """The first step, those that are measured, and one that is profiled."""
+        return self.steps + 2
+
+    @property
+    def batch(self) -> int:
+        """Examples a step: rows, or pairs."""
+        rows = ALL_MIXES[self.mix].rows
+        return rows // 2 if TRAININGS[self.training].pairs else rows

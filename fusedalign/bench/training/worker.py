@@ -1,0 +1,235 @@
+"""One training in this process, measured."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import tempfile
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from fusedalign.bench.measure import covered, spans, synchronize
+from fusedalign.bench.runner import in_short
+from fusedalign.bench.training.data import examples, tokenizer
+from fusedalign.bench.training.quiet import quiet
+from fusedalign.bench.training.settings import MAX_LENGTH, SIDES, SIZES, TRAININGS, Job, Side
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one training took, or why there is nothing."""
+
+    ms: tuple[float, ...] = ()
+    """of each step, the first included, from the end of the step before to its own: with the making of its batch"""
+    tokens: tuple[int, ...] = ()
+    """of the rows of each step, as a user has them: without padding, a prompt for each of its answers"""
+    slots: tuple[int, ...] = ()
+    """token positions that went through a model in each step, with padding, the reference's and KTO's third forward"""
+    losses: tuple[float, ...] = ()
+    """of each step, the profiled one included"""
+    gpu_ms: float | None = None
+    """of one more step, while the GPU did something: the rest it waited. None on a CPU, like the next two"""
+    peak_bytes: int | None = None
+    """of the device in a step after the first, model and optimizer included"""
+    pass_bytes: int | None = None
+    """the peak of forward and backward over what is held between steps, gradients included"""
+    precompute_seconds: float | None = None
+    """of all reference log-probabilities, before the first step; None where they are not precomputed"""
+    reason: str = ""
+    """why there is nothing else"""
+
+    @property
+    def first_ms(self) -> float | None:
+        """Of the first step, in which kernels compile."""
+        return self.ms[0] if self.ms else None
+
+    @property
+    def median_ms(self) -> float | None:
+        """Of the later steps."""
+        return statistics.median(self.ms[1:]) if self.ms else None
+
+    @property
+    def slowest_ms(self) -> float | None:
+        """Of the later steps."""
+        return max(self.ms[1:]) if self.ms else None
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Of all later steps together."""
+        return sum(self.tokens[1:]) / sum(self.ms[1:]) * 1e3 if self.ms else None
+
+    @property
+    def slots_per_step(self) -> float | None:
+        """The mean of the later steps."""
+        return statistics.mean(self.slots[1:]) if self.slots else None
+
+
+def measure(job: Job) -> Measured:
+    """Train as the job says; whatever fails becomes the reason why there are no figures."""
+    with tempfile.TemporaryDirectory() as folder, quiet():
+        try:
+            trainer, tokens = build(job, folder)
+            stopwatch = _stopwatch(job, _embeddings(trainer))
+            trainer.add_callback(stopwatch)
+            trainer.train()
+        except Exception as error:  # the other rows must go on
+            return Measured(reason=in_short(error))
+    losses = tuple(row["loss"] for row in trainer.state.log_history if "loss" in row)
+    seconds = getattr(trainer, "precompute_seconds", None)
+    steps = len(stopwatch.ms)
+    more = stopwatch.of_the_gpu | {"precompute_seconds": seconds}
+    return Measured(tuple(stopwatch.ms), tuple(tokens[:steps]), tuple(stopwatch.slots), losses, **more)
+
+
+def build(job: Job, folder: str) -> tuple[Any, list[int]]:
+    """The trainer of a job, which would write into `folder`, and the tokens of each step."""
+    import datasets
+
+    from fusedalign.trl.arguments import trl_class
+
+    training, side, cuda = TRAININGS[job.training], SIDES[job.side], job.device == "cuda"
+    rows, tokens = examples(job)
+    args = trl_class(f"{training.trainer}Config")(
+        output_dir=folder,
+        max_steps=job.all_steps,
+        per_device_train_batch_size=job.batch,
+        train_sampling_strategy="sequential",  # so that it is known which rows a step has
+        max_length=MAX_LENGTH,
+        gradient_checkpointing=True,
+        learning_rate=1e-6,
+        bf16=cuda,
+        use_cpu=not cuda,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=training.trainer not in ("CPO", "ORPO"),
+        **({"precompute_ref_log_probs": True} if side.precomputed else {}),
+        **training.config,
+    )
+    trainer = _trainer_class(training.trainer, side)(
+        args=args,
+        train_dataset=datasets.Dataset.from_list(rows),
+        processing_class=tokenizer(job),
+        **_models(job),
+        **(_keywords(side, job.impl) if side.fused else {}),
+    )
+    return trainer, tokens
+
+
+def _keywords(side: Side, impl: str) -> dict[str, Any]:
+    """What a Fused trainer is given for a side."""
+    return {"impl": impl, "packed": side.packed} | ({"liger_kernels": True} if side.liger else {})
+
+
+def _models(job: Job) -> dict[str, Any]:
+    """The model, and its adapter or its reference, as the keywords of a trainer."""
+    import transformers
+
+    training, side = TRAININGS[job.training], SIDES[job.side]
+    dtype = torch.bfloat16 if job.device == "cuda" else torch.float32
+    torch.manual_seed(0)
+    with torch.device(job.device):
+        config = transformers.Qwen3Config(**SIZES[job.size].config)
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+    models = {"model": model}
+    if training.has_reference and not training.lora and not side.precomputed:
+        models["ref_model"] = copy.deepcopy(model)
+    if side.liger and not side.fused:
+        for each in models.values():  # use_liger_kernel of TRL's configurations leaves the reference as it is
+            _apply_liger(each)
+    if training.lora:
+        import peft
+
+        models["peft_config"] = peft.LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")
+    return models
+
+
+def _apply_liger(model: Any) -> None:
+    """Liger's kernels for one model, by its public function, without its loss."""
+    from liger_kernel.transformers import apply_liger_kernel_to_qwen3
+
+    on, off = ("rope", "rms_norm", "swiglu"), ("cross_entropy", "fused_linear_cross_entropy")
+    apply_liger_kernel_to_qwen3(model=model, **dict.fromkeys(on, True), **dict.fromkeys(off, False))
+
+
+def _trainer_class(name: str, side: Side) -> Any:
+    """TRL's class or ours; of a side with a precomputed reference one that times it."""
+    import fusedalign.trl
+    from fusedalign.trl.arguments import trl_class
+
+    cls: Any = getattr(fusedalign.trl, f"Fused{name}Trainer") if side.fused else trl_class(f"{name}Trainer")
+    if not side.precomputed:
+        return cls
+
+    def precompute(self: Any, *args: Any, **kwargs: Any) -> Any:
+        start = time.perf_counter()
+        try:
+            return cls._precompute_ref_logps(self, *args, **kwargs)
+        finally:
+            self.precompute_seconds = time.perf_counter() - start
+
+    return type(cls.__name__, (cls,), {"_precompute_ref_logps": precompute})
+
+
+def _embeddings(trainer: Any) -> list[Any]:
+    """Those of the model and of its reference: every token position of a forward goes through them."""
+    models = [trainer.model, getattr(trainer, "ref_model", None)]
+    return [trainer.accelerator.unwrap_model(model).get_input_embeddings() for model in models if model is not None]
+
+
+def _stopwatch(job: Job, embeddings: list[Any]) -> Any:
+    import transformers
+
+    class Stopwatch(transformers.TrainerCallback):
+        """Times and slots of the steps, peaks of memory after the first one, and a profile of the last."""
+
+        def __init__(self) -> None:
+            self.ms: list[float] = []
+            self.slots: list[int] = []
+            self.of_the_gpu: dict[str, Any] = {}
+            self.peak = self.passes = self.held = self.seen = 0
+            self.profiler: profile | None = None
+            for embedding in embeddings:
+                embedding.register_forward_pre_hook(self.count)
+
+        def count(self, module: Any, args: tuple[Any, ...]) -> None:
+            self.seen += args[0].numel()
+
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
+            self.start_of_step()
+
+        def start_of_step(self) -> None:
+            synchronize(job.device)
+            self.seen, self.start = 0, time.perf_counter()
+
+        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if job.device == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+                self.held = torch.cuda.memory_allocated()
+                if state.global_step == job.all_steps - 1:
+                    self.profiler = profile(activities=[ProfilerActivity.CUDA])
+                    self.profiler.start()
+
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if job.device == "cuda" and state.global_step:
+                self.passes = max(self.passes, torch.cuda.max_memory_allocated() - self.held)
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            synchronize(job.device)
+            if state.global_step < job.all_steps:
+                self.ms.append((time.perf_counter() - self.start) * 1e3)
+                self.slots.append(self.seen)
+            if job.device == "cuda" and state.global_step > 1:
+                self.peak = max(self.peak, torch.cuda.max_memory_allocated())
+            if self.profiler is not None:
+                self.profiler.stop()
+                busy = covered(spans(self.profiler, job.device)) / 1e3
+                self.of_the_gpu = {"gpu_ms": busy, "peak_bytes": self.peak, "pass_bytes": self.passes}
+            self.start_of_step()
+
+    return Stopwatch()
