@@ -68,6 +68,7 @@ def eager_varlen(q, k, v, query_offsets, key_offsets, max_q, max_k, *, scale, wi
 def varlen_on_cpu(monkeypatch):
     """`_varlen`, with the kernel's place taken by plain code, so that what is around the kernel is tested here too."""
     monkeypatch.setattr(packed_attention, "varlen_attention", lambda: eager_varlen)
+    monkeypatch.setattr(packed_attention, "_has_gqa_option", lambda: True)
     return _varlen
 
 
@@ -106,9 +107,9 @@ def test_right_padded_rows(heads, window):
 
 def test_gradients_of_shared_keys():
     batch = pack_rows(ROWS, groups=3)
-    keys = torch.randn(batch.tokens, 2, dtype=torch.float64, requires_grad=True)
+    keys, values = (torch.randn(batch.tokens, 2, dtype=torch.float64, requires_grad=True) for _ in range(2))
     assert batch.shared is not None
-    assert torch.autograd.gradcheck(lambda x: _WithPrefixes.apply(x, *batch.shared), (keys,))
+    assert torch.autograd.gradcheck(lambda k, v: _WithPrefixes.apply(k, v, *batch.shared), (keys, values))
 
 
 # ------------------------------------------------------------------------------------------------------------- on a GPU
