@@ -1,0 +1,328 @@
+"""The proof: what it refuses and why, that it leaves no trace, and that it finds what has been broken on purpose."""
+
+from pathlib import Path
+
+import families
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+
+from fusedalign.packing import LayoutError, LayoutMismatchError, enable, enable_unmasked
+from fusedalign.packing import attention as packed_attention
+from fusedalign.packing import proof as proofs
+
+TRACES = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def traces(model):
+    """All of a model that a proof must leave as it was."""
+    config = model.config.get_text_config()
+    return {
+        "attention": (model.config._attn_implementation, config._attn_implementation),
+        "modes": [module.training for module in model.modules()],
+        "hooks": [len(getattr(module, name)) for module in model.modules() for name in TRACES],
+        "hooks of parameters": [len(p._post_accumulate_grad_hooks or ()) for p in model.parameters()],
+        "parameters": [(id(p), p.requires_grad, p._version) for p in model.parameters()],
+        "grads": [id(p.grad) for p in model.parameters()],
+        "random": torch.get_rng_state().tolist(),
+    }
+
+
+def assert_no_trace(model, check, **changed):
+    """`check()` changes nothing but what is given."""
+    for i, module in enumerate(model.modules()):  # a pattern that no default has
+        module.training = i % 3 > 0
+    for i, parameter in enumerate(model.parameters()):
+        parameter.grad = torch.full_like(parameter, i) if parameter.requires_grad and i % 2 else None
+    before = traces(model) | changed
+    values = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+    check()
+    assert traces(model) == before
+    assert all(p.grad is None if v is None else torch.equal(p.grad, v) for p, v in zip(model.parameters(), values))
+
+
+@pytest.mark.parametrize("name", families.REFUSED)
+def test_what_is_refused(name):
+    architecture, options, reason = families.REFUSED[name]
+    model = families.build(architecture, options, attention=None)
+
+    def check():
+        with pytest.raises(LayoutError, match=reason):
+            enable(model)
+
+    assert_no_trace(model, check)
+
+
+@pytest.mark.parametrize("name", ["falcon_h1", "qwen3_next", "lfm2", "falcon", "stablelm", "llama4", "gpt2"])
+def test_what_is_refused_without_a_mask(name):
+    architecture, options, reason = families.REFUSED[name]
+    model = families.build(architecture, options, attention=None)
+
+    def check():
+        with pytest.raises(LayoutError, match=reason):
+            enable_unmasked(model)
+
+    assert_no_trace(model, check)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("t5", "T5ForConditionalGeneration is an encoder-decoder"),
+        ("qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration takes more than text"),
+    ],
+)
+def test_models_that_are_no_text_decoders(name, reason, monkeypatch):
+    pytest.importorskip("trl")
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "trl"))
+    import tiny
+
+    model = tiny.MODELS[name]()
+    for prove in (enable, enable_unmasked):
+
+        def check(prove=prove):
+            with pytest.raises(LayoutError, match=reason):
+                prove(model)
+
+        assert_no_trace(model, check)
+
+
+@pytest.mark.parametrize("prove", [enable, enable_unmasked])
+def test_what_is_proven_leaves_its_attention_alone(prove):
+    model = families.build(*families.PACKABLE["gemma3"])
+    for parameter in list(model.parameters())[::3]:
+        parameter.requires_grad_(False)
+    name = packed_attention.PREFIX + "sdpa"
+    assert_no_trace(model, lambda: prove(model), attention=(name, name))
+    assert_no_trace(model, lambda: prove(model))  # again
+
+
+def test_frozen_and_quantised_models_are_proven_by_hidden_states():
+    model = families.build(*families.PACKABLE["qwen3"]).requires_grad_(False)
+    proof = enable(model)
+    assert proof.gradient_difference == 0
+    assert 0 < proof.difference <= proof.allowed
+
+
+def test_a_model_that_is_not_in_memory():
+    with torch.device("meta"):
+        model = families.build(*families.PACKABLE["qwen3"])
+    with pytest.raises(LayoutError, match="Qwen3ForCausalLM has weights that are not in memory"):
+        enable(model)
+
+
+def test_attention_that_is_not_sdpa_keeps_its_mask():
+    model = families.build(*families.PACKABLE["qwen3"], attention="eager")
+    with pytest.raises(LayoutError, match="eager attention has its own way with masks"):
+        enable_unmasked(model)
+    enable(model)
+
+
+def test_errors_of_a_model_say_what_went_wrong():
+    model = families.build(*families.PACKABLE["qwen3"])
+
+    def broken(*_, **__):
+        raise KeyError("its own bug")
+
+    def check():
+        model.base_model.forward = broken
+        with pytest.raises(LayoutError, match="Qwen3ForCausalLM fails in it with KeyError: 'its own bug'"):
+            enable(model)
+        del model.base_model.forward
+
+    assert_no_trace(model, check)
+
+
+def test_without_a_layout_nothing_changes():
+    """Masks, caches and generation are those of the attention that the model had."""
+    for attention in ("sdpa", "eager"):
+        model = families.build(*families.PACKABLE["gemma3"], attention=attention).eval()
+        ids, mask = families.padded_pairs(0)
+        mask = torch.cat([mask[:, :2] * 0, mask[:, 2:]], 1)  # on both sides
+        ask = (
+            lambda: (  # noqa: E731
+                model(input_ids=ids, attention_mask=mask).logits,
+                model.generate(ids[:, :4], attention_mask=mask[:, :4], max_new_tokens=9, do_sample=False),
+            )
+        )
+        before = ask()
+        enable(model)
+        after = ask()
+        assert torch.equal(before[0], after[0])
+        assert torch.equal(before[1], after[1])
+
+
+# ------------------------------------------------------------------------------------------------- broken on purpose
+
+
+def _positions(monkeypatch):
+    """Those of the later answers are off by one."""
+    change_batches(monkeypatch, lambda batch: {"position_ids": batch.position_ids + in_answers(batch)})
+
+
+def in_answers(batch):
+    """[1, S]: 1 for the tokens that follow a prefix."""
+    mask = torch.zeros_like(batch.position_ids)
+    for segment in batch.segments:
+        if segment.prefix_length:
+            mask[:, segment.start : segment.start + segment.length] = 1
+    return mask
+
+
+def change_batches(monkeypatch, change):
+    import dataclasses
+
+    original = proofs.pack_padded
+    monkeypatch.setattr(
+        proofs,
+        "pack_padded",
+        lambda *a, **k: (lambda batch: dataclasses.replace(batch, **change(batch)))(original(*a, **k)),
+    )
+
+
+def change_segments(monkeypatch, change):
+    change_batches(monkeypatch, lambda batch: {"segments": tuple(change(segment) for segment in batch.segments)})
+
+
+def _prefix_dropped(monkeypatch):
+    change_segments(monkeypatch, lambda segment: segment._replace(prefix_start=0, prefix_length=0))
+
+
+def _prefix_short(monkeypatch):
+    """Its last token is not seen."""
+    change_segments(monkeypatch, lambda segment: segment._replace(prefix_length=max(0, segment.prefix_length - 1)))
+
+
+def _sibling_seen(monkeypatch):
+    """An answer sees one token of the other one: the prefix reaches too far."""
+    change_segments(
+        monkeypatch, lambda segment: segment._replace(prefix_length=segment.prefix_length + (segment.prefix_length > 0))
+    )
+
+
+def _wrong_prefix(monkeypatch):
+    """That of the first prompt for all."""
+    change_segments(monkeypatch, lambda segment: segment._replace(prefix_start=0))
+
+
+def change_causal(monkeypatch, change):
+    """`change(scale, window)` -> what attention takes in their place."""
+    original = packed_attention._causal
+
+    def causal(query, key, value, scale, window):
+        return original(query, key, value, *change(scale, window))
+
+    monkeypatch.setattr(packed_attention, "_causal", causal)
+
+
+def _scale(monkeypatch):
+    change_causal(monkeypatch, lambda scale, window: (scale * 1.05, window))
+
+
+def _window_ignored(monkeypatch):
+    change_causal(monkeypatch, lambda scale, window: (scale, None))
+
+
+def _window_wide(monkeypatch):
+    change_causal(monkeypatch, lambda scale, window: (scale, window and window + 1))
+
+
+def _window_narrow(monkeypatch):
+    change_causal(monkeypatch, lambda scale, window: (scale, window and window - 1))
+
+
+def _not_causal(monkeypatch):
+    """A query sees the token after it."""
+
+    def causal(query, key, value, scale, window):
+        queries, keys = query.shape[2], key.shape[2]
+        mask = torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries + 1)
+        return torch.nn.functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, scale=scale, enable_gqa=True
+        )
+
+    monkeypatch.setattr(packed_attention, "_causal", causal)
+
+
+class _Scaled(torch.autograd.Function):
+    """The right values, and gradients that are not."""
+
+    @staticmethod
+    def forward(ctx, x, factor):
+        ctx.factor = factor
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return ctx.factor(grad), None
+
+
+def change_gradients(monkeypatch, factor):
+    original = packed_attention._causal
+
+    def causal(query, key, value, scale, window):
+        if query.shape[2] < key.shape[2]:  # after a prefix
+            key, value = _Scaled.apply(key, factor), _Scaled.apply(value, factor)
+        return original(query, key, value, scale, window)
+
+    monkeypatch.setattr(packed_attention, "_causal", causal)
+
+
+def _gradients_lost(monkeypatch):
+    """The prompt learns nothing from the later answers."""
+
+    def lost(grad):
+        grad = grad.clone()
+        grad[:, :, :2] = 0
+        return grad
+
+    change_gradients(monkeypatch, lost)
+
+
+def _gradients_misplaced(monkeypatch):
+    """Each goes to the token before."""
+    change_gradients(monkeypatch, lambda grad: grad.roll(-1, 2))
+
+
+FAULTS = {
+    "positions": _positions,
+    "prefix dropped": _prefix_dropped,
+    "prefix short": _prefix_short,
+    "sibling seen": _sibling_seen,
+    "another prompt": _wrong_prefix,
+    "scale": _scale,
+    "not causal": _not_causal,
+    "gradients lost": _gradients_lost,
+    "gradients misplaced": _gradients_misplaced,
+}
+WINDOW_FAULTS = {
+    "window ignored": _window_ignored,
+    "window wide": _window_wide,
+    "window narrow": _window_narrow,
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["qwen3", "gpt_neox", "deepseek_v3"])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_is_found(fault, name, dtype, monkeypatch):
+    model = families.build(*families.PACKABLE[name], dtype=dtype)
+    FAULTS[fault](monkeypatch)
+    with pytest.raises(LayoutMismatchError, match="does not come out as in the padded layout"):
+        enable(model)
+    assert not packed_attention.installed(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("window", [4, 4096])
+@pytest.mark.parametrize("name", ["mistral", "gemma3"])
+@pytest.mark.parametrize("prove", [enable, enable_unmasked])
+@pytest.mark.parametrize("fault", WINDOW_FAULTS)
+def test_a_fault_of_windows_is_found(fault, prove, name, window, dtype, monkeypatch):
+    """Also where windows are wider than the rows of the proof are long."""
+    architecture, options = families.PACKABLE[name]
+    model = families.build(architecture, options | {"sliding_window": window}, dtype=dtype)
+    WINDOW_FAULTS[fault](monkeypatch)
+    with pytest.raises(LayoutError):
+        prove(model)
