@@ -495,7 +495,8 @@ def _stores(problem: Problem, d_weight: Tensor | None, *, workspace: bool) -> li
     memory = memory.view(torch.uint8)
     flat = memory[: len(memory) // dtype.itemsize * dtype.itemsize].view(dtype)
     row_bytes = 0 if d_weight is None else d_weight.shape[1] * d_weight.itemsize
-    first = min(n, row_bytes // dtype.itemsize)
+    first = row_bytes // dtype.itemsize
+    first = n if n <= first else first - first % 8  # what follows begins at a whole number of 16 bytes; see `kernels`
     each = v * dtype.itemsize + 4 * _halves(problem)
     more = max(0, min(n - first, (plan.left - first * 4 * _halves(problem)) // each))
     if not workspace or more < n // 8:  # too few rows would not fill the GPU

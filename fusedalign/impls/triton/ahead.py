@@ -17,11 +17,14 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 #: Launches of a dry run: what a kernel is compiled for -> the kernel and its arguments.
 _Launches = dict[Hashable, tuple[Any, tuple, dict[str, Any]]]
 _dry_run: ContextVar[_Launches | None] = ContextVar("fusedalign_dry_run", default=None)
+#: Elementwise operations with results of truth.
+_TESTS = {f"aten::{name}" for name in ("eq", "ne", "lt", "le", "gt", "ge", "isnan")}
 _prepared: set[Hashable] = set()
 _compiling: list[Future] = []
 _lock = threading.Lock()
@@ -58,11 +61,35 @@ def launches_of(dry_run: Callable[[], object]) -> _Launches:
     launches: _Launches = {}
     token = _dry_run.set(launches)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), NoArithmetic():
             dry_run()
     finally:
         _dry_run.reset(token)
     return launches
+
+
+class NoArithmetic(TorchDispatchMode):
+    """Gives results of elementwise and in-place operations their shape without asking PyTorch for it.
+
+    For tensors without memory PyTorch loads its compiler to tell, which takes seconds.
+    """
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """False: PyTorch would load the compiler in order to keep it out."""
+        return False
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if kwargs.get("out") is not None:
+            return kwargs["out"]
+        if function._schema.name.endswith("_"):
+            return args[0]
+        if torch.Tag.pointwise in function.tags:
+            largest = max((x for x in args if isinstance(x, Tensor)), key=Tensor.numel)
+            dtype = torch.bool if function._schema.name in _TESTS else largest.dtype
+            return torch.empty(largest.shape, dtype=dtype, device=largest.device)
+        return function(*args, **kwargs)
 
 
 def _signature(kernel: Any, args: tuple, kwargs: dict[str, Any]) -> Hashable:
@@ -73,7 +100,7 @@ def _signature(kernel: Any, args: tuple, kwargs: dict[str, Any]) -> Hashable:
     )
 
 
-def _constant(x: Any) -> Hashable:
+def _constant(x: Any) -> tuple:
     return type(x), x
 
 
@@ -85,7 +112,7 @@ def _type(x: Any, parameter: Any) -> Hashable:
         return x.dtype, not parameter.do_not_specialize_on_alignment and x.data_ptr() % 16 == 0
     if isinstance(x, int):
         return x.bit_length() > 31, not parameter.do_not_specialize and (x == 1, x % 16 == 0)
-    return type(x)
+    return (type(x),)
 
 
 def _compile_all(device: torch.device, launches: _Launches) -> list[Future]:

@@ -27,13 +27,13 @@ def prepare_path(problem: Problem, path: Hashable, run: Callable[[Problem], obje
     device = problem.hidden.device
 
     def dry_run() -> None:
-        for n in _tokens_of_dry_runs(problem):
+        for n in tokens_of_dry_runs(problem):
             run(_without_memory(problem, n))
 
     ahead.prepare((path, device, layouts, numbers, hidden, len(problem.head)), device, dry_run)
 
 
-def _tokens_of_dry_runs(problem: Problem) -> tuple[int, int]:
+def tokens_of_dry_runs(problem: Problem) -> tuple[int, int]:
     """Two numbers of tokens that between them take every branch: all tokens in one tile, and more than can be kept."""
     v, d = problem.weight.shape
     return 2, 8 * TOKENS_AT_ONCE + 4 * d + (problem.tiling.workspace or DEFAULT_WORKSPACE) // v
