@@ -88,7 +88,8 @@ class Fused:
         """Put this package's head on a model of this trainer."""
         args = getattr(self, "args", None)
         hint, mixed = loss_hint(type(self), args), mixed_precision(args)
-        add_lm_head(model, outputs, options=self.head_options, loss_hint=hint, mixed=mixed)
+        trains = model is not getattr(self, "ref_model", None)
+        add_lm_head(model, outputs, options=self.head_options, loss_hint=hint, mixed=mixed, trains=trains)
 
 
 class FusedWithReference(KeyedReference, Fused):

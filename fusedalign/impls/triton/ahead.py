@@ -7,6 +7,7 @@ there are processors, and the next launch waits for them.
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from collections.abc import Callable, Hashable
@@ -19,6 +20,8 @@ import triton
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.tools.tensor_descriptor import TensorDescriptor
+
+_log = logging.getLogger("fusedalign")
 
 #: Launches of a dry run: what a kernel is compiled for -> the kernel and its arguments.
 _Launches = dict[Hashable, tuple[Any, tuple, dict[str, Any]]]
@@ -37,7 +40,7 @@ def launch(kernel: Any, programs: int, *args: Any, **kwargs: Any) -> None:
         launches.setdefault(_signature(kernel, args, kwargs), (kernel, args, kwargs))
         return
     if _compiling:
-        _wait()
+        wait_for_all()
     kernel[(programs,)](*args, **kwargs)
 
 
@@ -49,7 +52,11 @@ def prepare(key: Hashable, device: torch.device, dry_run: Callable[[], object]) 
     if key in _prepared or _dry_run.get() is not None:
         return
     _prepared.add(key)
-    launches = launches_of(dry_run)
+    try:
+        launches = launches_of(dry_run)
+    except Exception as error:  # of a PyTorch that does not know one of the operations without memory
+        _log.info("kernels will be compiled when they are launched: their dry run failed (%s)", error)
+        return
     if launches:
         futures = _compile_all(device, launches)
         with _lock:
@@ -69,7 +76,7 @@ def launches_of(dry_run: Callable[[], object]) -> _Launches:
 
 
 class NoArithmetic(TorchDispatchMode):
-    """Gives results of elementwise and in-place operations their shape without asking PyTorch for it.
+    """Gives results of elementwise and in-place operations, and of any(), their shape without asking PyTorch for it.
 
     For tensors without memory PyTorch loads its compiler to tell, which takes seconds.
     """
@@ -83,11 +90,14 @@ class NoArithmetic(TorchDispatchMode):
         kwargs = kwargs or {}
         if kwargs.get("out") is not None:
             return kwargs["out"]
-        if function._schema.name.endswith("_"):
+        name = function._schema.name
+        if name.endswith("_"):
             return args[0]
+        if name == "aten::any":
+            return torch.empty((), dtype=torch.bool, device=args[0].device)
         if torch.Tag.pointwise in function.tags:
             largest = max((x for x in args if isinstance(x, Tensor)), key=Tensor.numel)
-            dtype = torch.bool if function._schema.name in _TESTS else largest.dtype
+            dtype = torch.bool if name in _TESTS else largest.dtype
             return torch.empty(largest.shape, dtype=dtype, device=largest.device)
         return function(*args, **kwargs)
 
@@ -134,7 +144,7 @@ def _compile(device: torch.device, kernel: Any, args: tuple, kwargs: dict[str, A
         getattr(compiled, "run", None)  # loads it, for which some Tritons compile a launcher in C
 
 
-def _wait() -> None:
+def wait_for_all() -> None:
     """For all that is being compiled."""
     with _lock:
         futures = list(_compiling)
