@@ -132,14 +132,10 @@ class Rows:
             options |= {"hidden": hidden, "hidden_stride": stride, "SOURCE": "pointer"}
         return options if weight is None else options | _right(weight, options["SOURCE"], blocks)
 
-    def launch(self, tile: Tile, blocks: Blocks, described: bool = False) -> tuple[dict[str, Any], int]:
-        """Arguments that `sums_kernel` and `grads_kernel` share, and the number of programs.
-
-        `described`: nothing is written to rows of the tile's width but through a descriptor.
-        """
+    def launch(self, tile: Tile, blocks: Blocks) -> tuple[dict[str, Any], int]:
+        """Arguments that `sums_kernel` and `grads_kernel` share, and the number of programs."""
         options, weight = self.options(blocks), tile.weight
-        unit = 1 if described and options["SOURCE"] != "memory" else tile.unit
-        here: dict[str, Any] = {"v": tile.v // unit, "UNIT": unit, "v_start": tile.vocab.start}
+        here: dict[str, Any] = {"v": tile.v // tile.unit, "UNIT": tile.unit, "v_start": tile.vocab.start}
         if options["SOURCE"] == "memory":  # the library's fp32 product: tensor cores have none
             z = torch.mm(self.hidden, weight.t())
             here |= {"hidden": z, "weight": None}
@@ -185,7 +181,7 @@ class Tile:
 
     @property
     def unit(self) -> int:
-        """Of `v` for the kernels: 16 lets them read and write a row in wide pieces."""
+        """Of `v` for the kernels: 16 lets them read and write a row in wide pieces, and masks take fewer registers."""
         return 16 if self.v % 16 == 0 else 1
 
 
@@ -208,17 +204,12 @@ class Kept(NamedTuple):
     reference: Tensor | None = None
     """[n]: given instead of those"""
 
-    def described(self, blocks: Blocks) -> bool:
-        """Whether the kernel writes it through a descriptor."""
-        x = self.tiles
-        return blocks.descriptor and _describable(x[0]) and x.stride(0) * x.element_size() % 16 == 0
-
     def arguments(self, blocks: Blocks, unit: int) -> dict[str, Any]:
-        """For the kernel."""
-        tiles, described = self.tiles, self.described(blocks)
-        if described:
+        """For the kernel, rows in units of `unit` columns."""
+        tiles, described = self.tiles, False
+        if blocks.descriptor and _describable(tiles[0]) and tiles.stride(0) * tiles.element_size() % 16 == 0:
             shape, strides = list(tiles.shape), list(tiles.stride())
-            tiles = TensorDescriptor(tiles, shape, strides, [1, blocks.n, blocks.v // 2])
+            tiles, described = TensorDescriptor(tiles, shape, strides, [1, blocks.n, blocks.v // 2]), True
         return {
             "kept": tiles,
             "kept_span": self.tiles.shape[2] if len(self.tiles) > 1 else _ALL_COLUMNS,
@@ -263,7 +254,7 @@ class BlockSums:
     def add(self, tile: Tile, sums: RowSums, *, start: int = 0, keep: Kept | None = None) -> None:
         """Make the sums of a tile, whose first column is the `start`-th here, and the targets' logits in it."""
         blocks = blocks_for(tile.weight.device)
-        options, programs = tile.rows.launch(tile, blocks, keep is None or keep.described(blocks))
+        options, programs = tile.rows.launch(tile, blocks)
         first = start // self.block_v
         names = ("block_max", "block_e", "block_e_log_e", "block_e_sq", "block_logit", "block_top")
         ahead.launch(
@@ -273,7 +264,7 @@ class BlockSums:
             **{name: None if x is None else x[first:] for name, x in zip(names, self.parts, strict=True)},
             **self._flags(),
             target_logit=sums.target[tile.rows.tokens],
-            **(_KEEP_NOTHING if keep is None else keep.arguments(blocks, options["UNIT"])),
+            **(_KEEP_NOTHING if keep is None else keep.arguments(blocks, tile.unit)),
         )
 
     def fold(self, sums: RowSums, tokens: slice) -> None:
@@ -308,10 +299,10 @@ def logit_grads(tile: Tile, grads: TokenGrads, out: Tensor, *, d_bias: bool) -> 
         Their sums over the tokens, [v] fp32, if `d_bias`.
     """
     blocks, problem = blocks_for(out.device), tile.rows.problem
-    described = blocks.descriptor and _describable(out)
-    options, programs = tile.rows.launch(tile, blocks, described)
+    options, programs = tile.rows.launch(tile, blocks)
     d_entropy, entropy = grads.entropy or (None, None)
     sums = _d_bias_parts(tile, blocks.n) if d_bias else None
+    described = blocks.descriptor and _describable(out)
     ahead.launch(
         kernels.grads_kernel,
         programs,
