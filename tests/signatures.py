@@ -9,7 +9,6 @@ import random
 import sys
 
 import torch
-import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime import jit

@@ -1,4 +1,4 @@
-"""No step waits for a compiler: each kernel is compiled once, whatever the number of tokens, and ahead of its launch."""
+"""No step waits for a compiler: each kernel is compiled once, whatever the number of tokens, and before its launch."""
 
 import collections
 import json
@@ -15,8 +15,8 @@ from fusedalign import linear_cross_entropy, linear_logps
 
 pytest.importorskip("triton", reason="triton is not installed: it has nothing to compile")
 
-#: Most variants of a kernel in one path: with memory for e and without, and of each those of a vocabulary's last columns,
-#: where V is no multiple of 8 or 16.
+#: Most variants of a kernel in one path: with memory for e and without, and of each those of a vocabulary's last
+#: columns, where V is no multiple of 16.
 MOST = {"sums_kernel": 4, "grads_kernel": 2, "kept_grads_kernel": 2}
 
 

@@ -28,7 +28,9 @@ _Launches = dict[Hashable, tuple[Any, tuple, dict[str, Any]]]
 _dry_run: ContextVar[_Launches | None] = ContextVar("fusedalign_dry_run", default=None)
 #: Elementwise operations with results of truth.
 _TESTS = {f"aten::{name}" for name in ("eq", "ne", "lt", "le", "gt", "ge", "isnan")}
+#: What needs no second dry run, and what no second compilation.
 _prepared: set[Hashable] = set()
+_submitted: set[Hashable] = set()
 _compiling: list[Future] = []
 _lock = threading.Lock()
 
@@ -57,10 +59,11 @@ def prepare(key: Hashable, device: torch.device, dry_run: Callable[[], object]) 
     except Exception as error:  # of a PyTorch that does not know one of the operations without memory
         _log.info("kernels will be compiled when they are launched: their dry run failed (%s)", error)
         return
-    if launches:
-        futures = _compile_all(device, launches)
-        with _lock:
-            _compiling.extend(futures)
+    with _lock:
+        new = {key: launch for key, launch in launches.items() if (device, key) not in _submitted}
+        _submitted.update((device, key) for key in new)
+        if new:
+            _compiling.extend(_compile_all(device, new))
 
 
 def launches_of(dry_run: Callable[[], object]) -> _Launches:
@@ -76,9 +79,9 @@ def launches_of(dry_run: Callable[[], object]) -> _Launches:
 
 
 class NoArithmetic(TorchDispatchMode):
-    """Gives results of elementwise and in-place operations, and of any(), their shape without asking PyTorch for it.
+    """Gives results of elementwise and in-place operations, and a few others, their shape without asking PyTorch.
 
-    For tensors without memory PyTorch loads its compiler to tell, which takes seconds.
+    For tensors without memory PyTorch loads parts of its compiler to tell, which takes seconds.
     """
 
     @classmethod
@@ -93,6 +96,8 @@ class NoArithmetic(TorchDispatchMode):
         name = function._schema.name
         if name.endswith("_"):
             return args[0]
+        if name.endswith("_like"):
+            return torch.empty(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype, device=args[0].device)
         if name == "aten::any":
             return torch.empty((), dtype=torch.bool, device=args[0].device)
         if torch.Tag.pointwise in function.tags:
