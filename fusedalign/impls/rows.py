@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -141,7 +142,7 @@ class TokenGrads:
     def largest(self) -> Tensor:
         """The largest upstream gradient, a scalar."""
         upstream = [self.logps, *([] if self.lse is None else [self.lse]), *(self.entropy or ())[:1]]
-        return torch.stack([g.abs().amax() for g in upstream]).amax()
+        return functools.reduce(torch.maximum, (g.abs().amax() for g in upstream))
 
 
 def grads_of_token_loss(

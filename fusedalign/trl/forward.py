@@ -56,6 +56,7 @@ def add_lm_head(
     loss_hint: str | None = None,
     mixed: torch.dtype | None = None,
     layouts: Layouts | None = None,
+    trains: bool = True,
 ) -> None:
     """Give `model` the forward described above.
 
@@ -67,12 +68,15 @@ def add_lm_head(
         loss_hint: as in `linear_logps`.
         mixed: the dtype of mixed precision, if there is any.
         layouts: how the trainer's rows are laid out; default: with a mask.
+        trains: whether the model will be trained, and not only be a reference.
 
     Raises:
         TypeError, ValueError: the head cannot be read, see `lm_head`, the model's backbone cannot be told, or no impl
             does what the options ask for.
     """
-    options.check(lm_head(model), (ours for theirs, ours in OUTPUT_NAMES.items() if theirs in outputs), mixed=mixed)
+    head, wanted = lm_head(model), [ours for theirs, ours in OUTPUT_NAMES.items() if theirs in outputs]
+    options.check(head, wanted, mixed=mixed)
+    options.prepare(head, wanted, mixed=mixed, trains=trains)
     if model.base_model is model:
         raise TypeError(f"expected a model whose base_model is its backbone, got {type(model).__name__}")
     layouts = Layouts() if layouts is None else layouts

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -54,6 +55,28 @@ class HeadOptions(NamedTuple):
             tiling=Tiling(workspace=self.workspace),
         )
         resolve(self.impl, problem)
+
+    def prepare(
+        self, head: LMHead, outputs: Iterable[str] = (), *, mixed: torch.dtype | None = None, trains: bool = True
+    ) -> None:
+        """Let the impl compile, in the background, what it will launch for a head that is where it will be.
+
+        Args:
+            head, outputs, mixed: as in `check`.
+            trains: whether there will be calls with gradients, and not only such without.
+        """
+        parts = head.weight if isinstance(head.weight, tuple) else (head.weight,)
+        bias = head.bias
+        if not trains:
+            parts, bias = tuple(x.detach() for x in parts), None if bias is None else bias.detach()
+        dtype = mixed or parts[0].dtype
+        hidden = parts[0].new_empty((0, sum(x.shape[1] for x in parts)), dtype=dtype).requires_grad_(trains)
+        targets = hidden.new_empty(0, dtype=torch.int64)
+        problem = Problem(hidden, beside(parts, dtype), targets, dtype, bias, head.scale, head.softcap)
+        problem = replace(problem, outputs=frozenset(outputs), tiling=Tiling(workspace=self.workspace))
+        impl: Any = resolve(self.impl, replace(problem, filter_eps=self.filter_eps))
+        if hasattr(impl, "prepare"):
+            impl.prepare(problem)
 
 
 def mixed_precision(args: Any) -> torch.dtype | None:

@@ -115,7 +115,15 @@ class Fused:
             add_liger_kernels(model)
         args = getattr(self, "args", None)
         hint, mixed = loss_hint(type(self), args), mixed_precision(args)
-        add_lm_head(model, outputs, options=self.head_options, loss_hint=hint, mixed=mixed, layouts=self.layouts)
+        add_lm_head(
+            model,
+            outputs,
+            options=self.head_options,
+            loss_hint=hint,
+            mixed=mixed,
+            layouts=self.layouts,
+            trains=model is not getattr(self, "ref_model", None),
+        )
 
 
 class FusedWithReference(KeyedReference, Fused):

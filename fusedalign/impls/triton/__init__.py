@@ -39,6 +39,7 @@ from fusedalign.impls.rows import (
     times,
 )
 from fusedalign.impls.tiles import Tiles, slices
+from fusedalign.impls.triton.dry import TOKENS_AT_ONCE, prepare_path
 from fusedalign.impls.triton.launch import (
     INTERPRETED,
     KEPT_ONE,
@@ -62,6 +63,7 @@ __all__ = [
     "ABOUT",
     "INTERPRETED",
     "one_pass",
+    "prepare",
     "scale_",
     "supports",
     "sweep",
@@ -77,9 +79,6 @@ ABOUT = "our Triton kernels, exact; NVIDIA GPUs from Ampere on"
 #: and those rows are summed again, slowly and relative to the largest logit. So are rows where rounding puts it as far
 #: above 0.
 _LEAST_LOGP = -60.0
-
-#: Of a tile that is added to its tokens' fp32 sums: with fewer the head is read more often, with more the sums are.
-_TOKENS_AT_ONCE = 4096
 
 
 def unavailable() -> str | None:
@@ -129,11 +128,57 @@ def _on_device(problem: Problem) -> torch.cuda.device:
     return torch.cuda.device_of(problem.hidden)
 
 
+# ---------------------------------------------------------------------------------------------------------- dry runs
+
+
+def prepare(problem: Problem) -> None:
+    """Start to compile, in the background, what calls of this kind launch, with gradients and without.
+
+    Only shapes, strides and dtypes of `problem`, and which of its tensors need a gradient, are looked at; it may have
+    no tokens. The next launch waits for what is not ready then.
+    """
+    needs = _needs(problem)
+    with _on_device(problem):
+        prepare_path(problem, ("all", needs), lambda p: _sweep_and_gradients(p, "nothing"))
+        if any(needs):
+            keep: Keep = "jacobian" if needs == (True, False, False) else "head" if needs[1] else "nothing"
+            prepare_path(problem, ("sweep", keep), lambda p: _sweep_and_gradients(p, keep))
+
+
+def _needs(problem: Problem) -> Needs:
+    hidden, weight, bias = (x is not None and x.requires_grad for x in (problem.hidden, problem.weight, problem.bias))
+    return hidden, weight, bias
+
+
+def _sweep_and_gradients(problem: Problem, keep: Keep) -> None:
+    """A sweep and, of what it has kept of a head, the gradients of log-probabilities."""
+    rows, kept = sweep(problem, keep)
+    if isinstance(kept, KeptHead):
+        two_pass_grads(problem, TokenGrads(rows.max, rows.log_e(), rows.e), _needs(problem), kept)
+
+
+def _dry_gradients(
+    problem: Problem, needs: Needs, keeps_head: bool, lse: bool, entropy: bool, round_hidden: bool
+) -> None:
+    rows, kept = sweep(problem, "head") if keeps_head else (RowSums(problem), None)
+    x = rows.e
+    grads = TokenGrads(rows.max, rows.log_e(), x, x if lse else None, (x, x) if entropy else None)
+    two_pass_grads(problem, grads, needs, kept if isinstance(kept, KeptHead) else None, round_hidden=round_hidden)
+
+
+def _dry_one_pass(problem: Problem, needs: Needs, z_loss: bool, token_loss: TokenLoss) -> None:
+    """One whose loss may be any: with a derivative by lse too, unless it is known to have none."""
+    one_pass(problem, lambda logps, lse: (logps, logps, lse if z_loss else None), needs)
+    if z_loss and not hasattr(token_loss, "z_loss"):
+        one_pass(problem, lambda logps, lse: (logps, logps, None), needs)
+
+
 # -------------------------------------------------------------------------------------------------------------- forward
 
 
 def sweep(problem: Problem, keep: Keep) -> tuple[RowSums, Jacobian | KeptHead | None]:
     """The softmax sums of all tokens, and what is to be kept for the backward."""
+    prepare_path(problem, ("sweep", keep), lambda p: _sweep_and_gradients(p, keep))
     rows = RowSums(problem)
     if keep == "head" and len(problem.targets) and isinstance(problem.weight, Tensor):
         d_weight = torch.empty_like(problem.weight, memory_format=torch.contiguous_format)
@@ -244,7 +289,7 @@ def _rows_of_head(problem: Problem, rows: RowSums) -> Iterator[tuple[slice, _Row
 
 def _any_row_is_lost(lost: list[Tensor | None]) -> bool:
     """Whether any sum of `_rows_of_head` is wrong; a wait for the GPU where the head has several parts."""
-    flags = [x for x in lost if x is not None]
+    flags = [x for x in lost if x is not None and not x.is_meta]
     return bool(flags) and bool(torch.stack(flags).any())
 
 
@@ -283,6 +328,8 @@ def two_pass_grads(
 
     That of hidden comes in its dtype or, with round_hidden=False, in fp32. What is kept in `head` is used up.
     """
+    asked = needs, head is not None, grads.lse is not None, grads.entropy is not None, round_hidden
+    prepare_path(problem, ("two_pass", *asked), lambda p: _dry_gradients(p, *asked))
     if head is None or grads.entropy is not None:  # whose gradient asks for the logits themselves
         tokens = slice(0, len(problem.hidden))
         everything = _Store(Rows(problem, tokens, _operand(problem.hidden, problem)), problem.weight.shape[0])
@@ -295,6 +342,8 @@ def two_pass_grads(
 
 def one_pass(problem: Problem, token_loss: TokenLoss, needs: Needs) -> tuple[RowSums, Tensor, Grads] | None:
     """The softmax sums, the summed loss, and its gradients by hidden, weight and bias (None where not needed)."""
+    z_loss = bool(getattr(token_loss, "z_loss", True))
+    prepare_path(problem, ("one_pass", needs, z_loss), lambda p: _dry_one_pass(p, needs, z_loss, token_loss))
     if needs[1]:
         return _one_pass_with_head(problem, token_loss, needs)
     if needs[2] or problem.operand_dtype == torch.float16:
@@ -446,7 +495,8 @@ def _stores(problem: Problem, d_weight: Tensor | None, *, workspace: bool) -> li
     memory = memory.view(torch.uint8)
     flat = memory[: len(memory) // dtype.itemsize * dtype.itemsize].view(dtype)
     row_bytes = 0 if d_weight is None else d_weight.shape[1] * d_weight.itemsize
-    first = min(n, row_bytes // dtype.itemsize)
+    first = row_bytes // dtype.itemsize
+    first = n if n <= first else first - first % 8  # what follows begins at a whole number of 16 bytes; see `kernels`
     each = v * dtype.itemsize + 4 * _halves(problem)
     more = max(0, min(n - first, (plan.left - first * 4 * _halves(problem)) // each))
     if not workspace or more < n // 8:  # too few rows would not fill the GPU
@@ -553,9 +603,13 @@ def _plan(
         tokens = min(tokens, wish.token_chunk)
     elif cut_tokens:
         # Equal parts that leave room for at least 4 blocks of columns, and for columns half of all.
-        enough = min(_TOKENS_AT_ONCE, budget / (2 * token_bytes)) if token_bytes else n
-        most = min(enough, budget / (token_bytes + 4 * block_v * each))
-        tokens = math.ceil(tokens / math.ceil(tokens / max(1, int(most))))
+        enough = min(TOKENS_AT_ONCE, budget / (2 * token_bytes)) if token_bytes else n
+        most = max(1, int(min(enough, budget / (token_bytes + 4 * block_v * each))))
+        # A part begins at a whole number of 16 bytes then, whatever a row's length is; see `kernels`.
+        most -= most % 8 if most > 8 else 0
+        parts = math.ceil(tokens / most)
+        tokens = math.ceil(tokens / parts)
+        tokens += -tokens % 8 if parts > 1 and most >= 8 else 0
     columns = wish.vocab_chunk or int((budget - tokens * token_bytes) / (tokens * each + column_bytes))
     # Of a workspace that has better uses, stored tiles take no more than keeps a GPU busy.
     most = v if cut_tokens or not logit_bytes or wish.vocab_chunk else min(v, max(8192, 2**26 // tokens))

@@ -6,6 +6,11 @@ from a tile that a library's product has written (`SOURCE`). The order of every 
 
 Names: z final logits, e = exp(z - the row's largest z in this half of a block), rows and cols positions in the operands
 of this call.
+
+**Nothing that Triton compiles for follows the number of tokens**, which differs at every step. Triton compiles anew
+where an integer becomes 1 or (not) a multiple of 16, or a pointer (not) one of 16 bytes: sizes, starts and vectors of
+one number a token are exempt from that. A size whose divisibility makes wide loads and stores comes as a count of
+units, `UNIT` a constant.
 """
 
 import triton
@@ -16,8 +21,22 @@ LOG2E = tl.constexpr(1.4426950408889634)
 KEPT_ONE = tl.constexpr(32768.0)
 #: Stands in for -inf in a difference whose exp() must be 0 and whose product with 0 must be 0.
 LOG_ZERO = tl.constexpr(-1e4)
+#: Vectors of one number a token, and of one a token and block: slices that begin anywhere, read under a mask.
+OF_TOKENS = [
+    *("targets", "target_logit", "reference", "kept_max", "of_e", "of_target", "of_total", "scale"),
+    *("block_max", "block_e", "block_e_log_e", "block_e_sq", "block_logit", "block_top"),
+    *("row_max", "row_e", "row_e_log_e", "row_e_sq", "row_logit", "row_top", "row_log_e", "row_entropy"),
+    *("d_logps", "d_lse", "d_entropy"),
+]
+#: Integers that follow the number of tokens, or how a vocabulary is cut for that number.
+SIZES = ["n", "v", "v_start", "weight_start", "blocks", "kept_tile", "kept_stride", "count"]
 #: Beyond every column.
 NO_COLUMN = tl.constexpr(2**31 - 1)
+
+
+def _kernel(function):
+    """A kernel that is compiled for none of the arguments above."""
+    return triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=OF_TOKENS)(function)
 
 
 @triton.jit
@@ -69,12 +88,12 @@ def _raw_logits(
     The rows of `weight` are those from `weight_start` on.
 
     In halves, because what is then done with each takes registers and, to be stored, shared memory.
-    SOURCE "memory": `hidden` is a tile of raw logits that a library's product has made.
+    SOURCE "memory": `hidden` is a tile of raw logits, [n, v] contiguous, that a library's product has made.
     """
     rows = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
     cols = block_v * BLOCK_V + tl.arange(0, BLOCK_V)
     if SOURCE == "memory":
-        at = rows.to(tl.int64)[:, None] * hidden_stride + cols[None, :]
+        at = rows.to(tl.int64)[:, None] * v + cols[None, :]
         z = tl.load(hidden + at, mask=(rows < n)[:, None] & (cols < v)[None, :], other=0.0)
     else:
         z = tl.zeros((BLOCK_N, BLOCK_V), dtype=tl.float32)
@@ -178,7 +197,7 @@ def _keep(
 ):
     """Store e * slope of half a block, by KEPT_ONE or by exp(m - reference); 0 at the targets.
 
-    Columns are kept in tiles of `span`, tile_stride apart, each [n, span] with rows `stride` apart.
+    Columns are kept in tiles of `span`, 16 * tile_stride apart, each [n, span] with rows `stride` apart.
     """
     if KEEP == "reference":
         e *= _exp(m - reference)[:, None]
@@ -192,11 +211,11 @@ def _keep(
     if DESCRIPTOR:
         kept.store([tile, row, inner], tl.reshape(e.to(kept.dtype), (1, HEIGHT, WIDTH)))
     else:
-        first = kept + tile.to(tl.int64) * tile_stride
+        first = kept + tile.to(tl.int64) * tile_stride * 16
         _store(first, e, row, inner, n, v - tile * span, stride, HEIGHT, WIDTH, False)
 
 
-@triton.jit(do_not_specialize=["n", "v_start", "weight_start"])
+@_kernel
 def sums_kernel(
     hidden,
     weight,
@@ -220,7 +239,7 @@ def sums_kernel(
     hidden_stride,
     weight_stride,
     kept_span,
-    kept_tile,
+    kept_tile: tl.int64,
     kept_stride,
     before,
     after,
@@ -235,6 +254,7 @@ def sums_kernel(
     TOP: tl.constexpr,
     KEEP: tl.constexpr,
     KEPT_DESCRIPTOR: tl.constexpr,
+    UNIT: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -243,11 +263,14 @@ def sums_kernel(
 ):
     """Softmax sums of each row of each block, [blocks of columns, n], and the targets' logits, [n].
 
-    KEEP "half": also e * slope * KEPT_ONE into `kept`, tiles of kept_span columns, kept_tile apart, each [n, kept_span]
-    with rows kept_stride apart, in its dtype, and the largest z by which e is into kept_max, [halves of blocks, n].
-    KEEP "reference": also exp(z - reference) * slope into `kept`. Either way 0 at the targets.
+    KEEP "half": also e * slope * KEPT_ONE into `kept`, tiles of kept_span columns, 16 * kept_tile apart, each [n,
+    kept_span] with rows kept_stride apart, in its dtype, and the largest z by which e is into kept_max, [halves of
+    blocks, n]. KEEP "reference": also exp(z - reference) * slope into `kept`. Either way 0 at the targets.
+
+    v and kept_stride come in units of UNIT.
     """
     HALF: tl.constexpr = BLOCK_V // 2
+    v, kept_stride = v * UNIT, kept_stride * UNIT
     blocks = tl.cdiv(n, BLOCK_N) * tl.cdiv(v, BLOCK_V)
     for index in tl.range(tl.program_id(0), blocks, PROGRAMS, flatten=FLATTEN):
         block_n, block_v = _block_of(index, n, v, BLOCK_N, BLOCK_V, GROUP)
@@ -357,7 +380,7 @@ def sums_kernel(
             tl.store(block_top + out, top.to(tl.int32), mask=in_n)
 
 
-@triton.jit(do_not_specialize=["n", "blocks"])
+@_kernel
 def fold_kernel(
     row_max,
     row_e,
@@ -445,7 +468,7 @@ def _logit_grads(z, cols, target, m, log_e, of_p, of_target, of_entropy, ENTROPY
     return tl.where(cols[None, :] == target[:, None], g + of_target[:, None], g)
 
 
-@triton.jit(do_not_specialize=["n", "v_start", "weight_start"])
+@_kernel
 def grads_kernel(
     hidden,
     weight,
@@ -479,14 +502,19 @@ def grads_kernel(
     ENTROPY: tl.constexpr,
     D_BIAS: tl.constexpr,
     GRAD_DESCRIPTOR: tl.constexpr,
+    UNIT: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
     GROUP: tl.constexpr,
     FLATTEN: tl.constexpr,
 ):
-    """d loss / d raw logits of a tile, [n, v] in the dtype of `grad`, and its sums over the rows of each block."""
+    """d loss / d raw logits of a tile, [n, v] in the dtype of `grad`, and its sums over the rows of each block.
+
+    v comes in units of UNIT.
+    """
     HALF: tl.constexpr = BLOCK_V // 2
+    v = v * UNIT
     blocks = tl.cdiv(n, BLOCK_N) * tl.cdiv(v, BLOCK_V)
     for index in tl.range(tl.program_id(0), blocks, PROGRAMS, flatten=FLATTEN):
         block_n, block_v = _block_of(index, n, v, BLOCK_N, BLOCK_V, GROUP)
@@ -541,7 +569,7 @@ def grads_kernel(
             tl.store(at + cols1, tl.sum(tl.where(in_n[:, None], g1, 0.0), 0), mask=cols1 < v)
 
 
-@triton.jit(do_not_specialize=["n", "v_start"])
+@_kernel
 def kept_grads_kernel(
     kept,
     of_e,
@@ -556,14 +584,16 @@ def kept_grads_kernel(
     kept_stride,
     grad_stride,
     D_BIAS: tl.constexpr,
+    UNIT: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
     """What `grads_kernel` gives, from the e that `sums_kernel` kept for this tile, [n, v] with rows kept_stride apart.
 
     of_e [blocks of kept_width columns, n] multiplies e, of_target [n] is added at the targets. A block here lies in one
-    block of there.
+    block of there. v and kept_stride come in units of UNIT.
     """
+    v, kept_stride = v * UNIT, kept_stride * UNIT
     across = tl.cdiv(v, BLOCK_V)
     block_n, block_v = tl.program_id(0) // across, tl.program_id(0) % across
     row, col = block_n * BLOCK_N, block_v * BLOCK_V
@@ -582,7 +612,7 @@ def kept_grads_kernel(
     _store(grad, g, row, col, n, v, grad_stride, BLOCK_N, BLOCK_V, DESCRIPTOR=False)
 
 
-@triton.jit
+@_kernel
 def target_logit_kernel(
     hidden, weight, targets, out, d, hidden_stride, weight_stride, weight_step, BLOCK_D: tl.constexpr
 ):
@@ -613,7 +643,7 @@ def _row_logits(
     return z
 
 
-@triton.jit(do_not_specialize=["v"])
+@_kernel
 def far_rows_kernel(
     hidden,
     weight,
@@ -686,7 +716,7 @@ def far_rows_kernel(
             tl.store(out, tl.load(out, mask=k + ks < d, other=0.0) * same, mask=k + ks < d)
 
 
-@triton.jit
+@_kernel
 def target_rows_kernel(
     total,
     weight,
@@ -722,12 +752,12 @@ def target_rows_kernel(
     tl.store(out + row * out_stride + at, x.to(out.dtype.element_ty), mask=at < d)
 
 
-@triton.jit
-def scale_kernel(x, factor, count, BLOCK: tl.constexpr):
-    """x *= factor, in place; nothing where the factor is 1."""
+@_kernel
+def scale_kernel(x, factor, count: tl.int64, UNIT: tl.constexpr, BLOCK: tl.constexpr):
+    """x *= factor, in place; nothing where the factor is 1. `count` elements come in units of UNIT."""
     by = tl.load(factor).to(tl.float32)
     if by != 1.0:
         at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        mask = at < count
+        mask = at < count * UNIT
         scaled = tl.load(x + at, mask=mask).to(tl.float32) * by
         tl.store(x + at, scaled.to(x.dtype.element_ty), mask=mask)

@@ -14,7 +14,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fusedalign.impls.rows import RowSums, TokenGrads
-from fusedalign.impls.triton import kernels
+from fusedalign.impls.triton import ahead, kernels
 from fusedalign.problem import Parts, Problem
 
 #: Triton runs its kernels on the CPU, in Python: for tests and debugging.
@@ -56,6 +56,8 @@ def blocks_for(device: torch.device) -> Blocks:
     Shared memory of a program: stages * (n + v) * d * 2 bytes and, where blocks are stored, n * v: at most 227 KiB
     (Hopper and later data-centre GPUs), 163 KiB (A100) or 99 KiB (consumer Ampere, Ada and Blackwell).
     """
+    if device.type == "meta":  # of a dry run
+        device = torch.device("cuda", torch.cuda.current_device())
     if device.type != "cuda":
         return Blocks(16, 32, 16, warps=4, stages=2, group=2, programs=3, descriptor=True)
     properties: Any = torch.cuda.get_device_properties(device)
@@ -118,31 +120,32 @@ class Rows:
         if self.hidden.dtype.itemsize == 4:
             return options | {"hidden_stride": 0, "weight_stride": 0, "weight_start": 0, "SOURCE": "memory"}
         # Triton's interpreter multiplies the bits of bf16; in fp32 the same products are exact.
-        hidden = self.hidden if self.hidden.is_cuda else self.hidden.float()
-        weight = p.weight if is_operand(p.weight, p) and p.weight.is_cuda else None  # None: tile after tile
+        hidden = self.hidden.float() if INTERPRETED else self.hidden
+        weight = p.weight if is_operand(p.weight, p) and not INTERPRETED else None  # None: tile after tile
         described = blocks.descriptor and _describable(hidden)
         described &= hidden.shape[1] * hidden.element_size() % 16 == 0 if weight is None else _describable(weight)
         if described:
             descriptor = TensorDescriptor.from_tensor(hidden, [blocks.n, blocks.d])
             options |= {"hidden": descriptor, "hidden_stride": 0, "SOURCE": "descriptor"}
         else:
-            options |= {"hidden": hidden, "hidden_stride": hidden.stride(0), "SOURCE": "pointer"}
+            stride = hidden.stride(0) if len(hidden) > 1 else hidden.shape[1]  # of one row it may be any
+            options |= {"hidden": hidden, "hidden_stride": stride, "SOURCE": "pointer"}
         return options if weight is None else options | _right(weight, options["SOURCE"], blocks)
 
-    def launch(self, tile: Tile, blocks: Blocks) -> tuple[dict[str, Any], tuple[int]]:
-        """Arguments that `sums_kernel` and `grads_kernel` share, and the grid."""
+    def launch(self, tile: Tile, blocks: Blocks) -> tuple[dict[str, Any], int]:
+        """Arguments that `sums_kernel` and `grads_kernel` share, and the number of programs."""
         options, weight = self.options(blocks), tile.weight
-        here: dict[str, Any] = {"v": tile.v, "v_start": tile.vocab.start}
+        here: dict[str, Any] = {"v": tile.v // tile.unit, "UNIT": tile.unit, "v_start": tile.vocab.start}
         if options["SOURCE"] == "memory":  # the library's fp32 product: tensor cores have none
             z = torch.mm(self.hidden, weight.t())
-            here |= {"hidden": z, "hidden_stride": z.stride(0), "weight": None}
+            here |= {"hidden": z, "weight": None}
         elif "weight" in options:
             here["weight_start"] = tile.vocab.start
         else:
-            weight = weight if weight.is_cuda else weight.float()
+            weight = weight.float() if INTERPRETED else weight
             here |= {"weight_start": 0, **_right(weight, options["SOURCE"], blocks)}
         count = _blocks(len(self), blocks.n) * _blocks(tile.v, blocks.v)
-        return options | here, (min(count, options["PROGRAMS"]),)
+        return options | here, min(count, options["PROGRAMS"])
 
 
 def _right(weight: Tensor, source: str, blocks: Blocks) -> dict[str, Any]:
@@ -176,6 +179,11 @@ class Tile:
         """Columns."""
         return self.weight.shape[0]
 
+    @property
+    def unit(self) -> int:
+        """Of `v` for the kernels: 16 lets them read and write a row in wide pieces, and masks take fewer registers."""
+        return 16 if self.v % 16 == 0 else 1
+
 
 def _describable(x: Tensor) -> bool:
     return x.data_ptr() % 16 == 0 and (x.stride(0) * x.element_size()) % 16 == 0 and x.stride(1) == 1
@@ -196,8 +204,8 @@ class Kept(NamedTuple):
     reference: Tensor | None = None
     """[n]: given instead of those"""
 
-    def arguments(self, blocks: Blocks) -> dict[str, Any]:
-        """For the kernel."""
+    def arguments(self, blocks: Blocks, unit: int) -> dict[str, Any]:
+        """For the kernel, rows in units of `unit` columns."""
         tiles, described = self.tiles, False
         if blocks.descriptor and _describable(tiles[0]) and tiles.stride(0) * tiles.element_size() % 16 == 0:
             shape, strides = list(tiles.shape), list(tiles.stride())
@@ -205,8 +213,8 @@ class Kept(NamedTuple):
         return {
             "kept": tiles,
             "kept_span": self.tiles.shape[2] if len(self.tiles) > 1 else _ALL_COLUMNS,
-            "kept_tile": self.tiles.stride(0),
-            "kept_stride": self.tiles.stride(1),
+            "kept_tile": self.tiles.stride(0) // 16 if len(self.tiles) > 1 else 0,
+            "kept_stride": self.tiles.stride(1) // unit,
             "kept_max": self.largest,
             "reference": self.reference,
             "KEEP": "half" if self.reference is None else "reference",
@@ -246,22 +254,26 @@ class BlockSums:
     def add(self, tile: Tile, sums: RowSums, *, start: int = 0, keep: Kept | None = None) -> None:
         """Make the sums of a tile, whose first column is the `start`-th here, and the targets' logits in it."""
         blocks = blocks_for(tile.weight.device)
-        options, grid = tile.rows.launch(tile, blocks)
+        options, programs = tile.rows.launch(tile, blocks)
         first = start // self.block_v
         names = ("block_max", "block_e", "block_e_log_e", "block_e_sq", "block_logit", "block_top")
-        kernels.sums_kernel[grid](
+        ahead.launch(
+            kernels.sums_kernel,
+            programs,
             **options,
             **{name: None if x is None else x[first:] for name, x in zip(names, self.parts, strict=True)},
             **self._flags(),
             target_logit=sums.target[tile.rows.tokens],
-            **(_KEEP_NOTHING if keep is None else keep.arguments(blocks)),
+            **(_KEEP_NOTHING if keep is None else keep.arguments(blocks, tile.unit)),
         )
 
     def fold(self, sums: RowSums, tokens: slice) -> None:
         """Into the tokens' running sums."""
         block_n = 32
         fields = (sums.max, sums.e, sums.e_log_e, sums.e_sq, sums.logit, sums.top)
-        kernels.fold_kernel[(_blocks(self.n, block_n),)](
+        ahead.launch(
+            kernels.fold_kernel,
+            _blocks(self.n, block_n),
             *(None if x is None else x[tokens] for x in fields),
             *self.parts,
             self.n,
@@ -287,11 +299,13 @@ def logit_grads(tile: Tile, grads: TokenGrads, out: Tensor, *, d_bias: bool) -> 
         Their sums over the tokens, [v] fp32, if `d_bias`.
     """
     blocks, problem = blocks_for(out.device), tile.rows.problem
-    options, grid = tile.rows.launch(tile, blocks)
+    options, programs = tile.rows.launch(tile, blocks)
     d_entropy, entropy = grads.entropy or (None, None)
     sums = _d_bias_parts(tile, blocks.n) if d_bias else None
     described = blocks.descriptor and _describable(out)
-    kernels.grads_kernel[grid](
+    ahead.launch(
+        kernels.grads_kernel,
+        programs,
         **options,
         row_max=grads.max,
         row_log_e=grads.log_e,
@@ -318,7 +332,9 @@ def kept_logit_grads(
     block_v = half_block(out.device)
     block_n = 16 if INTERPRETED else 32
     sums = _d_bias_parts(tile, block_n) if d_bias else None
-    kernels.kept_grads_kernel[(_blocks(tile.v, block_v) * _blocks(tile.n, block_n),)](
+    ahead.launch(
+        kernels.kept_grads_kernel,
+        _blocks(tile.v, block_v) * _blocks(tile.n, block_n),
         kept,
         of_e,
         tile.rows.targets,
@@ -326,12 +342,13 @@ def kept_logit_grads(
         out,
         sums,
         tile.n,
-        tile.v,
+        tile.v // tile.unit,
         tile.vocab.start,
         block_v,
-        kept.stride(0),
+        kept.stride(0) // tile.unit,
         out.stride(0),
         D_BIAS=d_bias,
+        UNIT=tile.unit,
         BLOCK_N=block_n,
         BLOCK_V=block_v,
         num_warps=4,
@@ -348,9 +365,8 @@ def target_logits(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     out = hidden.new_empty(len(hidden), dtype=torch.float32)
     d = hidden.shape[1]
     strides = (hidden.stride(0), weight.stride(0), weight.stride(1))
-    kernels.target_logit_kernel[(len(hidden),)](
-        hidden, weight, targets, out, d, *strides, BLOCK_D=min(1024, triton.next_power_of_2(d))
-    )
+    block_d = min(1024, triton.next_power_of_2(d))
+    ahead.launch(kernels.target_logit_kernel, len(hidden), hidden, weight, targets, out, d, *strides, BLOCK_D=block_d)
     return out
 
 
@@ -363,7 +379,9 @@ def far_rows(rows: Rows, sums: RowSums, reference: Tensor, total: Tensor, least_
     assert isinstance(weight, Tensor)
     options = rows.options(blocks_for(total.device))
     block_d = min(64, triton.next_power_of_2(total.shape[1]))
-    kernels.far_rows_kernel[(len(rows),)](
+    ahead.launch(
+        kernels.far_rows_kernel,
+        len(rows),
         rows.hidden,
         weight,
         options["bias"],
@@ -407,7 +425,9 @@ def target_rows(
     d = total.shape[1]
     strides = (total.stride(0), weight.stride(0), weight.stride(1), out.stride(0))
     factors = of_target.contiguous(), of_total.contiguous()
-    kernels.target_rows_kernel[(len(total),)](
+    ahead.launch(
+        kernels.target_rows_kernel,
+        len(total),
         total,
         weight,
         targets,
@@ -426,8 +446,9 @@ def target_rows(
 def scale_(x: Tensor, factor: Tensor) -> Tensor:
     """`x` times a scalar in place; where that is 1, the GPU finds out and does nothing."""
     flat = x.view(-1)
-    block = 64 if INTERPRETED else 8192
-    kernels.scale_kernel[(_blocks(len(flat), block),)](flat, factor, len(flat), BLOCK=block, num_warps=8)
+    block, unit = 64 if INTERPRETED else 8192, 16 if x.shape[-1] % 16 == 0 else 1
+    sizes = {"count": len(flat) // unit, "UNIT": unit, "BLOCK": block}
+    ahead.launch(kernels.scale_kernel, _blocks(len(flat), block), flat, factor, **sizes, num_warps=8)
     return x
 
 

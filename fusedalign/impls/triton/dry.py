@@ -1,0 +1,66 @@
+"""Problems without memory, over which a path runs dry: what that launches is compiled ahead of the path itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from fusedalign.impls.triton import ahead
+from fusedalign.impls.triton.launch import INTERPRETED, is_operand
+from fusedalign.problem import DEFAULT_WORKSPACE, Problem, beside
+
+#: Of a tile that is added to its tokens' fp32 sums: with fewer the head is read more often, with more the sums are.
+TOKENS_AT_ONCE = 4096
+
+
+def prepare_path(problem: Problem, path: Hashable, run: Callable[[Problem], object]) -> None:
+    """Compile what `run` of problems like this one launches, whatever the number of tokens, if that is still to do."""
+    if INTERPRETED or problem.hidden.is_meta:
+        return
+    tensors = [*(x for _, x in problem.head), *([] if problem.bias is None else [problem.bias])]
+    layouts = tuple((x.shape, x.stride(), x.dtype, x.data_ptr() % 16, x.requires_grad) for x in tensors)
+    numbers = problem.softcap is None, (problem.softcap or 0) / problem.temperature, problem.outputs, problem.tiling
+    hidden = problem.hidden.dtype, _row_stride(problem), problem.hidden.requires_grad, problem.operand_dtype
+    device = problem.hidden.device
+
+    def dry_run() -> None:
+        for n in tokens_of_dry_runs(problem):
+            run(_without_memory(problem, n))
+
+    ahead.prepare((path, device, layouts, numbers, hidden, len(problem.head)), device, dry_run)
+
+
+def tokens_of_dry_runs(problem: Problem) -> tuple[int, int]:
+    """Two numbers of tokens that between them take every branch: all tokens in one tile, and more than can be kept."""
+    v, d = problem.weight.shape
+    return 2, 8 * TOKENS_AT_ONCE + 4 * d + (problem.tiling.workspace or DEFAULT_WORKSPACE) // v
+
+
+def _without_memory(problem: Problem, n: int) -> Problem:
+    """`problem` as it would be with `n` tokens, on the device "meta"."""
+
+    def like(x: Tensor) -> Tensor:
+        start = x.data_ptr() % 16 // x.itemsize
+        size = start + 1 + sum((length - 1) * step for length, step in zip(x.shape, x.stride(), strict=True))
+        memory = torch.empty(size, dtype=x.dtype, device="meta")
+        return memory.as_strided(x.shape, x.stride(), start).requires_grad_(x.requires_grad)
+
+    d, weight = problem.hidden.shape[1], problem.weight
+    hidden = torch.empty_strided((n, d), (_row_stride(problem), 1), dtype=problem.hidden.dtype, device="meta")
+    return replace(
+        problem,
+        hidden=hidden.requires_grad_(problem.hidden.requires_grad),
+        weight=beside(tuple(like(x) for _, x in problem.head), weight.dtype),
+        targets=torch.empty(n, dtype=torch.int64, device="meta"),
+        bias=None if problem.bias is None else like(problem.bias),
+        head_sums=(),
+    )
+
+
+def _row_stride(problem: Problem) -> int:
+    """Of the hidden states, if they are read as they are."""
+    hidden = problem.hidden
+    return hidden.stride(0) if len(hidden) > 1 and is_operand(hidden, problem) else hidden.shape[1]

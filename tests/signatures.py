@@ -1,0 +1,141 @@
+"""Prints as JSON what the launcher has Triton compile: in a process without the interpreter and without a GPU.
+
+Tensors have no memory (device "meta"), block shapes are those of a GPU, and a launch is only bound to its signature.
+"""
+
+import functools
+import json
+import random
+import sys
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.compiler import make_backend
+from triton.runtime import jit
+
+from fusedalign.impls import autograd
+from fusedalign.impls import triton as impl
+from fusedalign.impls.triton import ahead, launch
+from fusedalign.impls.triton.dry import tokens_of_dry_runs
+from fusedalign.problem import OUTPUTS, Problem, Tiling, beside
+
+GPUS = {
+    "H100": launch.Blocks(128, 256, 64, warps=8, stages=3, programs=132, descriptor=True, flatten=True),
+    "A100": launch.Blocks(128, 256, 32, warps=8, stages=3),
+}
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+#: name -> D of each part, V, dtypes of hidden, of the head and of operands, bias, softcap.
+HEADS = {
+    "Qwen3": ([1024], 151936, BF16, BF16, BF16, False, None),
+    "one column more than whole blocks": ([256], 128257, BF16, BF16, BF16, False, None),
+    "nothing divides": ([123], 50257, BF16, BF16, BF16, True, None),
+    "softcap, bias, mixed precision": ([512], 32003, FP32, FP32, BF16, True, 30.0),
+    "fp32": ([64], 32005, FP32, FP32, FP32, False, None),
+    "fp16": ([64], 32008, FP16, FP16, FP16, False, None),
+    "parts": ([512, 9], 32000, BF16, BF16, BF16, False, None),
+}
+FEW, ALL = frozenset(), frozenset(OUTPUTS)
+seen: set = set()
+backend = make_backend(GPUTarget("cuda", 90, 32))
+
+
+@functools.cache
+def binder(kernel):
+    return jit.create_function_from_signature(kernel.signature, kernel.params, backend)
+
+
+def note(kernel, *args, grid, warmup, **kwargs):
+    _, specialization, options = binder(kernel)(*args, **kwargs)
+    seen.add((kernel.__name__, str(specialization), str(sorted(options.items()))))
+
+
+def problem(head, n, trained, outputs):
+    d, v, hidden, weight, operand, bias, softcap = HEADS[head]
+
+    def empty(*shape, dtype=FP32, grad=True):
+        return torch.empty(shape, dtype=dtype, device="meta").requires_grad_(grad)
+
+    parts = tuple(empty(v, x, dtype=weight, grad=trained) for x in d)
+    return Problem(
+        empty(n, sum(d), dtype=hidden),
+        beside(parts, weight),
+        torch.empty(n, dtype=torch.int64, device="meta"),
+        operand,
+        empty(v, dtype=weight, grad=trained) if bias else None,
+        softcap=softcap,
+        outputs=outputs,
+        tiling=Tiling(),
+    )
+
+
+def no_grad(p, needs):
+    impl.sweep(p, "nothing")
+
+
+def logps(p, needs):
+    out, state = autograd.forward(impl, p, needs)
+    autograd.backward(impl, p, state, needs, out.logps)
+
+
+def entropy(p, needs):
+    out, state = autograd.forward(impl, p, needs)
+    autograd.backward(impl, p, state, needs, out.logps, out.entropy, out.lse)
+
+
+def one_pass(p, needs):
+    made = impl.one_pass(p, lambda logps, lse: (logps, logps, None), needs)
+    impl.scale_(p.hidden.new_empty(p.hidden.shape), p.hidden.new_empty(()))
+    if made is None:
+        logps(p, needs)
+
+
+def variants(path, head, trained, outputs, numbers):
+    seen.clear()
+    for n in numbers:
+        p = problem(head, n, trained, outputs)
+        needs = (True, trained, trained and p.bias is not None)
+        with torch.no_grad(), ahead.NoArithmetic():
+            path(p, needs)
+    return set(seen)
+
+
+def cases():
+    for head in HEADS:
+        yield no_grad, head, False, ALL
+        yield logps, head, False, FEW
+        yield logps, head, True, FEW
+        yield one_pass, head, True, FEW
+    yield no_grad, "Qwen3", False, FEW
+    yield one_pass, "Qwen3", False, FEW
+    yield logps, "Qwen3", True, ALL
+    yield entropy, "Qwen3", False, ALL
+    yield entropy, "Qwen3", True, ALL
+
+
+def main(gpu):
+    jit.JITFunction.run = note
+    for module in (launch, impl):
+        module.blocks_for = lambda device: GPUS[gpu]
+    draw = random.Random(0)
+    table = []
+    for path, head, trained, outputs in cases():
+        p = problem(head, 0, trained, outputs)
+        first = variants(path, head, trained, outputs, tokens_of_dry_runs(p))
+        if len(table) < 3:  # a head as most have it, trained or not: not even what the compiler is made of
+            assert "torch.fx.experimental.symbolic_shapes" not in sys.modules, path
+        more = 45 if head == "Qwen3" else 5
+        numbers = [1, 15, 16, 17, 4096, *(draw.randint(1, 4 * p.hidden.shape[1] + 3000) for _ in range(more))]
+        later = variants(path, head, trained, outputs, numbers) - first
+        table.append(
+            {
+                "case": f"{path.__name__}, {head}, trained={trained}, outputs={len(outputs)}",
+                "first": sorted(name for name, *_ in first),
+                "later": sorted(map(str, later)),
+            }
+        )
+    assert "torch._dynamo" not in sys.modules, "a dry run must not load the compiler"
+    json.dump(table, sys.stdout)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
