@@ -98,6 +98,9 @@ def marker(device: torch.device) -> Tensor:
 #: What layers have asked for while a proof observes them: (their window, whether attention was by segments).
 observed: ContextVar[set[tuple[int | None, bool]] | None] = ContextVar("fusedalign_observed_attention", default=None)
 
+#: Windows while a proof observes, so that its few tokens are more than a window sees.
+PROOF_WINDOW = 3
+
 
 def _attention(
     original: str,
@@ -111,6 +114,9 @@ def _attention(
     **options: Any,
 ) -> tuple[Tensor, Any]:
     """As transformers' attention functions: [B, H, T, d] of queries, fewer heads of keys and values -> [B, T, H, d]."""
+    record, window = observed.get(), options.get("sliding_window")
+    if record is not None and window is not None:
+        options["sliding_window"] = min(window, PROOF_WINDOW)
     if layout is None:
         if isinstance(attention_mask, Tensor) and attention_mask.shape == _MARKER and query.shape[2] > 1:
             # Attention would see all tokens, those of other rows too.
@@ -119,15 +125,14 @@ def _attention(
     _refuse(module, options)
     scale = options.get("scaling")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    window = options.get("sliding_window")
+    seen = options.get("sliding_window")
     if isinstance(layout, RightPadded):
-        by_segments, out = False, _causal(query, key, value, scale, window).transpose(1, 2)
+        by_segments, out = False, _causal(query, key, value, scale, seen).transpose(1, 2)
     else:
         dtype = _compute_dtype(query, value)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
         by_segments = not _has_kernel(query, value)
-        out = (_segments if by_segments else _varlen)(query, key, value, layout, scale, window)
-    record = observed.get()
+        out = (_segments if by_segments else _varlen)(query, key, value, layout, scale, seen)
     if record is not None:
         record.add((window, by_segments))
     return out.contiguous(), None

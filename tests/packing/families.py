@@ -84,7 +84,7 @@ REFUSED = {
     ),
     "gemma2": ("gemma2", {"head_dim": 8}, "Gemma2Attention has softcap in its attention"),
     "stablelm": ("stablelm", {}, "StableLmAttention is not handed the keyword arguments of the model's forward"),
-    "nemotron": ("nemotron", {}, "NemotronForCausalLM has attention of its own"),
+    "nemotron": ("nemotron", {}, "NemotronAttention is not handed the keyword arguments of the model's forward"),
     "llama4": (
         "llama4_text",
         {
