@@ -35,6 +35,14 @@ MODELS = {
     "tied": lambda: transformers.Qwen3ForCausalLM(
         transformers.Qwen3Config(**SMALL, head_dim=8, tie_word_embeddings=True)
     ),
+    "mistral": lambda: transformers.MistralForCausalLM(
+        transformers.MistralConfig(**SMALL, head_dim=8, sliding_window=4)
+    ),
+    "gemma3": lambda: transformers.Gemma3ForCausalLM(
+        transformers.Gemma3TextConfig(
+            **SMALL, head_dim=8, sliding_window=4, layer_types=["sliding_attention", "full_attention"]
+        )
+    ),
     "gemma2": lambda: transformers.Gemma2ForCausalLM(
         transformers.Gemma2Config(**SMALL, head_dim=8, final_logit_softcapping=0.5)
     ),

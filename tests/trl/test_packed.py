@@ -1,0 +1,528 @@
+"""Packed batches in the trainers: the metrics and gradients of padded ones, what is refused, and what is logged."""
+
+import json
+import logging
+
+import peft
+import pytest
+import tiny
+import torch
+import transformers
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, TrainerCallback
+
+from fusedalign.packing import PackedBatch, RightPadded
+from fusedalign.packing.attention import PREFIX
+from fusedalign.trl import attach, detach
+from fusedalign.trl import layouts as trl_layouts
+from fusedalign.trl.layouts import MASKED, PACKED, UNMASKED
+
+PACK = [("packed", True)]
+
+
+def sdpa(name, folder):
+    return lambda: AutoModelForCausalLM.from_pretrained(folder(name), attn_implementation="sdpa")
+
+
+def long_prompts(kind, n=8, longest=12):
+    """Prompts that are longer than their answers, so that sharing them pays in a pass with gradients too."""
+    words, sides = tiny.WORDS, ("chosen", "rejected")
+    rows = []
+    for i in range(n):
+        prompt = " ".join(words[(i + k) % len(words)] for k in range(longest + i % 3))
+        answers = [
+            " " + " ".join(words[(2 * i + 3 * j + k) % len(words)] for k in range(1 + (i + j) % 2)) for j in (0, 1)
+        ]
+        rows.append({"prompt": prompt, **dict(zip(sides, answers, strict=True))})
+    if kind == "kto":
+        rows = [{"prompt": r["prompt"], "completion": r[sides[i % 2]], "label": i % 2 == 0} for i, r in enumerate(rows)]
+    return Dataset.from_list(rows)
+
+
+# ----------------------------------------------------------------------------------------------------------- metrics
+
+CASES = {
+    "sft": ("sft", {}),
+    "sft, dft": ("sft", {"loss_type": "dft"}),
+    "sft, packed": ("sft", {"packing": True, "max_length": 24}),
+    "sft, packed and wrapped": ("sft", {"packing": True, "packing_strategy": "wrapped", "max_length": 24}),
+    "sft, padding-free": ("sft", {"padding_free": True, "max_length": None}),
+    "sft, prompts too": ("sft", {"completion_only_loss": False}),
+    "sft, gradient checkpointing": ("sft", {"gradient_checkpointing": True}),
+    "sft, experts": ("sft", {"model": "qwen3_moe"}),
+    "sft, a bias in the head": ("sft", {"model": "phi"}),
+    "dpo": ("dpo", {"loss_type": ["sigmoid"]}),
+    "dpo, ipo": ("dpo", {"loss_type": ["ipo"]}),
+    "dpo, ld_alpha": ("dpo", {"ld_alpha": 0.4}),
+    "dpo, wpo": ("dpo", {"use_weighting": True}),
+    "dpo, synchronised reference": ("dpo", {"sync_ref_model": True, "ref_model_sync_steps": 2}),
+    "dpo, precomputed reference": ("dpo", {"precompute_ref_log_probs": True}),
+    "dpo, gradient checkpointing": ("dpo", {"gradient_checkpointing": True}),
+    "dpo, a scale": ("dpo", {"model": "granite"}),
+    "kto": ("kto", {}),
+    "kto, odd batch": ("kto", {"per_device_train_batch_size": 3, "desirable_weight": 1.5, "undesirable_weight": 0.7}),
+    "kto, apo": ("kto", {"loss_type": "apo_zero_unpaired"}),
+    "kto, precomputed reference": ("kto", {"precompute_ref_log_probs": True}),
+    "cpo": ("cpo", {}),
+    "simpo": ("cpo", {"loss_type": "simpo", "cpo_alpha": 0.0, "simpo_gamma": 0.7}),
+    "cpo, gradient checkpointing": ("cpo", {"gradient_checkpointing": True}),
+    "orpo": ("orpo", {}),
+    "orpo, accumulation": ("orpo", {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}),
+    "tpo": ("tpo", {}),
+    "tpo, tpo-l": ("tpo", {"loss_type": "tpo-l", "label_smoothing": 0.1}),
+    "tpo, no gold": ("tpo", {"tpo_alpha": 0.0}),
+    # Stock rows of these are made here alone.
+    "dpo, reentrant checkpointing": (
+        "dpo",
+        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
+    ),
+    "dpo, cut at the beginning": ("dpo", {"max_length": 9, "truncation_mode": "keep_end"}),
+    "dpo, windows": ("dpo", {"model": "gemma3"}),
+    "sft, windows": ("sft", {"model": "mistral"}),
+}
+
+
+def without_mean_logits(kind, rows):
+    """CPO and ORPO average logits over padding too; packed rows have none."""
+    if kind not in ("cpo", "orpo"):
+        return rows
+    return [{name: x for name, x in row.items() if "logits/" not in name} for row in rows]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_metrics_are_those_of_padded_rows(build, stock_history, name):
+    kind, options = CASES[name]
+    trainer = build(kind, "fused", head=PACK, **options)
+    assert trainer.layouts.kind == PACKED
+    got, want = tiny.history(trainer), stock_history(kind, **options)
+    assert [row.keys() for row in got] == [row.keys() for row in want]
+    tiny.assert_same(without_mean_logits(kind, got), without_mean_logits(kind, want))
+    assert len({row["loss"] for row in got if "loss" in row}) > 1  # it did train
+
+
+@pytest.mark.parametrize(("kind", "positions"), [("cpo", slice(None)), ("orpo", slice(None))])
+def test_mean_logits_are_those_of_tokens(build, kind, positions):
+    trainer = build(kind, "fused", head=PACK, max_steps=1)
+    batch = next(iter(trainer.get_train_dataloader()))
+    inputs = trainer.concatenated_inputs(batch, padding_value=0, device="cpu")
+    ids, mask = inputs["concatenated_input_ids"], inputs["concatenated_attention_mask"]
+    with torch.no_grad():
+        logits = trainer.model(input_ids=ids, attention_mask=mask).logits.mean(-1)
+    means = torch.stack([row[real.bool()].mean() for row, real in zip(logits, mask, strict=True)])
+    _, metrics = trainer.get_batch_loss_metrics(trainer.model, batch)
+    for side, want in zip(("chosen", "rejected"), means.chunk(2), strict=True):
+        assert float(metrics[f"logits/{side}"]) == pytest.approx(want.mean().item(), rel=1e-5, abs=1e-6)
+
+
+# --------------------------------------------------------------------------------------------------------- gradients
+
+
+def gradients(trainer, name=None):
+    """Of all trained parameters after one batch, and the loss."""
+    trainer.model.train()
+    batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    loss = trainer.compute_loss(trainer.model, batch)
+    loss.backward()
+    return {n: p.grad for n, p in trainer.model.named_parameters() if p.grad is not None} | {"loss": loss.detach()}
+
+
+def assert_same_gradients(got, want):
+    assert got.keys() == want.keys()
+    assert any(x.abs().max() > 1e-3 for name, x in want.items() if name != "loss")
+    for name, x in want.items():
+        torch.testing.assert_close(got[name], x, rtol=1e-5, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def head_adapters():
+    return peft.LoraConfig(r=4, target_modules=["q_proj", "lm_head"], init_lora_weights=False, task_type="CAUSAL_LM")
+
+
+@pytest.mark.parametrize("kind", ["sft", "dpo", "kto", "cpo", "orpo", "tpo"])
+@pytest.mark.parametrize("adapters", [None, tiny.lora, head_adapters], ids=["all weights", "lora", "lora on the head"])
+def test_gradients_are_those_of_padded_rows(build, kind, adapters):
+    arguments = [] if adapters is None else [("peft_config", adapters)]
+    if adapters is not None and kind in ("cpo", "orpo"):
+        arguments = [("peft_config", adapters)]
+    got, want = (gradients(build(kind, "fused", head=[("packed", p)], arguments=arguments)) for p in (True, False))
+    assert_same_gradients(got, want)
+
+
+def test_accumulation_changes_nothing(build):
+    histories = [
+        tiny.history(
+            build(
+                "dpo",
+                "fused",
+                head=PACK,
+                rows=8,
+                max_steps=3,
+                per_device_train_batch_size=size,
+                gradient_accumulation_steps=8 // size,
+            ),
+            evaluate=False,
+        )
+        for size in (1, 8)
+    ]
+    losses = [[(row["loss"], row["grad_norm"]) for row in rows if "loss" in row] for rows in histories]
+    torch.testing.assert_close(torch.tensor(losses[0]), torch.tensor(losses[1]), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{"precompute_ref_log_probs": True}, {}])
+def test_lora_reference(build, options):
+    """Adapters are disabled for the reference."""
+    arguments = [("peft_config", tiny.lora)]
+    options = {"arguments": arguments, "max_steps": 3, **options}
+    got, want = (tiny.history(build("dpo", "fused", head=[("packed", p)], **options)) for p in (True, False))
+    tiny.assert_same(got, want)
+
+
+# --------------------------------------------------------------------------------------------------------------- KTO
+
+
+@pytest.mark.parametrize("prompts", ["short", "long"])
+@pytest.mark.parametrize("precomputed", [False, True])
+def test_matched_and_mismatched_rows_run_together_where_that_is_less_work(build, prompts, precomputed):
+    options = {"precompute_ref_log_probs": precomputed, "max_steps": 3}
+    if prompts == "long":
+        options["data"] = long_prompts("kto")
+    trainer, widths = build("kto", "fused", head=PACK, **options), []
+    batch = next(iter(trainer.get_train_dataloader()))
+    layouts = batch["layout"]
+    assert layouts.joined(False) is layouts.both  # the reference always gains
+    assert (layouts.joined(True) is layouts.both) == (prompts == "long")
+    trainer.model.base_model.register_forward_pre_hook(
+        lambda m, a, k: widths.append((k["input_ids"].shape[1], torch.is_grad_enabled())), with_kwargs=True
+    )
+    got = tiny.history(trainer, evaluate=False)
+    want = tiny.history(build("kto", "stock", **options), evaluate=False)
+    tiny.assert_same(got, want)
+    per_step = len(widths) / 3
+    assert per_step == (1 if prompts == "long" else 2)
+
+
+# --------------------------------------------------------------------------------------------------------- in practice
+
+
+def test_every_call_is_packed(build, monkeypatch):
+    """Policy and reference, training and evaluation: no backbone is given a padded batch."""
+    shapes = []
+    trainer = build("dpo", "fused", head=PACK, max_steps=1)
+    for model in trl_layouts.models_of(trainer):
+        model.base_model.register_forward_pre_hook(
+            lambda m, a, k: shapes.append((len(k["input_ids"]), type(k["layout"]))), with_kwargs=True
+        )
+    tiny.history(trainer)
+    assert len(shapes) == 2 + 2 * 2
+    assert set(shapes) == {(1, PackedBatch)}
+
+
+def test_streams(build):
+    """One process joins the batches of all, so that the layout is made in the step."""
+    options = {"max_steps": 3, "eval_strategy": "no"}
+    data = tiny.data("dpo", 12)
+    want = tiny.history(build("dpo", "fused", head=[("packed", False)], data=data, **options), evaluate=False)
+    losses = []
+    for packed in (True, False):
+        trainer = build(
+            "dpo",
+            "fused",
+            head=[("packed", packed)],
+            data=data.to_iterable_dataset(),
+            arguments=[("eval_dataset", lambda: data.to_iterable_dataset())],
+            **options,
+        )
+        losses.append(tiny.history(trainer))
+    tiny.assert_same(*losses)
+    assert len(losses[0]) > len(want)
+
+
+def test_workers_and_several_evaluation_sets(build):
+    def sets():
+        return {"a": tiny.data("dpo", 4), "b": tiny.data("dpo", 6)}
+
+    options = {"max_steps": 2, "arguments": [("eval_dataset", sets)], "data": tiny.data("dpo", 12)}
+    got, want = (
+        tiny.history(build("dpo", "fused", head=[("packed", p)], dataloader_num_workers=n, **options))
+        for p, n in ((True, 1), (False, 0))
+    )
+    tiny.assert_same(got, want)
+    assert any("eval_b_loss" in row for row in got)
+
+
+def test_a_compiled_model(build):
+    options = {
+        "torch_compile": True,
+        "torch_compile_backend": "eager",
+        "max_steps": 2,
+        "average_tokens_across_devices": False,
+    }
+    got, want = (
+        tiny.history(
+            build("dpo", "fused", head=[("packed", p)], **(options if p else {"max_steps": 2})), evaluate=False
+        )
+        for p in (True, False)
+    )
+    tiny.assert_same(got, want)
+
+
+class Generating(TrainerCallback):
+    def __init__(self):
+        self.answers = []
+
+    def on_step_end(self, args, state, control, model=None, **_):
+        ids = torch.tensor([[3, 4, 5, 6], [7, 8, 9, 3]])
+        with torch.no_grad():
+            self.answers.append(model.generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=0))
+
+
+def test_generation_between_steps(build):
+    runs = []
+    for packed in (True, False):
+        callback = Generating()
+        trainer = build(
+            "dpo", "fused", head=[("packed", packed)], max_steps=3, arguments=[("callbacks", lambda c=callback: [c])]
+        )
+        runs.append((tiny.history(trainer, evaluate=False), callback.answers))
+    tiny.assert_same(runs[0][0], runs[1][0])
+    assert all(map(torch.equal, runs[0][1], runs[1][1]))
+
+
+@pytest.mark.parametrize("adapters", [False, True])
+def test_saved_models_know_nothing_of_it(build, tmp_path, adapters):
+    arguments = [("peft_config", tiny.lora)] if adapters else []
+    trainer = build("dpo", "fused", head=PACK, max_steps=1, arguments=arguments)
+    trainer.train()
+    trainer.save_model(str(tmp_path))
+    trainer.model.config.save_pretrained(str(tmp_path / "config"))
+    for file in tmp_path.rglob("*.json"):
+        assert PREFIX not in file.read_text(), file.name
+    if adapters:
+        return
+    ids = torch.tensor([[3, 4, 5, 6, 7]])
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert PREFIX not in reloaded.config._attn_implementation
+    torch.testing.assert_close(reloaded.eval()(ids).logits, trainer.model.eval()(ids).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_trainers_one_after_another_on_one_model(build):
+    """SFT packed, then DPO not, then stock DPO, each as with a model of its own."""
+
+    def runs(own):
+        model = None
+        for kind, how, packed in (
+            ("sft", "fused", True),
+            ("dpo", "fused", False),
+            ("dpo", "stock", None),
+            ("dpo", "fused", True),
+        ):
+            if model is not None and own:
+                model = tiny_copy(model)
+            arguments = [] if model is None else [("model", lambda m=model: m)]
+            trainer = build(kind, how, max_steps=2, arguments=arguments, head=[("packed", packed)])
+            yield tiny.history(trainer)
+            model = trainer.model
+
+    def tiny_copy(model):
+        fresh = type(model)(transformers.AutoConfig.for_model(**model.config.to_dict()))
+        fresh.load_state_dict(model.state_dict())
+        return fresh
+
+    for got, want in zip(runs(own=False), runs(own=True), strict=True):
+        tiny.assert_same(got, want)
+
+
+# ------------------------------------------------------------------------------------------------------------- attach
+
+
+@pytest.mark.parametrize("kind", ["sft", "dpo", "kto"])
+def test_attached(build, stock_history, kind):
+    options = {"loss_type": ["sigmoid"]} if kind == "dpo" else {}
+    trainer = build(kind, "stock", **options)
+    models = trl_layouts.models_of(trainer)
+    collator, shapes = trainer.data_collator, []
+    attach(trainer, packed=True)
+    for model in models:
+        embeddings = model.get_input_embeddings()
+        embeddings.register_forward_pre_hook(lambda m, a: shapes.append(len(a[0])))
+    tiny.assert_same(tiny.history(trainer), stock_history(kind, **options))
+    assert set(shapes) == {1}
+    detach(trainer)
+    assert trainer.data_collator is collator
+    for model in models:
+        assert "forward" not in vars(model.base_model)
+    shapes.clear()
+    batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    trainer.compute_loss(trainer.model, batch)
+    assert set(shapes) != {1}
+
+
+def test_attach_refuses_trainers_without_packing(build):
+    from test_attach import ONLINE
+
+    trainer = build("grpo", "stock", **ONLINE)
+    with pytest.raises(ValueError, match="packed must be False for GRPOTrainer, got True"):
+        attach(trainer, packed=True)
+
+
+def test_attach_that_refuses_leaves_no_trace(build):
+    trainer = build("dpo", "stock", model="gemma2")
+    collator = trainer.data_collator
+    with pytest.raises(ValueError, match="softcap"):
+        attach(trainer, packed=True)
+    detach(trainer)
+    assert trainer.data_collator is collator
+    assert not trainer.model.config._attn_implementation.startswith(PREFIX)
+
+
+# ----------------------------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize("value", ["maybe", 1, None, "true"])
+def test_words_that_are_none(build, value):
+    with pytest.raises(ValueError, match="packed must be 'auto', True or False, got"):
+        build("sft", "fused", head=[("packed", value)])
+
+
+@pytest.mark.parametrize(
+    ("model", "kind", "reason"),
+    [
+        ("gemma2", "dpo", "packed=True needs a model that can run packed: Gemma2Attention has softcap"),
+        ("falcon_h1", "sft", "packed=True needs a model that can run packed: FalconH1ForCausalLM carries a state"),
+        ("t5", "orpo", "T5ForConditionalGeneration is an encoder-decoder"),
+    ],
+)
+def test_models_that_cannot(build, model, kind, reason):
+    with pytest.raises(ValueError, match=reason):
+        build(kind, "fused", model=model, head=PACK)
+
+
+def test_virtual_tokens(build):
+    config = lambda: peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)  # noqa: E731
+    with pytest.raises(ValueError, match="PROMPT_TUNING puts virtual tokens before each row"):
+        build("sft", "fused", head=PACK, arguments=[("peft_config", config)])
+    assert build("sft", "fused", arguments=[("peft_config", config)]).layouts.kind == MASKED
+
+
+def test_auto_on_a_cpu(build, tiny_folder, caplog):
+    caplog.set_level(logging.INFO, "fusedalign")
+    expected = {
+        "sdpa": (UNMASKED, "FusedSFTTrainer, batches: right-padded without a mask (packed='auto' packs on CUDA)"),
+        "eager": (MASKED, "FusedSFTTrainer, batches: padded with a mask (packed='auto' packs on CUDA; eager attention"),
+    }
+    for attention, (kind, line) in expected.items():
+        caplog.clear()
+        load = lambda a=attention: AutoModelForCausalLM.from_pretrained(tiny_folder("qwen3"), attn_implementation=a)  # noqa: E731
+        trainer = build("sft", "fused", arguments=[("model", load)])
+        assert trainer.layouts.kind == kind
+        messages = [r.getMessage() for r in caplog.records if "batches: " in r.getMessage()]
+        assert len(messages) == 1
+        assert messages[0].startswith(line)
+
+
+# ------------------------------------------------------------------------------------- right-padded rows, other collators
+
+
+def layouts_seen(trainer):
+    seen = []
+    trainer.model.base_model.register_forward_pre_hook(
+        lambda m, a, k: seen.append(type(k.get("layout")).__name__), with_kwargs=True
+    )
+    return seen
+
+
+@pytest.mark.parametrize("kind", ["sft", "dpo", "kto", "orpo"])
+def test_right_padded_rows_take_no_mask(build, tiny_folder, kind):
+    arguments = [("model", sdpa("qwen3", tiny_folder))]
+    trainer = build(kind, "fused", arguments=arguments)
+    assert trainer.layouts.kind == UNMASKED
+    seen = layouts_seen(trainer)
+    got = tiny.history(trainer)
+    assert set(seen) == {RightPadded.__name__}
+    tiny.assert_same(got, tiny.history(build(kind, "stock", arguments=arguments)))
+
+
+class LeftPadding:
+    """Rows of SFT, padded on the left, and perhaps something more for the model."""
+
+    def __init__(self, **more):
+        self.more = more
+
+    def __call__(self, examples):
+        width = max(len(x["input_ids"]) for x in examples)
+        pad = lambda x, value: [value] * (width - len(x)) + list(x)  # noqa: E731
+        ids = torch.tensor([pad(x["input_ids"], 0) for x in examples])
+        mask = torch.tensor([pad([1] * len(x["input_ids"]), 0) for x in examples])
+        return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)} | {
+            name: make(ids) for name, make in self.more.items()
+        }
+
+
+@pytest.mark.parametrize("packed", [True, "auto"])
+def test_left_padded_rows(build, tiny_folder, packed):
+    arguments = [("model", sdpa("qwen3", tiny_folder)), ("data_collator", LeftPadding)]
+    trainer = build("sft", "fused", head=[("packed", packed)], arguments=arguments, max_steps=2)
+    seen = layouts_seen(trainer)
+    got = tiny.history(trainer)
+    assert set(seen) == {"PackedBatch" if packed is True else "NoneType"}
+    want = tiny.history(build("sft", "fused", head=[("packed", False)], arguments=arguments, max_steps=2))
+    if (
+        packed is True
+    ):  # positions of left padding start at its first column in transformers; rotary embeddings do not care
+        tiny.assert_same(got, want)
+    else:
+        tiny.assert_same(got, want, 1e-6)
+
+
+def test_arguments_that_packed_rows_have_no_way_for(build, tiny_folder):
+    embeds = {"inputs_embeds": lambda ids: torch.zeros(*ids.shape, 16)}
+    extra = {"token_type_ids": torch.zeros_like}
+    for more in (embeds, extra):
+        arguments = [("model", sdpa("qwen3", tiny_folder)), ("data_collator", lambda more=more: LeftPadding(**more))]
+        trainer = build("sft", "fused", head=PACK, arguments=arguments, max_steps=1)
+        with pytest.raises(ValueError, match=f"packed=True needs batches of text.*got {next(iter(more))}"):
+            trainer.train()
+    arguments = [("model", sdpa("qwen3", tiny_folder)), ("data_collator", lambda: LeftPadding(**extra))]
+    options = {"arguments": arguments, "max_steps": 1}
+    trainer = build("sft", "fused", **options)
+    trainer.layouts.kind = PACKED  # as "auto" on CUDA
+    seen = layouts_seen(trainer)
+    tiny.assert_same(tiny.history(trainer), tiny.history(build("sft", "fused", head=[("packed", False)], **options)))
+    assert set(seen) == {"NoneType"}
+
+
+# ------------------------------------------------------------------------------------------------------- command line
+
+
+@pytest.mark.parametrize("how", ["flag", "file"])
+def test_the_command_packs(embedded_folder, tmp_path, capsys, how):
+    from fusedalign.cli import main
+
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(
+        "".join(json.dumps({n: r[n] for n in ("prompt", "chosen", "rejected")}) + "\n" for r in tiny.rows(6))
+    )
+    options = {
+        "model_name_or_path": str(embedded_folder),
+        "dataset_name": str(rows),
+        "output_dir": str(tmp_path / "out"),
+        "max_steps": 1,
+        "use_cpu": True,
+        "bf16": False,
+        "report_to": "none",
+        "save_strategy": "no",
+    }
+
+    def run(packed):
+        if how == "file":
+            (tmp_path / "config.yaml").write_text(json.dumps(options | {"fused_packed": packed}))
+            return main(["dpo", "--config", str(tmp_path / "config.yaml")])
+        words = [str(w).lower() if isinstance(w, bool) else str(w) for n, x in options.items() for w in (f"--{n}", x)]
+        return main(["dpo", *words, "--fused_packed", str(packed).lower()])
+
+    assert run(True) in (0, None), capsys.readouterr().err
+    out = capsys.readouterr()
+    assert "batches: packed (proven on a few tokens" in out.err + out.out
+    assert run("maybe") == 2
+    error = capsys.readouterr().err
+    assert "fused_packed" in error
+    assert "maybe" in error
