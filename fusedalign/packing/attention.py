@@ -38,7 +38,7 @@ class LayoutError(ValueError):
 
 
 class LayoutMismatchError(LayoutError):
-    """It can be run, and gives other numbers than in the padded layout."""
+    """A model runs in the layout, but its numbers are not those of the padded one."""
 
 
 # ------------------------------------------------------------------------------------ the function, and where it stands
@@ -74,7 +74,7 @@ def install(model: Any) -> str:
 
 
 def uninstall(model: Any, original: str) -> None:
-    """Take it back."""
+    """Give a model the attention function `original` again."""
     model.set_attn_implementation(original)
 
 
@@ -155,7 +155,7 @@ def _refuse(module: Any, options: dict[str, Any]) -> None:
 
 
 def _compute_dtype(query: Tensor, value: Tensor) -> torch.dtype:
-    """That of autocast, which rotary embeddings leave in fp32 and `varlen_attn` does not know."""
+    """The dtype of autocast where that is on: it does not cast what `varlen_attn` is given, and RoPE returns fp32."""
     kind = query.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else value.dtype
 
@@ -188,7 +188,7 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, batch: PackedBatch, scale
     varlen_attn = varlen_attention()
     options: dict[str, Any] = {"scale": scale, "window_size": (-1 if window is None else window - 1, 0)}
     if q.shape[1] != k.shape[1] and "enable_gqa" in inspect.signature(varlen_attn).parameters:
-        options["enable_gqa"] = True  # before it had that name it took fewer heads of keys all the same
+        options["enable_gqa"] = True  # earlier versions take fewer heads of keys without it
     out = varlen_attn(
         q,
         k,
@@ -210,8 +210,8 @@ def _widened(x: Tensor, size: int) -> Tensor:
 class _WithPrefixes(torch.autograd.Function):
     """Keys or values of packed tokens, [S, H, d], with a copy of its prefix before each segment, [K, H, d].
 
-    The gradient of a token is gathered from its home and added from its copies, where `index_select` would add all of
-    them by atomics.
+    The gradient of a token is gathered from its own key, and those of its copies are added. The backward of
+    `index_select` would add all of them by atomics.
     """
 
     @staticmethod
@@ -227,7 +227,7 @@ class _WithPrefixes(torch.autograd.Function):
         return total, None, None, None, None
 
 
-@torch.compiler.disable  # a loop of as many turns as the batch has segments
+@torch.compiler.disable  # a loop over the segments, and each batch has another number of them
 def _segments(
     query: Tensor, key: Tensor, value: Tensor, batch: PackedBatch, scale: float, window: int | None
 ) -> Tensor:
