@@ -34,6 +34,19 @@ def test_python_blocks_of_the_impls_page(capsys):
     assert "pytorch exact" in capsys.readouterr().out
 
 
+def test_python_block_of_the_packing_page():
+    pytest.importorskip("transformers")
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/packing.md").read_text(), flags=re.S)
+    names: dict = {}
+    exec(compile(block, "docs/packing.md", "exec"), names)
+    assert names["batch"].tokens == 13
+    padded = names["batch"].input_ids[0][names["batch"].token_index]
+    logits = names["model"](padded, attention_mask=names["batch"].valid.long()).logits.log_softmax(-1)
+    targets = names["shift_labels"](names["labels"])
+    want = logits.gather(-1, targets.clamp(min=0)[..., None])[..., 0].masked_fill(targets == -100, 0)
+    assert (names["logps"] - want).abs().max() < 1e-5
+
+
 @pytest.mark.parametrize(
     "name",
     sorted({*dpo.LOSS_TYPES, *cpo.LOSS_TYPES, *kto.LOSS_TYPES, *sft.LOSS_TYPES, "tpo-l", *fusedalign.losses.__all__}),

@@ -5,7 +5,7 @@ import importlib
 
 import pytest
 
-MODULES = ["ops", "sequence"]  # those of the losses: tests/losses/test_examples.py
+MODULES = ["ops", "sequence", "packing.batch"]  # those of the losses: tests/losses/test_examples.py
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -38,7 +38,7 @@ class LayoutError(ValueError):
 
 
 class LayoutMismatchError(LayoutError):
-    """It can be run, and gives other numbers than in the padded layout."""
+    """A model runs in the layout, but its numbers are not those of the padded one."""
 
 
 # ------------------------------------------------------------------------------------ the function, and where it stands
@@ -74,7 +74,7 @@ def install(model: Any) -> str:
 
 
 def uninstall(model: Any, original: str) -> None:
-    """Take it back."""
+    """Give a model the attention function `original` again."""
     model.set_attn_implementation(original)
 
 
@@ -160,7 +160,7 @@ def _refuse(module: Any, options: dict[str, Any]) -> None:
 
 
 def _compute_dtype(query: Tensor, value: Tensor) -> torch.dtype:
-    """That of autocast, which rotary embeddings leave in fp32 and `varlen_attn` does not know."""
+    """The dtype of autocast where that is on: it does not cast what `varlen_attn` is given, and RoPE returns fp32."""
     kind = query.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else value.dtype
 
@@ -175,13 +175,13 @@ def varlen_attention() -> Any:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
         return None
-    return varlen_attn if "window_size" in inspect.signature(varlen_attn).parameters else None
+    return varlen_attn
 
 
 @functools.cache
-def _has_gqa_option() -> bool:
-    """Whether fewer heads of keys must be announced; PyTorch 2.10 and 2.11 just take them."""
-    return "enable_gqa" in inspect.signature(varlen_attention()).parameters
+def _varlen_parameters() -> frozenset[str]:
+    """What it can be told: since PyTorch 2.11 a window and a scale, later that there are fewer heads of keys."""
+    return frozenset(inspect.signature(varlen_attention()).parameters)
 
 
 def _has_kernel(query: Tensor, value: Tensor) -> bool:
@@ -196,20 +196,22 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, batch: PackedBatch, scale
     q, k, v = (_widened(x[0].transpose(0, 1), wide) for x in (query, key, value))
     if batch.shared is not None:
         k, v = _WithPrefixes.apply(k, v, *batch.shared)
-    varlen_attn = varlen_attention()
-    options: dict[str, Any] = {"scale": scale, "window_size": (-1 if window is None else window - 1, 0)}
-    if q.shape[1] != k.shape[1] and _has_gqa_option():
+    known = _varlen_parameters()
+    options: dict[str, Any] = {}
+    if "scale" in known:
+        options["scale"] = scale
+    else:
+        q = q * (scale * wide**0.5)
+    if "window_size" in known:
+        options["window_size"] = (-1 if window is None else window - 1, 0)
+    elif window is None:
+        options["is_causal"] = True
+    else:
+        raise LayoutError(f"attention with a window needs PyTorch 2.11, this is {torch.__version__}")
+    if "enable_gqa" in known and q.shape[1] != k.shape[1]:
         options["enable_gqa"] = True
-    out = varlen_attn(
-        q,
-        k,
-        v,
-        batch.query_offsets,
-        batch.key_offsets,
-        batch.max_queries,
-        batch.max_keys,
-        **options,
-    )
+    offsets = (batch.query_offsets, batch.key_offsets, batch.max_queries, batch.max_keys)
+    out = varlen_attention()(q, k, v, *offsets, **options)
     return out[None, ..., :size]  # type: ignore[no-any-return]
 
 
@@ -221,8 +223,8 @@ def _widened(x: Tensor, size: int) -> Tensor:
 class _WithPrefixes(torch.autograd.Function):
     """Keys and values of packed tokens, [S, H, d], with a copy of its prefix before each segment, [K, H, d].
 
-    The gradient of a token is gathered from its home and added from its copies, where `index_select` would add all of
-    them by atomics.
+    The gradient of a token is gathered from its own key, and those of its copies are added. The backward of
+    `index_select` would add all of them by atomics.
     """
 
     @staticmethod
@@ -240,7 +242,7 @@ class _WithPrefixes(torch.autograd.Function):
         return (*totals, None, None, None, None)
 
 
-@torch.compiler.disable  # a loop of as many turns as the batch has segments
+@torch.compiler.disable  # a loop over the segments, and each batch has another number of them
 def _segments(
     query: Tensor, key: Tensor, value: Tensor, batch: PackedBatch, scale: float, window: int | None
 ) -> Tensor:

@@ -36,7 +36,7 @@ def packed_arguments(batch: PackedBatch, device: torch.device) -> dict[str, Any]
 
 
 def unmasked_arguments(input_ids: Tensor, layout: RightPadded) -> dict[str, Any]:
-    """What a backbone is given in the place of the attention mask of right-padded rows, `input_ids` [B, L]."""
+    """What a backbone is given instead of the attention mask of right-padded rows, `input_ids` [B, L]."""
     positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
     return {"attention_mask": marker(input_ids.device), "position_ids": positions, "layout": layout}
 

@@ -359,8 +359,8 @@ def _shared_keys(starts: Tensor, lengths: Tensor, prefix_starts: Tensor, prefix_
 class _Spread(torch.autograd.Function):
     """Packed values at their slots, zero elsewhere.
 
-    The gradient of a token is gathered from one slot and added from the others. `index_select` would add from all, by
-    atomics, which queue up where many padded slots read one token.
+    The gradient of a token is gathered from its first slot, and those of its other slots are added. The backward of
+    `index_select` would add all of them by atomics, which queue up where many padded slots read one token.
     """
 
     @staticmethod

@@ -124,8 +124,7 @@ def _structure(model: Any) -> str | None:
 
 # ------------------------------------------------------------------------------------------------------- both layouts
 
-#: Two prompts with two answers each, chosen first; lengths 7, 9, 10, 5, of which 4 and 3 are prompt. Numbers are token
-#: ids, modulo the vocabulary's size.
+#: Two prompts of 4 and 3 tokens with two answers each, both chosen rows first; token ids, modulo the vocabulary's size.
 _ROWS = (
     (11, 23, 5, 17, 31, 8, 40),
     (3, 29, 13, 37, 19, 2, 41, 7, 43),

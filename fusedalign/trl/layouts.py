@@ -298,7 +298,7 @@ def _trainer_refusal(trainer: Any) -> str | None:
 
 
 def _dispatches(trainer: Any) -> bool:
-    """Whether one process joins the batches for all, which it can do with tensors alone."""
+    """Whether one process makes the batches of all and sends them their parts, which it does with tensors alone."""
     datasets = [trainer.train_dataset]
     evaluated = getattr(trainer, "eval_dataset", None)
     datasets += evaluated.values() if isinstance(evaluated, dict) else [evaluated]

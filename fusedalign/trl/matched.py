@@ -20,7 +20,7 @@ from fusedalign.packing.attention import Layout
 from fusedalign.sequence import completion_labels
 from fusedalign.trl.layouts import PACKED, Layouts
 
-#: What a step through a token costs beside a forward: forward, once more under gradient checkpointing, backward of two.
+#: What a token with a gradient costs, in forwards: one, one more under gradient checkpointing, and a backward of two.
 _COST_WITH_GRADIENT = 4
 
 
