@@ -45,10 +45,13 @@ _MULTIPLE = 64
 KEY = "layout"
 
 
+#: A layout of batches that a packing trainer must leave padded.
+AS_PADDED = "padded"
+
 #: Arguments of a model's forward that its layout replaces, or that do not depend on it.
 _UNDERSTOOD = frozenset(
     [
-        *("input_ids", "attention_mask", "position_ids", "use_cache", "output_router_logits", "return_dict"),
+        *("input_ids", "attention_mask", "position_ids", "use_cache", "output_router_logits", "return_dict", "labels"),
         *("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"),  # of TRL's padding_free
     ]
 )
@@ -69,27 +72,36 @@ class Layouts:
     def __str__(self) -> str:
         return f"batches: {self.kind} ({self.reason})"
 
-    def of(self, batch: Mapping[str, Any]) -> Layout | None:
+    def of(self, batch: Mapping[str, Any]) -> Any:
         """The layout of a model's padded arguments on any device; None: the mask says it all.
 
         Args:
-            batch: `input_ids` [B, L] with `attention_mask`, or with the `position_ids` of documents that are packed.
+            batch: `input_ids` [B, L] with `attention_mask`, or with the `position_ids` of documents that are packed;
+                perhaps `labels` [B, L], unshifted.
+
+        Returns:
+            `AS_PADDED` where the batch cannot be packed and that is no error.
 
         Raises:
-            ValueError: as `pack_padded`.
+            ValueError: as `pack_padded`, or padding that predicts a label, and `must_pack`.
         """
         mask, positions = batch.get("attention_mask"), batch.get("position_ids")
         if self.kind == PACKED:
             if mask is None and positions is not None:
                 return pack_documents(batch["input_ids"], positions, multiple=self.multiple)
             mask = torch.ones_like(batch["input_ids"]) if mask is None else mask
-            return pack_padded(batch["input_ids"], mask, groups=self._groups(mask), multiple=self.multiple)
-        if self.kind == UNMASKED and positions is None and mask is not None and (mask.diff(dim=1) <= 0).all():
-            return RightPadded()
-        return None
+            try:
+                _check_labels(batch.get("labels"), mask)
+                return pack_padded(batch["input_ids"], mask, groups=self._groups(mask), multiple=self.multiple)
+            except ValueError:
+                if self.must_pack:
+                    raise
+                return AS_PADDED
+        plain = self.kind == UNMASKED and positions is None and mask is not None and mask.ndim == 2
+        return RightPadded() if plain and (mask.diff(dim=1) <= 0).all() else None
 
     @torch.compiler.disable
-    def for_call(self, layout: Layout | None, arguments: Mapping[str, Any]) -> Layout | None:
+    def for_call(self, layout: Any, arguments: Mapping[str, Any]) -> Layout | None:
         """The layout with which a model's forward is to run, given what came with the batch and its padded arguments.
 
         Where packed rows come without one, it is made here, which waits for the GPU.
@@ -108,10 +120,20 @@ class Layouts:
             return None
         if isinstance(layout, PackedBatch) and layout.token_index.shape != ids.shape:
             layout = None  # of other rows
-        return self.of(arguments) if layout is None and self.kind == PACKED else layout
+        if layout is None and self.kind == PACKED:
+            layout = self.of(arguments)
+        return None if layout == AS_PADDED else layout
 
     def _groups(self, mask: Tensor) -> int:
         return self.groups if len(mask) % self.groups == 0 else 1
+
+
+def _check_labels(labels: Tensor | None, attention_mask: Tensor) -> None:
+    """Raises ValueError where a token has a label and padding before it, which packed rows have not."""
+    if labels is None or labels.shape != attention_mask.shape:
+        return
+    if ((labels[:, 1:] != -100) & (attention_mask[:, :-1] == 0)).any():
+        raise ValueError("packed rows need labels of -100 for a first token after padding, got another label there")
 
 
 def backbone_output(model: Any, layout: Layout | None, arguments: Mapping[str, Any]) -> Any:

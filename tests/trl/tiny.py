@@ -40,7 +40,11 @@ MODELS = {
     ),
     "gemma3": lambda: transformers.Gemma3ForCausalLM(
         transformers.Gemma3TextConfig(
-            **SMALL, head_dim=8, sliding_window=4, layer_types=["sliding_attention", "full_attention"]
+            **SMALL,
+            head_dim=8,
+            sliding_window=4,
+            layer_types=["sliding_attention", "full_attention"],
+            final_logit_softcapping=2.0,
         )
     ),
     "gemma2": lambda: transformers.Gemma2ForCausalLM(

@@ -1,0 +1,98 @@
+"""On a GPU: trainers pack by themselves, come as near to fp32 as padded ones, and wait for nothing."""
+
+import logging
+
+import pytest
+import tiny
+import torch
+from transformers import AutoModelForCausalLM
+
+from fusedalign.packing import enable, pack_answers
+from fusedalign.packing.attention import varlen_attention
+from fusedalign.packing.backbone import packed_output
+from fusedalign.trl import HeadOptions
+from fusedalign.trl.forward import add_lm_head
+from fusedalign.trl.layouts import PACKED, Layouts
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.skipif(varlen_attention() is None, reason="needs torch.nn.attention.varlen"),
+]
+
+#: Means over few tokens or pairs are more rounding than anything, and so are signs.
+SKIPPED = ("accuracies", "accuracy", "epoch", "learning_rate", "num_tokens")
+
+
+def runs(build, folder, kind, packed, bf16):
+    arguments = [("model", lambda: AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa"))]
+    options = {"use_cpu": False, "bf16": bf16, "learning_rate": 1e-4, "arguments": arguments}
+    trainer = build(kind, "fused", head=[("packed", packed)], **options)
+    return trainer, tiny.history(trainer)
+
+
+@pytest.mark.parametrize("model", ["qwen3", "gemma3"])
+@pytest.mark.parametrize("kind", ["sft", "dpo", "kto", "cpo", "orpo", "tpo"])
+def test_as_near_to_fp32_as_padded_rows(build, tiny_folder, kind, model):
+    """Over all steps the error of each metric in bf16 is at most twice the padded run's, and rounding."""
+    folder = tiny_folder(model)
+    trainer, packed = runs(build, folder, kind, True, True)
+    assert trainer.layouts.kind == PACKED
+    _, padded = runs(build, folder, kind, False, True)
+    _, exact = runs(build, folder, kind, False, False)
+    assert [row.keys() for row in packed] == [row.keys() for row in exact]
+    for name in {name for row in exact for name in row}:
+        if name.endswith(SKIPPED) or ("logits/" in name and kind in ("cpo", "orpo")):
+            continue
+        columns = [torch.tensor([row[name] for row in rows if name in row]) for rows in (packed, padded, exact)]
+        errors = [(x - columns[2]).double().norm().item() for x in columns[:2]]
+        rounding = 2**-8 * columns[2].double().norm().item()
+        assert errors[0] <= 2 * errors[1] + rounding, (name, errors)
+
+
+def test_auto_packs_and_says_so(build, tiny_folder, caplog):
+    caplog.set_level(logging.INFO, "fusedalign")
+    trainer, rows = runs(build, tiny_folder("qwen3"), "dpo", "auto", True)
+    assert trainer.layouts.kind == PACKED
+    lines = [r.getMessage() for r in caplog.records if "batches: " in r.getMessage()]
+    assert len(lines) == 1
+    assert lines[0].startswith("FusedDPOTrainer, batches: packed (proven on a few tokens")
+    assert all(row["grad_norm"] > 0 for row in rows if "grad_norm" in row)
+
+
+def test_auto_without_a_kernel_stays_padded(build, tiny_folder):
+    trainer, _ = runs(build, tiny_folder("qwen3"), "dpo", "auto", False)  # fp32
+    assert trainer.layouts.kind != PACKED
+    assert "attention has no kernel here" in trainer.layouts.reason
+
+
+def test_no_wait(tiny_folder):
+    """A forward of pairs and its backward, with the layout of the collator: nothing makes the CPU wait."""
+    g = torch.Generator().manual_seed(0)
+    rows = [[torch.randint(3, 40, (n + i,), generator=g).tolist() for i in range(4)] for n in (5, 9, 7)]
+    batch = pack_answers(*rows, multiple=64)
+    ids = batch.input_ids[0][batch.token_index]
+    labels = ids.masked_fill(~batch.valid, -100)
+    labels[:, :5] = -100
+    model = AutoModelForCausalLM.from_pretrained(tiny_folder("qwen3"), dtype=torch.bfloat16).cuda()
+    enable(model)
+    layouts = Layouts(groups=2, kind=PACKED, must_pack=True, multiple=64)
+    add_lm_head(model, options=HeadOptions(), layouts=layouts)
+    arguments = {
+        "input_ids": ids.cuda(),
+        "attention_mask": batch.valid.long().cuda(),
+        "labels": labels.cuda(),
+        "num_items_in_batch": 7,
+        "fused_lm_head": True,
+    }
+    want = model(**arguments).log_probs  # without a layout it is made, with a wait
+    model(**arguments, layout=batch).loss.backward()  # compiles
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        packed_output(model, batch)
+        got = model(**arguments, layout=batch)
+        got.loss.backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.testing.assert_close(got.log_probs, want, rtol=2e-2, atol=2e-2)
