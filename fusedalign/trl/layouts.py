@@ -97,8 +97,9 @@ class Layouts:
                 if self.must_pack:
                     raise
                 return AS_PADDED
-        plain = self.kind == UNMASKED and positions is None and mask is not None and mask.ndim == 2
-        return RightPadded() if plain and (mask.diff(dim=1) <= 0).all() else None
+        if self.kind != UNMASKED or positions is not None or mask is None or mask.ndim != 2:
+            return None
+        return RightPadded() if (mask.diff(dim=1) <= 0).all() else None
 
     @torch.compiler.disable
     def for_call(self, layout: Any, arguments: Mapping[str, Any]) -> Layout | None:

@@ -468,7 +468,7 @@ def test_left_padded_rows(build, tiny_folder, packed):
     tiny.assert_same(got, tiny.history(build("sft", "fused", head=[("packed", False)], **options)))
 
 
-#: Collators with batches that stay padded: a label that padding predicts, a hole in a row, a mask of one's own, an argument.
+#: Collators with batches that stay padded: a label that padding predicts, a hole in a row, another mask, an argument.
 UNPACKABLE = {
     "label": (lambda: LeftPadding(first=True), "packed rows need labels of -100 for a first token after padding"),
     "hole": (lambda: LeftPadding(mask=_with_hole), "first token after padding"),
