@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import types
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,6 +49,11 @@ class FusedOutput(FusedCausalLMOutput):
     masked, else over its tokens; no gradient."""
 
 
+def our_names(outputs: Iterable[str]) -> list[str]:
+    """Those of `linear_logps`, for TRL's names of outputs."""
+    return [ours for theirs, ours in OUTPUT_NAMES.items() if theirs in outputs]
+
+
 def add_lm_head(
     model: PreTrainedModel,
     outputs: tuple[str, ...] = ("log_probs",),
@@ -57,7 +63,6 @@ def add_lm_head(
     loss_hint: str | None = None,
     mixed: torch.dtype | None = None,
     layouts: Layouts | None = None,
-    trains: bool = True,
 ) -> None:
     """Give `model` the forward described above.
 
@@ -69,15 +74,12 @@ def add_lm_head(
         loss_hint: as in `linear_logps`.
         mixed: the dtype of mixed precision, if there is any.
         layouts: how the trainer's rows are laid out; default: with a mask.
-        trains: whether the model will be trained, and not only be a reference.
 
     Raises:
         TypeError, ValueError: the head cannot be read, see `lm_head`, the model's backbone cannot be told, or no impl
             does what the options ask for.
     """
-    head, wanted = lm_head(model), [ours for theirs, ours in OUTPUT_NAMES.items() if theirs in outputs]
-    options.check(head, wanted, mixed=mixed)
-    options.prepare(head, wanted, mixed=mixed, trains=trains)
+    options.check(lm_head(model), our_names(outputs), mixed=mixed)
     if model.base_model is model:
         raise TypeError(f"expected a model whose base_model is its backbone, got {type(model).__name__}")
     layouts = Layouts() if layouts is None else layouts

@@ -18,10 +18,8 @@ from torch import Tensor
 
 from fusedalign.losses import sft_loss, tpo_loss
 from fusedalign.sequence import completion_labels, sequence_mean, sequence_sum
-from fusedalign.trl.forward import add_lm_head
 from fusedalign.trl.kernels import add_liger_kernels
 from fusedalign.trl.layouts import KEY, LayOut, Layouts
-from fusedalign.trl.options import mixed_precision
 from fusedalign.trl.refusals import base_of
 from fusedalign.trl.shapes import preference
 from fusedalign.trl.tokens import OPTIONS, PairSource, pair_ids, rendered
@@ -45,23 +43,15 @@ class _FusedForward(Fused):
     #: Positions of which the stock trainer logs the mean logit; None: it takes those of the completions.
     _mean_positions: slice | None = None
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def _add_late_head(self) -> None:
         trainer: Any = self
         model = base_of(trainer.model)
-        if self.liger_kernels:
-            add_liger_kernels(model)
         if model.config.is_encoder_decoder:
+            if self.liger_kernels:
+                add_liger_kernels(model)
             _logger.warning("%s is an encoder-decoder: it keeps TRL's own path, with logits", type(model).__name__)
             return
-        add_lm_head(
-            model,
-            self._outputs,
-            options=self.head_options,
-            mean_positions=self._mean_positions,
-            mixed=mixed_precision(trainer.args),
-            layouts=self.layouts,
-        )
+        self._add_head(model, self._outputs, self._mean_positions)
         if trainer.args.use_liger_kernel:  # which would replace that forward when training starts
             kernels = trainer.args.liger_kernel_config or {}
             trainer.args.liger_kernel_config = {**kernels, "fused_linear_cross_entropy": False}

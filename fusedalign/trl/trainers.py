@@ -15,8 +15,9 @@ from typing import Any
 import torch
 import trl
 
+from fusedalign.head import lm_head
 from fusedalign.trl.construction import replaced
-from fusedalign.trl.forward import EXPERTS, add_lm_head
+from fusedalign.trl.forward import EXPERTS, add_lm_head, our_names
 from fusedalign.trl.kernels import add_liger_kernels, check_liger_kernels
 from fusedalign.trl.layouts import KEY, PACKED_DEFAULT, LayOut, Layouts, check_packed, decide
 from fusedalign.trl.matched import MatchedModel, lay_out_kto
@@ -52,6 +53,7 @@ class Fused:
         kwargs = {name: value for name, value in kwargs.items() if name not in HeadOptions._fields}
         check_packed(packed)
         self._packed, self.layouts = packed, Layouts()
+        self._heads: list[tuple[Any, tuple[str, ...]]] = []
         given = inspect.signature(super().__init__).bind(*args, **kwargs)
         default = trl.SFTConfig.loss_type if isinstance(self, trl.SFTTrainer) else None
         refuse_arguments(type(self).__name__, given.arguments, default)
@@ -75,14 +77,23 @@ class Fused:
         refuse_adapters(self)
         refuse_experts(self, EXPERTS, "set its router_aux_loss_coef to 0")
         refuse_sharded(self)
-        self._decide_layouts()
+        self._add_late_head()
+        self._settle()
 
-    def _decide_layouts(self) -> None:
-        """Settle how batches are laid out, once; the models must be where they train."""
-        if self._packed is not None:
-            packed, self._packed = self._packed, None
-            self.layouts.groups = self._groups()
-            decide(self, self.layouts, packed, self._lay_out())
+    def _add_late_head(self) -> None:
+        """Put the head on, where TRL's constructor puts none on."""
+
+    def _settle(self) -> None:
+        """Decide how batches are laid out and let the heads compile, once; the models must be where they train."""
+        if self._packed is None:
+            return
+        packed, self._packed = self._packed, None
+        self.layouts.groups = self._groups()
+        decide(self, self.layouts, packed, self._lay_out())
+        trainer: Any = self
+        for model, outputs in self._heads:
+            trains = model is not getattr(trainer, "ref_model", None)
+            self.head_options.prepare(lm_head(model), our_names(outputs), mixed=self._mixed, trains=trains)
 
     def _groups(self) -> int:
         """Answers to one prompt in a batch, all first ones first."""
@@ -109,21 +120,26 @@ class Fused:
         else:  # of another trainer, which a callback builds while this one is under construction
             original(model, *args, **kwargs)
 
-    def _add_head(self, model: Any, outputs: tuple[str, ...] = ("log_probs",)) -> None:
+    def _add_head(
+        self, model: Any, outputs: tuple[str, ...] = ("log_probs",), mean_positions: slice | None = None
+    ) -> None:
         """Put this package's head on a model of this trainer, and Liger's kernels into it if they are wanted."""
         if self.liger_kernels:
             add_liger_kernels(model)
-        args = getattr(self, "args", None)
-        hint, mixed = loss_hint(type(self), args), mixed_precision(args)
         add_lm_head(
             model,
             outputs,
             options=self.head_options,
-            loss_hint=hint,
-            mixed=mixed,
+            mean_positions=mean_positions,
+            loss_hint=loss_hint(type(self), getattr(self, "args", None)),
+            mixed=self._mixed,
             layouts=self.layouts,
-            trains=model is not getattr(self, "ref_model", None),
         )
+        self._heads.append((model, outputs))
+
+    @property
+    def _mixed(self) -> torch.dtype | None:
+        return mixed_precision(getattr(self, "args", None))
 
 
 class FusedWithReference(KeyedReference, Fused):
@@ -139,14 +155,14 @@ class FusedWithReference(KeyedReference, Fused):
         if needs_copy(arguments):
             arguments["ref_model"] = reference_copy(arguments["model"])
 
-    def _add_head(self, model: Any, outputs: tuple[str, ...] = ("log_probs",)) -> None:
+    def _add_head(self, model: Any, *args: Any, **kwargs: Any) -> None:
         trainer: Any = self
         if trainer.ref_model is None:
             complete_reference_adapter(model)
-        super()._add_head(model, outputs)
+        super()._add_head(model, *args, **kwargs)
 
     def _precompute_ref_logps(self, *args: Any, **kwargs: Any) -> Any:
-        self._decide_layouts()  # TRL precomputes while the trainer is built
+        self._settle()  # TRL precomputes while the trainer is built
         return super()._precompute_ref_logps(*args, **kwargs)
 
 

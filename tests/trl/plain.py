@@ -7,12 +7,12 @@ from fusedalign.trl import trainers
 from fusedalign.trl.forward import FusedOutput
 
 
-def add_plain_head(model, outputs=("log_probs",), *, options, loss_hint=None, mean_positions=None, mixed=None):
+def add_plain_head(model, outputs=("log_probs",), *, options, loss_hint=None, mean_positions=None, mixed=None, layouts=None):
     """Stands in for `fusedalign.trl.forward.add_lm_head`: the model's own forward and its own call of the head."""
     original = model.forward
 
     @functools.wraps(type(model).forward)
-    def forward(self, *args, fused_lm_head=False, labels=None, num_items_in_batch=None, **kwargs):
+    def forward(self, *args, fused_lm_head=False, labels=None, num_items_in_batch=None, layout=None, **kwargs):
         if not fused_lm_head:
             return original(*args, labels=labels, **kwargs)
         every = original(*args, **kwargs | {"use_cache": False}).logits.float()
@@ -36,15 +36,13 @@ def add_plain_head(model, outputs=("log_probs",), *, options, loss_hint=None, me
 
 def with_plain_head(cls):
     """`cls`, one of the Fused trainers, with `add_plain_head`."""
-    from fusedalign.trl import preference
-
     class Plain(cls):
         def __init__(self, *args, **kwargs):
             before = trainers.add_lm_head
-            trainers.add_lm_head = preference.add_lm_head = add_plain_head
+            trainers.add_lm_head = add_plain_head
             try:
                 super().__init__(*args, **kwargs)
             finally:
-                trainers.add_lm_head = preference.add_lm_head = before
+                trainers.add_lm_head = before
 
     return Plain
