@@ -1,5 +1,6 @@
 """The attention of packed and of right-padded rows against dense masks in fp64, values and gradients."""
 
+import inspect
 import itertools
 import math
 
@@ -45,9 +46,8 @@ def values_and_grads(f, operands, real):
     return [out.detach(), *(x.double() for x in torch.autograd.grad((out * direction).sum(), operands))]
 
 
-def eager_varlen(q, k, v, query_offsets, key_offsets, max_q, max_k, *, scale, window_size=(-1, -1), enable_gqa=False):
+def eager_varlen(q, k, v, query_offsets, key_offsets, max_q, max_k, scale, window_size):
     """What `torch.nn.attention.varlen.varlen_attn` documents, one run at a time."""
-    assert enable_gqa or q.shape[1] == k.shape[1]
     left, right = window_size
     assert right == 0
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
@@ -64,27 +64,47 @@ def eager_varlen(q, k, v, query_offsets, key_offsets, max_q, max_k, *, scale, wi
     return torch.cat(outs)
 
 
-@pytest.fixture
-def varlen_on_cpu(monkeypatch):
-    """`_varlen`, with the kernel's place taken by plain code, so that what is around the kernel is tested here too."""
-    monkeypatch.setattr(packed_attention, "varlen_attention", lambda: eager_varlen)
-    monkeypatch.setattr(packed_attention, "_has_gqa_option", lambda: True)
+def varlen_2_10(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None):
+    assert is_causal
+    return eager_varlen(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, query.shape[-1] ** -0.5, (-1, 0))
+
+
+def varlen_2_11(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1)):
+    return eager_varlen(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale, window_size)
+
+
+def varlen_2_13(
+    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1), enable_gqa=False
+):
+    assert enable_gqa or query.shape[1] == key.shape[1]
+    return eager_varlen(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale, window_size)
+
+
+@pytest.fixture(params=["segments", varlen_2_10, varlen_2_11, varlen_2_13])
+def attend(request, monkeypatch):
+    """One of the two ways; plain code in the place of the kernel, so that what is around it is tested here too."""
+    if request.param == "segments":
+        return _segments
+    monkeypatch.setattr(packed_attention, "varlen_attention", lambda: request.param)
+    parameters = frozenset(inspect.signature(request.param).parameters)
+    monkeypatch.setattr(packed_attention, "_varlen_parameters", lambda: parameters)
     return _varlen
 
 
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize("groups", [1, 2, 3])
-@pytest.mark.parametrize("how", ["segments", "varlen"])
-def test_packed_rows(how, groups, heads, window, varlen_on_cpu):
+def test_packed_rows(attend, groups, heads, window):
     batch = pack_rows(ROWS, groups=groups, multiple=11)
     assert (batch.shared is None) == (groups == 1)
     real = int((batch.row_counts > 0).sum())
     assert batch.tokens > real  # there is filler
-    sizes = (8, 8) if how == "segments" else (12, 7)  # the kernel wants one size
-    made, scale = operands(batch, heads, sizes), 0.7
-    f = _segments if how == "segments" else varlen_on_cpu
-    got = values_and_grads(lambda q, k, v: f(q, k, v, batch, scale, window), made, real)
+    made, scale = operands(batch, heads, (12, 7)), 0.7
+    if window is not None and "window_size" not in packed_attention._varlen_parameters() and attend is _varlen:
+        with pytest.raises(packed_attention.LayoutError, match=r"attention with a window needs PyTorch 2\.11"):
+            attend(*made, batch, scale, window)
+        return
+    got = values_and_grads(lambda q, k, v: attend(q, k, v, batch, scale, window), made, real)
     want = values_and_grads(lambda q, k, v: oracles.attention(q, k, v, batch, scale, window), made, real)
     for name, a, b in zip(("out", "dq", "dk", "dv"), got, want, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12, msg=lambda m, name=name: f"{name}: {m}")

@@ -7,7 +7,9 @@ from fusedalign.trl import trainers
 from fusedalign.trl.forward import FusedOutput
 
 
-def add_plain_head(model, outputs=("log_probs",), *, options, loss_hint=None, mean_positions=None, mixed=None, layouts=None):
+def add_plain_head(
+    model, outputs=("log_probs",), *, options, loss_hint=None, mean_positions=None, mixed=None, layouts=None
+):
     """Stands in for `fusedalign.trl.forward.add_lm_head`: the model's own forward and its own call of the head."""
     original = model.forward
 
@@ -36,6 +38,7 @@ def add_plain_head(model, outputs=("log_probs",), *, options, loss_hint=None, me
 
 def with_plain_head(cls):
     """`cls`, one of the Fused trainers, with `add_plain_head`."""
+
     class Plain(cls):
         def __init__(self, *args, **kwargs):
             before = trainers.add_lm_head
