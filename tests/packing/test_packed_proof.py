@@ -69,6 +69,13 @@ def test_what_is_refused_without_a_mask(name):
     assert_no_trace(model, check)
 
 
+@pytest.mark.parametrize("prove", [enable, enable_unmasked])
+def test_dropout_is_found_before_training(prove):
+    architecture, options, reason = families.REFUSED["gpt2"]
+    with pytest.raises(LayoutError, match=reason):
+        prove(families.build(architecture, options).eval())
+
+
 @pytest.mark.parametrize(
     ("name", "reason"),
     [

@@ -19,6 +19,9 @@ RUNS = {
     "sft, attached to": ("sft", "attach", {}),
     "dpo": ("dpo", "fused", {}),
     "kto": ("kto", "fused", {}),
+    "dpo, packed": ("dpo", "packed", {}),
+    "sft, packed": ("sft", "packed", {}),
+    "kto, packed": ("kto", "packed", {}),
     "simpo": ("cpo", "fused", {"loss_type": "simpo", "cpo_alpha": 0.0}),
 }
 
@@ -43,11 +46,12 @@ def train(folder, name, batch_size):
         max_length=64,
         **options,
     )
-    trainer = (fused if how == "fused" else stock)(
+    trainer = (stock if how == "attach" else fused)(
         model=AutoModelForCausalLM.from_pretrained(f"{folder}/model", attn_implementation="eager"),
         args=args,
         train_dataset=tiny.data(kind, ROWS),
         processing_class=tiny.tokenizer(),
+        **({"packed": True} if how == "packed" else {}),
     )
     if how == "attach":
         attach(trainer)

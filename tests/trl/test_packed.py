@@ -373,6 +373,20 @@ def test_attach_that_refuses_leaves_no_trace(build):
 # ----------------------------------------------------------------------------------------------------------- refusals
 
 
+@pytest.mark.parametrize("packed", ["auto", True])
+def test_attention_with_dropout(build, packed):
+    """Of GPT-2 as its configuration comes: refused when the trainer is built, and padded where nothing was asked."""
+    config = transformers.GPT2Config(vocab_size=419, n_embd=16, n_layer=2, n_head=2, n_positions=64)
+    options = {"arguments": [("model", lambda: transformers.GPT2LMHeadModel(config))], "max_steps": 1}
+    if packed is True:
+        with pytest.raises(ValueError, match="GPT2Attention has dropout in its attention"):
+            build("sft", "fused", head=PACK, **options)
+        return
+    trainer = build("sft", "fused", **options)
+    assert trainer.layouts.kind == MASKED
+    trainer.train()
+
+
 @pytest.mark.parametrize("value", ["maybe", 1, None, "true"])
 def test_words_that_are_none(build, value):
     with pytest.raises(ValueError, match="packed must be 'auto', True or False, got"):
@@ -490,6 +504,16 @@ def _square(mask):
     """[B, 1, L, L]: causal, and of two tokens."""
     seen = torch.ones(mask.shape[1], mask.shape[1], dtype=torch.bool).tril().triu(-1)
     return (seen & mask.bool()[:, None, None]) | torch.eye(mask.shape[1], dtype=torch.bool)
+
+
+def test_a_layout_of_other_rows_is_made_anew():
+    ids = torch.tensor([[5, 6, 7], [5, 6, 8]])
+    layouts = trl_layouts.Layouts(groups=2, kind=PACKED)
+    arguments = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    other = layouts.of({"input_ids": ids[:, :2], "attention_mask": torch.ones_like(ids[:, :2])})
+    assert layouts.for_call(other, arguments).input_ids.tolist() == [[5, 6, 7, 8]]
+    own = layouts.of(arguments)
+    assert layouts.for_call(own, arguments) is own
 
 
 @pytest.mark.parametrize("name", UNPACKABLE)
