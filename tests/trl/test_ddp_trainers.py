@@ -22,6 +22,7 @@ RUNS = {
     "dpo, packed": ("dpo", "packed", {}),
     "sft, packed": ("sft", "packed", {}),
     "kto, packed": ("kto", "packed", {}),
+    "dpo, packed stream": ("dpo", "packed", {}),
     "simpo": ("cpo", "fused", {"loss_type": "simpo", "cpo_alpha": 0.0}),
 }
 
@@ -30,6 +31,7 @@ def train(folder, name, batch_size):
     """The losses of all steps and the trained parameters."""
     kind, how, options = RUNS[name]
     stock, fused, config = tiny.classes(kind)
+    data = tiny.data(kind, ROWS)
     args = config(
         output_dir=f"{folder}/runs",
         max_steps=STEPS,
@@ -49,7 +51,7 @@ def train(folder, name, batch_size):
     trainer = (stock if how == "attach" else fused)(
         model=AutoModelForCausalLM.from_pretrained(f"{folder}/model", attn_implementation="eager"),
         args=args,
-        train_dataset=tiny.data(kind, ROWS),
+        train_dataset=data.to_iterable_dataset() if "stream" in name else data,
         processing_class=tiny.tokenizer(),
         **({"packed": True} if how == "packed" else {}),
     )

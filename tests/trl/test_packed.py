@@ -59,6 +59,8 @@ CASES = {
     "dpo, precomputed reference": ("dpo", {"precompute_ref_log_probs": True}),
     "dpo, gradient checkpointing": ("dpo", {"gradient_checkpointing": True}),
     "dpo, a scale": ("dpo", {"model": "granite"}),
+    "dpo, experts": ("dpo", {"model": "qwen3_moe"}),
+    "orpo, experts": ("orpo", {"model": "qwen3_moe"}),
     "kto": ("kto", {}),
     "kto, odd batch": ("kto", {"per_device_train_batch_size": 3, "desirable_weight": 1.5, "undesirable_weight": 0.7}),
     "kto, apo": ("kto", {"loss_type": "apo_zero_unpaired"}),
@@ -198,11 +200,14 @@ def test_matched_and_mismatched_rows_run_together_where_that_is_less_work(build,
     trainer.model.base_model.register_forward_pre_hook(
         lambda m, a, k: widths.append((k["input_ids"].shape[1], torch.is_grad_enabled())), with_kwargs=True
     )
+    of_reference = []
+    if trainer.ref_model is not None and not precomputed:
+        trainer.ref_model.base_model.register_forward_pre_hook(lambda m, a: of_reference.append(m))
     got = tiny.history(trainer, evaluate=False)
     want = tiny.history(build("kto", "stock", **options), evaluate=False)
     tiny.assert_same(got, want)
-    per_step = len(widths) / 3
-    assert per_step == (1 if prompts == "long" else 2)
+    assert len(widths) == 3 * (1 if prompts == "long" else 2)
+    assert len(of_reference) == (0 if precomputed else 3)
 
 
 # --------------------------------------------------------------------------------------------------------- in practice
@@ -330,9 +335,12 @@ def test_trainers_one_after_another_on_one_model(build):
 # ------------------------------------------------------------------------------------------------------------- attach
 
 
-@pytest.mark.parametrize("kind", ["sft", "dpo", "kto"])
-def test_attached(build, stock_history, kind):
+@pytest.mark.parametrize(
+    ("kind", "model"), [("sft", "qwen3"), ("sft", "qwen3_moe"), ("dpo", "qwen3"), ("kto", "qwen3")]
+)
+def test_attached(build, stock_history, kind, model):
     options = {"loss_type": ["sigmoid"]} if kind == "dpo" else {}
+    options |= {} if model == "qwen3" else {"model": model}
     trainer = build(kind, "stock", **options)
     models = trl_layouts.models_of(trainer)
     collator, shapes = trainer.data_collator, []
