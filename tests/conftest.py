@@ -29,6 +29,10 @@ def pytest_collection_modifyitems(config, items):
     if refused:
         config.hook.pytest_deselected(items=refused)
         items[:] = [item for item in items if item not in set(refused)]
+    if theirs and not torch.cuda.is_available():
+        import interpreter  # which imports triton
+
+        interpreter.speed_up()
     by_test: dict = {}
     for item in theirs:
         if item not in set(refused) and not torch.cuda.is_available():

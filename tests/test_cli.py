@@ -390,12 +390,14 @@ def test_a_folder_without_a_model_or_head(tmp_path, llama, capsys, name, message
     assert message in capsys.readouterr().err
 
 
-def test_no_traceback_unless_asked_for(tmp_path):
-    """The installed command itself, in a process of its own."""
-    command = [shutil.which("fusedalign", path=os.path.dirname(sys.executable)) or "fusedalign", "dpo", "--bata", "1"]
-    plain = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+def test_no_traceback_unless_asked_for(tmp_path, capsys):
+    """Also of the installed command itself, in a process of its own."""
+    words = ["dpo", "--bata", "1"]
+    command = shutil.which("fusedalign", path=os.path.dirname(sys.executable)) or "fusedalign"
+    plain = subprocess.run([command, *words], capture_output=True, text=True, cwd=tmp_path)
     assert plain.returncode == 2
     assert "Traceback" not in plain.stderr
-    debug = subprocess.run([*command, "--debug"], capture_output=True, text=True, cwd=tmp_path)
-    assert debug.returncode == 2
-    assert "Traceback" in debug.stderr
+    assert main(words) == 2
+    assert "Traceback" not in capsys.readouterr().err
+    assert main([*words, "--debug"]) == 2
+    assert "Traceback" in capsys.readouterr().err

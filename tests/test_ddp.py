@@ -3,7 +3,6 @@
 import contextlib
 import os
 
-import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -11,6 +10,7 @@ import torch.multiprocessing as mp
 from fusedalign import linear_cross_entropy, linear_logps
 
 STEPS = 3
+HOWS = ["per token", "scalar", "accumulated"]
 
 
 def model():
@@ -61,22 +61,21 @@ def train(how, ranks, wrap=lambda module: module):
     return [p.detach() for p in module.parameters()]
 
 
-def rank_main(rank, how, folder):
+def rank_main(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    weights = train(how, [rank], torch.nn.parallel.DistributedDataParallel)
+    weights = {how: train(how, [rank], torch.nn.parallel.DistributedDataParallel) for how in HOWS}
     torch.save(weights, f"{folder}/{rank}.pt")
     dist.barrier()  # a rank that leaves early takes the other's connections along
     dist.destroy_process_group()
-    os._exit(
-        0
-    )  # all is saved; ending the interpreter now and then aborts in PyTorch's threads ("terminate called ...")
+    os._exit(0)  # ending the interpreter now and then aborts in PyTorch's threads ("terminate called ...")
 
 
-@pytest.mark.parametrize("how", ["per token", "scalar", "accumulated"])
-def test_two_ranks_equal_one(tmp_path, how):
-    mp.spawn(rank_main, args=(how, str(tmp_path)), nprocs=2)
+def test_two_ranks_equal_one(tmp_path):
+    mp.spawn(rank_main, args=(str(tmp_path),), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
-    for a, b, c in zip(first, second, train("per token", [0, 1]), strict=True):
-        assert torch.equal(a, b)
-        torch.testing.assert_close(a, c)
+    alone = train("per token", [0, 1])
+    for how in HOWS:
+        for a, b, c in zip(first[how], second[how], alone, strict=True):
+            assert torch.equal(a, b), how
+            torch.testing.assert_close(a, c, msg=lambda m, how=how: f"{how}: {m}")

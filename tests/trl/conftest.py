@@ -1,5 +1,6 @@
 """A model, data, and a way to train a few steps twice."""
 
+import functools
 import gc
 
 import pytest
@@ -9,6 +10,7 @@ pytest.importorskip("trl")
 import plain
 import tiny
 import torch
+from accelerate.utils import imports
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSeq2SeqLM
 
 from fusedalign.embedded import build_embedded_model
@@ -24,6 +26,15 @@ def _quick_garbage_collection():
     gc.freeze()
     yield
     gc.unfreeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _packages_looked_for_once():
+    """Else each step looks through all that is installed for peft, many times."""
+    original = imports._is_package_available
+    imports._is_package_available = functools.cache(original)
+    yield
+    imports._is_package_available = original
 
 
 @pytest.fixture(scope="session")
