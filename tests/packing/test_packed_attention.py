@@ -80,11 +80,20 @@ def varlen_2_13(
     return eager_varlen(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale, window_size)
 
 
-@pytest.fixture(params=["segments", varlen_2_10, varlen_2_11, varlen_2_13])
+def operator(q, k, v, cum_seq_q, cum_seq_k, max_q, max_k, dropout, is_causal, debug, *, scale, **window):
+    """The operator below `varlen_attn`."""
+    left, right = window["window_size_left"], window["window_size_right"]
+    assert (dropout, is_causal, debug) == (0.0, left < 0, False)
+    return (eager_varlen(q, k, v, cum_seq_q, cum_seq_k, max_q, max_k, scale, (left, right)),)
+
+
+@pytest.fixture(params=["segments", operator, varlen_2_10, varlen_2_11, varlen_2_13])
 def attend(request, monkeypatch):
-    """One of the two ways; plain code in the place of the kernel, so that what is around it is tested here too."""
+    """Each way to attend; plain code in the place of the kernel, so that what is around it is tested here too."""
     if request.param == "segments":
         return _segments
+    monkeypatch.setattr(packed_attention, "_has_operator", lambda: request.param is operator)
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", operator)
     monkeypatch.setattr(packed_attention, "varlen_attention", lambda: request.param)
     parameters = frozenset(inspect.signature(request.param).parameters)
     monkeypatch.setattr(packed_attention, "_varlen_parameters", lambda: parameters)
@@ -100,7 +109,7 @@ def test_packed_rows(attend, groups, heads, window):
     real = int((batch.row_counts > 0).sum())
     assert batch.tokens > real  # there is filler
     made, scale = operands(batch, heads, (12, 7)), 0.7
-    if window is not None and "window_size" not in packed_attention._varlen_parameters() and attend is _varlen:
+    if window is not None and attend is _varlen and packed_attention.varlen_attention() is varlen_2_10:
         with pytest.raises(packed_attention.LayoutError, match=r"attention with a window needs PyTorch 2\.11"):
             attend(*made, batch, scale, window)
         return
