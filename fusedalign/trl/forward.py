@@ -20,7 +20,7 @@ from trl.trainer.utils import FusedCausalLMOutput
 
 from fusedalign.head import LMHead, lm_head
 from fusedalign.ops import linear_logps
-from fusedalign.packing import PackedBatch, RightPadded
+from fusedalign.packing import PackedBatch
 from fusedalign.packing.attention import Layout
 from fusedalign.packing.backbone import Picked
 from fusedalign.sequence import shift_labels as shifted
@@ -45,8 +45,8 @@ class FusedOutput(FusedCausalLMOutput):
     """TRL's record, and what the trainers ask for whose stock forms keep the logits."""
 
     row_mean_logits: Tensor | None = None
-    """[B]: the mean logit of each row over the vocabulary and all positions, padding too where rows are padded and
-    masked, else over its tokens; no gradient."""
+    """[B]: the mean logit of each row over the vocabulary and all positions, padding too, or over the tokens of packed
+    rows; no gradient."""
 
 
 def our_names(outputs: Iterable[str]) -> list[str]:
@@ -116,10 +116,7 @@ def add_lm_head(
             arrived.synchronize()
         score = _score_packed if isinstance(layout, PackedBatch) else _score
         hidden = backbone.last_hidden_state
-        means = mean_positions  # of hidden states of padding, which a mask changes, without it over tokens
-        if means is not None and isinstance(layout, RightPadded):
-            means = kwargs["attention_mask"]
-        out = score(_read(self), hidden, copy, outputs, means, options, loss_hint, layout)
+        out = score(_read(self), hidden, copy, outputs, mean_positions, options, loss_hint, layout)
         out["label_mask"] = (targets != -100).to(out["log_probs"].device)
         if shift_labels is None:  # TRL's fields have no place for the last position
             out = {name: x if x.ndim < 2 else x[:, :-1] for name, x in out.items()}
@@ -158,12 +155,12 @@ def _score(
     hidden: Tensor,
     targets: Tensor,
     outputs: tuple[str, ...],
-    mean_positions: slice | Tensor | None,
+    mean_positions: slice | None,
     options: HeadOptions,
     loss_hint: str | None,
     layout: Layout | None = None,
 ) -> dict[str, Tensor]:
-    """TRL's per-token fields, [B, T], and `row_mean_logits`, [B], where it is wanted: over a slice or under a mask."""
+    """TRL's per-token fields, [B, T], and `row_mean_logits`, [B], where it is wanted."""
     # A model that is split over devices can end on another one than that of its head.
     device = _first(head).device
     hidden, targets = head.expand(hidden.to(device)), targets if targets.device.type == "cpu" else targets.to(device)
@@ -173,10 +170,8 @@ def _score(
     fields = {"log_probs": out.logps}
     fields |= {theirs: getattr(out, ours) for theirs, ours in wanted.items()}
     if mean_positions is not None:
-        mask = mean_positions.to(device) if isinstance(mean_positions, Tensor) else None
-        positions = slice(None) if isinstance(mean_positions, Tensor) else mean_positions
         with torch.no_grad():
-            fields["row_mean_logits"] = _row_mean_logits(head, hidden[:, positions], of_head, mask)
+            fields["row_mean_logits"] = _row_mean_logits(head, hidden[:, mean_positions], of_head)
     return fields
 
 
@@ -212,28 +207,19 @@ def _packed_mean_logits(head: LMHead, packed: Tensor, layout: PackedBatch, of_he
     return layout.row_means(_row_mean_logits(head, hidden[:, None], of_head))
 
 
-def _row_mean_logits(head: LMHead, hidden: Tensor, of_head: dict[str, Any], mask: Tensor | None = None) -> Tensor:
-    """[B]: the mean logit over the vocabulary and the positions of each row, those of a mask [B, L] if there is one."""
+def _row_mean_logits(head: LMHead, hidden: Tensor, of_head: dict[str, Any]) -> Tensor:
+    """[B]: the mean logit over the vocabulary and the positions of each row."""
     if head.softcap is not None:  # then there is no way around the logits of every position; a tile at a time
         targets = hidden.new_zeros(hidden.shape[:-1], dtype=torch.int64)
         mean_logit = linear_logps(hidden, head.weight, targets, outputs=["mean_logit"], **of_head).mean_logit
         assert mean_logit is not None
-        return _row_means(mean_logit, mask)
+        return mean_logit.mean(-1)
     wide = torch.promote_types(hidden.dtype, torch.float32)
     parts = head.weight if isinstance(head.weight, tuple) else (head.weight,)
     mean_row = torch.cat([part.mean(0, dtype=wide) for part in parts])
     with torch.autocast(hidden.device.type, enabled=False):
-        means = _row_means(hidden, mask) @ mean_row
+        means = hidden.mean(1, dtype=wide) @ mean_row
     return head.scale * (means if head.bias is None else means + head.bias.mean(dtype=wide))
-
-
-def _row_means(values: Tensor, mask: Tensor | None) -> Tensor:
-    """[B, ...]: means of [B, L, ...] over all positions, or over those of a mask [B, L]; in fp32 at least."""
-    wide = torch.promote_types(values.dtype, torch.float32)
-    if mask is None:
-        return values.mean(1, dtype=wide)
-    counted = mask.bool().view(*mask.shape, *[1] * (values.ndim - 2))
-    return values.where(counted, 0).sum(1, dtype=wide) / counted.sum(1).clamp(min=1)
 
 
 def _router_loss(config: Any, router_logits: Any, attention_mask: Tensor | None) -> Tensor:

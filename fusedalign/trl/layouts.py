@@ -233,7 +233,9 @@ def lay_out_nothing(layouts: Layouts, batch: Mapping[str, Any]) -> None:
     """For collators of batches that hold the arguments of several calls: each call's layout is made when it comes."""
 
 
-def decide(trainer: Any, layouts: Layouts, packed: bool | str, lay_out: LayOut = Layouts.of) -> None:
+def decide(
+    trainer: Any, layouts: Layouts, packed: bool | str, lay_out: LayOut = Layouts.of, *, may_unmask: bool = True
+) -> None:
     """Settle how a built trainer's batches are laid out, and log it in one line.
 
     Args:
@@ -241,6 +243,7 @@ def decide(trainer: Any, layouts: Layouts, packed: bool | str, lay_out: LayOut =
         layouts: is filled in.
         packed: "auto" packs on CUDA where that is proven to be right; True packs or raises; False does not pack.
         lay_out: for a trainer whose collator gives something other than a model's padded arguments.
+        may_unmask: whether padded rows may do without their mask.
 
     Raises:
         ValueError: packed=True, and this trainer cannot pack.
@@ -250,7 +253,7 @@ def decide(trainer: Any, layouts: Layouts, packed: bool | str, lay_out: LayOut =
     layouts.must_pack = packed is True
     with trainer.accelerator.autocast():
         kind, reason = _packed(trainer, models, packed, on_cuda)
-        if kind != PACKED:
+        if kind != PACKED and may_unmask:
             kind, reason = _unpacked(trainer, models, reason)
     layouts.kind, layouts.reason = kind, reason
     layouts.multiple = _MULTIPLE if on_cuda else 1
@@ -280,16 +283,9 @@ def _packed(trainer: Any, models: list[Any], packed: bool | str, on_cuda: bool) 
         if isinstance(error, LayoutMismatchError):
             _logger.warning("packed batches are left out: %s", error)
         return MASKED, str(error)
-    if packed == "auto" and any(proof.by_segments for proof in proofs):
-        return (
-            MASKED,
-            "attention has no kernel here for packed batches (bf16 or fp16 has): packed=True packs all the same",
-        )
-    most = max(proofs)
-    return (
-        PACKED,
-        f"proven on a few tokens, hidden states differ by {most.difference:.1e} of {most.allowed:.1e} allowed",
-    )
+    worst = max(proofs)
+    reason = f"proven on a few tokens, hidden states differ by {worst.difference:.1e} of {worst.allowed:.1e} allowed"
+    return PACKED, reason + ("; attention takes one segment at a time" if worst.by_segments else "")
 
 
 def _unpacked(trainer: Any, models: list[Any], reason: str) -> tuple[str, str]:

@@ -60,6 +60,8 @@ class _FusedForward(Fused):
 class _FusedPairs(_FusedForward):
     """What CPO and ORPO share: their rows, tokenised as DPO's are, and the forward of a batch."""
 
+    _may_unmask = False  # TRL logs mean logits over padding too, which depend on the mask
+
     def _adapt(self, arguments: dict[str, Any]) -> None:
         """The rows as they are for `tokenize_row`; a model for the name of an encoder-decoder."""
         _load_encoder_decoder(arguments)

@@ -45,6 +45,8 @@ class Fused:
 
     #: Whether TRL's constructor puts a fused head on, which is then replaced.
     _trl_has_head = True
+    #: Whether padded rows may do without their mask.
+    _may_unmask = True
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.head_options = HeadOptions.of(kwargs)
@@ -89,7 +91,7 @@ class Fused:
             return
         packed, self._packed = self._packed, None
         self.layouts.groups = self._groups()
-        decide(self, self.layouts, packed, self._lay_out())
+        decide(self, self.layouts, packed, self._lay_out(), may_unmask=self._may_unmask)
         trainer: Any = self
         for model, outputs in self._heads:
             trains = model is not getattr(trainer, "ref_model", None)

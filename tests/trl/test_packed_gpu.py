@@ -60,10 +60,10 @@ def test_auto_packs_and_says_so(build, tiny_folder, caplog):
     assert all(row["grad_norm"] > 0 for row in rows if "grad_norm" in row)
 
 
-def test_auto_without_a_kernel_stays_padded(build, tiny_folder):
-    trainer, _ = runs(build, tiny_folder("qwen3"), "dpo", "auto", False)  # fp32
-    assert trainer.layouts.kind != PACKED
-    assert "attention has no kernel here" in trainer.layouts.reason
+def test_auto_packs_in_fp32_too(build, tiny_folder):
+    trainer, _ = runs(build, tiny_folder("qwen3"), "dpo", "auto", False)
+    assert trainer.layouts.kind == PACKED
+    assert trainer.layouts.reason.endswith("attention takes one segment at a time")
 
 
 def test_no_wait(tiny_folder):
