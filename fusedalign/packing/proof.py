@@ -29,9 +29,11 @@ from fusedalign.packing.attention import (
 from fusedalign.packing.backbone import packed_output, unmasked_arguments
 from fusedalign.packing.batch import PackedBatch, RightPadded, pack_padded
 
-#: How far layouts may differ, as a multiple of what one rounding of the input embeddings changes. On an H100 a Qwen3 of
-#: 28 layers differs by a third of that in bf16.
+#: How far layouts may differ, as multiples of what one rounding of the input embeddings changes. On an H100 the hidden
+#: states of a Qwen3 of 28 layers differ by a third of that in bf16. Gradients, which go through the layers twice, differ
+#: by up to twice that in small models of 13 families on a CPU.
 _ALLOWANCE = 4.0
+_GRADIENT_ALLOWANCE = 8.0
 
 
 class Proof(NamedTuple):
@@ -192,7 +194,7 @@ def _compare(model: Any, rows: _Rows, layout: Layout) -> Proof:
         _distance(candidate.hidden, padded.hidden),
         _ALLOWANCE * _distance(rounded.hidden, padded.hidden) + floor,
         _distance(candidate.gradients, padded.gradients),
-        _ALLOWANCE * _distance(rounded.gradients, padded.gradients) + floor,
+        _GRADIENT_ALLOWANCE * _distance(rounded.gradients, padded.gradients) + floor,
         any(by_segments for _, by_segments in candidate.windows),
     )
     agrees = proof.difference <= proof.allowed and proof.gradient_difference <= proof.gradient_allowed
