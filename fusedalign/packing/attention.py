@@ -4,8 +4,8 @@
 `RightPadded` rows, which need no mask. Without a layout the function that the model had before serves, with its mask,
 so `generate` and everything else stay as they were.
 
-Packed batches run through `torch.nn.attention.varlen` on CUDA in half precision, else through one
-`scaled_dot_product_attention` a segment.
+On CUDA in half precision packed batches run through PyTorch's FlashAttention for runs of uneven length
+(`torch.nn.attention.varlen`, or the operator below it), else through one `scaled_dot_product_attention` a segment.
 """
 
 from __future__ import annotations

@@ -29,9 +29,9 @@ from fusedalign.packing.attention import (
 from fusedalign.packing.backbone import packed_output, unmasked_arguments
 from fusedalign.packing.batch import PackedBatch, RightPadded, pack_padded
 
-#: How far layouts may differ, as multiples of what one rounding of the input embeddings changes. On an H100 the hidden
-#: states of a Qwen3 of 28 layers differ by a third of that in bf16. Gradients, which go through the layers twice, differ
-#: by up to twice that in small models of 13 families on a CPU.
+#: How far layouts may differ, as multiples of what one rounding of the input embeddings changes. In bf16 the hidden
+#: states of a Qwen3 of 28 layers differ by a third of that on an H100, gradients, which go through the layers twice, by
+#: up to twice that in small models of 13 families on a CPU.
 _ALLOWANCE = 4.0
 _GRADIENT_ALLOWANCE = 8.0
 
