@@ -328,7 +328,8 @@ def test_the_command_refuses_in_one_line(tmp_path, liger, monkeypatch, capsys):
     _environment(monkeypatch)
     out = ["--output_dir", str(tmp_path / "out")]
     assert main(["dpo", *WORDS, *out]) == 2
-    assert "\nfusedalign: error: liger_kernels=True needs a GPU" in capsys.readouterr().err
+    *_, line = capsys.readouterr().err.splitlines()  # warnings of other libraries may come before it
+    assert line.startswith("fusedalign: error: liger_kernels=True needs a GPU")
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     assert main(["dpo", *WORDS, *out]) == 2
     assert "liger_kernels must be false where the trainer is TRL's own, as under FSDP" in capsys.readouterr().err

@@ -453,7 +453,7 @@ def layouts_seen(trainer):
     return seen
 
 
-@pytest.mark.parametrize("kind", ["sft", "dpo", "kto", "cpo", "orpo"])
+@pytest.mark.parametrize("kind", ["sft", "dpo", "kto", "tpo"])
 def test_right_padded_rows_take_no_mask(build, tiny_folder, kind):
     arguments = [("model", sdpa("qwen3", tiny_folder))]
     trainer = build(kind, "fused", arguments=arguments)
