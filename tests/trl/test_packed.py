@@ -587,7 +587,7 @@ def test_the_command_packs(embedded_folder, tmp_path, capsys, how):
     assert "maybe" in error
 
 
-# ------------------------------------------------------------------------------------- what goes by padded rows, or changes
+# -------------------------------------------------------------------------------------- what goes by padded rows
 
 
 @pytest.mark.parametrize(
