@@ -70,7 +70,15 @@ def install(model: Any) -> str:
     if model.config.get_text_config()._attn_implementation != name:
         model.set_attn_implementation(original)
         raise LayoutError(f"{type(model).__name__} takes no attention function")
+    model.config._attn_implementation = _Name(name)
     return original
+
+
+class _Name(str):
+    """The name of an attention function; its copies, which another process may get, are the name of the original."""
+
+    def __reduce__(self) -> tuple[type[str], tuple[str]]:
+        return str, (_originals[self],)
 
 
 def uninstall(model: Any, original: str) -> None:

@@ -1,6 +1,8 @@
 """The proof: what it refuses and why, that it leaves no trace, and that it finds what has been broken on purpose."""
 
+import copy
 import dataclasses
+import pickle
 from pathlib import Path
 
 import families
@@ -9,7 +11,15 @@ import torch
 
 pytest.importorskip("transformers")
 
-from fusedalign.packing import LayoutError, LayoutMismatchError, RightPadded, enable, enable_unmasked
+from fusedalign.packing import (
+    LayoutError,
+    LayoutMismatchError,
+    RightPadded,
+    enable,
+    enable_unmasked,
+    pack_padded,
+    packed_hidden,
+)
 from fusedalign.packing import attention as packed_attention
 from fusedalign.packing import proof as proofs
 from fusedalign.packing.backbone import unmasked_arguments
@@ -386,3 +396,16 @@ def test_layers_that_change_their_mask_are_refused(prove):
     attention.forward = sparse
     with pytest.raises(LayoutError, match="Qwen3Attention changes the mask of its attention"):
         prove(model)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("of", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_copies_have_the_attention_that_the_model_had(attention, of):
+    """Another process, which gets them pickled, knows no other."""
+    model = families.build(*families.PACKABLE["gemma3"], attention=attention).eval()
+    enable(model)
+    for config in (of(model.config), of(model).config):
+        assert config._attn_implementation == attention
+    ids, mask = families.padded_pairs(0)
+    batch = pack_padded(ids, mask, groups=2)
+    torch.testing.assert_close(packed_hidden(of(model), batch), packed_hidden(model, batch))
