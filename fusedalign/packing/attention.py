@@ -75,10 +75,13 @@ def install(model: Any) -> str:
 
 
 class _Name(str):
-    """The name of an attention function; its copies, which another process may get, are the name of the original."""
+    """The name of an attention function; pickled, for another process perhaps, it is the name of the original."""
 
     def __reduce__(self) -> tuple[type[str], tuple[str]]:
         return str, (_originals[self],)
+
+    def __deepcopy__(self, memo: Any) -> _Name:
+        return self
 
 
 def uninstall(model: Any, original: str) -> None:

@@ -347,9 +347,14 @@ def _adapters(trainer: Any) -> list[Any]:
 
 
 def _dispatches(trainer: Any) -> bool:
-    """Whether one process makes the batches of all and sends them their parts, which it does with tensors alone."""
+    """Whether one process makes the batches of all that the trainer was given, also those of evaluation."""
     datasets = [trainer.train_dataset]
     evaluated = getattr(trainer, "eval_dataset", None)
     datasets += evaluated.values() if isinstance(evaluated, dict) else [evaluated]
-    dispatches = trainer.accelerator.dispatch_batches
-    return bool(dispatches) or (dispatches is None and any(isinstance(x, IterableDataset) for x in datasets))
+    return any(dispatches(trainer, x) for x in datasets)
+
+
+def dispatches(trainer: Any, dataset: Any) -> bool:
+    """Whether one process makes the batches of all and sends them their parts, which it does with tensors alone."""
+    setting = trainer.accelerator.dispatch_batches
+    return bool(setting) or (setting is None and isinstance(dataset, IterableDataset))

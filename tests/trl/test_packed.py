@@ -649,3 +649,14 @@ def test_batches_of_other_types(build, tiny_folder):
     got = tiny.history(trainer)
     assert set(seen) == {"PackedBatch"}
     tiny.assert_same(got, tiny.history(build("sft", "fused", head=[("packed", False)], **options)))
+
+
+@pytest.mark.parametrize("kind", ["sft", "dpo", "kto", "cpo"])
+def test_a_stream_for_evaluation_alone(build, kind):
+    """Other processes get tensors alone; the layout is made in the step."""
+    trainer = build(kind, "fused", head=PACK, max_steps=1)
+    stream = trainer.eval_dataset.to_iterable_dataset()
+    assert "layout" in next(iter(trainer.get_eval_dataloader()))
+    assert "layout" not in next(iter(trainer.get_eval_dataloader(stream)))
+    got, want = (trainer.evaluate(data)["eval_loss"] for data in (stream, trainer.eval_dataset))
+    assert got == pytest.approx(want, rel=1e-5)
