@@ -117,11 +117,12 @@ class Fused:
     def _get_dataloader(self, dataset: Any, *rest: Any, **named: Any) -> Any:
         """The Trainer's; without layouts for a stream that `evaluate` is given, whose batches go to other processes."""
         trainer: Any = self
-        collator, stock = trainer.data_collator, super()
+        collator = trainer.data_collator
+        stock: Any = super()
         if isinstance(collator, LayoutCollator) and dispatches(trainer, dataset):
             trainer.data_collator = collator.collator
         try:
-            return stock._get_dataloader(dataset, *rest, **named)  # type: ignore[misc]
+            return stock._get_dataloader(dataset, *rest, **named)
         finally:
             trainer.data_collator = collator
 
