@@ -70,7 +70,18 @@ def install(model: Any) -> str:
     if model.config.get_text_config()._attn_implementation != name:
         model.set_attn_implementation(original)
         raise LayoutError(f"{type(model).__name__} takes no attention function")
+    model.config._attn_implementation = _Name(name)
     return original
+
+
+class _Name(str):
+    """The name of an attention function; pickled, for another process perhaps, it is the name of the original."""
+
+    def __reduce__(self) -> tuple[type[str], tuple[str]]:
+        return str, (_originals[self],)
+
+    def __deepcopy__(self, memo: Any) -> _Name:
+        return self
 
 
 def uninstall(model: Any, original: str) -> None:
@@ -114,7 +125,9 @@ def _attention(
     **options: Any,
 ) -> tuple[Tensor, Any]:
     """As transformers' attention functions: [B, H, T, d] of queries, fewer heads of keys and values -> [B, T, H, d]."""
-    record, window = observed.get(), options.get("sliding_window")
+    # A graph cannot read a context variable; proofs run without graphs.
+    record = None if torch.compiler.is_compiling() else observed.get()
+    window = options.get("sliding_window")
     if record is not None and window is not None:
         options["sliding_window"] = min(window, PROOF_WINDOW)
     if layout is None:
@@ -122,7 +135,7 @@ def _attention(
             # Attention would see all tokens, those of other rows too.
             raise LayoutError(f"{type(module).__name__} is not handed the keyword arguments of the model's forward")
         return _function(original, module)(module, query, key, value, attention_mask, **options)
-    _refuse(module, options)
+    _refuse(module, attention_mask, options)
     scale = options.get("scaling")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     seen = options.get("sliding_window")
@@ -146,8 +159,10 @@ def _function(original: str, module: Any) -> Callable[..., tuple[Tensor, Any]]:
     return ALL_ATTENTION_FUNCTIONS[original]  # type: ignore[no-any-return]
 
 
-def _refuse(module: Any, options: dict[str, Any]) -> None:
+def _refuse(module: Any, attention_mask: Any, options: dict[str, Any]) -> None:
     """Raises LayoutError for what changes attention beyond causality, window and scale."""
+    if isinstance(attention_mask, Tensor) and attention_mask.shape != _MARKER:
+        raise LayoutError(f"{type(module).__name__} changes the mask of its attention, which packed batches have not")
     for name in ("softcap", "s_aux", "position_bias", "head_mask"):
         if options.get(name) is not None:
             raise LayoutError(

@@ -196,7 +196,7 @@ def pack_padded(
     """Pack padded rows.
 
     Args:
-        input_ids: [B, L] int64; tensors on a GPU are copied to the CPU, which waits for it.
+        input_ids: [B, L] integers; tensors on a GPU are copied to the CPU, which waits for it.
         attention_mask: [B, L], 0 (or False) on padding, which may stand before a row, after it, or both.
         groups, share, multiple: as in `pack_rows`.
 
@@ -204,7 +204,7 @@ def pack_padded(
         ValueError: the shapes differ, padding within a row, or a number of rows that is no multiple of `groups`.
     """
     check_plain(input_ids=input_ids, attention_mask=attention_mask)
-    ids, valid = input_ids.cpu(), attention_mask.cpu().bool()
+    ids, valid = input_ids.cpu().long(), attention_mask.cpu().bool()
     if ids.ndim != 2 or ids.shape != valid.shape:
         raise ValueError(
             f"input_ids and attention_mask must both be [rows, length], got {tuple(ids.shape)} and {tuple(valid.shape)}"
@@ -224,7 +224,7 @@ def pack_documents(input_ids: Tensor, position_ids: Tensor, *, multiple: int = 1
     """Take over rows that are packed already, as TRL's `padding_free` and `packing` give them.
 
     Args:
-        input_ids: [B, L] int64, documents one after another.
+        input_ids: [B, L] integers, documents one after another.
         position_ids: [B, L]; a 0 begins a document.
         multiple: as in `pack_rows`.
 
@@ -235,7 +235,7 @@ def pack_documents(input_ids: Tensor, position_ids: Tensor, *, multiple: int = 1
         ValueError: the shapes differ.
     """
     check_plain(input_ids=input_ids, position_ids=position_ids)
-    ids, positions = input_ids.cpu(), position_ids.cpu()
+    ids, positions = input_ids.cpu().long(), position_ids.cpu().long()
     if ids.ndim != 2 or ids.shape != positions.shape:
         raise ValueError(
             f"input_ids and position_ids must both be [rows, length], got {tuple(ids.shape)} and "

@@ -178,7 +178,8 @@ class _Measured(NamedTuple):
 
 def _compare(model: Any, rows: _Rows, layout: Layout) -> Proof:
     expected = _windows(model)
-    with _undisturbed(model), _narrow_windows(model):
+    # Layers that are compiled too are observed.
+    with _undisturbed(model), _narrow_windows(model), torch.compiler.set_stance("force_eager"):
         model.eval()
         padded, candidate = _measure(model, rows, None), _measure(model, rows, layout)
         with _rounded_embeddings(model, _unit(model, padded.hidden)):

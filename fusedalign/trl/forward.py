@@ -109,7 +109,7 @@ def add_lm_head(
         if targets is None:
             raise ValueError("fused_lm_head=True needs labels or shift_labels, got neither")
         targets = targets.long()  # a collator of one's own may give fewer bits
-        layout = layouts.for_call(layout, kwargs if labels is None else {**kwargs, "labels": labels})
+        layout = layouts.for_call(self, layout, kwargs if labels is None else {**kwargs, "labels": labels})
         copy, arrived = _copied_to_host(targets)
         backbone = backbone_output(self, layout, kwargs)
         if arrived is not None:  # long before the hidden states, for which nobody waits

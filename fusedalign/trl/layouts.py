@@ -27,7 +27,7 @@ from fusedalign.packing import (
     pack_documents,
     pack_padded,
 )
-from fusedalign.packing.attention import Layout
+from fusedalign.packing.attention import Layout, install, installed
 from fusedalign.packing.backbone import packed_arguments, packed_output, unmasked_arguments
 from fusedalign.trl.refusals import unwrapped
 
@@ -83,7 +83,8 @@ class Layouts:
             `AS_PADDED` where the batch cannot be packed and that is no error.
 
         Raises:
-            ValueError: as `pack_padded`, or padding that predicts a label, and `must_pack`.
+            ValueError: as `pack_padded`, padding that predicts a label, or other positions than those in each row, and
+                `must_pack`.
         """
         mask, positions = batch.get("attention_mask"), batch.get("position_ids")
         if self.kind == PACKED:
@@ -92,7 +93,9 @@ class Layouts:
             mask = torch.ones_like(batch["input_ids"]) if mask is None else mask
             try:
                 _check_labels(batch.get("labels"), mask)
-                return pack_padded(batch["input_ids"], mask, groups=self._groups(mask), multiple=self.multiple)
+                packed = pack_padded(batch["input_ids"], mask, groups=self._groups(mask), multiple=self.multiple)
+                _check_positions(positions, packed)
+                return packed
             except ValueError:
                 if self.must_pack:
                     raise
@@ -102,10 +105,11 @@ class Layouts:
         return RightPadded() if (mask.diff(dim=1) <= 0).all() else None
 
     @torch.compiler.disable
-    def for_call(self, layout: Any, arguments: Mapping[str, Any]) -> Layout | None:
+    def for_call(self, model: Any, layout: Any, arguments: Mapping[str, Any]) -> Layout | None:
         """The layout with which a model's forward is to run, given what came with the batch and its padded arguments.
 
-        Where packed rows come without one, it is made here, which waits for the GPU.
+        Where packed rows come without one, it is made here, which waits for the GPU. A model with another attention
+        function than a layout needs, because it has been set since, gets ours around it.
 
         Raises:
             ValueError: arguments that packed rows have no way for, and `must_pack`.
@@ -123,7 +127,11 @@ class Layouts:
             layout = None  # of other rows
         if layout is None and self.kind == PACKED:
             layout = self.of(arguments)
-        return None if layout == AS_PADDED else layout
+        if layout is None or layout == AS_PADDED:
+            return None
+        if not installed(model):
+            install(model)
+        return layout  # type: ignore[no-any-return]
 
     def _groups(self, mask: Tensor) -> int:
         return self.groups if len(mask) % self.groups == 0 else 1
@@ -135,6 +143,15 @@ def _check_labels(labels: Tensor | None, attention_mask: Tensor) -> None:
         return
     if ((labels[:, 1:] != -100) & (attention_mask[:, :-1] == 0)).any():
         raise ValueError("packed rows need labels of -100 for a first token after padding, got another label there")
+
+
+def _check_positions(position_ids: Tensor | None, packed: PackedBatch) -> None:
+    """Raises ValueError where tokens have other positions than those that packed rows give them."""
+    if position_ids is None:
+        return
+    own = packed.position_ids[0][packed.token_index]
+    if (position_ids.cpu().expand_as(own) != own)[packed.valid].any():
+        raise ValueError("packed rows count positions from their first token, got other position_ids")
 
 
 def backbone_output(model: Any, layout: Layout | None, arguments: Mapping[str, Any]) -> Any:
@@ -175,7 +192,7 @@ def wrap_backbone(model: Any, layouts: Layouts, active: Callable[[], bool]) -> C
         if not active():
             return original(*args, **kwargs)
         kwargs |= dict(zip(("input_ids", "attention_mask"), args, strict=False))
-        layout = layouts.for_call(layout, kwargs)
+        layout = layouts.for_call(model, layout, kwargs)
         if not isinstance(layout, PackedBatch):
             return original(**kwargs | _unmasked(kwargs, layout))
         router = kwargs.get("output_router_logits")
@@ -274,7 +291,7 @@ def _packed(trainer: Any, models: list[Any], packed: bool | str, on_cuda: bool) 
     if packed == "auto" and not on_cuda:
         return MASKED, "packed='auto' packs on CUDA"
     try:
-        if (reason := _trainer_refusal(trainer)) is not None:
+        if (reason := _trainer_refusal(trainer) or _rows_refusal(trainer)) is not None:
             raise LayoutError(reason)
         proofs = [enable(model) for model in models]
     except LayoutError as error:
@@ -301,7 +318,7 @@ def _unpacked(trainer: Any, models: list[Any], reason: str) -> tuple[str, str]:
 
 def _trainer_refusal(trainer: Any) -> str | None:
     """What about the trainer, not its model, rules out both layouts."""
-    for adapter in getattr(trainer.model, "peft_config", {}).values():
+    for adapter in _adapters(trainer):
         if adapter.is_prompt_learning:
             return f"{adapter.peft_type.value} puts virtual tokens before each row"
     if trainer.args.n_gpu > 1:
@@ -316,10 +333,28 @@ def _trainer_refusal(trainer: Any) -> str | None:
     return None
 
 
+def _rows_refusal(trainer: Any) -> str | None:
+    """What about the trainer goes by padded rows, where packed ones have no such thing."""
+    if trainer.args.neftune_noise_alpha is not None:
+        return "NEFTune scales its noise by the length of the padded rows"
+    if any(getattr(adapter, "alora_invocation_tokens", None) for adapter in _adapters(trainer)):
+        return "activated LoRA begins at a place of its own in each padded row"
+    return None
+
+
+def _adapters(trainer: Any) -> list[Any]:
+    return list(getattr(trainer.model, "peft_config", {}).values())
+
+
 def _dispatches(trainer: Any) -> bool:
-    """Whether one process makes the batches of all and sends them their parts, which it does with tensors alone."""
+    """Whether one process makes the batches of all that the trainer was given, also those of evaluation."""
     datasets = [trainer.train_dataset]
     evaluated = getattr(trainer, "eval_dataset", None)
     datasets += evaluated.values() if isinstance(evaluated, dict) else [evaluated]
-    dispatches = trainer.accelerator.dispatch_batches
-    return bool(dispatches) or (dispatches is None and any(isinstance(x, IterableDataset) for x in datasets))
+    return any(dispatches(trainer, x) for x in datasets)
+
+
+def dispatches(trainer: Any, dataset: Any) -> bool:
+    """Whether one process makes the batches of all and sends them their parts, which it does with tensors alone."""
+    setting = trainer.accelerator.dispatch_batches
+    return bool(setting) or (setting is None and isinstance(dataset, IterableDataset))

@@ -19,7 +19,16 @@ from fusedalign.head import lm_head
 from fusedalign.trl.construction import replaced
 from fusedalign.trl.forward import EXPERTS, add_lm_head, our_names
 from fusedalign.trl.kernels import add_liger_kernels, check_liger_kernels
-from fusedalign.trl.layouts import KEY, PACKED_DEFAULT, LayOut, Layouts, check_packed, decide
+from fusedalign.trl.layouts import (
+    KEY,
+    PACKED_DEFAULT,
+    LayOut,
+    LayoutCollator,
+    Layouts,
+    check_packed,
+    decide,
+    dispatches,
+)
 from fusedalign.trl.matched import MatchedModel, lay_out_kto
 from fusedalign.trl.options import HeadOptions, mixed_precision
 from fusedalign.trl.preparation import prepared
@@ -104,6 +113,18 @@ class Fused:
     def _lay_out(self) -> LayOut:
         """What makes the layout of a batch of the collator."""
         return Layouts.of
+
+    def _get_dataloader(self, dataset: Any, *rest: Any, **named: Any) -> Any:
+        """The Trainer's; without layouts for a stream that `evaluate` is given, whose batches go to other processes."""
+        trainer: Any = self
+        collator = trainer.data_collator
+        stock: Any = super()
+        if isinstance(collator, LayoutCollator) and dispatches(trainer, dataset):
+            trainer.data_collator = collator.collator
+        try:
+            return stock._get_dataloader(dataset, *rest, **named)
+        finally:
+            trainer.data_collator = collator
 
     def _adapt(self, arguments: dict[str, Any]) -> None:
         """Change the constructor's arguments, where TRL's class does not take what it is given, or takes it wrongly."""

@@ -1,6 +1,8 @@
 """The proof: what it refuses and why, that it leaves no trace, and that it finds what has been broken on purpose."""
 
+import copy
 import dataclasses
+import pickle
 from pathlib import Path
 
 import families
@@ -9,9 +11,18 @@ import torch
 
 pytest.importorskip("transformers")
 
-from fusedalign.packing import LayoutError, LayoutMismatchError, enable, enable_unmasked
+from fusedalign.packing import (
+    LayoutError,
+    LayoutMismatchError,
+    RightPadded,
+    enable,
+    enable_unmasked,
+    pack_padded,
+    packed_hidden,
+)
 from fusedalign.packing import attention as packed_attention
 from fusedalign.packing import proof as proofs
+from fusedalign.packing.backbone import unmasked_arguments
 
 TRACES = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -346,3 +357,56 @@ def test_layers_that_ask_for_another_window_are_refused():
             layer.self_attn.sliding_window = 17
     with pytest.raises(LayoutError, match="should ask its attention for windows of"):
         enable(model)
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gemma3"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_compiled_model_stays_one_graph(name, attention):
+    """Without a layout, and with right-padded rows."""
+    ids, mask = families.padded_pairs(0)
+    model = families.build(*families.PACKABLE[name], attention=attention)
+    enable(model)
+    compiled = torch.compile(model.base_model, backend="eager", fullgraph=True, dynamic=False)
+    for arguments in ({"attention_mask": mask}, unmasked_arguments(ids, RightPadded())):
+        with torch.no_grad():
+            got, want = (f(input_ids=ids, use_cache=False, **arguments) for f in (compiled, model.base_model))
+        torch.testing.assert_close(got.last_hidden_state, want.last_hidden_state, rtol=1e-5, atol=1e-5)
+
+
+def test_layers_that_are_compiled_already():
+    model = families.build(*families.PACKABLE["gemma3"])
+    for layer in model.base_model.layers:
+        layer.compile(backend="eager")
+    enable(model)
+    enable_unmasked(model)
+
+
+@pytest.mark.parametrize("prove", [enable, enable_unmasked])
+def test_layers_that_change_their_mask_are_refused(prove):
+    """As sparse attention does, of which a few tokens see nothing."""
+    model = families.build(*families.PACKABLE["qwen3"])
+    attention = model.base_model.layers[0].self_attn
+    forward = attention.forward
+
+    def sparse(hidden_states, position_embeddings, attention_mask, **options):
+        length = hidden_states.shape[1]
+        nearby = torch.ones(length, length, dtype=torch.bool).triu(-100)
+        return forward(hidden_states, position_embeddings, attention_mask & nearby, **options)
+
+    attention.forward = sparse
+    with pytest.raises(LayoutError, match="Qwen3Attention changes the mask of its attention"):
+        prove(model)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_pickled_models_have_the_attention_that_they_had(attention):
+    """Another process knows no other."""
+    of = lambda x: pickle.loads(pickle.dumps(x))  # noqa: E731
+    model = families.build(*families.PACKABLE["gemma3"], attention=attention).eval()
+    enable(model)
+    for config in (of(model.config), of(model).config):
+        assert config._attn_implementation == attention
+    ids, mask = families.padded_pairs(0)
+    batch = pack_padded(ids, mask, groups=2)
+    for same in (of(model), copy.deepcopy(model)):
+        torch.testing.assert_close(packed_hidden(same, batch), packed_hidden(model, batch))

@@ -500,6 +500,10 @@ UNPACKABLE = {
     "label": (lambda: LeftPadding(first=True), "packed rows need labels of -100 for a first token after padding"),
     "hole": (lambda: LeftPadding(mask=_with_hole), "first token after padding"),
     "mask": (lambda: LeftPadding(mask=_square), "must both be .rows, length."),
+    "positions": (
+        lambda: LeftPadding(position_ids=lambda ids: 2 * torch.arange(ids.shape[1]).expand_as(ids)),
+        "packed rows count positions from their first token, got other position_ids",
+    ),
     "argument": (
         lambda: LeftPadding(token_type_ids=torch.zeros_like),
         "packed=True needs batches of text, whose model takes input_ids alone, got token_type_ids",
@@ -519,14 +523,15 @@ def _square(mask):
     return (seen & mask.bool()[:, None, None]) | torch.eye(mask.shape[1], dtype=torch.bool)
 
 
-def test_a_layout_of_other_rows_is_made_anew():
+def test_a_layout_of_other_rows_is_made_anew(tiny_folder):
+    model = sdpa("qwen3", tiny_folder)()
     ids = torch.tensor([[5, 6, 7], [5, 6, 8]])
     layouts = trl_layouts.Layouts(groups=2, kind=PACKED)
     arguments = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     other = layouts.of({"input_ids": ids[:, :2], "attention_mask": torch.ones_like(ids[:, :2])})
-    assert layouts.for_call(other, arguments).input_ids.tolist() == [[5, 6, 7, 8]]
+    assert layouts.for_call(model, other, arguments).input_ids.tolist() == [[5, 6, 7, 8]]
     own = layouts.of(arguments)
-    assert layouts.for_call(own, arguments) is own
+    assert layouts.for_call(model, own, arguments) is own
 
 
 @pytest.mark.parametrize("name", UNPACKABLE)
@@ -580,3 +585,78 @@ def test_the_command_packs(embedded_folder, tmp_path, capsys, how):
     error = capsys.readouterr().err
     assert "fused_packed" in error
     assert "maybe" in error
+
+
+# -------------------------------------------------------------------------------------- what goes by padded rows
+
+
+@pytest.mark.parametrize(
+    ("options", "adapters", "reason"),
+    [
+        ({"neftune_noise_alpha": 5.0}, None, "NEFTune scales its noise by the length of the padded rows"),
+        ({}, "alora", "activated LoRA begins at a place of its own in each padded row"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["sft", "dpo"])
+def test_what_goes_by_padded_rows(build, tiny_folder, kind, options, adapters, reason):
+    """Is refused packed; without a mask rows stay where they are."""
+    arguments = [("model", sdpa("qwen3", tiny_folder))]
+    if adapters == "alora":
+        arguments.append(("peft_config", activated_lora))
+    options = {"arguments": arguments, "max_steps": 2, **options}
+    with pytest.raises(ValueError, match=f"packed=True needs a model that can run packed: {reason}"):
+        build(kind, "fused", head=PACK, **options)
+    trainer = build(kind, "fused", **options)
+    assert trainer.layouts.kind == UNMASKED
+    tiny.assert_same(tiny.history(trainer), tiny.history(build(kind, "fused", head=[("packed", False)], **options)))
+
+
+def activated_lora():
+    return peft.LoraConfig(
+        r=4, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM", alora_invocation_tokens=[5]
+    )
+
+
+@pytest.mark.parametrize("packed", [True, "auto"])
+@pytest.mark.parametrize("how", ["fused", "attach"])
+def test_attention_that_is_set_after_the_trainer_is_built(build, tiny_folder, packed, how):
+    """It serves where there is no layout; batches are laid out as before."""
+
+    def run(how):
+        options = {"arguments": [("model", sdpa("qwen3", tiny_folder))], "max_steps": 2}
+        trainer = build("dpo", how, head=[] if how == "stock" else [("packed", packed)], **options)
+        trainer.model.set_attn_implementation("eager")
+        return tiny.history(trainer)
+
+    tiny.assert_same(run(how), run("stock"))
+
+
+class OtherTypes(LeftPadding):
+    """Tensors as a collator of one's own may give them, with positions that begin where rows do."""
+
+    def __call__(self, examples):
+        batch = super().__call__(examples)
+        mask = batch["attention_mask"]
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        integers = {name: batch[name].int() for name in ("input_ids", "labels")}
+        return transformers.BatchEncoding({**integers, "attention_mask": mask.bool(), "position_ids": positions})
+
+
+def test_batches_of_other_types(build, tiny_folder):
+    options = with_collator(tiny_folder, OtherTypes)
+    trainer = build("sft", "fused", head=PACK, **options)
+    seen = layouts_seen(trainer)
+    got = tiny.history(trainer)
+    assert set(seen) == {"PackedBatch"}
+    tiny.assert_same(got, tiny.history(build("sft", "fused", head=[("packed", False)], **options)))
+
+
+@pytest.mark.parametrize("kind", ["sft", "dpo", "kto", "cpo"])
+def test_a_stream_for_evaluation_alone(build, kind):
+    """Other processes get tensors alone; the layout is made in the step."""
+    trainer = build(kind, "fused", head=PACK, max_steps=1)
+    stream = trainer.eval_dataset.to_iterable_dataset()
+    assert "layout" in next(iter(trainer.get_eval_dataloader()))
+    assert "layout" not in next(iter(trainer.get_eval_dataloader(stream)))
+    got, want = (trainer.evaluate(data)["eval_loss"] for data in (stream, trainer.eval_dataset))
+    assert got == pytest.approx(want, rel=1e-5)
