@@ -107,7 +107,7 @@ def marker(device: torch.device) -> Tensor:
 
 
 #: What layers have asked for while a proof observes them: (their window, whether attention was by segments).
-observed: ContextVar[set[tuple[int | None, bool]] | None] = ContextVar("fusedalign_observed_attention", default=None)
+observation: ContextVar[set[tuple[int | None, bool]] | None] = ContextVar("fusedalign_observed_attention", default=None)
 
 #: Windows while a proof observes, so that its few tokens are more than a window sees.
 PROOF_WINDOW = 3
@@ -126,7 +126,7 @@ def _attention(
 ) -> tuple[Tensor, Any]:
     """As transformers' attention functions: [B, H, T, d] of queries, fewer heads of keys and values -> [B, T, H, d]."""
     # A graph cannot read a context variable; proofs run without graphs.
-    record = None if torch.compiler.is_compiling() else observed.get()
+    record = None if torch.compiler.is_compiling() else observation.get()
     window = options.get("sliding_window")
     if record is not None and window is not None:
         options["sliding_window"] = min(window, PROOF_WINDOW)

@@ -41,7 +41,7 @@ def unmasked_arguments(input_ids: Tensor, layout: RightPadded) -> dict[str, Any]
     return {"attention_mask": marker(input_ids.device), "position_ids": positions, "layout": layout}
 
 
-class Picked:
+class Selection:
     """The hidden states that predict the targets of a packed batch, one for each, and where the results go."""
 
     def __init__(self, hidden: Tensor, batch: PackedBatch, targets: Tensor) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from fusedalign.head import lm_head
 from fusedalign.ops import linear_logps
 from fusedalign.packing.attention import installed
-from fusedalign.packing.backbone import Picked, packed_output
+from fusedalign.packing.backbone import Selection, packed_output
 from fusedalign.packing.batch import PackedBatch
 from fusedalign.packing.proof import enable
 from fusedalign.problem import TokenLogps
@@ -69,17 +69,17 @@ def packed_logps(
     hidden = packed_hidden(model, batch)
     head = lm_head(model)
     weight = head.weight[0] if isinstance(head.weight, tuple) else head.weight
-    picked = Picked(hidden.to(weight.device), batch, targets)
+    selection = Selection(hidden.to(weight.device), batch, targets)
     out = linear_logps(
-        head.expand(picked.hidden),
+        head.expand(selection.hidden),
         head.weight,
-        picked.targets,
+        selection.targets,
         bias=head.bias,
         scale=head.scale,
         softcap=head.softcap,
         outputs=outputs,
         **options,
     )
-    logps, *others = (None if x is None else picked.scatter(x) for x in out)
+    logps, *others = (None if x is None else selection.scatter(x) for x in out)
     assert logps is not None
     return TokenLogps(logps, *others)

@@ -22,7 +22,7 @@ from fusedalign.packing.attention import (
     LayoutMismatchError,
     install,
     installed,
-    observed,
+    observation,
     uninstall,
     varlen_attention,
 )
@@ -214,14 +214,14 @@ def _compare(model: Any, rows: _Rows, layout: Layout) -> Proof:
 def _measure(model: Any, rows: _Rows, layout: Layout | None) -> _Measured:
     trained = [parameter for parameter in model.base_model.parameters() if parameter.requires_grad]
     seen: set[tuple[int | None, bool]] = set()
-    token = observed.set(seen)
+    token = observation.set(seen)
     try:
         with torch.set_grad_enabled(bool(trained)), _gradient_projections(trained) as projections:
             hidden = _run(model, rows, layout)
             if trained:
                 (hidden.float() * _direction(hidden.numel(), hidden.device).view_as(hidden)).sum().backward()
     finally:
-        observed.reset(token)
+        observation.reset(token)
     gradients = torch.cat([projections[i] for i in sorted(projections)]) if projections else torch.zeros(0)
     return _Measured(hidden.detach().float(), gradients, seen)
 

@@ -22,7 +22,7 @@ from fusedalign.head import LMHead, lm_head
 from fusedalign.ops import linear_logps
 from fusedalign.packing import PackedBatch
 from fusedalign.packing.attention import Layout
-from fusedalign.packing.backbone import Picked
+from fusedalign.packing.backbone import Selection
 from fusedalign.sequence import shift_labels as shifted
 from fusedalign.trl.layouts import Layouts, backbone_output
 from fusedalign.trl.options import HeadOptions
@@ -189,9 +189,9 @@ def _score_packed(
     """As `_score`, from hidden states of packed tokens, [1, S, D]; means are those over the tokens of each row."""
     device = _first(head).device
     packed = hidden[0].to(device)
-    picked = Picked(packed, layout, targets.cpu())
-    fields = _score(head, picked.hidden, picked.targets, outputs, None, options, loss_hint)
-    fields = {name: picked.scatter(x) for name, x in fields.items()}
+    selection = Selection(packed, layout, targets.cpu())
+    fields = _score(head, selection.hidden, selection.targets, outputs, None, options, loss_hint)
+    fields = {name: selection.scatter(x) for name, x in fields.items()}
     if mean_positions is not None:
         with torch.no_grad():
             of_head = {"bias": head.bias, "scale": head.scale, "softcap": head.softcap, **options._asdict()}

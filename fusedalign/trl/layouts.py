@@ -46,7 +46,7 @@ KEY = "layout"
 
 
 #: A layout of batches that a packing trainer must leave padded.
-AS_PADDED = "padded"
+UNPACKABLE = "padded"
 
 #: Arguments of a model's forward that its layout replaces, or that do not depend on it.
 _UNDERSTOOD = frozenset(
@@ -80,7 +80,7 @@ class Layouts:
                 perhaps `labels` [B, L], unshifted.
 
         Returns:
-            `AS_PADDED` where the batch cannot be packed and that is no error.
+            `UNPACKABLE` where the batch cannot be packed and that is no error.
 
         Raises:
             ValueError: as `pack_padded`, padding that predicts a label, or other positions than those in each row, and
@@ -99,7 +99,7 @@ class Layouts:
             except ValueError:
                 if self.must_pack:
                     raise
-                return AS_PADDED
+                return UNPACKABLE
         if self.kind != UNMASKED or positions is not None or mask is None or mask.ndim != 2:
             return None
         return RightPadded() if (mask.diff(dim=1) <= 0).all() else None
@@ -127,7 +127,7 @@ class Layouts:
             layout = None  # of other rows
         if layout is None and self.kind == PACKED:
             layout = self.of(arguments)
-        if layout is None or layout == AS_PADDED:
+        if layout is None or layout == UNPACKABLE:
             return None
         if not installed(model):
             install(model)

@@ -18,7 +18,7 @@ from torch import Tensor
 from fusedalign.packing import PackedBatch, pack_padded
 from fusedalign.packing.attention import Layout
 from fusedalign.sequence import completion_labels
-from fusedalign.trl.layouts import AS_PADDED, PACKED, Layouts
+from fusedalign.trl.layouts import PACKED, UNPACKABLE, Layouts
 
 #: What a token with a gradient costs, in forwards: one, one more under gradient checkpointing, and a backward of two.
 _COST_WITH_GRADIENT = 4
@@ -59,9 +59,9 @@ def lay_out_kto(layouts: Layouts, batch: Mapping[str, Any]) -> KTOLayouts | None
     """The layouts of a batch of TRL's collator for KTO."""
     matched = layouts.of(batch)
     if "KL_input_ids" not in batch:
-        return None if matched in (None, AS_PADDED) else KTOLayouts(matched, None)
+        return None if matched in (None, UNPACKABLE) else KTOLayouts(matched, None)
     mismatched = layouts.of({name: batch[f"KL_{name}"] for name in ("input_ids", "attention_mask")})
-    if AS_PADDED in (matched, mismatched) or matched is None is mismatched:
+    if UNPACKABLE in (matched, mismatched) or matched is None is mismatched:
         return None
     both = None
     if layouts.kind == PACKED:

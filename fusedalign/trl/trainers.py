@@ -239,10 +239,10 @@ class FusedKTOTrainer(FusedWithReference, trl.KTOTrainer):
             names = ("ref_logps", "ref_KL_logps")
             logps = self.compute_ref_log_probs(reference, {**inputs, KEY: layouts})
             inputs |= {name: x for name, x in zip(names, logps, strict=True) if x is not None}
-        laid_out = MatchedModel(model, inputs, layouts, may_join=not self.aux_loss_enabled)
+        kto_model = MatchedModel(model, inputs, layouts, may_join=not self.aux_loss_enabled)
         self.precompute_ref_logps = True
         try:
-            return super()._compute_loss(laid_out, inputs, return_outputs)
+            return super()._compute_loss(kto_model, inputs, return_outputs)
         finally:
             self.precompute_ref_logps = not live
 
