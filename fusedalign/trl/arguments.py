@@ -126,7 +126,7 @@ class FusedArguments:
 
     @property
     def packed(self) -> bool | str:
-        """Likewise; it is text, for `--fused_packed true` and `fused_packed: true` in YAML.
+        """`fused_packed`, which is text so that a flag and YAML can say true, as the Fused trainers take it.
 
         Raises:
             ValueError: none of the three words.

@@ -129,7 +129,7 @@ class _FusedPairs(_FusedForward):
 
 
 def _lay_out_pairs(layouts: Layouts, batch: Any, padding_value: int) -> Any:
-    """The layout of a batch of TRL's collator for CPO and ORPO, of which the trainers join the two halves later."""
+    """The layout of a batch of TRL's collator for CPO and ORPO; the trainers join its two halves later."""
     joined = CPOTrainer.concatenated_inputs(batch, padding_value=padding_value)
     return layouts.of({name: joined[f"concatenated_{name}"] for name in ("input_ids", "attention_mask")})
 
