@@ -49,8 +49,10 @@ class _Attachment:
     options: HeadOptions
     loss_hint: str | None
     handles: list[RemovableHandle] = field(default_factory=list)
-    undo: list[Callable[[], None]] = field(default_factory=list)
-    """what takes packing back"""
+    collator: Any = None
+    """the trainer's own, where packing has put another one in its place"""
+    backbones: list[Callable[[], None]] = field(default_factory=list)
+    """what takes packing back from the models. None of these refers to the trainer, which is to be collected"""
 
 
 #: The methods of a trainer in which its models are called for log-probabilities.
@@ -128,7 +130,11 @@ def attach(trainer: Any, *, packed: bool | str = False, **options: Any) -> Any:
             setattr(trainer, name, _Step(getattr(trainer, name), attachment))
         _attached[trainer] = attachment
         if packed is not False:
-            _pack(trainer, attachment, packed)
+            try:
+                _pack(trainer, attachment, packed)
+            except Exception:
+                detach(trainer)
+                raise
     return trainer
 
 
@@ -136,11 +142,13 @@ def _pack(trainer: Any, attachment: _Attachment, packed: bool | str) -> None:
     """Let the models' backbones run packed under TRL's forward."""
     if not isinstance(trainer, _PACKABLE):
         raise ValueError(f"packed must be False for {type(trainer).__name__}, got {packed!r}")
-    layouts, collator = Layouts(groups=2 if isinstance(trainer, trl.DPOTrainer) else 1), trainer.data_collator
+    layouts, attachment.collator = (
+        Layouts(groups=2 if isinstance(trainer, trl.DPOTrainer) else 1),
+        trainer.data_collator,
+    )
     decide(trainer, layouts, packed, lay_out_nothing if isinstance(trainer, trl.KTOTrainer) else Layouts.of)
-    attachment.undo.append(functools.partial(setattr, trainer, "data_collator", collator))
     for model in models_of(trainer) if layouts.kind != MASKED else ():
-        attachment.undo.append(wrap_backbone(model, layouts, lambda: _active() is attachment))
+        attachment.backbones.append(wrap_backbone(model, layouts, lambda: _active() is attachment))
 
 
 def _check_head(model: nn.Module, options: HeadOptions, trainer: Any) -> None:
@@ -164,8 +172,10 @@ def detach(trainer: Any) -> Any:
         if attachment is not None:
             for handle in attachment.handles:
                 handle.remove()
-            for undo in attachment.undo:
-                undo()
+            for restore in attachment.backbones:
+                restore()
+            if attachment.collator is not None:
+                trainer.data_collator = attachment.collator
             for name in _STEPS:
                 step = vars(trainer).get(name)
                 if isinstance(step, _Step):  # else somebody has put another one there since

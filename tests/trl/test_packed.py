@@ -1,7 +1,9 @@
 """Packed batches in the trainers: the metrics and gradients of padded ones, what is refused, and what is logged."""
 
+import gc
 import json
 import logging
+import weakref
 
 import peft
 import pytest
@@ -13,7 +15,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 
 from fusedalign.packing import PackedBatch, RightPadded
 from fusedalign.packing.attention import PREFIX
-from fusedalign.trl import attach, detach
+from fusedalign.trl import attach, attachment, detach
 from fusedalign.trl import layouts as trl_layouts
 from fusedalign.trl.layouts import MASKED, PACKED, UNMASKED
 
@@ -378,9 +380,17 @@ def test_attach_that_refuses_leaves_no_trace(build):
     collator = trainer.data_collator
     with pytest.raises(ValueError, match="softcap"):
         attach(trainer, packed=True)
-    detach(trainer)
+    assert trainer not in attachment._attached
     assert trainer.data_collator is collator
     assert not trainer.model.config._attn_implementation.startswith(PREFIX)
+
+
+def test_an_attached_trainer_is_collected(build):
+    trainer = attach(build("sft", "stock"), packed=True)
+    reference = weakref.ref(trainer)
+    del trainer
+    gc.collect()
+    assert reference() is None
 
 
 # ----------------------------------------------------------------------------------------------------------- refusals
