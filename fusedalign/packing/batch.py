@@ -153,13 +153,14 @@ def pack_rows(
         The batch, on the CPU; L is the length of the longest row.
 
     Raises:
-        ValueError: the number of rows is no multiple of `groups`.
+        TypeError: token ids that are no integers.
+        ValueError: the number of rows is no multiple of `groups`, or `multiple` is below 1.
 
     Example:
         >>> pack_rows([[5, 6, 7], [5, 6, 8, 9]], groups=2).input_ids.tolist()
         [[5, 6, 7, 8, 9]]
     """
-    tensors = [torch.as_tensor(row, dtype=torch.int64) for row in rows]
+    tensors = [_token_ids(torch.as_tensor(row)) for row in rows]
     lengths = torch.tensor([len(x) for x in tensors], dtype=torch.int64)
     input_ids = torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True) if tensors else lengths.new_zeros(0, 0)
     attention_mask = torch.arange(input_ids.shape[1])[None] < lengths[:, None]
@@ -204,7 +205,7 @@ def pack_padded(
         ValueError: the shapes differ, padding within a row, or a number of rows that is no multiple of `groups`.
     """
     check_plain(input_ids=input_ids, attention_mask=attention_mask)
-    ids, valid = input_ids.cpu().long(), attention_mask.cpu().bool()
+    ids, valid = _token_ids(input_ids.cpu()), attention_mask.cpu().bool()
     if ids.ndim != 2 or ids.shape != valid.shape:
         raise ValueError(
             f"input_ids and attention_mask must both be [rows, length], got {tuple(ids.shape)} and {tuple(valid.shape)}"
@@ -235,7 +236,7 @@ def pack_documents(input_ids: Tensor, position_ids: Tensor, *, multiple: int = 1
         ValueError: the shapes differ.
     """
     check_plain(input_ids=input_ids, position_ids=position_ids)
-    ids, positions = input_ids.cpu().long(), position_ids.cpu().long()
+    ids, positions = _token_ids(input_ids.cpu()), position_ids.cpu().long()
     if ids.ndim != 2 or ids.shape != positions.shape:
         raise ValueError(
             f"input_ids and position_ids must both be [rows, length], got {tuple(ids.shape)} and "
@@ -251,6 +252,13 @@ def pack_documents(input_ids: Tensor, position_ids: Tensor, *, multiple: int = 1
     return _finish(
         ids.flatten(), positions.flatten(), starts, lengths, none, none, token_index, ~(token_index < 0), multiple
     )
+
+
+def _token_ids(x: Tensor) -> Tensor:
+    """`x` as int64. TypeError where it holds no integers; a row without tokens may have any dtype."""
+    if x.numel() and (x.is_floating_point() or x.is_complex() or x.dtype == torch.bool):
+        raise TypeError(f"token ids must be integers, got {x.dtype}")
+    return x.long()
 
 
 def _shared_lengths(ids: Tensor, first: Tensor, lengths: Tensor, groups: int) -> Tensor:
@@ -307,6 +315,8 @@ def _finish(
     multiple: int,
 ) -> PackedBatch:
     """The record, from packed tokens and the segments in their order; filler is a segment of its own."""
+    if multiple < 1:
+        raise ValueError(f"multiple must be at least 1, got {multiple}")
     row_counts = torch.bincount(token_index[valid], minlength=len(ids))
     filler = -len(ids) % multiple if len(ids) else multiple
     if filler:

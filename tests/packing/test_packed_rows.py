@@ -245,3 +245,16 @@ def test_tensors_that_are_not_plain_are_refused(pack):
         pack(ids.as_subclass(_Sharded), ids)
     with pytest.raises(TypeError, match="_Sharded"):
         pack(ids, ids.as_subclass(_Sharded))
+
+
+@pytest.mark.parametrize("pack", [lambda x: pack_rows([x]), lambda x: pack_padded(x[None], torch.ones(1, 2))])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bool])
+def test_token_ids_are_integers(pack, dtype):
+    with pytest.raises(TypeError, match="token ids must be integers, got torch"):
+        pack(torch.ones(2, dtype=dtype))
+
+
+@pytest.mark.parametrize("multiple", [0, -64])
+def test_multiple_is_positive(multiple):
+    with pytest.raises(ValueError, match=f"multiple must be at least 1, got {multiple}"):
+        pack_rows([[1, 2]], multiple=multiple)

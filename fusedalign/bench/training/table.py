@@ -102,7 +102,7 @@ def line(result: Result, before: Sequence[Result]) -> str:
     if measured.reason:
         return _line([title, *["-"] * (len(COLUMNS) - 1), _short(measured.reason)])
     medians = {other.job.side: other.measured.median_ms for other in [*before, result]}
-    of_first = next((other.measured.losses for other in before if other.measured.losses), None)
+    first_losses = next((other.measured.losses for other in before if other.measured.losses), None)
     gib = 2.0**30
     cells = [
         _number(measured.first_ms),
@@ -115,7 +115,7 @@ def line(result: Result, before: Sequence[Result]) -> str:
         _number(measured.pass_bytes, gib),
         _ratio(medians.get(STOCK), measured.median_ms),
         _ratio(medians.get(STOCK_LIGER), measured.median_ms),
-        "-" if of_first is None else f"{difference(of_first, measured.losses):.0e}",
+        "-" if first_losses is None else f"{difference(first_losses, measured.losses):.0e}",
     ]
     return _line([title, *cells])
 
