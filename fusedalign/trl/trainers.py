@@ -221,6 +221,9 @@ class FusedDPOTrainer(FusedWithReference, trl.DPOTrainer):
             to pass instead.
     """
 
+    def _groups(self) -> int:
+        return 2
+
 
 class FusedKTOTrainer(FusedWithReference, trl.KTOTrainer):
     """`trl.KTOTrainer` without logits, its KL term included; see `FusedSFTTrainer` and `FusedDPOTrainer`."""

@@ -220,6 +220,46 @@ def test_matched_and_mismatched_rows_run_together_where_that_is_less_work(build,
 # --------------------------------------------------------------------------------------------------------- in practice
 
 
+@pytest.mark.parametrize(
+    ("kind", "how", "options"),
+    [
+        ("dpo", "fused", {}),
+        ("dpo", "fused", {"precompute_ref_log_probs": True}),
+        ("dpo", "attached", {}),
+        ("cpo", "fused", {}),
+        ("orpo", "fused", {}),
+        ("tpo", "fused", {}),
+    ],
+)
+def test_answers_share_their_prompt(build, kind, how, options):
+    """Every forward has the tokens of each prompt once."""
+    options, answers = options | {"max_steps": 2}, 3 if kind == "tpo" else 2
+    if kind != "tpo":
+        options["data"] = long_prompts(kind)
+    trainer = build(kind, "stock" if how == "attached" else "fused", head=[] if how == "attached" else PACK, **options)
+    if how == "attached":
+        attach(trainer, packed=True)
+    sizes, expected = [], []
+    for model in trl_layouts.models_of(trainer):
+        model.get_input_embeddings().register_forward_pre_hook(lambda m, args: sizes.append(args[0].numel()))
+    for batch in trainer.get_train_dataloader():
+        layout = batch["layout"]
+        groups = [
+            [ids[keep].tolist() for ids, keep in zip(layout.input_ids[0][rows], valid, strict=True)]
+            for rows, valid in zip(layout.token_index.chunk(answers), layout.valid.chunk(answers), strict=True)
+        ]
+        count = 0
+        for first, *others in zip(*groups, strict=True):
+            count += len(first)
+            for row in others:
+                same = [x == y for x, y in zip(first, row, strict=False)]
+                count += len(row) - [*same, False].index(False)
+        expected.append(count)
+        assert layout.input_ids.numel() == count < layout.valid.sum()
+    tiny.history(trainer, evaluate=False)
+    assert set(sizes) <= set(expected)
+
+
 def test_every_call_is_packed(build, monkeypatch):
     """Policy and reference, training and evaluation: no backbone is given a padded batch."""
     shapes = []
