@@ -373,6 +373,7 @@ def test_equal_takes_the_place_of_the_mixes(figures, capsys):
     [
         (["ppo"], "a training must be one of sft, sft-lora, dpo, dpo-lora, orpo, simpo, kto, got 'ppo'"),
         (["--steps", "0"], "--steps must be at least 1, got 0"),
+        (["--batch", "3"], "--batch must be an even number of rows, at least 2, got 3"),
         (["--impl", "cuda"], "impl must be one of auto, triton, liger, cce, pytorch"),
         (["--sizes", "0.6b,7b"], "--sizes must be one of 0.6b, 1.7b, tiny, got '7b'"),
         (["--mixes", "code"], "--mixes must be one of chat, long, got 'code'"),
@@ -389,6 +390,12 @@ def test_refuses(figures, capsys, words, message):
     assert message in err
     assert len(err.splitlines()) == 1
     assert figures["jobs"] == []
+
+
+def test_a_step_has_as_many_rows_as_asked_for(figures, capsys):
+    assert run_command("sft", "dpo", "--rows", "trl", "--mixes", "chat", "--batch", "4") == 0
+    assert "4 rows a step (SFT, KTO), or 2 pairs" in capsys.readouterr().out
+    assert [len(examples(job)[0]) // job.all_steps for job in figures["jobs"]] == [4, 2]
 
 
 def test_a_row_that_the_training_has_not_is_refused(figures, capsys, monkeypatch):

@@ -69,6 +69,8 @@ def jobs(options: argparse.Namespace) -> list[Job]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if options.steps < 1:
         raise ValueError(f"--steps must be at least 1, got {options.steps}")
+    if options.batch is not None and (options.batch < 2 or options.batch % 2):
+        raise ValueError(f"--batch must be an even number of rows, at least 2, got {options.batch}")
     check_name(options.impl)
     sizes = _names("--sizes", options.sizes or (DEFAULT_CUDA if device == "cuda" else DEFAULT_CPU), SIZES)
     if options.equal and options.mixes is not None:
@@ -76,7 +78,7 @@ def jobs(options: argparse.Namespace) -> list[Job]:
     mixes = [EQUAL] if options.equal else _names("--mixes", options.mixes or ",".join(MIXES), MIXES)
     chosen = _names("a training", ",".join(options.trainings or [DEFAULT_TRAINING]), TRAININGS)
     found = [
-        Job(training, size, mix, side, options.steps, options.impl, device)
+        Job(training, size, mix, side, options.steps, options.impl, device, options.batch)
         for size, training, mix, side in product(sizes, chosen, mixes, _sides(options.rows, device))
         if SIDES[side].serves(TRAININGS[training])
     ]
@@ -186,6 +188,7 @@ def _parser() -> _Parser:
     add("--mixes", metavar="NAMES", help=all_of)
     add("--equal", action="store_true", help="rows of 2048 tokens, half of them prompt, 8 a step, instead of the mixes")
     add("--rows", metavar="NAMES", help=f"{all_of} that can run here")
+    add("--batch", type=int, metavar="ROWS", help="a step, half as many pairs; default: 16, with --equal 8")
     add("--steps", type=int, default=STEPS, help=f"that are measured after the first; default: {STEPS}")
     add("--impl", default="auto", help="of the Fused trainers; default: auto")
     add("--out", type=Path, metavar="DIR", help=f"also write {WORD}.md, {WORD}.json and {WORD}.png there")

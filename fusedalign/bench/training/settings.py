@@ -167,6 +167,8 @@ class Job:
     """that are measured after the first"""
     impl: str = "auto"
     device: str = "cpu"
+    step_rows: int | None = None
+    """of prompt and answer a step; None: as many as the mix says"""
 
     @property
     def all_steps(self) -> int:
@@ -176,5 +178,5 @@ class Job:
     @property
     def batch(self) -> int:
         """Examples a step: rows, or pairs."""
-        rows = ALL_MIXES[self.mix].rows
+        rows = self.step_rows or ALL_MIXES[self.mix].rows
         return rows // 2 if TRAININGS[self.training].pairs else rows

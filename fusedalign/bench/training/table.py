@@ -47,7 +47,8 @@ def header(jobs: Sequence[Job]) -> str:
     precision = "bf16 weights, mixed precision" if job.device == "cuda" else "fp32"
     mixes, sides = dict.fromkeys(job.mix for job in jobs), dict.fromkeys(job.side for job in jobs)
     shrunk = {SIZES[job.size].about: SIZES[job.size].shrink for job in jobs if SIZES[job.size].shrink > 1}
-    batch = f"{ALL_MIXES[job.mix].rows} rows a step (SFT, KTO), or {ALL_MIXES[job.mix].rows // 2} pairs"
+    rows = job.step_rows or ALL_MIXES[job.mix].rows
+    batch = f"{rows} rows a step (SFT, KTO), or {rows // 2} pairs"
     lines = [
         "# fusedalign bench trl",
         "",
