@@ -1,4 +1,4 @@
-"""The command `fusedalign`: sft | dpo | kto | cpo | simpo | orpo | merge | bench | demo | env."""
+"""The command `fusedalign`: sft | dpo | kto | cpo | simpo | orpo | merge | score | bench | demo | env."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ usage: fusedalign COMMAND [--debug] [...]
   dpo   direct preference optimisation     fusedalign dpo --config recipes/dpo.yaml --beta 0.2
   kto, cpo, simpo, orpo                    likewise, each with a recipe of its name
   merge an adapter's folder and its base model into one model             fusedalign merge runs/sft --out runs/merged
+  score log-probabilities of a data set     fusedalign score --model_name_or_path M --dataset_name D --out s.parquet
   bench time, memory and error of our impls beside other libraries     fusedalign bench logps --cases qwen3-1.7b
   demo  SFT, then DPO with stock TRL and with fusedalign, on built-in data: a table and a picture
   env   versions, devices, and which impl can run here
@@ -43,7 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the words after `fusedalign`; default: those of this process.
 
     Returns:
-        The exit status: 0; 2 after an error, which is told in one line on stderr; 130 after Ctrl-C; 141 where the
+        The exit status: 0, or what the command says (`score --strict`: 3 where rows were refused);
+        2 after an error, which is told in one line on stderr; 130 after Ctrl-C; 141 where the
         reader of the output has gone.
     """
     try:
@@ -71,7 +73,7 @@ def _run(words: list[str]) -> int:
     try:
         if command not in COMMANDS:
             raise ValueError(f"command must be one of {', '.join(COMMANDS)}, got {command!r}")
-        COMMANDS[command](rest)
+        return COMMANDS[command](rest) or 0
     except KeyboardInterrupt as stop:  # a command that leaves something says so
         print("\n".join(["", "fusedalign: interrupted", *map(str, stop.args)]).rstrip(), file=sys.stderr)
         return 130
@@ -83,7 +85,6 @@ def _run(words: list[str]) -> int:
         hint = "" if debug else " (--debug shows the traceback)"
         print(f"fusedalign: error: {_one_line(error)}{hint}", file=sys.stderr)
         return 2
-    return 0
 
 
 #: The commands without arguments.
@@ -130,6 +131,7 @@ def _calm_threads() -> None:
 
 def _train(method: str) -> Callable[[list[str]], None]:
     def command(argv: list[str]) -> None:
+        from fusedalign.trl.arguments import method_parser
         from fusedalign.trl.help import help_text
         from fusedalign.trl.launch import launched_elsewhere
         from fusedalign.trl.train import train
@@ -138,7 +140,7 @@ def _train(method: str) -> Callable[[list[str]], None]:
             print(help_text(method, everything="--help_all" in argv))
             return
         _calm_threads()
-        if launched_elsewhere(method, argv):
+        if launched_elsewhere(method, method_parser(method), argv):
             return
         trainer, written = train(method, argv)
         if trainer.is_world_process_zero():
@@ -153,6 +155,13 @@ def _merge(argv: list[str]) -> None:
     from fusedalign.trl.adapters import merge_command
 
     merge_command(argv)
+
+
+def _score(argv: list[str]) -> int:
+    from fusedalign.score.command import score_command
+
+    _calm_threads()
+    return score_command(argv)
 
 
 def _demo(argv: list[str]) -> None:
@@ -204,9 +213,10 @@ def _version(name: str) -> str:
         return "not installed"
 
 
-COMMANDS: dict[str, Callable[[list[str]], None]] = {
+COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     **{method: _train(method) for method in ("sft", "dpo", "kto", "cpo", "simpo", "orpo")},
     "merge": _merge,
+    "score": _score,
     "bench": _bench,
     "demo": _demo,
     "env": _env,

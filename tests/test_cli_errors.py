@@ -165,7 +165,7 @@ def test_bf16_is_off_where_no_accelerator_has_it(monkeypatch, capsys, method):
         error = error_of(capsys, [method, flag, "true"])
         assert error.startswith("bf16 must be false where no accelerator has it, got true")
     monkeypatch.setattr(arguments, "is_torch_bf16_gpu_available", lambda: True)
-    assert arguments.read_words(method, []).values.bf16 is None  # TRL's own default follows
+    assert arguments.read_words(arguments.method_parser(method), []).values.bf16 is None  # TRL's own default follows
 
 
 def test_a_long_message_is_cut(monkeypatch, capsys):

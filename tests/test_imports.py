@@ -24,6 +24,7 @@ ROOMS = [
     "embedded",
     "reports",
     "trl",
+    "score",
     "bench",
     "demo",
     "cli",

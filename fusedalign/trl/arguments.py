@@ -75,8 +75,8 @@ METHODS = {
 
 
 @dataclass
-class FusedArguments:
-    """This package's own flags, in TRL's style."""
+class HeadArguments:
+    """This package's flags for the head and the layout of batches, in TRL's style."""
 
     fused_impl: str = field(
         default=HeadOptions().impl,
@@ -96,6 +96,29 @@ class FusedArguments:
             "help": "Run batches without padding, prompts of a pair once: true, false, or auto, on CUDA if proven."
         },
     )
+
+    @property
+    def head(self) -> dict[str, Any]:
+        """As the Fused trainers and `attach` take it."""
+        return {name: getattr(self, f"fused_{name}") for name in HeadOptions._fields}
+
+    @property
+    def packed(self) -> bool | str:
+        """`fused_packed`, which is text so that a flag and YAML can say true, as the Fused trainers take it.
+
+        Raises:
+            ValueError: none of the three words.
+        """
+        words: dict[str, bool | str] = {"auto": "auto", "true": True, "false": False}
+        if self.fused_packed.lower() not in words:
+            raise ValueError(f"fused_packed must be auto, true or false, got {self.fused_packed!r}")
+        return words[self.fused_packed.lower()]
+
+
+@dataclass
+class FusedArguments(HeadArguments):
+    """All of this package's own flags for training."""
+
     liger_kernels: bool = field(
         default=False,
         metadata={"help": "Liger Kernel's RMSNorm, RoPE and MLP in the model and the reference; GPUs only."},
@@ -115,26 +138,9 @@ class FusedArguments:
     )
 
     @property
-    def head(self) -> dict[str, Any]:
-        """As the Fused trainers and `attach` take it."""
-        return {name: getattr(self, f"fused_{name}") for name in HeadOptions._fields}
-
-    @property
     def trainer_options(self) -> dict[str, Any]:
         """As the Fused trainers take them."""
         return {**self.head, "packed": self.packed, "liger_kernels": self.liger_kernels}
-
-    @property
-    def packed(self) -> bool | str:
-        """`fused_packed`, which is text so that a flag and YAML can say true, as the Fused trainers take it.
-
-        Raises:
-            ValueError: none of the three words.
-        """
-        words: dict[str, bool | str] = {"auto": "auto", "true": True, "false": False}
-        if self.fused_packed.lower() not in words:
-            raise ValueError(f"fused_packed must be auto, true or false, got {self.fused_packed!r}")
-        return words[self.fused_packed.lower()]
 
 
 class Arguments(NamedTuple):
@@ -163,6 +169,9 @@ class Words(NamedTuple):
 class Parser(trl.TrlParser):
     """TRL's parser, with errors of one line."""
 
+    owner: str = ""
+    """what has the fields, for errors"""
+
     def error(self, message: str) -> NoReturn:
         """Raise instead of printing a usage of several hundred flags."""
         raise ValueError(message)
@@ -177,7 +186,8 @@ def parse(method: str, argv: Sequence[str]) -> Arguments:
         ValueError: a field that does not exist, or a value that does not fit.
         FileNotFoundError: no such configuration file.
     """
-    parser, words = method_parser(method), read_words(method, argv)
+    parser = method_parser(method)
+    words = read_words(parser, argv)
     values = words.values
     _check_json(parser, values)
     _check_counts(values)
@@ -204,18 +214,19 @@ def method_parser(method: str) -> Parser:
     config = trl_class(METHODS[method].config)
     types: Any = (trl.ScriptArguments, config, trl.ModelConfig, trl.DatasetMixtureConfig, FusedArguments)
     parser = Parser(types, prog=f"fusedalign {method}", allow_abbrev=False)
+    parser.owner = f"TRL's {METHODS[method].config}"
     parser.set_defaults(**METHODS[method].defaults)
     return parser
 
 
-def read_words(method: str, argv: Sequence[str]) -> Words:
+def read_words(parser: Parser, argv: Sequence[str]) -> Words:
     """Sort the words of a command, and the fields of the YAML file that they name; no device is touched.
 
     Raises:
         ValueError: a name that is neither a field nor a flag of `accelerate launch`, or a value of another type.
         FileNotFoundError: no such configuration file.
     """
-    parser, config = method_parser(method), f"TRL's {METHODS[method].config}"
+    config = parser.owner
     file, groups = _split_config(argv)
     content = {} if file is None else read_config(file)
     env = content.pop("env", None) or {}

@@ -44,7 +44,7 @@ def help_text(method: str, *, everything: bool = False) -> str:
         "fusedalign's own": [f.name for f in fields(FusedArguments) if f.name not in _USUAL],
     }
     for title, names in groups.items():
-        parts.append("\n".join([f"{title}:", *(_help_line(actions[name]) for name in names if name in actions)]))
+        parts.append("\n".join([f"{title}:", *(help_line(actions[name]) for name in names if name in actions)]))
     parts.append(
         f"fusedalign {method} --help_all lists the other fields of TRL's and transformers' configurations.\n"
         "Flags of accelerate launch, such as --num_processes 2, are passed on to it."
@@ -52,7 +52,8 @@ def help_text(method: str, *, everything: bool = False) -> str:
     return "\n\n".join(parts)
 
 
-def _help_line(action: Any) -> str:
+def help_line(action: Any) -> str:
+    """A flag with its meaning and default, on lines of 112 characters."""
     text = re.sub(r"\s+", " ", _WORDS.get(action.dest, action.help) or "").replace("%%", "%").replace("`", "")
     text = re.split(r"(?<=[a-z)\]])\. ", text)[0].rstrip(".")
     default = "" if action.default in (None, "==SUPPRESS==") else f" [{action.default}]"

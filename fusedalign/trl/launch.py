@@ -9,10 +9,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from fusedalign.trl.arguments import read_words
+from fusedalign.trl.arguments import Parser, read_words
 
 
-def launched_elsewhere(method: str, argv: Sequence[str]) -> bool:
+def launched_elsewhere(command: str, parser: Parser, argv: Sequence[str]) -> bool:
     """Whether the words ask for `accelerate launch`, and the command has now been run by it.
 
     They do with `accelerate_config`, or with a flag that only the launcher has, such as `--num_processes`: passed on.
@@ -21,7 +21,7 @@ def launched_elsewhere(method: str, argv: Sequence[str]) -> bool:
         ValueError: no such configuration; a word that is a field of neither.
         RuntimeError: the command failed there, which has said why.
     """
-    words = read_words(method, argv)
+    words = read_words(parser, argv)
     if "ACCELERATE_MIXED_PRECISION" in os.environ:  # this is what was launched
         late = [word for word in words.launch if word.startswith("--") and word in argv]
         if late:
@@ -33,7 +33,7 @@ def launched_elsewhere(method: str, argv: Sequence[str]) -> bool:
     config = [] if name is None else ["--config_file", _config_file(str(name))]
     started = [sys.executable, "-m", "accelerate.commands.launch", *config, *words.launch]
     os.environ.update(words.env)
-    status = subprocess.run([*started, "-m", "fusedalign", method, *words.fields]).returncode
+    status = subprocess.run([*started, "-m", "fusedalign", command, *words.fields]).returncode
     if status:
         raise RuntimeError(f"accelerate launch ended with status {status}")
     return True

@@ -1,0 +1,244 @@
+"""A whole data set, scored shard by shard, by any number of processes, and put together into one file."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fusedalign.score import columns
+from fusedalign.score.records import Answer, Example, RefusedRow, Score, Source
+from fusedalign.score.scorer import Scorer
+from fusedalign.score.shards import ScoredRow, Shard, ShardStore, check_settings, shard_order, write_file
+
+#: The two models of a run, which are in memory one after the other.
+POLICY, REFERENCE = "policy", "reference"
+
+#: What stands in the metadata of the finished file.
+_METADATA = b"fusedalign.score"
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is scored, and where it goes."""
+
+    source: Source
+    out: Path
+    """the finished file; while it is made, the shards lie in a folder of its name with `.shards`"""
+    settings: dict[str, Any]
+    """all that changes results, of JSON types: a file of other settings is not touched"""
+    models: Mapping[str, Callable[[], Scorer]]
+    """POLICY and perhaps REFERENCE: loads it, when one of its shards is missing"""
+    beta: float | None = None
+    """of implicit rewards, where there is a reference"""
+    rank: int = 0
+    ranks: int = 1
+
+    @property
+    def store(self) -> ShardStore:
+        """Where the shards lie."""
+        return ShardStore(self.out.with_name(f"{self.out.name}.shards"), len(self.source))
+
+    @property
+    def refused_path(self) -> Path:
+        """The file of the rows that could not be scored."""
+        return self.out.with_suffix(".refused.jsonl")
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A finished file."""
+
+    out: Path
+    rows: int
+    scored: int
+    refused: list[RefusedRow]
+
+
+def ranks_here() -> tuple[int, int, int]:
+    """Rank, number of ranks and rank on this machine, as `torchrun` and `accelerate launch` tell them."""
+    return tuple(
+        int(os.environ.get(name, default))
+        for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))  # type: ignore[return-value]
+    )
+
+
+def score_run(run: Run) -> Finished | None:
+    """Score what is missing; rank 0 then writes the file.
+
+    Returns:
+        What the file holds; None on the other ranks.
+
+    Raises:
+        SettingsMismatchError: `out`, or the shards for it, are of other settings.
+        ValueError: `out` is no file of this kind.
+        OSError: the disk is full; what was finished stays, and the next run goes on from there.
+    """
+    if run.out.exists():
+        return read_finished(run.out, run.settings) if run.rank == 0 else None
+    store = run.store
+    store.check(run.settings)
+    for name, load in run.models.items():
+        _fill(run, store, name, load)
+    if run.rank != 0:
+        if run.out.exists():  # rank 0 has gone on meanwhile, and this rank may have made the folder anew
+            store.remove()
+        return None
+    finished = _finish(run, store)
+    store.remove()
+    return finished
+
+
+@contextlib.contextmanager
+def evaluating(models: Iterable[Any]) -> Iterator[None]:
+    """Models in eval mode, afterwards as they were."""
+    modes = {module: module.training for model in models for module in model.modules()}
+    try:
+        for model in models:
+            model.eval()
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def _fill(run: Run, store: ShardStore, name: str, load: Callable[[], Scorer]) -> None:
+    """Make the shards of one model that are missing."""
+    missing = store.missing(name)
+    if not missing:
+        return
+    scorer = load()
+    scorer.max_tokens = store.claim(name, run.settings, {"max_tokens": scorer.max_tokens})["max_tokens"]
+    done = len(run.source) - sum(stop - start for start, stop in map(store.bounds, missing))
+    with _progress(f"scoring, {name}", len(run.source), done, run.rank) as advance:
+        for shard, prepared in _prefetched(run, store, name):
+            examples, refused = prepared.result()
+            if run.out.exists() or store.is_complete(name, shard):  # by another rank, since
+                continue
+            scores = scorer.scores(examples, advance)
+            store.write(name, shard, _shard(examples, scores, refused))
+
+
+def _prefetched(run: Run, store: ShardStore, name: str) -> Iterator[tuple[int, Future[Any]]]:
+    """The missing shards, each prepared by a thread while the one before it is scored."""
+    with ThreadPoolExecutor(1) as pool:
+        waiting: tuple[int, Future[Any]] | None = None
+        for shard in shard_order(store.shards, run.rank, run.ranks):
+            if store.is_complete(name, shard):
+                continue
+            following = shard, pool.submit(run.source.examples, *store.bounds(shard))
+            if waiting is not None:
+                yield waiting
+            waiting = following
+        if waiting is not None:
+            yield waiting
+
+
+def _shard(examples: list[Example], scores: list[tuple[Score, ...] | str], refused: list[RefusedRow]) -> Shard:
+    scored = []
+    for example, result in zip(examples, scores, strict=True):
+        if isinstance(result, str):
+            refused = [*refused, RefusedRow(example.row, result)]
+        else:
+            names = tuple(answer.name for answer in example.answers)
+            scored.append(ScoredRow(example.row, names, tuple(a.text_bytes for a in example.answers), result))
+    return Shard(scored, sorted(refused))
+
+
+def _finish(run: Run, store: ShardStore) -> Finished:
+    """Put the shards together: the table, and the rows that were refused."""
+    import pyarrow.parquet
+
+    refused: list[RefusedRow] = []
+    scored = 0
+    temporary = run.out.with_name(f"{run.out.name}.{os.urandom(6).hex()}.tmp")
+    writer = None
+    try:
+        for number in range(store.shards):
+            shards = [store.read(name, number) for name in run.models]
+            reasons = {row: reason for shard in reversed(shards) for row, reason in shard.refused}
+            refused += sorted(RefusedRow(*item) for item in reasons.items())
+            rows = [[x for x in shard.scored if x.row not in reasons] for shard in shards]
+            scored += len(rows[0])
+            table = _table(rows, run.beta)
+            if table is None:
+                continue
+            if writer is None:
+                about = {"settings": run.settings, "rows": len(run.source)}
+                schema = table.schema.with_metadata({_METADATA: json.dumps(about).encode()})
+                writer = pyarrow.parquet.ParquetWriter(temporary, schema)
+            writer.write_table(table.cast(writer.schema))
+        if writer is None:
+            first = f", the first for: {refused[0].reason}" if refused else ""
+            raise ValueError(f"expected at least one row that can be scored, got {len(refused)} refused{first}")
+        writer.close()
+        lines = "".join(json.dumps({"row": row, "reason": reason}) + "\n" for row, reason in refused)
+        if refused:
+            write_file(run.refused_path, lines.encode())
+        else:
+            run.refused_path.unlink(missing_ok=True)
+        os.replace(temporary, run.out)
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+    return Finished(run.out, len(run.source), scored, refused)
+
+
+def _table(rows: list[list[ScoredRow]], beta: float | None) -> Any:
+    """The rows of one shard, by one model or two, as the file has them; None: there is none."""
+    policy, *reference = rows
+    if not policy:
+        return None
+    examples = [
+        Example(x.row, tuple(Answer(name, (), size) for name, size in zip(x.names, x.text_bytes, strict=True)))
+        for x in policy
+    ]
+    other = [x.scores for x in reference[0]] if reference else None
+    return columns.table(examples, [x.scores for x in policy], other, beta)
+
+
+def read_finished(out: Path, settings: dict[str, Any]) -> Finished:
+    """A file that is there already.
+
+    Raises:
+        SettingsMismatchError: of other settings.
+        ValueError: something else.
+    """
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        file = pyarrow.parquet.ParquetFile(out)
+        about = json.loads(file.schema_arrow.metadata[_METADATA])
+    except (pyarrow.ArrowException, OSError, KeyError, TypeError, ValueError):
+        raise ValueError(f"--out must be new or a file of `fusedalign score`, got {out}: remove it first") from None
+    check_settings(about["settings"], settings, out)
+    side = out.with_suffix(".refused.jsonl")
+    lines = side.read_text(encoding="utf-8").splitlines() if side.exists() else []
+    refused = [RefusedRow(line["row"], line["reason"]) for line in map(json.loads, lines)]
+    return Finished(out, about["rows"], file.metadata.num_rows, refused)
+
+
+@contextlib.contextmanager
+def _progress(title: str, rows: int, done: int, rank: int) -> Iterator[Callable[[int, int], None]]:
+    """A bar with rows, tokens a second and the time left; silent where stderr is no terminal, or on other ranks."""
+    from tqdm import tqdm
+
+    silent = rank != 0 or not sys.stderr.isatty()
+    with tqdm(total=rows, initial=done, desc=title, unit=" rows", disable=silent, dynamic_ncols=True) as bar:
+        tokens = 0
+
+        def advance(rows: int, count: int) -> None:
+            nonlocal tokens
+            tokens += count
+            bar.update(rows)
+            if (elapsed := bar.format_dict["elapsed"]) > 0:
+                bar.set_postfix_str(f"{tokens / elapsed:,.0f} tokens/s", refresh=False)
+
+        yield advance

@@ -1,0 +1,153 @@
+"""Examples under a budget of tokens: the same scores whatever the batches, and what happens where memory runs out."""
+
+import models
+import pytest
+import torch
+
+from fusedalign.score import scorer as scorer_module
+from fusedalign.score.records import Answer, Example, Window
+from fusedalign.score.scorer import PER_TOKEN, Scorer, batches
+
+
+@pytest.mark.parametrize("packed", [False, "auto"])
+@pytest.mark.parametrize("family", models.FAMILIES)
+@pytest.mark.parametrize("rows", [models.pairs, models.texts])
+def test_scores_are_those_of_full_logits(family, packed, rows):
+    model, examples = models.build(family), rows(9)
+    scorer = Scorer(model, packed=packed, max_tokens=100, per_token=PER_TOKEN)
+    assert scorer.packed == (packed == "auto" and family != "gemma2")
+    models.assert_scores(model, examples, scorer.scores(examples))
+
+
+def test_scores_do_not_depend_on_the_budget():
+    model, examples = models.build(), models.pairs(12)
+    whole, *others = [Scorer(model, max_tokens=n).scores(examples) for n in (10_000, 64, 1)]
+    for scores in others:
+        for row, want in zip(scores, whole, strict=True):
+            for a, b in zip(row, want, strict=True):
+                assert (a.tokens, a.is_greedy) == (b.tokens, b.is_greedy)
+                assert a.logps == pytest.approx(b.logps, abs=1e-3)
+
+
+def test_bf16_is_as_near_as_bf16_can_be():
+    model = models.build(dtype=torch.bfloat16)
+    examples = models.pairs(8)
+    models.assert_scores(model, examples, Scorer(model).scores(examples), tolerance=0.15)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_batches_keep_to_the_budget(packed):
+    units = list(Scorer(models.build(), packed=packed)._units(models.pairs(30) + models.texts(5)))
+    found = list(batches(units, 90, packed=packed))
+    assert sorted(place for batch in found for unit in batch for place in unit.places) == sorted(
+        place for unit in units for place in unit.places
+    )
+    for batch in found:
+        assert len({len(unit.windows) for unit in batch}) == 1
+        if packed:
+            taken = sum(map(scorer_module._packed_tokens, batch))
+        else:
+            taken = len(batch) * max(len(unit.windows[0].input_ids) for unit in batch)
+        assert taken <= 90 or len(batch) == 1
+    assert len(found) < len(units)
+
+
+def fails_above(monkeypatch, limit, error=torch.OutOfMemoryError):
+    """Let a batch of more than so many padded token slots fail; returns the sizes that were tried."""
+    sizes, original = [], scorer_module.select_logps
+
+    def select(model, ids, labels, mask, **options):
+        sizes.append(int(mask.sum()))
+        if sizes[-1] > limit:
+            raise error("CUDA out of memory" if error is torch.OutOfMemoryError else "can't allocate memory")
+        return original(model, ids, labels, mask, **options)
+
+    monkeypatch.setattr(scorer_module, "select_logps", select)
+    return sizes
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, RuntimeError])
+@pytest.mark.parametrize("packed", [False, True])
+def test_halves_where_memory_runs_out(monkeypatch, packed, error):
+    model, examples = models.build(), models.pairs(12)
+    want = Scorer(model, packed=packed).scores(examples)
+    scorer = Scorer(model, packed=packed, max_tokens=1000)
+    sizes = fails_above(monkeypatch, 120, error)
+    got = scorer.scores(examples)
+    assert max(sizes) > 120
+    for a, b in zip(got, want, strict=True):
+        assert [x.logps for x in a] == pytest.approx([x.logps for x in b], abs=1e-3)
+    assert scorer.max_tokens < 1000  # so that the next shard does not try again
+    first = len(sizes)
+    scorer.scores(examples)
+    assert sum(size > 120 for size in sizes[first:]) < sum(size > 120 for size in sizes[:first])
+
+
+def test_a_row_that_never_fits_is_named(monkeypatch):
+    model, examples = models.build(), models.pairs(6)
+    longest = max(len(a.windows[0].input_ids) for e in examples for a in e.answers)
+    fails_above(monkeypatch, longest - 1)
+    got = Scorer(model).scores(examples)
+    for example, result in zip(examples, got, strict=True):
+        fits = all(len(a.windows[0].input_ids) < longest for a in example.answers)
+        assert isinstance(result, tuple) == fits
+        if not fits:
+            assert f"out of memory with this row's {longest} tokens alone" in result
+
+
+def test_other_errors_are_not_swallowed(monkeypatch):
+    def select(*args, **options):
+        raise RuntimeError("expected scalar type Half")
+
+    monkeypatch.setattr(scorer_module, "select_logps", select)
+    with pytest.raises(RuntimeError, match="expected scalar type Half"):
+        Scorer(models.build(), max_tokens=64).scores(models.pairs(2))
+
+
+def test_what_is_no_number_is_named():
+    model = models.build()
+    with torch.no_grad():
+        model.get_input_embeddings().weight[50] = float("nan")
+    plain = Example(0, (Answer("text", (Window([4, 5, 6], [4, 5, 6]),)),))
+    broken = Example(1, (Answer("text", (Window([4, 50, 6], [4, 50, 6]),)),))
+    scored, refused = Scorer(model, packed=False, max_tokens=1).scores([plain, broken])
+    assert scored[0].tokens == 2
+    assert "the model's log-probability is nan" in refused
+
+
+def test_progress_counts_each_example_and_token_once():
+    examples, told = models.pairs(10) + models.texts(7), []
+    Scorer(models.build(), max_tokens=80).scores(examples, lambda rows, tokens: told.append((rows, tokens)))
+    assert sum(rows for rows, _ in told) == 17
+    assert sum(tokens for _, tokens in told) == sum(
+        len(w.input_ids) for e in examples for a in e.answers for w in a.windows
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"packed": "yes"}, "packed must be 'auto', True or False, got 'yes'"),
+        ({"max_tokens": 0}, "max_tokens must be 'auto' or a number of tokens above 0, got 0"),
+        ({"max_tokens": "all"}, "max_tokens must be 'auto' or a number"),
+        ({"per_token": ["rank"]}, "per_token must be of logps, entropy, ranks, got 'rank'"),
+    ],
+)
+def test_words_that_are_none(options, message):
+    with pytest.raises(ValueError, match=message):
+        Scorer(models.build(), **options)
+
+
+def test_packed_true_refuses_with_the_reason():
+    with pytest.raises(ValueError, match="packed=True needs a model that can run packed: .*softcap"):
+        Scorer(models.build("gemma2"), packed=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("packed", [False, "auto"])
+def test_on_a_gpu(packed):
+    model = models.build().cuda()
+    examples = models.pairs(40)
+    scores = Scorer(model, packed=packed, per_token=PER_TOKEN).scores(examples)
+    models.assert_scores(model.cpu(), examples, scores, tolerance=5e-3)
