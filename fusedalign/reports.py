@@ -8,7 +8,7 @@ import math
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +38,18 @@ def _plain(value: Any) -> Any:
 
 def replace_text(path: Path, text: str) -> None:
     """Write a file at once: a full disk, or a process that ends here, leaves the earlier one as it was."""
+    with replacement(path) as whole:
+        whole.write_text(text, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def replacement(path: Path) -> Iterator[Path]:
+    """The path to write a file at, which takes the place of `path` when it is whole and is removed when it is not."""
     whole = path.with_name(f"{path.name}.tmp")
     try:
-        whole.write_text(text, encoding="utf-8")
+        yield whole
         os.replace(whole, path)
-    except OSError:
+    except BaseException:
         with contextlib.suppress(OSError):
             whole.unlink(missing_ok=True)
         raise

@@ -72,6 +72,8 @@ METHODS = {
     ),
     "orpo": Method("ORPOTrainer", "ORPOConfig", _PAIRS, "SFT and an odds ratio at once, no reference model"),
 }
+#: Those of the methods that take `ref_logps`.
+WITH_REFERENCE = ("dpo", "kto")
 
 
 @dataclass
@@ -123,6 +125,10 @@ class FusedArguments(HeadArguments):
         default=False,
         metadata={"help": "Liger Kernel's RMSNorm, RoPE and MLP in the model and the reference; GPUs only."},
     )
+    ref_logps: str | None = field(
+        default=None,
+        metadata={"help": "A reference cache of `fusedalign score --ref_cache`, in the place of a reference model."},
+    )
     accelerate_config: str | None = field(
         default=None,
         metadata={"help": "Start through `accelerate launch`: a file, or single_gpu, multi_gpu, fsdp2, ... of TRL's."},
@@ -140,7 +146,8 @@ class FusedArguments(HeadArguments):
     @property
     def trainer_options(self) -> dict[str, Any]:
         """As the Fused trainers take them."""
-        return {**self.head, "packed": self.packed, "liger_kernels": self.liger_kernels}
+        cache = {} if self.ref_logps is None else {"ref_logps": self.ref_logps}
+        return {**self.head, "packed": self.packed, "liger_kernels": self.liger_kernels, **cache}
 
 
 class Arguments(NamedTuple):
@@ -202,6 +209,11 @@ def parse(method: str, argv: Sequence[str]) -> Arguments:
             )
     arguments = Arguments(*parser.parse_dict(vars(values), allow_extra_keys=True))
     _ = arguments.fused.packed  # raises
+    if arguments.fused.ref_logps is not None and method not in WITH_REFERENCE:
+        raise ValueError(
+            f"ref_logps needs a method with a reference model, {' or '.join(WITH_REFERENCE)}, got {method}: "
+            "leave it out"
+        )
     modules = arguments.model.lora_target_modules
     # TRL makes a pattern of a single name, and a pattern must match a module's whole path.
     if isinstance(modules, str) and modules.isidentifier():

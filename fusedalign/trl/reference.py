@@ -200,7 +200,7 @@ def reference_key(trainer: Any) -> str:
         "layout": getattr(getattr(trainer, "layouts", None), "kind", None),
         "precision": [trainer.accelerator.mixed_precision, torch.get_float32_matmul_precision()],
         "device": trainer.accelerator.device.type,
-        "packages": {name: _version(name) for name in _PACKAGES},
+        "packages": package_versions(),
     }
     return hashlib.sha256(json.dumps(parts, default=_plain).encode()).hexdigest()
 
@@ -215,6 +215,11 @@ def _hash_of_object(x: Any) -> str:
         return str(Hasher.hash(x))
     except Exception:  # as `datasets` does with what cannot be pickled: never taken for the same
         return str(generate_random_fingerprint())
+
+
+def package_versions() -> dict[str, str | None]:
+    """The versions of what computes log-probabilities; None: not installed."""
+    return {name: _version(name) for name in _PACKAGES}
 
 
 def _version(package: str) -> str | None:

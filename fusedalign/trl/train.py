@@ -31,6 +31,7 @@ from fusedalign.trl.models import (
     refused_row,
 )
 from fusedalign.trl.record import MetricsFile, Written, plot_metrics
+from fusedalign.trl.ref_cache import read_cache
 from fusedalign.trl.reference import keyed
 
 
@@ -47,6 +48,13 @@ def build(method: str, arguments: Arguments, *, fused: bool = True) -> Any:
             "liger_kernels must be false where the trainer is TRL's own, as under FSDP, got true: use DDP, or "
             "TRL's use_liger_kernel, which changes the layers of the policy alone"
         )
+    if arguments.fused.ref_logps is not None:
+        if not fused:
+            raise ValueError(
+                "ref_logps must be left out where the trainer is TRL's own, as under FSDP, got "
+                f"{arguments.fused.ref_logps}: use DDP, or precompute_ref_log_probs"
+            )
+        read_cache(arguments.fused.ref_logps)  # raises, before data and model take their time
     train_dataset, eval_dataset = load_data(method, arguments)
     _check_evaluated(script, training, eval_dataset)
     trust, revision = getattr(training, "trust_remote_code", False), model.model_revision

@@ -8,7 +8,9 @@ the rest, the loss above all, is TRL's.
 
 from __future__ import annotations
 
+import copy
 import inspect
+import os
 import sys
 from typing import Any
 
@@ -32,6 +34,8 @@ from fusedalign.trl.layouts import (
 from fusedalign.trl.matched import MatchedModel, lay_out_kto
 from fusedalign.trl.options import HeadOptions, mixed_precision
 from fusedalign.trl.preparation import prepared
+from fusedalign.trl.ref_cache import check_arguments, model_facts, read_cache, settings
+from fusedalign.trl.ref_rows import check_data, with_reference
 from fusedalign.trl.reference import (
     KeyedReference,
     check_adapters,
@@ -73,12 +77,7 @@ class Fused:
         self._adapt(given.arguments)
         self._has_head = False
         stock = next(cls for cls in type(self).__mro__ if cls.__module__.startswith("trl."))
-        # TRL asks whether the head is a layer with an adapter, in order to refuse it: here none is.
-        names: dict[str, Any] = {
-            "add_fused_lm_head": self._add_own_head,
-            "BaseTunerLayer": lambda original, layer: False,
-        }
-        with replaced(sys.modules[stock.__module__], **names):
+        with replaced(sys.modules[stock.__module__], **self._replacements()):
             super().__init__(*given.args, **given.kwargs)
         if self._trl_has_head and not self._has_head:
             raise RuntimeError(
@@ -90,6 +89,11 @@ class Fused:
         refuse_sharded(self)
         self._add_late_head()
         self._settle()
+
+    def _replacements(self) -> dict[str, Any]:
+        """What TRL's module calls instead while this trainer is built, see `replaced`."""
+        # TRL asks whether the head is a layer with an adapter, in order to refuse it: here none is.
+        return {"add_fused_lm_head": self._add_own_head, "BaseTunerLayer": lambda original, layer: False}
 
     def _add_late_head(self) -> None:
         """Put the head on, where TRL's constructor puts none on."""
@@ -168,6 +172,11 @@ class Fused:
 class FusedWithReference(KeyedReference, Fused):
     """What the Fused trainers with a reference model share."""
 
+    def __init__(self, *args: Any, ref_logps: str | os.PathLike[str] | None = None, **kwargs: Any) -> None:
+        self._ref_cache = None if ref_logps is None else read_cache(ref_logps)
+        self._is_ref_checked = False
+        super().__init__(*args, **kwargs)
+
     def _adapt(self, arguments: dict[str, Any]) -> None:
         """A reference that is the model as it was given.
 
@@ -175,18 +184,84 @@ class FusedWithReference(KeyedReference, Fused):
             ValueError: that cannot be had.
         """
         check_adapters(arguments)
+        if self._ref_cache is not None:
+            check_arguments(arguments)
+            check_data(arguments.get("train_dataset"), "train")
+            if arguments.get("args") is not None:
+                arguments["args"] = _with_precomputed(arguments["args"])
+            if not isinstance(arguments["model"], str):
+                self._check_reference(arguments["model"])
         if needs_copy(arguments):
             arguments["ref_model"] = reference_copy(arguments["model"])
 
+    def _replacements(self) -> dict[str, Any]:
+        """With a cache TRL takes the way of a precomputed reference, but its digest of the weights is not needed."""
+        names = super()._replacements()
+        if self._ref_cache is not None:
+            trainer: Any = self
+            names |= {
+                "create_model_from_path": self._load_reference,
+                "hash_module": lambda original, module: None,
+                f"{trainer._name}Config": lambda original, *args, **kwargs: _with_precomputed(
+                    original(*args, **kwargs)
+                ),
+            }
+        return names
+
+    def _load_reference(self, original: Any, *args: Any, **kwargs: Any) -> Any:
+        """Called instead of TRL's `create_model_from_path`, which `original` is: the policy is the reference as yet."""
+        model = original(*args, **kwargs)
+        if not self._is_ref_checked:
+            self._check_reference(model)
+        return model
+
+    def _check_reference(self, model: Any) -> None:
+        assert self._ref_cache is not None
+        self._ref_cache.check(model_facts(model))
+        self._is_ref_checked = True
+
+    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, *rest: Any, **named: Any) -> Any:
+        if self._ref_cache is not None:
+            self._ref_cache.check(settings(processing_class, args))
+        return super()._prepare_dataset(dataset, processing_class, args, *rest, **named)
+
     def _add_head(self, model: Any, *args: Any, **kwargs: Any) -> None:
         trainer: Any = self
-        if trainer.ref_model is None:
+        if self._ref_cache is not None:
+            if "ref" in getattr(trainer.model, "peft_config", {}):  # TRL's copy of the adapter
+                trainer.model.delete_adapter("ref")
+        elif trainer.ref_model is None:
             complete_reference_adapter(model)
         super()._add_head(model, *args, **kwargs)
 
-    def _precompute_ref_logps(self, *args: Any, **kwargs: Any) -> Any:
+    def _precompute_ref_logps(self, dataset: Any, name: str, *args: Any, **kwargs: Any) -> Any:
+        if self._ref_cache is not None:
+            trainer: Any = self
+            collator = trainer.data_collator
+            return with_reference(dataset, self._ref_cache, getattr(collator, "collator", collator), name)
         self._settle()  # TRL precomputes while the trainer is built
-        return super()._precompute_ref_logps(*args, **kwargs)
+        return super()._precompute_ref_logps(dataset, name, *args, **kwargs)
+
+    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
+        """TRL's; a cache serves other data after a step too, where TRL has no reference model any more."""
+        trainer: Any = self
+        stock: Any = super()
+        if self._ref_cache is None or eval_dataset is None or isinstance(eval_dataset, str):
+            return stock.evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        if isinstance(eval_dataset, dict):
+            parts = (self.evaluate(x, ignore_keys, f"{metric_key_prefix}_{name}") for name, x in eval_dataset.items())
+            return {name: value for metrics in parts for name, value in metrics.items()}
+        dataset = self._prepare_dataset(eval_dataset, trainer.processing_class, trainer.args, "eval")
+        dataset = self._precompute_ref_logps(dataset, "eval")
+        own: Any = next(cls for cls in type(self).__mro__ if cls.__module__.startswith("trl."))
+        return super(own, trainer).evaluate(dataset, ignore_keys, metric_key_prefix)
+
+
+def _with_precomputed(args: Any) -> Any:
+    """A copy of a trainer's configuration with which TRL loads no reference model and reads columns of the data set."""
+    args = copy.copy(args)
+    args.precompute_ref_log_probs = True
+    return args
 
 
 def loss_hint(cls: type, args: Any) -> str | None:
@@ -214,11 +289,13 @@ class FusedDPOTrainer(FusedWithReference, trl.DPOTrainer):
     """`trl.DPOTrainer` without logits, reference and precomputed reference included; see `FusedSFTTrainer`.
 
     The reference of a model that is passed as an instance is a copy of that instance, where TRL loads the model of its
-    name; that of a `PeftModel` is a copy of its adapter "default".
+    name; that of a `PeftModel` is a copy of its adapter "default". `ref_logps=PATH`, a keyword, is a reference cache of
+    `fusedalign score --ref_cache`: no reference model is loaded or copied, see docs/trl.md.
 
     Raises:
         ValueError: also an instance that cannot be copied, or adapters whose copy TRL would not take; both name what
-            to pass instead.
+            to pass instead. A cache that is damaged, made with anything else, or without a row.
+        FileNotFoundError: no such cache.
     """
 
     def _groups(self) -> int:

@@ -1,0 +1,193 @@
+"""The rows of a reference cache: the sequences that DPO and KTO trainers score, by their keys, and their values put in.
+
+All that the scoring needs of TRL's private names is here: what `_prepare_dataset` reads of a trainer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+from datasets import Dataset, Features, IterableDataset, Value, concatenate_datasets
+from trl.trainer.dpo_trainer import DataCollatorForPreference
+from trl.trainer.kto_trainer import DataCollatorForUnpairedPreference
+
+from fusedalign.trl.arguments import WITH_REFERENCE
+from fusedalign.trl.ref_cache import RefCache, has_kl, row_key
+
+#: Rows that are collated together.
+_BATCH = 64
+_IGNORED = -100
+
+#: What a data set's column is called where its rows are pairs, else KTO's single answers; in the collator's order.
+_PAIR = ("ref_chosen_logps", "ref_rejected_logps")
+_SINGLE = ("ref_logps", "ref_KL_logps")
+#: Whose log-probabilities a column has.
+_SIDES = {
+    "ref_chosen_logps": "the chosen answer",
+    "ref_rejected_logps": "the rejected answer",
+    "ref_logps": "the completion",
+    "ref_KL_logps": "the mismatched completion",
+}
+
+
+class Sequence(NamedTuple):
+    """One sequence to score."""
+
+    key: str
+    """from `fusedalign.trl.ref_cache.row_key`"""
+    input_ids: list[int]
+    """[L] after truncation"""
+    labels: list[int]
+    """[L] unshifted; -100 where a token is context alone"""
+
+
+def reference_examples(
+    method: str, dataset: Any, processing_class: Any, args: Any, name: str = "train"
+) -> list[Sequence]:
+    """The sequences of a data set that a reference model scores, each once, as the Fused trainer cuts them.
+
+    A sequence without a completion token after the cut is left out: its sum is 0.
+
+    Args:
+        method: "dpo" or "kto".
+        dataset: a `datasets.Dataset` as the trainer takes it.
+        processing_class: the tokenizer, or a processor that holds one.
+        args: `DPOConfig` or `KTOConfig` of the training; truncation and, for KTO, the batch size count.
+        name: of the split: "train", "eval", or a name of its own.
+
+    Raises:
+        ValueError: another method, a stream, data with images, or data that the trainer refuses.
+    """
+    if method not in WITH_REFERENCE:
+        raise ValueError(
+            f"a reference cache needs a method with a reference model, {' or '.join(WITH_REFERENCE)}, got {method}"
+        )
+    check_data(dataset, name)
+    cut: dict[str, Any] = {"pad_token_id": 0, "max_length": args.max_length}
+    if method == "dpo":
+        collator: Any = DataCollatorForPreference(**cut, truncation_mode=args.truncation_mode)
+    else:
+        collator = DataCollatorForUnpairedPreference(**cut)
+    prepared = _prepare(method, dataset, processing_class, args, name)
+    found: dict[str, Sequence] = {}
+    for _, _, input_ids, labels in _sequences(prepared, collator):
+        if _counts(labels):
+            key = row_key(input_ids, labels)
+            found.setdefault(key, Sequence(key, input_ids.tolist(), labels.tolist()))
+    return list(found.values())
+
+
+def _prepare(method: str, dataset: Any, processing_class: Any, args: Any, name: str) -> Any:
+    """The data set as the trainer tokenises it, by the trainer's own method, without a model."""
+    from fusedalign.trl.trainers import FusedDPOTrainer, FusedKTOTrainer
+
+    trainer: Any = object.__new__(FusedDPOTrainer if method == "dpo" else FusedKTOTrainer)
+    trainer._ref_cache = None
+    trainer._tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    if method == "kto":
+        trainer.calculate_KL = has_kl(args)
+        trainer.desirable_weight, trainer.undesirable_weight = args.desirable_weight, args.undesirable_weight
+    return trainer._prepare_dataset(dataset, processing_class, args, name)
+
+
+def check_data(dataset: Any, name: str) -> None:
+    """Raises ValueError for data that no cache can be made for."""
+    if isinstance(dataset, IterableDataset):
+        raise ValueError(
+            f"ref_logps needs data sets with a length, got a stream as the {name} data set: leave ref_logps out, "
+            "or load the data without streaming"
+        )
+    images = {"image", "images"} & set(getattr(dataset, "column_names", None) or ())
+    if images:
+        raise ValueError(
+            f"ref_logps needs rows of text, got the {name} data set with the column {min(images)}: leave ref_logps out"
+        )
+
+
+def with_reference(dataset: Any, cache: RefCache, collator: Any, name: str) -> Any:
+    """A tokenised data set with the columns of a precomputed reference, as TRL's own precomputation adds them.
+
+    Args:
+        dataset: as `_prepare_dataset` of a DPO or KTO trainer makes it.
+        cache: has passed its checks.
+        collator: the trainer's, which cuts the rows.
+        name: of the split, for messages.
+
+    Raises:
+        ValueError: a row that is not in the cache; a stream.
+    """
+    check_data(dataset, name)
+    columns = {column: np.zeros(len(dataset), np.float32) for column in columns_of(dataset)}
+    missing = []
+    for row, column, input_ids, labels in _sequences(dataset, collator):
+        if _counts(labels):
+            value = cache.logps.get(row_key(input_ids, labels))
+            if value is None:
+                missing.append((row, column))
+            else:
+                columns[column][row] = value
+    if missing:
+        raise _missing(missing, cache, name, len(dataset))
+    features = Features({column: Value("float32") for column in columns})
+    kept = dataset.remove_columns([column for column in columns if column in dataset.column_names])
+    return concatenate_datasets([kept, Dataset.from_dict(columns, features=features)], axis=1)
+
+
+def _missing(missing: list[tuple[int, str]], cache: RefCache, name: str, rows: int) -> ValueError:
+    row, column = min(missing)
+    more = f" (and {len(missing) - 1} more sequences)" if len(missing) > 1 else ""
+    return ValueError(
+        f"ref_logps must have every row of the {name} data set, got {cache.path} without {_SIDES[column]} of row "
+        f"{row + 1} of {rows} after tokenisation{more}: score these data with fusedalign score --ref_cache"
+    )
+
+
+def _counts(labels: np.ndarray) -> bool:
+    """Whether a token has a log-probability that counts; the first one has none."""
+    return bool((labels[1:] != _IGNORED).any())
+
+
+def _sequences(dataset: Any, collator: Any) -> Iterator[tuple[int, str, np.ndarray, np.ndarray]]:
+    """Row, column of a precomputed reference, tokens and labels: each sequence of a data set, cut by the collator.
+
+    Args:
+        dataset: as `_prepare_dataset` makes it.
+        collator: gives batches padded on any side.
+
+    Raises:
+        ValueError: a collator of another kind.
+    """
+    names = ("prompt_ids", "chosen_ids", "rejected_ids", "completion_ids", "KL_completion_ids", "label")
+    table = dataset.select_columns([name for name in names if name in dataset.column_names])
+    for start in range(0, len(table), _BATCH):
+        columns = table[start : start + _BATCH]
+        examples = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+        batch = collator(examples)
+        for number, (column, ids, labels) in enumerate(_answers(batch, columns_of(dataset))):
+            yield start + number % len(examples), column, ids, labels
+
+
+def _answers(batch: Any, columns: tuple[str, ...]) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    """Column, tokens and labels of each sequence of a batch: all of the first column, then those of the second."""
+    pairs = columns == _PAIR
+    for prefix in ("",) if pairs else ("", "KL_")[: len(columns)]:
+        try:
+            parts = [batch[f"{prefix}{name}"].numpy() for name in ("input_ids", "attention_mask", "completion_mask")]
+        except KeyError as error:
+            raise ValueError(
+                f"ref_logps needs a collator whose batches have input_ids, attention_mask and completion_mask, got one "
+                f"without {error.args[0]}"
+            ) from None
+        for number, (ids, valid, completion) in enumerate(zip(*parts, strict=True)):
+            kept = valid.astype(bool)
+            column = columns[2 * number // len(parts[0])] if pairs else columns[prefix == "KL_"]
+            yield column, ids[kept], np.where(completion[kept], ids[kept], _IGNORED)
+
+
+def columns_of(dataset: Any) -> tuple[str, ...]:
+    """The columns of a precomputed reference that a tokenised data set needs."""
+    if "chosen_ids" in dataset.column_names:
+        return _PAIR
+    return _SINGLE if "KL_completion_ids" in dataset.column_names else _SINGLE[:1]
