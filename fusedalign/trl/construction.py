@@ -10,12 +10,12 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import Any
 
 #: (module, name) -> what this thread or task calls instead; given the original before the arguments.
-_replacements: ContextVar[dict[tuple[str, str], Callable[..., Any]]] = ContextVar("fusedalign_replacements")
+_replacements: ContextVar[dict[tuple[str, str], Any]] = ContextVar("fusedalign_replacements")
 _lock = threading.Lock()
 
 
@@ -32,6 +32,13 @@ class _StandIn:
         replacement = _replacements.get({}).get(self.key)
         return self.original(*args, **kwargs) if replacement is None else replacement(self.original, *args, **kwargs)
 
+    def __getattr__(self, name: str) -> Any:
+        """Of a name that refers to an object, not to a function or a class."""
+        if name in ("key", "original"):  # of a copy that is not filled yet
+            raise AttributeError(name)
+        replacement = _replacements.get({}).get(self.key)
+        return getattr(self.original if replacement is None or callable(replacement) else replacement, name)
+
     def __instancecheck__(self, instance: Any) -> bool:
         """`isinstance(instance, name)`, where the name is that of a class."""
         replacement = _replacements.get({}).get(self.key)
@@ -39,13 +46,14 @@ class _StandIn:
 
 
 @contextlib.contextmanager
-def replaced(module: Any, **replacements: Callable[..., Any]) -> Iterator[None]:
+def replaced(module: Any, **replacements: Any) -> Iterator[None]:
     """Within this context, and in this thread or task alone, `module` calls `replacements` under their names.
 
     Args:
         module: looks these names up in its globals; names that it does not have are left out.
         replacements: functions of the original and the arguments of the call; where the name is that of a class, of
-            which it is asked whether an object is an instance, of the class and the object.
+            which it is asked whether an object is an instance, of the class and the object; where it is that of an
+            object, another one.
     """
     names = [name for name in replacements if hasattr(module, name)]
     ours = {(module.__name__, name): replacements[name] for name in names}
