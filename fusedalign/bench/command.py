@@ -10,6 +10,7 @@ from typing import NoReturn
 
 import torch
 
+from fusedalign.bench import scoring
 from fusedalign.bench.cases import CASES, DEFAULT_CPU, DEFAULT_CUDA, parse_cases
 from fusedalign.bench.data import KINDS
 from fusedalign.bench.microbatches import WORD, microbatches
@@ -37,7 +38,7 @@ def _parser() -> _Parser:
         prog="fusedalign bench",
         description="This package's impls beside other libraries: time, memory and error of the head and loss.\n"
         f"By themselves, with --help of their own: fusedalign bench {WORD}, a pipeline's last stage, and\n"
-        f"fusedalign bench {training.WORD}, whole training steps.\n"
+        f"fusedalign bench {training.WORD}, whole training steps, and fusedalign bench {scoring.WORD}, data sets.\n"
         f"\ntasks (default: all)\n{tasks}\n\ncases\n{cases}\n\nimpls\n  {', '.join(implementations())}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         add_help=False,
@@ -69,6 +70,9 @@ def bench(argv: list[str]) -> None:
         return
     if argv[:1] == [training.WORD]:
         training.trainings(argv[1:])
+        return
+    if argv[:1] == [scoring.WORD]:
+        scoring.scoring(argv[1:])
         return
     parser = _parser()
     options = parser.parse_args(argv)

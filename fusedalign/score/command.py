@@ -14,6 +14,7 @@ from typing import Any
 from fusedalign.embedded import EMBEDDED_NAME, build_embedded_model
 from fusedalign.reports import check_writable, plot_failure, warn
 from fusedalign.score import identity, summary
+from fusedalign.score.reference import FLAG, reference_command
 from fusedalign.score.rows import RowOptions, Rows
 from fusedalign.score.run import POLICY, REFERENCE, Finished, Run, ranks_here, score_run
 from fusedalign.score.scorer import AUTO, PER_TOKEN, Scorer
@@ -80,6 +81,9 @@ def score_command(argv: list[str]) -> int:
     if {"-h", "--help", "--help_all"} & set(argv):
         print(_help(parser))
         return 0
+    if any(word.partition("=")[0] == FLAG for word in argv):
+        reference_command(argv)
+        return 0
     if launched_elsewhere("score", parser, argv):
         return 0
     script, model, head, own = _parse(parser, argv)
@@ -128,8 +132,8 @@ def _parser() -> Any:
 
 _USUAL = (
     "model_name_or_path", "adapter", "dataset_name", "dataset_config", "dataset_train_split", "out", "ref_model",
-    "beta", "max_length", "truncation_mode", "stride", "completion_only_loss", "assistant_only_loss", "dataset_text_field",
-    "max_tokens_per_batch", "per_token", "strict", "dtype", "load_in_4bit", "load_in_8bit", "trust_remote_code",
+    "beta", "max_length", "truncation_mode", "stride", "completion_only_loss", "assistant_only_loss",
+    "dataset_text_field", "max_tokens_per_batch", "per_token", "strict", "dtype", "load_in_4bit", "load_in_8bit", "trust_remote_code",
     "fused_impl", "fused_packed", "accelerate_config",
 )  # fmt: skip
 
@@ -149,7 +153,12 @@ usage: fusedalign score --model_name_or_path M --dataset_name D --out scores.par
 Pairs (chosen, rejected), prompts with completions, conversations (messages), or plain text (text);
 tokens and truncation are those of TRL's trainers. A run that is interrupted goes on where it was when
 the same command is given again. Rows that cannot be scored go to scores.refused.jsonl. Under `torchrun`
-or `accelerate launch` the processes share the work."""
+or `accelerate launch` the processes share the work.
+
+       fusedalign score --ref_cache ref.parquet --method dpo --config recipes/dpo.yaml [--field VALUE ...]
+
+The reference log-probabilities of a DPO or KTO training, given the training's own words: it then takes
+--ref_logps ref.parquet and loads no reference model."""
 
 
 def _parse(parser: Any, argv: list[str]) -> tuple[Any, Any, Any, ScoreArguments]:

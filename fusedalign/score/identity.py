@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
-
-#: The files of a folder that make its model.
-_WEIGHTS = ("*.safetensors", "*.bin", "config.json", "adapter_config.json", "generation_config.json")
+#: The files of a folder that make its model or adapter.
+_FILES = ("*.safetensors", "*.bin", "config.json", "adapter_config.json")
 _CHUNK = 2**24
 
 
 def of_files(name: str, revision: str | None) -> str:
-    """Of a model's or adapter's folder the digest of its files; of the Hub its name and revision."""
+    """The digest of the files of a model's or adapter's folder; of the Hub its name and revision."""
     folder = Path(name)
     if not folder.is_dir():
         return f"{name}@{revision or 'main'}"
     digest = hashlib.blake2b(digest_size=16)
-    for path in sorted({path for pattern in _WEIGHTS for path in folder.glob(pattern)}):
+    for path in sorted({path for pattern in _FILES for path in folder.glob(pattern)}):
         digest.update(path.name.encode())
         with path.open("rb") as file:
             while chunk := file.read(_CHUNK):
@@ -29,24 +26,18 @@ def of_files(name: str, revision: str | None) -> str:
     return digest.hexdigest()
 
 
-def of_model(model: Any) -> str:
-    """The digest of a model's parameters and buffers, adapters too."""
-    digest = hashlib.blake2b(digest_size=16)
-    digest.update(type(model).__name__.encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        flat = tensor.detach().contiguous().view(-1)
-        for part in flat.split(_CHUNK):
-            digest.update(part.cpu().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+def of_model(model: Any) -> list[str]:
+    """The digests of a model's weights, with the active adapter's, and of its configuration."""
+    from fusedalign.trl.digests import config_digest, weights_digest
+
+    return [weights_digest(model), config_digest(model)]
 
 
-def of_tokenizer(tokenizer: Any) -> str:
-    """The digest of a tokenizer's vocabulary, its way to split text, its special tokens and its chat template."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    words = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
-    parts: Iterable[Any] = (words, tokenizer.special_tokens_map, getattr(tokenizer, "chat_template", None))
-    return hashlib.blake2b(repr(tuple(parts)).encode(), digest_size=16).hexdigest()
+def of_tokenizer(tokenizer: Any) -> list[str]:
+    """The digests of how a tokenizer makes tokens, and of its chat template."""
+    from fusedalign.trl.digests import template_digest, tokenizer_digest
+
+    return [tokenizer_digest(tokenizer), template_digest(tokenizer)]
 
 
 def of_dataset(dataset: Any) -> str:

@@ -80,9 +80,13 @@ def score_run(run: Run) -> Finished | None:
         ValueError: `out` is no file of this kind.
         OSError: the disk is full; what was finished stays, and the next run goes on from there.
     """
-    if run.out.exists():
-        return read_finished(run.out, run.settings) if run.rank == 0 else None
     store = run.store
+    if run.out.exists():
+        if run.rank != 0:
+            return None
+        found = read_finished(run.out, run.settings)
+        store.remove()  # of a process that ended between the two
+        return found
     store.check(run.settings)
     for name, load in run.models.items():
         _fill(run, store, name, load)
@@ -157,7 +161,7 @@ def _finish(run: Run, store: ShardStore) -> Finished:
 
     refused: list[RefusedRow] = []
     scored = 0
-    temporary = run.out.with_name(f"{run.out.name}.{os.urandom(6).hex()}.tmp")
+    temporary = store.folder / "finished"  # which goes with the folder, whatever happens
     writer = None
     try:
         for number in range(store.shards):
@@ -180,7 +184,8 @@ def _finish(run: Run, store: ShardStore) -> Finished:
         writer.close()
         lines = "".join(json.dumps({"row": row, "reason": reason}) + "\n" for row, reason in refused)
         if refused:
-            write_file(run.refused_path, lines.encode())
+            write_file(store.folder / "refused", lines.encode())
+            os.replace(store.folder / "refused", run.refused_path)
         else:
             run.refused_path.unlink(missing_ok=True)
         os.replace(temporary, run.out)

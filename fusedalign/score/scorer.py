@@ -23,6 +23,10 @@ CPU_TOKENS, MOST_TOKENS = 4096, 32_768
 _TRIAL_TOKENS, _SHARE = 2048, 0.7
 
 
+#: Tokens of a prompt from which on examples that have the same one run together, and how many answers at most.
+_LEAST_SHARED, _MOST_SHARING = 8, 8
+
+
 class _Unit(NamedTuple):
     """Windows that run together because they share a prompt, and the (example, answer, window) of each."""
 
@@ -45,6 +49,7 @@ class Scorer:
         model: a causal LM of transformers, or a `PeftModel` around one; put it into eval mode before.
         packed: as in `sequence_logps`.
         max_tokens: token positions of a batch; "auto" takes what fits.
+        autocast: the dtype of a mixed-precision forward, as a training has it; None: the weights' own.
         per_token: which of `PER_TOKEN` each `Score` has in addition.
         options: of `fusedalign.linear_logps`, such as `impl`.
 
@@ -60,9 +65,11 @@ class Scorer:
         packed: bool | str = AUTO,
         max_tokens: int | str = AUTO,
         per_token: Iterable[str] = (),
+        autocast: torch.dtype | None = None,
         **options: Any,
     ) -> None:
         self.model, self.per_token, self.options = causal_lm(model), tuple(per_token), options
+        self.autocast = autocast
         for name in self.per_token:
             if name not in PER_TOKEN:
                 raise ValueError(f"per_token must be of {', '.join(PER_TOKEN)}, got {name!r}")
@@ -117,15 +124,24 @@ class Scorer:
         return [_merged(i, example, parts) for i, example in enumerate(examples)]
 
     def _units(self, examples: Sequence[Example]) -> Iterator[_Unit]:
+        """Answers of one example together, and examples with the same prompt, so that it is computed once."""
+        by_prompt: dict[tuple[int, ...], list[tuple[Window, tuple[int, int, int]]]] = {}
         for i, example in enumerate(examples):
             windows = [
                 (window, (i, j, k))
                 for j, answer in enumerate(example.answers)
                 for k, window in enumerate(answer.windows)
             ]
-            shared = self.packed and len(example.answers) > 1 and len(windows) == len(example.answers)
-            for group in [windows] if shared else [[each] for each in windows]:
-                yield _Unit(*zip(*group, strict=True))
+            shares = self.packed and len(windows) == len(example.answers)
+            prompt = _prompt(windows[0][0]) if shares and windows else ()
+            if len(prompt) >= _LEAST_SHARED:
+                by_prompt.setdefault(prompt, []).extend(windows)
+            else:
+                for group in [windows] if shares else [[each] for each in windows]:
+                    yield _Unit(*zip(*group, strict=True))
+        for windows in by_prompt.values():
+            for start in range(0, len(windows), _MOST_SHARING):
+                yield _Unit(*zip(*windows[start : start + _MOST_SHARING], strict=True))
 
     def _launch(self, batch: Sequence[_Unit]) -> _Pending | None:
         """Start a batch; None where memory runs out."""
@@ -136,17 +152,18 @@ class Scorer:
         try:
             outputs = ("is_top1", *({"entropy"} & set(self.per_token)))
             ranks = "ranks" in self.per_token
-            selected = select_logps(
-                self.model,
-                ids,
-                labels,
-                mask,
-                packed=self.packed,
-                groups=groups,
-                ranks=ranks,
-                outputs=outputs,
-                **self.options,
-            )
+            with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
+                selected = select_logps(
+                    self.model,
+                    ids,
+                    labels,
+                    mask,
+                    packed=self.packed,
+                    groups=groups,
+                    ranks=ranks,
+                    outputs=outputs,
+                    **self.options,
+                )
         except RuntimeError as error:
             if not _is_out_of_memory(error):
                 raise
@@ -193,6 +210,12 @@ class Scorer:
         free = torch.cuda.mem_get_info(self.device)[0]
         free += torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
         return max(length, min(MOST_TOKENS, int(_SHARE * free / taken * length * count)))
+
+
+def _prompt(window: Window) -> tuple[int, ...]:
+    """The tokens before the first that counts."""
+    first = next((i for i, label in enumerate(window.labels) if label != -100), len(window.labels))
+    return tuple(window.input_ids[:first])
 
 
 def batches(units: Iterable[_Unit], max_tokens: int, *, packed: bool) -> Iterator[list[_Unit]]:

@@ -6,7 +6,7 @@ import functools
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -57,26 +57,13 @@ def build(method: str, arguments: Arguments, *, fused: bool = True) -> Any:
         read_cache(arguments.fused.ref_logps)  # raises, before data and model take their time
     train_dataset, eval_dataset = load_data(method, arguments)
     _check_evaluated(script, training, eval_dataset)
-    trust, revision = getattr(training, "trust_remote_code", False), model.model_revision
-    path, adapter = _find_model(arguments, trust)
-    if adapter is None:
-        check_has_head(path, "model_name_or_path", revision=revision, trust_remote_code=trust)
-    training.model_init_kwargs = {
-        "revision": revision,
-        "trust_remote_code": trust,
-        "attn_implementation": model.attn_implementation,
-        "dtype": model.dtype,
-        **(training.model_init_kwargs or {}),
-    }
+    path, adapter, training.model_init_kwargs, processing_class = find_model(method, arguments)
     name, experimental = METHODS[method].trainer, METHODS[method].experimental
     more: dict[str, Any] = {"quantization_config": trl.get_quantization_config(model)}
     if experimental:
         # There these trainers leave all to the model's arguments, and would spread it over devices.
         training.model_init_kwargs |= {"device_map": None, **more}
         more = {}
-    load = functools.partial(load_processing_class, path) if adapter is None else adapter.processing_class
-    auto = transformers.AutoTokenizer if experimental else transformers.AutoProcessor
-    processing_class = load(auto=auto, revision=revision, trust_remote_code=trust)
     _check_tokens(method, training, processing_class, path, train_dataset)
     if experimental:  # these pad with what the tokenizer pads with before they have seen to it that it does
         processing_class.pad_token = processing_class.pad_token or processing_class.eos_token
@@ -114,7 +101,44 @@ def build(method: str, arguments: Arguments, *, fused: bool = True) -> Any:
     return trainer
 
 
-def _find_model(arguments: Arguments, trust_remote_code: bool) -> tuple[str, Adapter | None]:
+class FoundModel(NamedTuple):
+    """The model that a command names, before its weights are loaded."""
+
+    path: str
+    """folder or Hub name"""
+    adapter: Adapter | None
+    """in it, to be trained further"""
+    options: dict[str, Any]
+    """of `from_pretrained`"""
+    processing_class: Any
+    """its processor, or tokenizer"""
+
+
+def find_model(method: str, arguments: Arguments) -> FoundModel:
+    """The model that the words of a training name, and its tokenizer.
+
+    Raises:
+        ValueError: no model named, or one without an LM head or a tokenizer.
+        FileNotFoundError: a folder without a model.
+    """
+    training, model = arguments.training, arguments.model
+    trust, revision = getattr(training, "trust_remote_code", False), model.model_revision
+    path, adapter = _find_path(arguments, trust)
+    if adapter is None:
+        check_has_head(path, "model_name_or_path", revision=revision, trust_remote_code=trust)
+    options = {
+        "revision": revision,
+        "trust_remote_code": trust,
+        "attn_implementation": model.attn_implementation,
+        "dtype": model.dtype,
+        **(training.model_init_kwargs or {}),
+    }
+    load = functools.partial(load_processing_class, path) if adapter is None else adapter.processing_class
+    auto = transformers.AutoTokenizer if METHODS[method].experimental else transformers.AutoProcessor
+    return FoundModel(path, adapter, options, load(auto=auto, revision=revision, trust_remote_code=trust))
+
+
+def _find_path(arguments: Arguments, trust_remote_code: bool) -> tuple[str, Adapter | None]:
     """The folder or Hub name, and the adapter in it if that is to be trained further.
 
     One that is to be merged is, into `OUTPUT_DIR/merged-model`, to which a new adapter's configuration then refers.

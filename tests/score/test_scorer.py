@@ -52,6 +52,24 @@ def test_batches_keep_to_the_budget(packed):
     assert len(found) < len(units)
 
 
+@pytest.mark.parametrize("long", [False, True])
+def test_examples_with_one_prompt_run_together(long):
+    """Answers in rows of their own, as of KTO or multiple choice: a prompt of some length is computed once."""
+    g = torch.Generator().manual_seed(0)
+    prompts = [models.ids(12 if long else 3, g) for _ in range(3)]
+    examples = [
+        Example(i, (Answer("completion", (models.window(prompts[i % 3], models.ids(1 + i % 5, g)),)),))
+        for i in range(31)
+    ]
+    model, seen = models.build(), []
+    model.get_input_embeddings().register_forward_pre_hook(lambda m, args: seen.append(args[0].numel()))
+    scorer = Scorer(model, packed=True)
+    seen.clear()
+    models.assert_scores(model, examples, scorer.scores(examples))
+    tokens = sum(len(e.answers[0].windows[0].input_ids) for e in examples)
+    assert (sum(seen) < 0.6 * tokens) == long
+
+
 def fails_above(monkeypatch, limit, error=torch.OutOfMemoryError):
     """Let a batch of more than so many padded token slots fail; returns the sizes that were tried."""
     sizes, original = [], scorer_module.select_logps

@@ -161,9 +161,7 @@ def test_a_named_model_and_a_dictionary_of_evaluations(build, cache, tiny_folder
     arguments = [("model", lambda: str(tiny_folder("qwen3"))), ("eval_dataset", lambda: evaluations)]
     data = tiny.data("dpo", 12)
     trainer = build("dpo", "fused", data=data, arguments=arguments, **_with(cache("dpo")))
-    tiny.assert_same(
-        tiny.history(trainer), tiny.history(build("dpo", "fused", data=data, arguments=arguments))
-    )
+    tiny.assert_same(tiny.history(trainer), tiny.history(build("dpo", "fused", data=data, arguments=arguments)))
 
 
 def test_other_data_are_evaluated_after_a_step_too(build, cache):
@@ -176,7 +174,9 @@ def test_other_data_are_evaluated_after_a_step_too(build, cache):
     for data in (other, {"a": other, "b": train}):
         got, want = trainer.evaluate(data), live.evaluate(data)
         tiny.assert_same(*([{k: v for k, v in x.items() if not k.endswith(tiny.UNTIMED)}] for x in (got, want)))
-    with pytest.raises(ValueError, match="every row of the eval data set, got .* without the chosen answer of row 1 of"):
+    with pytest.raises(
+        ValueError, match="every row of the eval data set, got .* without the chosen answer of row 1 of"
+    ):
         trainer.evaluate(Dataset.from_list([{"prompt": "boats", "chosen": " short", "rejected": " on"}]))
 
 

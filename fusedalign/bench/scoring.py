@@ -1,0 +1,321 @@
+"""The command `fusedalign bench score`: log-probabilities of preference pairs by this package and by others."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.util
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+
+from fusedalign.bench.measure import synchronize
+from fusedalign.bench.runner import free, in_short, machine
+from fusedalign.bench.training.settings import MIXES, SIZES
+from fusedalign.reports import check_writable, replace_text, to_json
+from fusedalign.score.records import Answer, Example, Window
+
+WORD = "score"
+
+#: Beside this package's: what people write themselves, and the harness that they take instead.
+SIDES = {
+    "loop": "model(...).logits.log_softmax(-1).gather(...) on padded rows, the largest batch that fits",
+    "lm-eval": "the `hf` model of the lm-evaluation-harness, batch_size=auto",
+    "fusedalign": "fusedalign.score, max_tokens_per_batch=auto, packed",
+}
+
+#: Rows that the size of the loop's batch is tried with: the longest ones.
+_LARGEST_BATCH = 128
+
+
+class Pair(NamedTuple):
+    """A prompt and two answers, token ids."""
+
+    prompt: list[int]
+    answers: tuple[list[int], list[int]]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one side took for one mix, or why there is nothing."""
+
+    side: str
+    mix: str
+    seconds: float | None = None
+    first_seconds: float | None = None
+    """of a first pass over a few rows, in which kernels compile"""
+    rows: int = 0
+    """answers"""
+    tokens: int = 0
+    """of all rows, without padding, a prompt for each of its answers"""
+    peak_bytes: int | None = None
+    """over the weights; None on a CPU"""
+    total: float = 0.0
+    """the sum of all log-probabilities, by which sides are compared"""
+    reason: str = ""
+
+
+def pairs(mix: str, size: str, rows: int) -> list[Pair]:
+    """Pairs of random tokens, with the lengths of a mix."""
+    lengths, vocab, shrink = MIXES[mix], SIZES[size].config["vocab_size"], SIZES[size].shrink
+    generator = random.Random(0)
+
+    def tokens(count: int) -> list[int]:
+        return [generator.randrange(3, vocab) for _ in range(count)]
+
+    return [
+        Pair(
+            tokens(lengths.prompt.draw(generator, shrink)),
+            (tokens(lengths.chosen.draw(generator, shrink)), tokens(lengths.rejected.draw(generator, shrink))),
+        )
+        for _ in range(rows // 2)
+    ]
+
+
+def scoring(argv: list[str]) -> None:
+    """Run `fusedalign bench score` with the words that follow it.
+
+    Raises:
+        ValueError: a word that does not fit, or after the tables the sides that failed; one line.
+    """
+    parser = _parser()
+    options = parser.parse_args(argv)
+    if options.help:
+        print(parser.format_help(), end="")
+        return
+    cuda = torch.cuda.is_available()
+    size = options.size or ("0.6b" if cuda else "tiny")
+    for name, value, known in (("--size", size, SIZES), *(("--mixes", x, MIXES) for x in options.mixes.split(","))):
+        if value not in known:
+            raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+    sides = options.sides.split(",") if options.sides else _sides_here()
+    for side in sides:
+        if side not in SIDES:
+            raise ValueError(f"--sides must be of {', '.join(SIDES)}, got {side!r}")
+    if options.rows < 2:
+        raise ValueError(f"--rows must be at least 2, got {options.rows}")
+    if options.out is not None:
+        check_writable(options.out, "--out")
+    print(_header(size, options, sides, cuda), flush=True)
+    results: list[Measured] = []
+    for side in sides:  # a process each, so that none inherits compiled kernels
+        results += _measure_alone(side, size, options.mixes.split(","), options.rows)
+        print(f"{side}: done", file=sys.stderr, flush=True)
+    for mix in options.mixes.split(","):
+        print(f"\n{table(mix, [x for x in results if x.mix == mix])}", flush=True)
+    if options.out is not None:
+        report = {"machine": machine("cuda" if cuda else "cpu"), "rows": [dataclasses.asdict(x) for x in results]}
+        replace_text(options.out / f"{WORD}.json", to_json(report, indent=1) + "\n")
+    failed = [f"{x.side}, {x.mix}: {x.reason}" for x in results if x.reason]
+    if failed:
+        raise ValueError(f"bench {WORD}: {'; '.join(failed)}")
+
+
+def _sides_here() -> list[str]:
+    return [side for side in SIDES if side != "lm-eval" or importlib.util.find_spec("lm_eval") is not None]
+
+
+def _header(size: str, options: argparse.Namespace, sides: Sequence[str], cuda: bool) -> str:
+    where = ", ".join(
+        x if name == "device" else f"{name} {x}" for name, x in machine("cuda" if cuda else "cpu").items()
+    )
+    lines = [
+        f"# fusedalign bench {WORD}",
+        "",
+        where,
+        "",
+        f"{SIZES[size].about}, random weights, {'bf16' if cuda else 'fp32'}; {options.rows} rows: {options.rows // 2} "
+        "prompts with two answers each.",
+        "Each side is a process of its own. Rows/s and tokens/s are of a second pass, without its compilation.",
+        "",
+        *(f"* {side}: {SIDES[side]}" for side in sides),
+    ]
+    return "\n".join(lines)
+
+
+def table(mix: str, results: Sequence[Measured]) -> str:
+    """The sides of one mix, each beside this package's."""
+    ours = next((x for x in results if x.side == "fusedalign" and x.seconds), None)
+    lines = [
+        f"## {mix}",
+        "",
+        "| | rows/s | tokens/s | s | first rows, s | peak over weights, GiB | ours is faster by | sum, nats |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for x in results:
+        if x.seconds is None:
+            lines.append(f"| {x.side} | - | - | - | - | - | - | {x.reason} |")
+            continue
+        peak = "-" if x.peak_bytes is None else f"{x.peak_bytes / 2**30:.2f}"
+        faster = f"{x.seconds / ours.seconds:.2f}" if ours is not None and ours.seconds else "-"
+        lines.append(
+            f"| {x.side} | {x.rows / x.seconds:.1f} | {x.tokens / x.seconds:,.0f} | {x.seconds:.2f} "
+            f"| {x.first_seconds:.2f} | {peak} | {faster} | {x.total:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def _measure_alone(side: str, size: str, mixes: Sequence[str], rows: int) -> list[Measured]:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "measured.json"
+        command = [sys.executable, "-m", __name__, side, size, ",".join(mixes), str(rows), str(path)]
+        environment = os.environ | {"TRITON_CACHE_DIR": str(Path(folder) / "triton")}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, errors="replace")
+        if not path.exists():
+            lines = done.stderr.strip().splitlines() or ["no output"]
+            return [Measured(side, mix, reason=lines[-1][:160]) for mix in mixes]
+        return [Measured(**x) for x in json.loads(path.read_text())]
+
+
+def measure(side: str, size: str, mixes: Sequence[str], rows: int) -> Iterator[Measured]:
+    """Build the model once and score each mix with it, in this process."""
+    import transformers
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(0)
+    with torch.device(device):
+        config = transformers.Qwen3Config(**SIZES[size].config)
+        dtype = torch.bfloat16 if device == "cuda" else torch.float32
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    for mix in mixes:
+        data = pairs(mix, size, rows)
+        longest = sorted(data, key=lambda pair: -len(pair.prompt) - max(map(len, pair.answers)))
+        try:
+            run = {"loop": _loop, "lm-eval": _lm_eval, "fusedalign": _ours}[side](model, longest, device)
+            start = time.perf_counter()
+            run(data[:16])
+            synchronize(device)
+            first = time.perf_counter() - start
+            held = torch.cuda.memory_allocated() if device == "cuda" else 0
+            if device == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            start = time.perf_counter()
+            total = run(data)
+            synchronize(device)
+            seconds = time.perf_counter() - start
+            peak = torch.cuda.max_memory_allocated() - held if device == "cuda" else None
+        except Exception as error:  # the other sides must go on
+            yield Measured(side, mix, reason=in_short(error))
+            continue
+        count = sum(len(pair.prompt) + len(answer) for pair in data for answer in pair.answers)
+        yield Measured(side, mix, seconds, first, 2 * len(data), count, peak, total)
+        free(device)
+
+
+Runner = Callable[[Sequence[Pair]], float]
+
+
+def _loop(model: Any, longest: Sequence[Pair], device: str) -> Runner:
+    """The loop that people write, with the largest batch that the longest rows fit into."""
+
+    @torch.no_grad()
+    def run(data: Sequence[Pair], size: int) -> float:
+        rows = [(pair.prompt, answer) for pair in data for answer in pair.answers]
+        total = 0.0
+        for start in range(0, len(rows), size):
+            batch = rows[start : start + size]
+            width = max(len(prompt) + len(answer) for prompt, answer in batch)
+            ids = torch.zeros(len(batch), width, dtype=torch.int64)
+            mask, counted = torch.zeros_like(ids), torch.zeros_like(ids)
+            for i, (prompt, answer) in enumerate(batch):
+                n = len(prompt) + len(answer)
+                ids[i, :n] = torch.tensor(prompt + answer)
+                mask[i, :n] = 1
+                counted[i, len(prompt) : n] = 1
+            ids, mask, counted = ids.to(device), mask.to(device), counted.to(device)
+            logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1]
+            logps = logits.log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+            total += (logps.double() * counted[:, 1:]).sum().item()
+        return total
+
+    size = _LARGEST_BATCH if device == "cuda" else 8
+    while size > 1:
+        try:
+            run(longest[: max(1, size // 2)], size)
+            break
+        except torch.OutOfMemoryError:
+            size //= 2
+        torch.cuda.empty_cache()
+    return lambda data: run(data, size)
+
+
+def _lm_eval(model: Any, longest: Sequence[Pair], device: str) -> Runner:
+    """The harness' own model on the token ids."""
+    from lm_eval.models.huggingface import HFLM
+
+    from fusedalign.bench.training.data import tokenizer
+    from fusedalign.bench.training.settings import Job
+
+    size = next(name for name, x in SIZES.items() if x.config["hidden_size"] == model.config.hidden_size)
+    words = tokenizer(Job("dpo", size, next(iter(MIXES)), "trl"))
+    width = len(longest[0].prompt) + max(map(len, longest[0].answers))
+    harness = HFLM(pretrained=model, tokenizer=words, batch_size="auto", max_batch_size=256, max_length=width + 1)
+
+    def run(data: Sequence[Pair]) -> float:
+        requests = [(None, pair.prompt, answer) for pair in data for answer in pair.answers]
+        return sum(logps for logps, _ in harness._loglikelihood_tokens(requests, disable_tqdm=True))
+
+    return run
+
+
+def _ours(model: Any, longest: Sequence[Pair], device: str) -> Runner:
+    from fusedalign.score.scorer import Scorer
+
+    scorer = Scorer(model)
+
+    def run(data: Sequence[Pair]) -> float:
+        examples = [
+            Example(
+                i,
+                tuple(
+                    Answer(name, (Window(pair.prompt + answer, [-100] * len(pair.prompt) + answer),))
+                    for name, answer in zip(("chosen", "rejected"), pair.answers, strict=True)
+                ),
+            )
+            for i, pair in enumerate(data)
+        ]
+        return sum(score.logps for scores in scorer.scores(examples) if not isinstance(scores, str) for score in scores)
+
+    return run
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line and no usage, like every other command."""
+        raise ValueError(f"bench {WORD}: {message}")
+
+
+def _parser() -> _Parser:
+    sides = "\n".join(f"  {name:<10}  {about}" for name, about in SIDES.items())
+    parser = _Parser(
+        prog=f"fusedalign bench {WORD}",
+        description="Log-probabilities of preference pairs of uneven length, by this package and by others, each in a\n"
+        f"process of its own.\n\nsides\n{sides}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        add_help=False,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("-h", "--help", action="store_true", help="show this text")
+    add("--size", help=f"one of {', '.join(SIZES)}; default: 0.6b on a GPU, tiny on a CPU")
+    add("--mixes", default=",".join(MIXES), help="names with commas between; default: all")
+    add("--rows", type=int, default=2000, help="answers, two a prompt; default: 2000")
+    add("--sides", help="names with commas between; default: all that are installed")
+    add("--out", type=Path, metavar="DIR", help=f"also write {WORD}.json there")
+    return parser
+
+
+if __name__ == "__main__":
+    side, size, mixes, rows, path = sys.argv[1:]
+    found = [dataclasses.asdict(x) for x in measure(side, size, mixes.split(","), int(rows))]
+    replace_text(Path(path), json.dumps(found))

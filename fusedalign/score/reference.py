@@ -1,0 +1,123 @@
+"""`fusedalign score --ref_cache`: the reference log-probabilities of a DPO or KTO training, for its `ref_logps`."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pyarrow.parquet
+import torch
+
+from fusedalign.reports import check_writable
+from fusedalign.score.records import Answer, Example, RefusedRow, Window
+from fusedalign.score.run import POLICY, Run, ranks_here, score_run
+from fusedalign.score.scorer import AUTO, Scorer
+
+FLAG = "--ref_cache"
+
+
+class SequenceSource:
+    """Sequences that are tokens already, a row each."""
+
+    def __init__(self, sequences: list[Any]) -> None:
+        self.sequences = sequences
+
+    def __len__(self) -> int:
+        return len(self.sequences)
+
+    def examples(self, start: int, stop: int) -> tuple[list[Example], list[RefusedRow]]:
+        """As `records.Source`."""
+        return [
+            Example(row, (Answer("text", (Window(x.input_ids, x.labels),)),))
+            for row, x in enumerate(self.sequences[start:stop], start)
+        ], []
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line and no usage, like every other command."""
+        raise ValueError(f"score {FLAG}: {message}")
+
+
+def reference_command(argv: list[str]) -> None:
+    """Score what the reference of a training scores, given the training's own words, and write the cache.
+
+    Raises:
+        ValueError, FileNotFoundError: as the training's command; a row that cannot be scored.
+    """
+    from fusedalign.trl import ref_cache, ref_rows
+    from fusedalign.trl.arguments import parse
+    from fusedalign.trl.data import load_data
+    from fusedalign.trl.digests import digest
+    from fusedalign.trl.train import find_model
+
+    parser = _Parser(add_help=False, allow_abbrev=False)
+    parser.add_argument(FLAG, type=Path, required=True)
+    parser.add_argument("--method", default="dpo")
+    parser.add_argument("--max_tokens_per_batch", default=AUTO)
+    own, words = parser.parse_known_args(argv)
+    if own.method not in ref_rows.WITH_REFERENCE:
+        raise ValueError(f"--method must be {' or '.join(ref_rows.WITH_REFERENCE)} with {FLAG}, got {own.method!r}")
+    if own.max_tokens_per_batch != AUTO and not own.max_tokens_per_batch.isdigit():
+        raise ValueError(f"max_tokens_per_batch must be auto or a number of tokens, got {own.max_tokens_per_batch!r}")
+    check_writable(own.ref_cache.absolute().parent, FLAG)
+    arguments = parse(own.method, words)
+    training = arguments.training
+    splits = dict(zip(("train", "eval"), load_data(own.method, arguments), strict=True))
+    found = find_model(own.method, arguments)
+    sequences = {
+        sequence.key: sequence
+        for split, data in splits.items()
+        if data is not None
+        for sequence in ref_rows.reference_examples(own.method, data, found.processing_class, training, split)
+    }
+    model = _load(found, arguments)
+    about = ref_cache.about(model, found.processing_class, training, found.path)
+    autocast = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else None
+    scorer: dict[str, Any] = {
+        "packed": arguments.fused.packed,
+        "impl": arguments.fused.fused_impl,
+        "max_tokens": own.max_tokens_per_batch if own.max_tokens_per_batch == AUTO else int(own.max_tokens_per_batch),
+        "autocast": autocast,
+    }
+    facts = {key: value for key, value in dataclasses.asdict(about).items() if key not in ("model", "packages")}
+    settings = json.loads(json.dumps({**facts, **scorer, "sequences": digest(list(sequences))}, default=str))
+    out = own.ref_cache.with_name(f"{own.ref_cache.name}.scores.parquet")
+    rank, ranks, _ = ranks_here()
+    source = SequenceSource(list(sequences.values()))
+    finished = score_run(Run(source, out, settings, {POLICY: lambda: Scorer(model, **scorer)}, rank=rank, ranks=ranks))
+    if finished is None:
+        return
+    if finished.refused:
+        raise ValueError(
+            f"expected sequences that can all be scored, got {len(finished.refused)} of {finished.rows} that cannot, "
+            f"the first for: {finished.refused[0].reason}"
+        )
+    logps = pyarrow.parquet.read_table(out, columns=["logps"])["logps"].to_pylist()
+    ref_cache.write_cache(own.ref_cache, about, list(sequences), logps)
+    out.unlink()
+    print(
+        f"wrote {own.ref_cache}: {len(sequences)} sequences under {found.path}\ntrain with --ref_logps {own.ref_cache}"
+    )
+
+
+def _load(found: Any, arguments: Any) -> Any:
+    """The model that a training starts from, which is its reference, on this rank's device."""
+    import trl
+    from trl.trainer.utils import create_model_from_path
+
+    from fusedalign.trl.adapters import load_adapter
+
+    _, _, local = ranks_here()
+    on_cuda = torch.cuda.is_available() and not arguments.training.use_cpu
+    options = {
+        **found.options,
+        "device_map": {"": torch.device("cuda", local)} if on_cuda else None,
+        "quantization_config": trl.get_quantization_config(arguments.model),
+    }
+    if found.adapter is not None:
+        return load_adapter(found.adapter, options).eval()
+    return create_model_from_path(found.path, **options).eval()

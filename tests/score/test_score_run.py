@@ -1,0 +1,331 @@
+"""A whole run: shards, what interrupts it, several ranks, and files that must not be touched."""
+
+import contextlib
+import errno
+import json
+import math
+import os
+import signal
+import subprocess
+
+import pyarrow.parquet
+import pytest
+
+from fusedalign.score import run as run_module
+from fusedalign.score import shards as shards_module
+from fusedalign.score.records import Answer, Example, RefusedRow, Score, Window
+from fusedalign.score.run import POLICY, REFERENCE, Run, score_run
+from fusedalign.score.shards import ScoredRow, SettingsMismatchError, Shard, ShardStore, shard_order
+
+ROWS = 43
+
+
+class Pairs:
+    """Rows of two answers; every seventh is refused."""
+
+    def __len__(self):
+        return ROWS
+
+    def examples(self, start, stop):
+        refused = [RefusedRow(row, f"row {row} is empty") for row in range(start, stop) if row % 7 == 3]
+        rows = sorted(set(range(start, stop)) - {row for row, _ in refused})
+        one = Window([1, 2], [-100, 2])
+        return [Example(row, (Answer("chosen", (one,)), Answer("rejected", (one,)))) for row in rows], refused
+
+
+class FakeScorer:
+    """Scores that follow from the row and the model's name alone; one row fails in one model."""
+
+    max_tokens = 10
+
+    def __init__(self, name=POLICY, log=None):
+        self.name, self.log = name, log
+
+    def scores(self, examples, advance=None):
+        if self.log is not None:
+            self.log.append([example.row for example in examples])
+        salt = 0.25 if self.name == REFERENCE else 0.5
+        results = []
+        for example in examples:
+            values = [Score(-math.exp(math.sin(example.row + salt + k)), 3 + k, bool(k)) for k in (0, 1)]
+            results.append("out of memory" if example.row == 5 and self.name == REFERENCE else tuple(values))
+        return results
+
+
+@pytest.fixture(autouse=True)
+def small_shards(monkeypatch):
+    monkeypatch.setattr(ShardStore.__init__, "__defaults__", (4,))
+
+
+def make(out, rank=0, ranks=1, reference=True, log=None, **settings):
+    models = {POLICY: lambda: FakeScorer(POLICY, log)}
+    if reference:
+        models[REFERENCE] = lambda: FakeScorer(REFERENCE, log)
+    beta = 0.1 if reference else None
+    return Run(Pairs(), out, {"model": "a", "beta": beta, **settings}, models, beta, rank, ranks)
+
+
+def content(out):
+    return out.read_bytes(), out.with_suffix(".refused.jsonl").read_text()
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An uninterrupted run."""
+    out = tmp_path_factory.mktemp("whole") / "scores.parquet"
+    defaults = ShardStore.__init__.__defaults__
+    ShardStore.__init__.__defaults__ = (4,)
+    try:
+        score_run(make(out))
+    finally:
+        ShardStore.__init__.__defaults__ = defaults
+    return content(out)
+
+
+@pytest.mark.parametrize("reference", [False, True])
+def test_every_row_is_scored_or_refused_once(tmp_path, reference):
+    out = tmp_path / "scores.parquet"
+    finished = score_run(make(out, reference=reference))
+    rows = pyarrow.parquet.read_table(out)["row"].to_pylist()
+    refused = [json.loads(line)["row"] for line in out.with_suffix(".refused.jsonl").read_text().splitlines()]
+    assert sorted(rows + refused) == list(range(ROWS))
+    assert rows == sorted(rows)
+    assert (5 in refused) == reference
+    assert (finished.rows, finished.scored, [row for row, _ in finished.refused]) == (ROWS, len(rows), refused)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["scores.parquet", "scores.refused.jsonl"]
+
+
+def in_child(body):
+    """Run `body` in a forked process; its exit status, negative for a signal."""
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        with contextlib.suppress(BaseException):
+            body()
+            code = 0
+        os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def steps(action):
+    """Call `action(n)` before the n-th time that a file is opened for writing, synchronised, linked or renamed."""
+    count = 0
+
+    def counting(function):
+        def wrapper(*args, **kwargs):
+            nonlocal count
+            count += 1
+            action(count)
+            return function(*args, **kwargs)
+
+        return wrapper
+
+    for name in ("fsync", "replace", "link"):
+        setattr(os, name, counting(getattr(os, name)))
+    return lambda: count
+
+
+def test_killed_at_any_step_it_goes_on_and_ends_the_same(tmp_path, whole):
+    def count(body_out):
+        total = steps(lambda n: None)
+        score_run(make(body_out))
+        (tmp_path / "count").write_text(str(total()))
+
+    assert in_child(lambda: count(tmp_path / "first.parquet")) == 0
+    total = int((tmp_path / "count").read_text())
+    assert total > 40
+    for k in range(20):
+        step = 1 + k * (total - 1) // 19
+        out = tmp_path / f"{k}.parquet"
+
+        def killed(out=out, step=step):
+            steps(lambda n: os.kill(os.getpid(), signal.SIGKILL) if n == step else None)
+            score_run(make(out))
+
+        assert in_child(killed) == -signal.SIGKILL
+        score_run(make(out))
+        assert content(out) == whole
+        assert not list(tmp_path.glob(f"{k}.parquet.*"))  # neither shards nor temporary files of the finished run
+
+
+def test_what_is_there_is_not_made_again(tmp_path):
+    out, log = tmp_path / "scores.parquet", []
+    store = make(out).store
+
+    class Stop(Exception):
+        pass
+
+    class Stopping(FakeScorer):
+        def scores(self, examples, advance=None):
+            if len(log) == 3:
+                raise Stop
+            return super().scores(examples, advance)
+
+    run = make(out, log=log)
+    stopping = Run(run.source, out, run.settings, {**run.models, POLICY: lambda: Stopping(POLICY, log)}, run.beta)
+    with pytest.raises(Stop):
+        score_run(stopping)
+    assert len(store.missing(POLICY)) == store.shards - 3
+    log.clear()
+    score_run(run)
+    assert len(log) == (store.shards - 3) + store.shards
+    log.clear()
+    score_run(run)  # is finished
+    assert log == []
+
+
+@pytest.mark.parametrize("damage", ["data", "shorter", "note", "lost"])
+def test_a_damaged_shard_is_made_again(tmp_path, whole, damage):
+    out, log = tmp_path / "scores.parquet", []
+    run = make(out, log=log)
+    store = run.store
+    store.claim(POLICY, run.settings, {"max_tokens": 10})
+    run_module._fill(run, store, POLICY, run.models[POLICY])
+    data, note = store._paths(POLICY, 4)
+    if damage == "data":
+        data.write_bytes(data.read_bytes().replace(b"3", b"4", 1))
+    elif damage == "shorter":
+        data.write_bytes(data.read_bytes()[:-1])
+    elif damage == "note":
+        note.write_text("{")
+    else:
+        data.unlink()
+    log.clear()
+    assert store.missing(POLICY) == [4]
+    score_run(run)
+    assert log[0] == [row for row in range(16, 20) if row % 7 != 3]
+    assert len(log) == 1 + store.shards
+    assert content(out) == whole
+
+
+def test_a_full_disk_leaves_what_was_finished(tmp_path, whole, monkeypatch):
+    out, original, count = tmp_path / "scores.parquet", os.fsync, []
+
+    def fsync(descriptor):
+        count.append(descriptor)
+        if len(count) > 9:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        original(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(OSError, match="No space left"):
+        score_run(make(out))
+    assert not list(tmp_path.glob("**/*.tmp"))
+    monkeypatch.setattr(os, "fsync", original)
+    assert 0 < len(make(out).store.missing(POLICY)) < make(out).store.shards
+    score_run(make(out))
+    assert content(out) == whole
+
+
+def test_a_small_disk(tmp_path, whole):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24k", "tmpfs", str(disk)], capture_output=True)
+    if made.returncode:
+        pytest.skip("may not mount a file system")
+    out = disk / "scores.parquet"
+    try:
+        with pytest.raises(OSError, match="No space left"):
+            score_run(make(out))
+        assert not list(disk.glob("**/*.tmp"))
+        subprocess.run(["mount", "-o", "remount,size=4m", str(disk)], check=True)
+        score_run(make(out))
+        assert content(out) == whole
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_ranks_share_the_work_and_write_the_same_file(tmp_path, whole, ranks):
+    out = tmp_path / "scores.parquet"
+    children = []
+    for rank in range(ranks):
+        pid = os.fork()
+        if pid == 0:
+            code = 1
+            with contextlib.suppress(BaseException):
+                score_run(make(out, rank, ranks))
+                code = 0
+            os._exit(code)
+        children.append(pid)
+    assert [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children] == [0] * ranks
+    assert content(out) == whole
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["scores.parquet", "scores.refused.jsonl"]
+
+
+def test_the_shards_of_a_dead_rank_are_made_by_the_others(tmp_path, whole):
+    """Rank 0 alone of four writes the whole file."""
+    out = tmp_path / "scores.parquet"
+    score_run(make(out, 0, 4))
+    assert content(out) == whole
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 5])
+def test_each_rank_looks_at_every_shard_its_own_first(ranks):
+    for rank in range(ranks):
+        order = list(shard_order(11, rank, ranks))
+        assert sorted(order) == list(range(11))
+        own = len(range(rank, 11, ranks))
+        assert all(shard % ranks == rank for shard in order[:own])
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_other_settings_are_refused(tmp_path, finished):
+    out = tmp_path / "scores.parquet"
+    run = make(out)
+    if finished:
+        score_run(run)
+    else:
+        run.store.claim(POLICY, run.settings, {"max_tokens": 10})
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(SettingsMismatchError, match=r"--out must be new or of the same settings, .* model a, not b"):
+        score_run(make(out, model="b"))
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("what", ["text", "parquet"])
+def test_files_of_others_are_left_alone(tmp_path, what):
+    out = tmp_path / "scores.parquet"
+    if what == "text":
+        out.write_text("my notes")
+    else:
+        pyarrow.parquet.write_table(pyarrow.table({"a": [1]}), out)
+    before = out.read_bytes()
+    with pytest.raises(ValueError, match="--out must be new or a file of `fusedalign score`"):
+        score_run(make(out))
+    assert out.read_bytes() == before
+
+
+def test_a_budget_of_an_earlier_process_is_kept(tmp_path):
+    """So that a run that goes on has the batches of an uninterrupted one."""
+    out, seen = tmp_path / "scores.parquet", []
+    run = make(out, reference=False)
+    run.store.claim(POLICY, run.settings, {"max_tokens": 77})
+
+    class Noting(FakeScorer):
+        def scores(self, examples, advance=None):
+            seen.append(self.max_tokens)
+            return super().scores(examples, advance)
+
+    score_run(Run(run.source, out, run.settings, {POLICY: Noting}))
+    assert set(seen) == {77}
+
+
+def test_no_row_that_can_be_scored(tmp_path):
+    class Nothing(Pairs):
+        def examples(self, start, stop):
+            return [], [RefusedRow(row, "it is empty") for row in range(start, stop)]
+
+    run = make(tmp_path / "scores.parquet")
+    with pytest.raises(ValueError, match="at least one row that can be scored, got 43 refused, the first for: it is"):
+        score_run(Run(Nothing(), run.out, run.settings, run.models, run.beta))
+
+
+def test_shards_hold_every_bit(tmp_path):
+    store = ShardStore(tmp_path, 4)
+    score = Score(-1 / 3, 2, True, {"logps": [-0.1, -1e-300], "ranks": [0, 5]})
+    shard = Shard([ScoredRow(0, ("text",), (12,), (score,))], [RefusedRow(3, "ü\n\x00")])
+    store.write(POLICY, 0, shard)
+    assert store.read(POLICY, 0) == shard
+    with pytest.raises(ValueError, match="shard 1 of .* must be there and undamaged"):
+        store.read(POLICY, 1)
