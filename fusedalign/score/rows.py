@@ -94,6 +94,7 @@ class Rows:
         """kind: "preference", "completion", "conversation" or "text" (tokens count as text)"""
         _check_options(self.kind, self.fields, options)
         self._dataset = _readable(dataset, [name for name in (*self.fields, *_RENDERING) if name in columns])
+        self._vocabulary = len(getattr(tokenizer, "tokenizer", tokenizer))
         self._is_tokens = self.fields[0] == "input_ids"
         self._has_windows = self.kind == "text" and len(self.fields) == 1  # else masks say what counts
         self._check_tokenizer()
@@ -121,7 +122,7 @@ class Rows:
         if not set(needed) <= row.keys():
             raise ValueError(f"a row must have the columns {', '.join(needed)}, got {', '.join(row) or 'none'}")
         if self._is_tokens:
-            return (self._single(_checked_tokens(row, self.fields, len(self.tokenizer))),)
+            return (self._single(_checked_tokens(row, self.fields, self._vocabulary)),)
         shaped = self._shaped(row)
         return self._pair(shaped) if self.kind == "preference" else (self._single(shaped),)
 

@@ -66,13 +66,13 @@ class _Quiet:
 class _Encoder:
     """What the encoders share: a trainer that is none, with the attributes that its `_prepare_dataset` reads."""
 
-    def __init__(self, trainer: type, config: type, processing_class: Any, **options: Any) -> None:
+    def __init__(self, trainer: Any, config: Any, processing_class: Any, **options: Any) -> None:
         self.processing_class = one_end(processing_class)
         is_processor = isinstance(processing_class, ProcessorMixin)
         self.trainer: Any = object.__new__(trainer)
         self.trainer._tokenizer = processing_class.tokenizer if is_processor else processing_class
         self.trainer._is_vlm = is_processor
-        self.options = {field.name: _default(field) for field in dataclasses.fields(config)} | options  # type: ignore[arg-type]
+        self.options = {field.name: _default(field) for field in dataclasses.fields(config)} | options
 
     def _prepared(self, row: Row, *rest: Any, max_length: int | None) -> Row | None:
         """The row as the trainer prepares it; None where it drops it."""

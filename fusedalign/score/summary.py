@@ -1,0 +1,212 @@
+"""What a file of scores says in sum: a table for the terminal and a histogram."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fusedalign.score.columns import prefixed
+from fusedalign.score.records import RefusedRow
+from fusedalign.score.rows import reason_kind
+
+if TYPE_CHECKING:
+    import pyarrow
+
+WIDTH = 100
+REASONS = 5
+"""that are shown of those for which rows were refused"""
+_LABEL, _CELL = 30, 14
+_BINS = 60
+
+
+def summary(table: dict[str, list[Any]] | pyarrow.Table, about: Mapping[str, Any]) -> str:
+    """A table in text, of lines of at most `WIDTH` characters.
+
+    Values that are not finite are left out of means and percentiles, and counted.
+
+    Args:
+        table: the columns that `columns.table` makes.
+        about: "refused", the `RefusedRow`s or a mapping from reasons to numbers of rows; all else is shown as it is, a
+            line for each name, above the table.
+    """
+    refused = _reasons(about.get("refused", ()))
+    lines = [f"{name:<{_LABEL}}{value}" for name, value in about.items() if name != "refused"]
+    lines += _rows(len(_column(table, "row")), refused)
+    answers = _answers(table)
+    if answers and len(_column(table, "row")):
+        lines += ["", *_scores(table, answers)]
+    if "margin" in _names(table) and len(_column(table, "row")):
+        lines += ["", *_margins(table)]
+    return "\n".join(part for line in lines for part in _wrapped(line))
+
+
+def histogram(table: dict[str, list[Any]] | pyarrow.Table, path: Path) -> None:
+    """Save a PNG: mean log-probabilities of the answers, and of pairs the margins, with the rewards' where they are.
+
+    Raises:
+        ImportError: there is no matplotlib.
+        ValueError: no finite value to draw.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    answers = _answers(table)
+    panels = [
+        ("mean log-probability, nats per token", {a: prefixed(a, "mean_logps") for a in answers}),
+        ("margin (chosen - rejected), nats", {"margin": "margin"}),
+        ("reward margin", {"reward margin": "reward_margin"}),
+    ]
+    present = [(label, columns) for label, columns in panels if columns and set(columns.values()) <= _names(table)]
+    if not present or not any(len(_finite(table, name)) for _, columns in present for name in columns.values()):
+        raise ValueError("expected a finite score to draw, got none")
+    figure = Figure(figsize=(5.5 * len(present), 4), layout="constrained")
+    FigureCanvasAgg(figure)  # no display is needed
+    for axes, (label, columns) in zip(figure.subplots(1, len(present), squeeze=False)[0], present, strict=True):
+        values = {name: _finite(table, column) for name, column in columns.items()}
+        bins = np.histogram_bin_edges(np.concatenate(list(values.values())), bins=_BINS)
+        for name, x in values.items():
+            axes.hist(x, bins=bins, alpha=0.6, label=name)
+        if "margin" in label:
+            axes.axvline(0, color="black", linewidth=1)
+        axes.set_xlabel(label)
+        axes.set_ylabel("rows")
+        axes.legend()
+    figure.savefig(path, dpi=120, format="png")
+
+
+def _answers(table: Any) -> list[str]:
+    """The answers of each row; "answer": the only one."""
+    names = _names(table)
+    return [a for a in ("answer", "chosen", "rejected") if prefixed(a, "logps") in names]
+
+
+def _rows(scored: int, refused: Counter[str]) -> list[str]:
+    total = scored + sum(refused.values())
+    lines = [
+        f"{'rows':<{_LABEL}}{total:>{_CELL},}",
+        f"{'scored':<{_LABEL}}{scored:>{_CELL},}",
+        f"{'refused':<{_LABEL}}{sum(refused.values()):>{_CELL},}",
+    ]
+    most = sorted(refused.items(), key=lambda item: (-item[1], item[0]))
+    lines += [f"{n:>{_LABEL + _CELL},}  {reason}" for reason, n in most[:REASONS]]
+    rest = sum(n for _, n in most[REASONS:])
+    return [*lines, *([f"{rest:>{_LABEL + _CELL},}  for other reasons"] if rest else [])]
+
+
+def _scores(table: Any, answers: list[str]) -> list[str]:
+    of = [{name: _column(table, prefixed(a, name)) for name in ("logps", "num_tokens", "is_greedy")} for a in answers]
+    tokens = [x["num_tokens"].astype(np.int64) for x in of]
+    finite = [np.isfinite(x["logps"].astype(float)) for x in of]
+    means = [_finite(table, prefixed(a, "mean_logps")) for a in answers]
+    lines = [_line("", answers)] if len(answers) > 1 else []
+    lines.append(_line("tokens", [f"{int(n.sum()):,}" for n in tokens]))
+    if not all(x.all() for x in finite):
+        lines.append(_line("not finite, left out below", [f"{int((~x).sum()):,}" for x in finite]))
+    lines.append(_line("mean logps, nats per token", [""] * len(answers)))
+    lines.append(_line("  mean over rows", map(_mean, means)))
+    lines += [_line(f"  {label}", [_percentile(x, q) for x in means]) for label, q in _PERCENTILES]
+    sums = [_ratio(x["logps"][f].astype(float).sum(), n[f].sum()) for x, n, f in zip(of, tokens, finite, strict=True)]
+    lines.append(_line("perplexity of all tokens", [_number(_perplexity(x)) for x in sums]))
+    medians = [float(np.median(x)) if len(x) else math.nan for x in means]
+    lines.append(_line("  median over rows", [_number(_perplexity(x)) for x in medians]))
+    if "num_bytes" in _names(table):
+        size, logps = _column(table, "num_bytes").astype(float), _column(table, "logps").astype(float)
+        known = np.isfinite(size) & np.isfinite(logps)
+        bits = _ratio(-logps[known].sum(), size[known].sum() * math.log(2))
+        lines.append(_line("bytes", [f"{int(size[np.isfinite(size)].sum()):,}"]))
+        lines.append(_line("bits per byte", [_number(bits)]))
+    lines.append(_line("greedy", [_share(x["is_greedy"].astype(bool)) for x in of]))
+    if prefixed(answers[0], "reward") in _names(table):
+        lines.append(_line("implicit reward, mean", [_mean(_finite(table, prefixed(a, "reward"))) for a in answers]))
+    return lines
+
+
+def _margins(table: Any) -> list[str]:
+    lines = []
+    for margin, accuracy, what in (
+        ("margin", "accuracy", "margin, nats"),
+        ("reward_margin", "reward_accuracy", "reward margin"),
+    ):
+        if margin not in _names(table):
+            continue
+        values, right = _finite(table, margin), _column(table, accuracy).astype(bool)
+        lines += [
+            _line(f"{what}, mean", [_mean(values)]),
+            *(_line(f"  {label}", [_percentile(values, q)]) for label, q in _PERCENTILES),
+            _line("accuracy" if margin == "margin" else "reward accuracy", [_share(right)])
+            + f"  ({int(right.sum()):,} of {len(right):,} pairs)",
+        ]
+    return lines
+
+
+_PERCENTILES = (
+    ("5th percentile", 5),
+    ("25th percentile", 25),
+    ("median", 50),
+    ("75th percentile", 75),
+    ("95th percentile", 95),
+)
+
+
+def _reasons(refused: Mapping[str, int] | Iterable[RefusedRow]) -> Counter[str]:
+    counts: Counter[str] = Counter()
+    pairs = refused.items() if isinstance(refused, Mapping) else ((row.reason, 1) for row in refused)
+    for reason, n in pairs:
+        counts[reason_kind(reason)] += n
+    return counts
+
+
+def _names(table: Any) -> set[str]:
+    return set(table if isinstance(table, dict) else table.column_names)
+
+
+def _column(table: Any, name: str) -> np.ndarray:
+    """None is NaN among numbers."""
+    if isinstance(table, dict):
+        return np.array([math.nan if x is None else x for x in table[name]])
+    return np.asarray(table[name].to_numpy())
+
+
+def _finite(table: Any, name: str) -> np.ndarray:
+    values = _column(table, name).astype(float)
+    return values[np.isfinite(values)]
+
+
+def _perplexity(mean_logps: float) -> float:
+    return math.inf if mean_logps < -700 else math.exp(-mean_logps)
+
+
+def _ratio(a: float, b: float) -> float:
+    return float(a / b) if b else math.nan
+
+
+def _mean(values: np.ndarray) -> str:
+    return _number(float(values.mean())) if len(values) else "-"
+
+
+def _percentile(values: np.ndarray, q: float) -> str:
+    return _number(float(np.percentile(values, q))) if len(values) else "-"
+
+
+def _share(flags: np.ndarray) -> str:
+    return f"{100 * flags.mean():.1f} %" if len(flags) else "-"
+
+
+def _number(x: float) -> str:
+    if math.isnan(x):
+        return "-"
+    return f"{x:,.4f}" if abs(x) < 1e6 else f"{x:.4g}"
+
+
+def _line(label: str, cells: Iterable[Any]) -> str:
+    return f"{label:<{_LABEL}}" + "".join(f"{cell:>{_CELL}}" for cell in cells)
+
+
+def _wrapped(line: str) -> list[str]:
+    return textwrap.wrap(line.rstrip(), WIDTH, subsequent_indent=" " * _LABEL) or [""]
