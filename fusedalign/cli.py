@@ -1,4 +1,4 @@
-"""The command `fusedalign`: sft | dpo | kto | cpo | simpo | orpo | merge | bench | demo | env."""
+"""The command `fusedalign`: sft | dpo | kto | cpo | simpo | orpo | merge | plan | bench | demo | env."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ usage: fusedalign COMMAND [--debug] [...]
   dpo   direct preference optimisation     fusedalign dpo --config recipes/dpo.yaml --beta 0.2
   kto, cpo, simpo, orpo                    likewise, each with a recipe of its name
   merge an adapter's folder and its base model into one model             fusedalign merge runs/sft --out runs/merged
+  plan  memory of a training step, from the configuration alone            fusedalign plan --model_name_or_path M --memory 24GiB
   bench time, memory and error of our impls beside other libraries     fusedalign bench logps --cases qwen3-1.7b
   demo  SFT, then DPO with stock TRL and with fusedalign, on built-in data: a table and a picture
   env   versions, devices, and which impl can run here
@@ -155,6 +156,12 @@ def _merge(argv: list[str]) -> None:
     merge_command(argv)
 
 
+def _plan(argv: list[str]) -> None:
+    from fusedalign.plan import plan_command
+
+    plan_command(argv)
+
+
 def _demo(argv: list[str]) -> None:
     from fusedalign.demo import demo
 
@@ -207,6 +214,7 @@ def _version(name: str) -> str:
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     **{method: _train(method) for method in ("sft", "dpo", "kto", "cpo", "simpo", "orpo")},
     "merge": _merge,
+    "plan": _plan,
     "bench": _bench,
     "demo": _demo,
     "env": _env,

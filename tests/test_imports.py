@@ -24,6 +24,7 @@ ROOMS = [
     "embedded",
     "reports",
     "trl",
+    "plan",
     "bench",
     "demo",
     "cli",
