@@ -1,4 +1,4 @@
-"""The command `fusedalign`: sft | dpo | kto | cpo | simpo | orpo | merge | score | bench | demo | env."""
+"""The command `fusedalign`: sft | dpo | kto | cpo | simpo | orpo | merge | score | plan | bench | demo | env."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ usage: fusedalign COMMAND [--debug] [...]
   kto, cpo, simpo, orpo                    likewise, each with a recipe of its name
   merge an adapter's folder and its base model into one model             fusedalign merge runs/sft --out runs/merged
   score log-probabilities of a data set     fusedalign score --model_name_or_path M --dataset_name D --out s.parquet
+  plan  memory of a training step, from the configuration alone            fusedalign plan --model_name_or_path M --memory 24GiB
   bench time, memory and error of our impls beside other libraries     fusedalign bench logps --cases qwen3-1.7b
   demo  SFT, then DPO with stock TRL and with fusedalign, on built-in data: a table and a picture
   env   versions, devices, and which impl can run here
@@ -164,6 +165,12 @@ def _score(argv: list[str]) -> int:
     return score_command(argv)
 
 
+def _plan(argv: list[str]) -> None:
+    from fusedalign.plan import plan_command
+
+    plan_command(argv)
+
+
 def _demo(argv: list[str]) -> None:
     from fusedalign.demo import demo
 
@@ -217,6 +224,7 @@ COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     **{method: _train(method) for method in ("sft", "dpo", "kto", "cpo", "simpo", "orpo")},
     "merge": _merge,
     "score": _score,
+    "plan": _plan,
     "bench": _bench,
     "demo": _demo,
     "env": _env,

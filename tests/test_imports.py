@@ -25,6 +25,7 @@ ROOMS = [
     "reports",
     "trl",
     "score",
+    "plan",
     "bench",
     "demo",
     "cli",

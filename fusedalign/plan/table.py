@@ -1,0 +1,96 @@
+"""The text of a plan: a line for each component, with its size and its formula."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator
+
+from fusedalign.plan.plan import Plan, Total
+from fusedalign.plan.shape import Step
+from fusedalign.plan.sizes import CONTEXT, Component
+
+WIDTH = 100
+_NAME, _SIZE = 25, 11
+_INDENT = 2
+
+
+def size(number: int) -> str:
+    """Bytes for a reader: 3.21 GiB, 12.3 MiB."""
+    gib = number / 2**30
+    return f"{gib:.2f} GiB" if abs(gib) >= 0.995 else f"{number / 2**20:.1f} MiB"
+
+
+def render(plan: Plan) -> str:
+    """All lines, none longer than `WIDTH`."""
+    return "\n".join(line for part in _sections(plan) for line in part)
+
+
+def _sections(plan: Plan) -> Iterator[list[str]]:
+    yield _title(plan)
+    yield _section("held between steps", plan.held)
+    yield _section("in a step", [plan.gradients, *plan.activations])
+    yield _section("loss layer at its peak, with the gradient of the head", plan.heads)
+    yield ["", "peak of PyTorch's allocator", *(line for total in plan.totals for line in _total(plan, total))]
+    yield ["", *_verdict(plan)]
+    if plan.changes:
+        yield ["", "changes that help, the best first", *(_change(plan, i) for i in range(len(plan.changes)))]
+    if plan.enough:
+        words = ", then ".join(change.about for change in plan.enough)
+        yield ["", *_wrapped(f"enough together: {words}; {size(plan.enough[-1].bytes + CONTEXT)}")]
+
+
+def _title(plan: Plan) -> list[str]:
+    model = plan.model
+    first = (
+        f"{model.name}: {model.parameters:,} parameters, {plan.layers} layers, V = {model.vocab:,}, D = {model.width:,}"
+    )
+    return [*_wrapped(first), *_wrapped(describe(plan.step))]
+
+
+def describe(step: Step) -> str:
+    """A step in words."""
+    unit = "pairs" if step.pairs else "rows"
+    rows = f"{step.batch} {unit} of {step.length:,} tokens"
+    prompt = f", of which {step.prompt:,} prompt" if step.prompt else ""
+    known = "" if step.tokens is not None or step.packed != step.padded else " (rows full; --tokens where they are not)"
+    lora = f", LoRA r={step.lora_r}" if step.lora_r else ", all weights"
+    more = f", {step.accumulation} micro-batches a step" if step.accumulation > 1 else ""
+    return f"{step.method}{lora}, {step.dtype} weights, {rows}{prompt}: {step.packed:,} packed tokens{known}{more}"
+
+
+def _section(title: str, parts: list[Component]) -> list[str]:
+    return ["", title, *(line for part in parts for line in _lines(part.name, part.bytes, part.formula))]
+
+
+def _lines(name: str, number: int, text: str) -> list[str]:
+    start = f"{'':{_INDENT}}{name:<{_NAME}}{size(number):>{_SIZE}}   "
+    return textwrap.wrap(text, WIDTH, initial_indent=start, subsequent_indent=" " * len(start), break_on_hyphens=False)
+
+
+def _wrapped(text: str) -> list[str]:
+    return textwrap.wrap(text, WIDTH, subsequent_indent=" " * _INDENT, break_on_hyphens=False, break_long_words=False)
+
+
+def _total(plan: Plan, total: Total) -> list[str]:
+    on = plan.totals.index(total) % 2 == 0
+    name = f"{total.who}{'' if on else ', no checkpointing'}"
+    moment = total.moment
+    text = f"held {size(total.held)} + {moment.name} {size(moment.bytes)}: {moment.formula}"
+    return _lines(name, total.bytes, text)
+
+
+def _verdict(plan: Plan) -> list[str]:
+    needed = f"{size(plan.needed)} of a card, {size(CONTEXT)} for CUDA itself included"
+    if plan.memory is None:
+        return [f"needs {needed}; --memory 24GiB says what fits"]
+    free = plan.memory - plan.needed
+    if free >= 0:
+        return _wrapped(f"fits on {size(plan.memory)}: yes, {size(free)} free; it needs {needed}")
+    return _wrapped(f"fits on {size(plan.memory)}: no, {size(-free)} too little; it needs {needed}")
+
+
+def _change(plan: Plan, i: int) -> str:
+    change = plan.changes[i]
+    needed = change.bytes + CONTEXT
+    fits = "" if plan.memory is None else ", fits" if needed <= plan.memory else ", does not fit"
+    return f"{'':{_INDENT}}-{size(change.saved):<{_SIZE}} {change.about}: {size(needed)}{fits}"

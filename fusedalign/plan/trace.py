@@ -1,0 +1,323 @@
+"""What a model's layers keep in memory, seen by running them over tensors without memory.
+
+Each kind of layer of the real architecture runs forward and backward once, as `FakeTensorMode` runs it: operators give
+tensors of the right shapes and dtypes and compute nothing. A mode above it counts the storages that are alive. So what
+autograd saves, copies in fp32 included, comes from the model's own code, whatever the architecture. Attention is that
+of packed batches on a GPU, by the sizes of FlashAttention's buffers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
+
+from fusedalign.plan.shape import Layer, Trace
+
+_ATTENTION = "fusedalign_plan"
+#: Rows of padding that FlashAttention's backward adds for each sequence of a batch.
+_ROWS_OF_PADDING = 128
+
+
+class LayersError(ValueError):
+    """A model's layers cannot be run without memory, with the reason."""
+
+
+def trace(model: Any, tokens: int, *, keys: int | None = None, mixed: bool = True) -> Trace:
+    """Bytes that the backbone of a causal LM takes for a packed batch.
+
+    Args:
+        model: a causal LM of transformers, or the `PeftModel` around one, on the meta device; which parameters are
+            trained, and the dtypes, are read off it. Its layers cannot be used afterwards.
+        tokens: of the batch, S.
+        keys: of all segments, with a copy of its prefix before each; default: `tokens`.
+        mixed: whether autocast to bf16 is on, as TRL's trainers have it.
+
+    Raises:
+        LayersError: the model's layers cannot be found, or do something that needs numbers.
+    """
+    causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
+    backbone = causal_lm.base_model
+    owner, name, layers = _layers(backbone)
+    kinds = Counter(_kind(layer) for layer in layers)
+    first = {_kind(layer): layer for layer in reversed(layers)}
+    order = [_kind(layer) for layer in layers]
+    setattr(owner, name, nn.ModuleList(first[kind] for kind in kinds))
+    try:
+        with FakeTensorMode(), _attention_for(causal_lm, keys or tokens):
+            _materialise(backbone)
+            backbone.train()
+            return _trace(
+                backbone, [first[kind] for kind in kinds], [list(kinds).index(k) for k in order], tokens, mixed
+            )
+    except LayersError:
+        raise
+    except Exception as error:
+        reason = str(error).split("\n")[0] or type(error).__name__
+        raise LayersError(
+            f"the layers of {type(causal_lm).__name__} cannot be run without numbers: {reason}"
+        ) from error
+    finally:
+        setattr(owner, name, layers)
+
+
+def _layers(backbone: nn.Module) -> tuple[nn.Module, str, nn.ModuleList]:
+    """The list of decoder layers, and where it stands."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    for owner in backbone.modules():
+        for name, child in owner.named_children():
+            if isinstance(child, nn.ModuleList) and child and isinstance(child[0], GradientCheckpointingLayer):
+                return owner, name, child
+    raise LayersError(f"expected decoder layers that can be checkpointed, got none in {type(backbone).__name__}")
+
+
+def _kind(layer: nn.Module) -> tuple[Any, ...]:
+    """What two layers have in common that take the same memory."""
+    parameters = tuple((name, tuple(p.shape), p.dtype, p.requires_grad) for name, p in layer.named_parameters())
+    return type(layer), parameters
+
+
+def _materialise(module: nn.Module) -> None:
+    """Give parameters and buffers on the meta device the CPU as theirs; still without memory, in this mode."""
+    for each in module.modules():
+        for name, p in each._parameters.items():
+            if p is not None:
+                each._parameters[name] = nn.Parameter(torch.empty(p.shape, dtype=p.dtype), p.requires_grad)
+        for name, b in each._buffers.items():
+            if b is not None:
+                each._buffers[name] = torch.empty(b.shape, dtype=b.dtype)
+
+
+def _trace(backbone: Any, kinds: list[nn.Module], order: list[int], tokens: int, mixed: bool) -> Trace:
+    ids = torch.zeros(1, tokens, dtype=torch.int64)
+    calls: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+    index = {id(layer): i for i, layer in enumerate(kinds)}
+
+    def record(layer: nn.Module, args: Any, kwargs: Any) -> None:
+        calls.setdefault(index[id(layer)], (args, kwargs))
+
+    def forward() -> Tensor:
+        hidden: Tensor = backbone(input_ids=ids, position_ids=ids, use_cache=False).last_hidden_state
+        return hidden
+
+    hooks = [layer.register_forward_pre_hook(record, with_kwargs=True) for layer in kinds]
+    with torch.no_grad(), _mixed(mixed):
+        hidden = forward()
+    for hook in hooks:
+        hook.remove()
+    if len(calls) < len(kinds):
+        raise LayersError(f"expected a forward that calls every decoder layer, got {type(backbone).__name__}")
+    layers = tuple(_layer(layer, *calls[i], mixed) for i, layer in enumerate(kinds))
+    width, item = hidden.shape[-1], hidden.dtype.itemsize
+    calls.clear()
+    del hidden
+    for layer in kinds:
+        layer.gradient_checkpointing, layer._gradient_checkpointing_func = True, _checkpoint  # type: ignore[assignment]
+    before, total = _kept(backbone, kinds[0], forward, mixed)
+    return Trace(tokens, width, item, layers, tuple(order), before, total - before - sum(x.checkpoint for x in layers))
+
+
+def _kept(backbone: Any, first: nn.Module, forward: Callable[[], Tensor], mixed: bool) -> tuple[int, int]:
+    """What a forward under gradient checkpointing has kept when it comes to its first layer, and at its end."""
+    before: list[int] = []
+    # Of a frozen model too, as under gradient checkpointing with adapters.
+    with_gradient = backbone.get_input_embeddings().register_forward_hook(lambda _, __, x: x.requires_grad_())
+    hook = first.register_forward_pre_hook(lambda *_: before.append(living.bytes))
+    with _Living() as living:
+        with _mixed(mixed):
+            hidden = forward()
+        total = living.bytes
+    hook.remove()
+    with_gradient.remove()
+    del hidden
+    return before[0], total
+
+
+def _layer(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], mixed: bool) -> Layer:
+    """One layer's forward and backward, alone. What it is called with is not counted."""
+    first, *rest = args if args else (kwargs.pop("hidden_states"),)
+    hidden = first.detach().requires_grad_()
+    layer.gradient_checkpointing = False  # type: ignore[assignment]
+
+    def run(x: Tensor) -> Tensor:
+        out = layer(x, *rest, **kwargs)
+        return out if isinstance(out, Tensor) else out[0]  # type: ignore[no-any-return]
+
+    with _Living() as living, torch.no_grad(), _mixed(mixed):
+        out = run(hidden)
+    forward_peak = living.peak
+    del out
+    with _Living() as living:
+        with _mixed(mixed):
+            out = run(hidden)
+            inside = living.bytes
+        kept, casts = living.bytes, inside - living.bytes
+        seed = _Seed.apply(out)
+        del out
+        seed.backward()
+        backward_peak = living.peak
+    grads = _forget_gradients(layer)
+    hidden.grad = None
+    with _Living() as living:
+        with _mixed(mixed):
+            out = _checkpoint(run, hidden)
+        checkpoint_bytes = living.bytes
+        seed = _Seed.apply(out)
+        del out
+        living.peak = living.bytes
+        seed.backward()
+        recompute_peak = living.peak
+    _forget_gradients(layer)
+    return Layer(kept, checkpoint_bytes, forward_peak, backward_peak, recompute_peak, grads, casts)
+
+
+def _forget_gradients(module: nn.Module) -> int:
+    """Set gradients to None; the bytes that they had."""
+    total = 0
+    for p in module.parameters():
+        total += 0 if p.grad is None else p.grad.untyped_storage().nbytes()
+        p.grad = None
+    return total
+
+
+class _Seed(torch.autograd.Function):
+    """A scalar from which a gradient of the right shape arrives; it keeps nothing, as what stands above would."""
+
+    @staticmethod
+    def forward(ctx, x):  # type: ignore[no-untyped-def]
+        ctx.like = x.shape, x.dtype
+        return x.new_zeros(())
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        shape, dtype = ctx.like
+        return torch.empty(shape, dtype=dtype)
+
+
+# ------------------------------------------------------------------------------------------------------------- counting
+
+
+class _Living(TorchDispatchMode):
+    """Counts the bytes of storages that operators have made and that are alive, and the most that were."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = self.peak = 0
+        self._seen: set[int] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        kwargs = kwargs or {}
+        old = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        out = func(*args, **kwargs)
+        for x in tree_leaves(out):
+            if isinstance(x, Tensor):
+                self._add(x.untyped_storage(), old)
+        return out
+
+    def _add(self, storage: torch.UntypedStorage, old: set[int]) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._seen or key in old:  # of another run: an input, or a weight
+            return
+        self._seen.add(key)
+        self.bytes += size
+        self.peak = max(self.peak, self.bytes)
+        weakref.finalize(storage, self._remove, key, size)
+
+    def _remove(self, key: int, size: int) -> None:
+        self._seen.discard(key)
+        self.bytes -= size
+
+
+def _checkpoint(function: Callable[..., Any], *args: Any) -> Any:
+    """As transformers checkpoints a layer."""
+    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
+
+
+@contextlib.contextmanager
+def _mixed(on: bool) -> Iterator[None]:
+    if not on:
+        yield
+        return
+    with torch.autocast("cpu", torch.bfloat16), _CudaLists():
+        yield
+
+
+class _CudaLists(TorchFunctionMode):
+    """Autocast on a CPU keeps these functions in half precision; on a GPU they run, and save, in fp32."""
+
+    WIDE = ("layer_norm", "softmax", "log_softmax", "pow", "cumsum", "rsqrt")
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") in self.WIDE:
+            args = [x.float() if isinstance(x, Tensor) and x.dtype == torch.bfloat16 else x for x in args]
+        return func(*args, **kwargs)
+
+
+# ------------------------------------------------------------------------------------------------------------ attention
+
+
+@contextlib.contextmanager
+def _attention_for(model: Any, keys: int) -> Iterator[None]:
+    """Attention of packed batches, of which all segments together have so many keys."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    def attention(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **_: Any) -> tuple[Tensor, None]:
+        return _Attention.apply(query, key, value, keys), None
+
+    AttentionInterface.register(_ATTENTION, attention)
+    AttentionMaskInterface.register(_ATTENTION, lambda *args, **kwargs: None)
+    before = model.config._attn_implementation
+    model.set_attn_implementation(_ATTENTION)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+class _Attention(torch.autograd.Function):
+    """What FlashAttention's kernels for runs of uneven length take: [1, H, S, d] of queries -> [1, S, H, d].
+
+    Queries and keys that share memory with a longer product (one for all three) keep that.
+    """
+
+    @staticmethod
+    def forward(ctx, query, key, value, keys):  # type: ignore[no-untyped-def]
+        half = torch.bfloat16 if torch.is_autocast_enabled("cpu") else value.dtype
+        ctx.dtypes = query.dtype, key.dtype, value.dtype
+        query, key, value = (x.to(half) for x in (query, key, value))
+        batch, heads, tokens, _ = query.shape
+        if keys != tokens:  # with a copy of its prefix before each segment
+            key, value = (x.new_empty((batch, x.shape[1], keys, x.shape[3])) for x in (key, value))
+        out = query.new_empty((batch, tokens, heads, value.shape[3]))
+        lse = query.new_empty((heads, tokens), dtype=torch.float32)
+        ctx.save_for_backward(query, key, value, out, lse)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        query, key, value, out, lse = ctx.saved_tensors
+        batch, heads, tokens, size = query.shape
+        rounded = -(-size // 32) * 32
+        d_query, d_key, d_value = (torch.empty(x.shape, dtype=x.dtype) for x in (query, key, value))
+        sums = torch.empty((heads, tokens + _ROWS_OF_PADDING), dtype=torch.float32)
+        wide = torch.empty((tokens + _ROWS_OF_PADDING, heads, rounded), dtype=torch.float32)
+        if key.shape[1] != heads:  # a gradient for each head of queries, which are added up
+            expanded = [torch.empty((batch, heads, *x.shape[2:]), dtype=x.dtype) for x in (key, value)]
+            del expanded
+        del sums, wide
+        if key.shape[2] != tokens:
+            d_key, d_value = (x.new_empty((batch, x.shape[1], tokens, x.shape[3])) for x in (d_key, d_value))
+        q, k, v = ctx.dtypes
+        return d_query.to(q), d_key.to(k), d_value.to(v), None
