@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 
 from fusedalign.bench.measure import synchronize
-from fusedalign.bench.runner import free, in_short, machine
+from fusedalign.bench.runner import in_short, machine
 from fusedalign.bench.training.settings import MIXES, SIZES
 from fusedalign.reports import check_writable, replace_text, to_json
 from fusedalign.score.records import Answer, Example, Window
@@ -95,9 +95,12 @@ def scoring(argv: list[str]) -> None:
         return
     cuda = torch.cuda.is_available()
     size = options.size or ("0.6b" if cuda else "tiny")
-    for name, value, known in (("--size", size, SIZES), *(("--mixes", x, MIXES) for x in options.mixes.split(","))):
-        if value not in known:
-            raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+    mixes = options.mixes.split(",")
+    if size not in SIZES:
+        raise ValueError(f"--size must be one of {', '.join(SIZES)}, got {size!r}")
+    for mix in mixes:
+        if mix not in MIXES:
+            raise ValueError(f"--mixes must be of {', '.join(MIXES)}, got {mix!r}")
     sides = options.sides.split(",") if options.sides else _sides_here()
     for side in sides:
         if side not in SIDES:
@@ -108,11 +111,12 @@ def scoring(argv: list[str]) -> None:
         check_writable(options.out, "--out")
     print(_header(size, options, sides, cuda), flush=True)
     results: list[Measured] = []
-    for side in sides:  # a process each, so that none inherits compiled kernels
-        results += _measure_alone(side, size, options.mixes.split(","), options.rows)
-        print(f"{side}: done", file=sys.stderr, flush=True)
-    for mix in options.mixes.split(","):
-        print(f"\n{table(mix, [x for x in results if x.mix == mix])}", flush=True)
+    for mix in mixes:
+        print("\n" + "\n".join(table_head(mix)), flush=True)
+        for side in sides:  # a process each, so that none inherits compiled kernels
+            results.append(_measure_alone(side, size, mix, options.rows))
+            print(table_line(results[-1]), flush=True)
+        print("\n".join(comparison([x for x in results if x.mix == mix])), flush=True)
     if options.out is not None:
         report = {"machine": machine("cuda" if cuda else "cpu"), "rows": [dataclasses.asdict(x) for x in results]}
         replace_text(options.out / f"{WORD}.json", to_json(report, indent=1) + "\n")
@@ -143,42 +147,50 @@ def _header(size: str, options: argparse.Namespace, sides: Sequence[str], cuda: 
     return "\n".join(lines)
 
 
-def table(mix: str, results: Sequence[Measured]) -> str:
-    """The sides of one mix, each beside this package's."""
+def table_head(mix: str) -> list[str]:
+    """Title and first lines of the table of a mix."""
+    columns = ("", "rows/s", "tokens/s", "s", "first rows, s", "peak over weights, GiB", "sum, nats")
+    return [f"## {mix}", "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+
+
+def table_line(measured: Measured) -> str:
+    """The line of one side."""
+    x = measured
+    if x.seconds is None:
+        return f"| {x.side} | - | - | - | - | - | {x.reason} |"
+    peak = "-" if x.peak_bytes is None else f"{x.peak_bytes / 2**30:.2f}"
+    return (
+        f"| {x.side} | {x.rows / x.seconds:.1f} | {x.tokens / x.seconds:,.0f} | {x.seconds:.2f} "
+        f"| {x.first_seconds:.2f} | {peak} | {x.total:.1f} |"
+    )
+
+
+def comparison(results: Sequence[Measured]) -> Iterator[str]:
+    """This package beside each of the others."""
     ours = next((x for x in results if x.side == "fusedalign" and x.seconds), None)
-    lines = [
-        f"## {mix}",
-        "",
-        "| | rows/s | tokens/s | s | first rows, s | peak over weights, GiB | ours is faster by | sum, nats |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
     for x in results:
-        if x.seconds is None:
-            lines.append(f"| {x.side} | - | - | - | - | - | - | {x.reason} |")
+        if ours is None or x is ours or x.seconds is None or ours.seconds is None:
             continue
-        peak = "-" if x.peak_bytes is None else f"{x.peak_bytes / 2**30:.2f}"
-        faster = f"{x.seconds / ours.seconds:.2f}" if ours is not None and ours.seconds else "-"
-        lines.append(
-            f"| {x.side} | {x.rows / x.seconds:.1f} | {x.tokens / x.seconds:,.0f} | {x.seconds:.2f} "
-            f"| {x.first_seconds:.2f} | {peak} | {faster} | {x.total:.1f} |"
-        )
-    return "\n".join(lines)
+        memory = ""
+        if x.peak_bytes and ours.peak_bytes is not None:
+            memory = f", with {ours.peak_bytes / x.peak_bytes:.2f} of its memory over the weights"
+        yield f"\n{x.seconds / ours.seconds:.2f} times as many rows a second as {x.side}{memory}"
 
 
-def _measure_alone(side: str, size: str, mixes: Sequence[str], rows: int) -> list[Measured]:
+def _measure_alone(side: str, size: str, mix: str, rows: int) -> Measured:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "measured.json"
-        command = [sys.executable, "-m", __name__, side, size, ",".join(mixes), str(rows), str(path)]
+        command = [sys.executable, "-m", __name__, side, size, mix, str(rows), str(path)]
         environment = os.environ | {"TRITON_CACHE_DIR": str(Path(folder) / "triton")}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, errors="replace")
         if not path.exists():
             lines = done.stderr.strip().splitlines() or ["no output"]
-            return [Measured(side, mix, reason=lines[-1][:160]) for mix in mixes]
-        return [Measured(**x) for x in json.loads(path.read_text())]
+            return Measured(side, mix, reason=lines[-1][:160])
+        return Measured(**json.loads(path.read_text()))
 
 
-def measure(side: str, size: str, mixes: Sequence[str], rows: int) -> Iterator[Measured]:
-    """Build the model once and score each mix with it, in this process."""
+def measure(side: str, size: str, mix: str, rows: int) -> Measured:
+    """Build the model and score the rows of a mix with it, in this process."""
     import transformers
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -187,29 +199,26 @@ def measure(side: str, size: str, mixes: Sequence[str], rows: int) -> Iterator[M
         config = transformers.Qwen3Config(**SIZES[size].config)
         dtype = torch.bfloat16 if device == "cuda" else torch.float32
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
-    for mix in mixes:
-        data = pairs(mix, size, rows)
-        longest = sorted(data, key=lambda pair: -len(pair.prompt) - max(map(len, pair.answers)))
-        try:
-            run = {"loop": _loop, "lm-eval": _lm_eval, "fusedalign": _ours}[side](model, longest, device)
-            start = time.perf_counter()
-            run(data[:16])
-            synchronize(device)
-            first = time.perf_counter() - start
-            held = torch.cuda.memory_allocated() if device == "cuda" else 0
-            if device == "cuda":
-                torch.cuda.reset_peak_memory_stats()
-            start = time.perf_counter()
-            total = run(data)
-            synchronize(device)
-            seconds = time.perf_counter() - start
-            peak = torch.cuda.max_memory_allocated() - held if device == "cuda" else None
-        except Exception as error:  # the other sides must go on
-            yield Measured(side, mix, reason=in_short(error))
-            continue
-        count = sum(len(pair.prompt) + len(answer) for pair in data for answer in pair.answers)
-        yield Measured(side, mix, seconds, first, 2 * len(data), count, peak, total)
-        free(device)
+    data = pairs(mix, size, rows)
+    longest = sorted(data, key=lambda pair: -len(pair.prompt) - max(map(len, pair.answers)))
+    try:
+        run = {"loop": _loop, "lm-eval": _lm_eval, "fusedalign": _ours}[side](model, longest, device)
+        start = time.perf_counter()
+        run(data[:16])
+        synchronize(device)
+        first = time.perf_counter() - start
+        held = torch.cuda.memory_allocated() if device == "cuda" else 0
+        if device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        start = time.perf_counter()
+        total = run(data)
+        synchronize(device)
+        seconds = time.perf_counter() - start
+    except Exception as error:  # the other sides must go on
+        return Measured(side, mix, reason=in_short(error))
+    peak = torch.cuda.max_memory_allocated() - held if device == "cuda" else None
+    count = sum(len(pair.prompt) + len(answer) for pair in data for answer in pair.answers)
+    return Measured(side, mix, seconds, first, 2 * len(data), count, peak, total)
 
 
 Runner = Callable[[Sequence[Pair]], float]
@@ -316,6 +325,5 @@ def _parser() -> _Parser:
 
 
 if __name__ == "__main__":
-    side, size, mixes, rows, path = sys.argv[1:]
-    found = [dataclasses.asdict(x) for x in measure(side, size, mixes.split(","), int(rows))]
-    replace_text(Path(path), json.dumps(found))
+    side, size, mix, rows, path = sys.argv[1:]
+    replace_text(Path(path), json.dumps(dataclasses.asdict(measure(side, size, mix, int(rows)))))
