@@ -224,6 +224,38 @@ def test_single_rows_are_cut_as_those_of_sft(name, mode, tokenizer, trained_on):
     assert_equal(got, trained_on("sft", rows, tokenizer, **cut, **{TRL_NAMES[k]: x for k, x in options.items()}))
 
 
+RENDERING = (
+    "{%- if tools %}{{ 'tools ' + tools[0]['name'] + '<|im_end|>' }}{%- endif %}{{ style or 'plain' }}"
+    "{%- for message in messages %}{{ message.role + ' ' + message.content + '<|im_end|>' }}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{ 'assistant ' }}{%- endif %}"
+)
+
+
+@pytest.mark.parametrize("method", ["dpo", "sft"])
+def test_columns_that_change_how_a_template_is_rendered(method, folder, trained_on):
+    tokenizer = AutoTokenizer.from_pretrained(folder, chat_template=RENDERING)
+    options = [
+        {"tools": '[{"name": "boat"}]', "chat_template_kwargs": {"style": "short"}},
+        {"tools": '[{"name": "sail"}]', "chat_template_kwargs": {"style": "long"}},
+    ]
+    names = ["prompt", "chosen", "rejected"]
+    if method == "sft":
+        names[1:] = ["completion"]
+    every = [
+        {"prompt": row["prompt"], "chosen": row["chosen"], "rejected": row["rejected"], "completion": row["chosen"]}
+        for row in WHOLE
+    ]
+    rows = [{name: row[name] for name in names} | option for row, option in zip(every, options, strict=True)]
+    got = scored(rows, tokenizer)
+    assert_equal(got, trained_on(method, rows, tokenizer))
+    assert ["boat" in tokenizer.decode(row[0][0]) for row in got] == [True, False]
+    assert ["long" in tokenizer.decode(row[0][0]) for row in got] == [False, True]
+    without = [rows[0], rows[1] | {"tools": None, "chat_template_kwargs": None}]
+    examples, refused = Rows(without, tokenizer, RowOptions()).examples(0, 2)
+    assert not refused
+    assert tokenizer.decode(examples[1].answers[0].windows[0].input_ids).startswith("plain")
+
+
 def tokens(text, tokenizer):
     return tokenizer(text)["input_ids"]
 
