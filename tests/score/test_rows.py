@@ -109,7 +109,11 @@ PLAIN = [
     {"prompt": "Say hello to the people", "chosen": " Hello!", "rejected": "<|im_end|>"},
     {"prompt": "ein Gruß", "chosen": "größer ünd mehr 😀", "rejected": "\n"},
     {"prompt": "", "chosen": "nothing was asked", "rejected": "so nothing is said at all"},
-    {"prompt": "mer", "chosen": "ging tokens", "rejected": "ry times"},
+    {
+        "prompt": "a boat has th",
+        "chosen": "e sail",
+        "rejected": "at sail",
+    },  # the end of the prompt becomes part of "the"
 ]
 SHARED = [
     {"chosen": "Question: why? Answer: because it is so", "rejected": "Question: why? Answer: who knows"},
@@ -475,7 +479,10 @@ def test_a_thread_is_quiet_waits_for_no_process_and_leaves_trl_as_it_was(tokeniz
     """TRL would say of each row how its prompt was cut, through a logger that needs the state of all processes."""
     monkeypatch.setattr(PartialState, "_shared_state", {})
     before = {name: vars(trl.trainer.dpo_trainer)[name] for name in ("logger", "global_then_local_main_first")}
-    rows = [{"prompt": "mer", "chosen": "ging " * 600, "rejected": "ry times"}, PLAIN[0]]
+    rows = [{"prompt": "a boat has th", "chosen": "e sail" * 600, "rejected": "at sail"}, PLAIN[0]]
+    assert tokens("a boat has the", tokenizer)[: len(tokens("a boat has th", tokenizer))] != tokens(
+        "a boat has th", tokenizer
+    )
     source = Rows(Dataset.from_list(rows), tokenizer, RowOptions())
     results = []
     with caplog.at_level(logging.DEBUG):
