@@ -11,7 +11,8 @@ What counts in a row:
 | input_ids alone | the row | all | windows |
 | input_ids with labels, completion_mask or assistant_masks | the row | as `SFTTrainer` masks them | cut as there |
 
-Nothing predicts the first token, so it never counts; where the tokenizer puts a BOS first, that is the BOS.
+Nothing predicts the first token, so it never counts; where the tokenizer puts a BOS first, that is the BOS. The bytes
+of a text are all of its bytes, those of its first token too; the EOS adds none.
 
 Windows hold max_length tokens and advance by `stride`. Each token counts once, in the first window that holds it, with
 max_length - stride tokens or more before it but at the start of the text. (The same as "Perplexity of fixed-length

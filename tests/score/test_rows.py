@@ -109,7 +109,11 @@ PLAIN = [
     {"prompt": "Say hello to the people", "chosen": " Hello!", "rejected": "<|im_end|>"},
     {"prompt": "ein Gruß", "chosen": "größer ünd mehr 😀", "rejected": "\n"},
     {"prompt": "", "chosen": "nothing was asked", "rejected": "so nothing is said at all"},
-    {"prompt": "mer", "chosen": "ging tokens", "rejected": "ry times"},
+    {
+        "prompt": "a boat has th",
+        "chosen": "e sail",
+        "rejected": "at sail",
+    },  # the end of the prompt becomes part of "the"
 ]
 SHARED = [
     {"chosen": "Question: why? Answer: because it is so", "rejected": "Question: why? Answer: who knows"},
@@ -222,6 +226,38 @@ def test_single_rows_are_cut_as_those_of_sft(name, mode, tokenizer, trained_on):
     assert max(len(e.answers[0].windows[0].input_ids) for e in examples) == cut["max_length"]
     got = [[(a.windows[0].input_ids, a.windows[0].labels) for a in e.answers] for e in examples]
     assert_equal(got, trained_on("sft", rows, tokenizer, **cut, **{TRL_NAMES[k]: x for k, x in options.items()}))
+
+
+RENDERING = (
+    "{%- if tools %}{{ 'tools ' + tools[0]['name'] + '<|im_end|>' }}{%- endif %}{{ style or 'plain' }}"
+    "{%- for message in messages %}{{ message.role + ' ' + message.content + '<|im_end|>' }}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{ 'assistant ' }}{%- endif %}"
+)
+
+
+@pytest.mark.parametrize("method", ["dpo", "sft"])
+def test_columns_that_change_how_a_template_is_rendered(method, folder, trained_on):
+    tokenizer = AutoTokenizer.from_pretrained(folder, chat_template=RENDERING)
+    options = [
+        {"tools": '[{"name": "boat"}]', "chat_template_kwargs": {"style": "short"}},
+        {"tools": '[{"name": "sail"}]', "chat_template_kwargs": {"style": "long"}},
+    ]
+    names = ["prompt", "chosen", "rejected"]
+    if method == "sft":
+        names[1:] = ["completion"]
+    every = [
+        {"prompt": row["prompt"], "chosen": row["chosen"], "rejected": row["rejected"], "completion": row["chosen"]}
+        for row in WHOLE
+    ]
+    rows = [{name: row[name] for name in names} | option for row, option in zip(every, options, strict=True)]
+    got = scored(rows, tokenizer)
+    assert_equal(got, trained_on(method, rows, tokenizer))
+    assert ["boat" in tokenizer.decode(row[0][0]) for row in got] == [True, False]
+    assert ["long" in tokenizer.decode(row[0][0]) for row in got] == [False, True]
+    without = [rows[0], rows[1] | {"tools": None, "chat_template_kwargs": None}]
+    examples, refused = Rows(without, tokenizer, RowOptions()).examples(0, 2)
+    assert not refused
+    assert tokenizer.decode(examples[1].answers[0].windows[0].input_ids).startswith("plain")
 
 
 def tokens(text, tokenizer):
@@ -443,7 +479,10 @@ def test_a_thread_is_quiet_waits_for_no_process_and_leaves_trl_as_it_was(tokeniz
     """TRL would say of each row how its prompt was cut, through a logger that needs the state of all processes."""
     monkeypatch.setattr(PartialState, "_shared_state", {})
     before = {name: vars(trl.trainer.dpo_trainer)[name] for name in ("logger", "global_then_local_main_first")}
-    rows = [{"prompt": "mer", "chosen": "ging " * 600, "rejected": "ry times"}, PLAIN[0]]
+    rows = [{"prompt": "a boat has th", "chosen": "e sail" * 600, "rejected": "at sail"}, PLAIN[0]]
+    assert tokens("a boat has the", tokenizer)[: len(tokens("a boat has th", tokenizer))] != tokens(
+        "a boat has th", tokenizer
+    )
     source = Rows(Dataset.from_list(rows), tokenizer, RowOptions())
     results = []
     with caplog.at_level(logging.DEBUG):

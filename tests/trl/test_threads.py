@@ -3,6 +3,7 @@
 import functools
 import sys
 import threading
+import types
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -13,6 +14,7 @@ import trl.trainer.utils as trl_utils
 
 from fusedalign.trl import attach, detach, trainers
 from fusedalign.trl import attachment as attach_module
+from fusedalign.trl.construction import replaced
 from fusedalign.trl.forward import fused_by
 
 NAMES = ("add_fused_lm_head", "BaseTunerLayer")
@@ -74,6 +76,18 @@ def test_a_stock_trainer_is_built_while_a_fused_one_is_under_construction(build,
         assert fused_by(fused.result(timeout=60).model) == "fusedalign"
     assert fused_by(stock.model) == "trl"
     assert _globals() == before
+
+
+def test_a_replaced_object_is_so_in_its_thread_alone():
+    module = types.ModuleType("module_of_a_test")
+    loud, quiet = types.SimpleNamespace(level="all"), types.SimpleNamespace(level="none")
+    module.logger = loud
+    with replaced(module, logger=quiet):
+        assert module.logger.level == "none"
+        assert _together(lambda: module.logger.level) == ["all"]
+        with pytest.raises(AttributeError):
+            _ = module.logger.name
+    assert module.logger is loud
 
 
 class _Building(transformers.TrainerCallback):
