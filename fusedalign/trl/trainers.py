@@ -191,7 +191,7 @@ class FusedWithReference(KeyedReference, Fused):
                 arguments["args"] = _with_precomputed(arguments["args"])
             if not isinstance(arguments["model"], str):
                 self._check_reference(arguments["model"])
-        if needs_copy(arguments):
+        elif needs_copy(arguments):
             arguments["ref_model"] = reference_copy(arguments["model"])
 
     def _replacements(self) -> dict[str, Any]:
@@ -254,7 +254,8 @@ class FusedWithReference(KeyedReference, Fused):
         dataset = self._prepare_dataset(eval_dataset, trainer.processing_class, trainer.args, "eval")
         dataset = self._precompute_ref_logps(dataset, "eval")
         own: Any = next(cls for cls in type(self).__mro__ if cls.__module__.startswith("trl."))
-        return super(own, trainer).evaluate(dataset, ignore_keys, metric_key_prefix)
+        trainer_of_transformers: Any = super(own, self)
+        return trainer_of_transformers.evaluate(dataset, ignore_keys, metric_key_prefix)
 
 
 def _with_precomputed(args: Any) -> Any:
