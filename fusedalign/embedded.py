@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 EMBEDDED_NAME = "embedded"
 
@@ -57,13 +58,34 @@ def build_embedded_model(directory: str | Path, *, seed: int = 0) -> Path:
         `directory` as a `Path`: pass it to `AutoModelForCausalLM.from_pretrained` or to a trainer.
     """
     import torch
-    from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
+    from transformers import GenerationConfig, Qwen3ForCausalLM
 
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer = _train_tokenizer(_training_texts(data_directory()))
-    special = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
-    config = Qwen3Config(
+    config = _config(tokenizer)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Qwen3ForCausalLM(config).float()
+    model.generation_config = GenerationConfig(**_special(tokenizer))
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+def embedded_config() -> Any:
+    """The configuration of that model, without the model."""
+    return _config(_train_tokenizer(_training_texts(data_directory())))
+
+
+def _special(tokenizer: Any) -> dict[str, Any]:
+    return {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
+
+
+def _config(tokenizer: Any) -> Any:
+    from transformers import Qwen3Config
+
+    return Qwen3Config(
         vocab_size=len(tokenizer),
         hidden_size=192,
         intermediate_size=512,
@@ -74,15 +96,8 @@ def build_embedded_model(directory: str | Path, *, seed: int = 0) -> Path:
         initializer_range=0.04,  # twice the usual: so small a model learns much faster from it
         max_position_embeddings=MAX_LENGTH,
         tie_word_embeddings=True,
-        **special,
+        **_special(tokenizer),
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = Qwen3ForCausalLM(config).float()
-    model.generation_config = GenerationConfig(**special)
-    model.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
-    return directory
 
 
 def _training_texts(data: Path) -> list[str]:

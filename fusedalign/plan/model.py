@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fusedalign.embedded import EMBEDDED_NAME, build_embedded_model
+from fusedalign.embedded import EMBEDDED_NAME, embedded_config
 from fusedalign.plan.shape import Model, Step, Trace
 from fusedalign.plan.trace import trace
 
@@ -24,8 +23,7 @@ def read_config(name: str) -> Any:
 
     option = "--model_name_or_path"
     if name == EMBEDDED_NAME:
-        with tempfile.TemporaryDirectory() as folder:
-            return transformers.AutoConfig.from_pretrained(build_embedded_model(folder))
+        return embedded_config()
     path = Path(name)
     if path.is_dir() and not (path / "config.json").is_file():
         raise ValueError(f"{option} must be a folder with a config.json, got {name} without one")

@@ -8,7 +8,7 @@ from typing import Protocol
 from fusedalign.plan import sizes
 from fusedalign.plan.advice import Change, enough, ranked
 from fusedalign.plan.shape import Model, Step, Trace
-from fusedalign.plan.sizes import CONTEXT, Component, Moment
+from fusedalign.plan.sizes import CONTEXT, OURS, STOCK, Component, Moment
 
 
 class Source(Protocol):
@@ -75,7 +75,7 @@ def plan(source: Source, step: Step, memory: int | None = None) -> Plan:
 
     def peak(other: Step) -> int:
         m = source.model(other)
-        return sizes.total(m, other, source.trace(other), sizes.head_bytes(m, other))
+        return sizes.peak(m, other, source.trace(other), sizes.head_layer(OURS, m, other).bytes)
 
     def total(who: str, of: Trace, head: int, checkpointing: bool) -> Total:
         this = replace(step, checkpointing=checkpointing)
@@ -83,9 +83,9 @@ def plan(source: Source, step: Step, memory: int | None = None) -> Plan:
         moment = sizes.largest(model, this, of, head)
         return Total(who, held + moment.bytes, held, moment)
 
-    ours, stock = sizes.head_bytes(model, step), sizes.stock_head_bytes(model, step)
+    ours, stock = (sizes.head_layer(name, model, step).bytes for name in (OURS, STOCK))
     totals = [total("fusedalign", trace, ours, on) for on in (True, False)]
-    totals += [total("stock TRL", stock_trace, stock, on) for on in (True, False)]
+    totals += [total(STOCK, stock_trace, stock, on) for on in (True, False)]
     fits = memory is None or totals[0 if step.checkpointing else 1].bytes + CONTEXT <= memory
     return Plan(
         model=model,

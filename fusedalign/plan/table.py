@@ -72,11 +72,10 @@ def _wrapped(text: str) -> list[str]:
 
 
 def _total(plan: Plan, total: Total) -> list[str]:
-    on = plan.totals.index(total) % 2 == 0
-    name = f"{total.who}{'' if on else ', no checkpointing'}"
-    moment = total.moment
-    text = f"held {size(total.held)} + {moment.name} {size(moment.bytes)}: {moment.formula}"
-    return _lines(name, total.bytes, text)
+    with_checkpoints = plan.totals.index(total) % 2 == 0
+    name = total.who if with_checkpoints else "  without checkpointing"
+    parts = " + ".join(f"{name} {size(number)}" for name, number in total.moment.parts if number)
+    return _lines(name, total.bytes, f"held {size(total.held)} + {total.moment.name}: {parts}")
 
 
 def _verdict(plan: Plan) -> list[str]:

@@ -9,8 +9,9 @@ of packed batches on a GPU, by the sizes of FlashAttention's buffers.
 from __future__ import annotations
 
 import contextlib
+import functools
+import logging
 import weakref
-from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -48,27 +49,37 @@ def trace(model: Any, tokens: int, *, keys: int | None = None, mixed: bool = Tru
     """
     causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
     backbone = causal_lm.base_model
+    if backbone is causal_lm:
+        raise LayersError(f"expected a model whose base_model is its backbone, got {type(causal_lm).__name__}")
     owner, name, layers = _layers(backbone)
-    kinds = Counter(_kind(layer) for layer in layers)
-    first = {_kind(layer): layer for layer in reversed(layers)}
-    order = [_kind(layer) for layer in layers]
-    setattr(owner, name, nn.ModuleList(first[kind] for kind in kinds))
+    all_kinds = [_kind(layer) for layer in layers]
+    kinds = list(dict.fromkeys(all_kinds))
+    ones = [layers[all_kinds.index(kind)] for kind in kinds]
+    order = tuple(kinds.index(kind) for kind in all_kinds)
+    setattr(owner, name, nn.ModuleList(ones))
     try:
-        with FakeTensorMode(), _attention_for(causal_lm, keys or tokens):
+        with _quiet(), FakeTensorMode(), _attention_for(causal_lm, keys or tokens):
             _materialise(backbone)
             backbone.train()
-            return _trace(
-                backbone, [first[kind] for kind in kinds], [list(kinds).index(k) for k in order], tokens, mixed
-            )
+            return _trace(backbone, ones, order, tokens, mixed)
     except LayersError:
         raise
     except Exception as error:
         reason = str(error).split("\n")[0] or type(error).__name__
-        raise LayersError(
-            f"the layers of {type(causal_lm).__name__} cannot be run without numbers: {reason}"
-        ) from error
+        raise LayersError(f"expected layers that run without numbers, got {type(causal_lm).__name__}: {reason}") from error
     finally:
         setattr(owner, name, layers)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the remarks of libraries about how a model is run here."""
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 def _layers(backbone: nn.Module) -> tuple[nn.Module, str, nn.ModuleList]:
@@ -99,7 +110,7 @@ def _materialise(module: nn.Module) -> None:
                 each._buffers[name] = torch.empty(b.shape, dtype=b.dtype)
 
 
-def _trace(backbone: Any, kinds: list[nn.Module], order: list[int], tokens: int, mixed: bool) -> Trace:
+def _trace(backbone: Any, kinds: list[nn.Module], order: tuple[int, ...], tokens: int, mixed: bool) -> Trace:
     ids = torch.zeros(1, tokens, dtype=torch.int64)
     calls: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
     index = {id(layer): i for i, layer in enumerate(kinds)}
@@ -123,9 +134,10 @@ def _trace(backbone: Any, kinds: list[nn.Module], order: list[int], tokens: int,
     calls.clear()
     del hidden
     for layer in kinds:
-        layer.gradient_checkpointing, layer._gradient_checkpointing_func = True, _checkpoint  # type: ignore[assignment]
+        layer.gradient_checkpointing = True  # type: ignore[assignment]
+        layer._gradient_checkpointing_func = functools.partial(_checkpoint, mixed)  # type: ignore[assignment]
     before, total = _kept(backbone, kinds[0], forward, mixed)
-    return Trace(tokens, width, item, layers, tuple(order), before, total - before - sum(x.checkpoint for x in layers))
+    return Trace(tokens, width, item, layers, order, before, total - before - sum(x.checkpoint for x in layers))
 
 
 def _kept(backbone: Any, first: nn.Module, forward: Callable[[], Tensor], mixed: bool) -> tuple[int, int]:
@@ -171,7 +183,7 @@ def _layer(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], mixe
     hidden.grad = None
     with _Living() as living:
         with _mixed(mixed):
-            out = _checkpoint(run, hidden)
+            out = _checkpoint(mixed, run, hidden)
         checkpoint_bytes = living.bytes
         seed = _Seed.apply(out)
         del out
@@ -239,9 +251,13 @@ class _Living(TorchDispatchMode):
         self.bytes -= size
 
 
-def _checkpoint(function: Callable[..., Any], *args: Any) -> Any:
+def _checkpoint(mixed: bool, function: Callable[..., Any], *args: Any) -> Any:
     """As transformers checkpoints a layer."""
-    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
+
+    def contexts() -> tuple[Any, Any]:
+        return contextlib.nullcontext(), _mixed(mixed)  # of the forward, which has it, and of its repetition
+
+    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
 
 
 @contextlib.contextmanager
@@ -254,15 +270,23 @@ def _mixed(on: bool) -> Iterator[None]:
 
 
 class _CudaLists(TorchFunctionMode):
-    """Autocast on a CPU keeps these functions in half precision; on a GPU they run, and save, in fp32."""
+    """Autocast on a CPU keeps functions in half precision that on a GPU run, and save, in fp32."""
 
     WIDE = ("layer_norm", "softmax", "log_softmax", "pow", "cumsum", "rsqrt")
+    #: Products that it does not know.
+    HALF = ("grouped_mm", "_grouped_mm")
 
     def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        kwargs = kwargs or {}
-        if getattr(func, "__name__", "") in self.WIDE:
-            args = [x.float() if isinstance(x, Tensor) and x.dtype == torch.bfloat16 else x for x in args]
-        return func(*args, **kwargs)
+        name = getattr(func, "__name__", "")
+        if name in self.WIDE:
+            args = [_cast(x, torch.bfloat16, torch.float32) for x in args]
+        elif name in self.HALF:
+            args = [_cast(x, torch.float32, torch.bfloat16) for x in args]
+        return func(*args, **(kwargs or {}))
+
+
+def _cast(x: Any, from_dtype: torch.dtype, to_dtype: torch.dtype) -> Any:
+    return x.to(to_dtype) if isinstance(x, Tensor) and x.dtype == from_dtype else x
 
 
 # ------------------------------------------------------------------------------------------------------------ attention
