@@ -25,6 +25,7 @@ ROOMS = [
     "reports",
     "trl",
     "bench",
+    "harness",
     "demo",
     "cli",
 ]
@@ -32,7 +33,9 @@ ROOMS = [
 #: adapters have in common.
 SHARED = ["rows", "tiles", "autograd", "adapter"]
 TORCH_ONLY = ["checks", "losses", "sequence"]
-OPTIONAL = ["triton", "transformers", "trl", "liger_kernel", "cut_cross_entropy", "datasets", "peft", "accelerate"]
+OPTIONAL = [
+    *("triton", "transformers", "trl", "liger_kernel", "cut_cross_entropy", "datasets", "peft", "accelerate", "lm_eval")
+]
 
 
 def room(path: Path) -> str:
