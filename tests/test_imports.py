@@ -27,6 +27,7 @@ ROOMS = [
     "score",
     "plan",
     "bench",
+    "harness",
     "demo",
     "cli",
 ]
@@ -34,7 +35,9 @@ ROOMS = [
 #: adapters have in common.
 SHARED = ["rows", "tiles", "autograd", "adapter"]
 TORCH_ONLY = ["checks", "losses", "sequence"]
-OPTIONAL = ["triton", "transformers", "trl", "liger_kernel", "cut_cross_entropy", "datasets", "peft", "accelerate"]
+OPTIONAL = [
+    *("triton", "transformers", "trl", "liger_kernel", "cut_cross_entropy", "datasets", "peft", "accelerate", "lm_eval")
+]
 
 
 def room(path: Path) -> str:

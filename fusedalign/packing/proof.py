@@ -9,6 +9,7 @@ input embeddings moves by one rounding error.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -49,13 +50,14 @@ class Proof(NamedTuple):
     """whether attention ran one segment at a time, for want of a kernel"""
 
 
-def enable(model: Any) -> Proof:
+def enable(model: Any, *, training: bool = True) -> Proof:
     """Let a causal LM of transformers run packed batches, once that is proven to be right.
 
     Its attention function is replaced, see `attention.install`; without a packed batch it does what it did before.
 
     Args:
         model: not the `PeftModel` around it; adapters in its layers do not matter.
+        training: False where it only runs forward, in eval mode: gradients are not compared, and dropout is no hindrance.
 
     Returns:
         The numbers of the proof.
@@ -63,7 +65,7 @@ def enable(model: Any) -> Proof:
     Raises:
         LayoutError: it would go wrong, with the reason; the model is then as it was.
     """
-    return _enable(model, refusal(model), prove_packed)
+    return _enable(model, refusal(model), functools.partial(prove_packed, training=training))
 
 
 def enable_unmasked(model: Any) -> Proof:
@@ -135,14 +137,17 @@ _ROWS = (
 )
 
 
-def prove_packed(model: Any) -> Proof:
+def prove_packed(model: Any, *, training: bool = True) -> Proof:
     """Compare the packed layout, prompts shared, with the padded one.
+
+    Args:
+        model, training: as in `enable`.
 
     Raises:
         LayoutError: they differ, with the numbers; or a layer has told why not.
     """
     rows = _padded_rows(model)
-    return _compare(model, rows, pack_padded(*rows, groups=2))
+    return _compare(model, rows, pack_padded(*rows, groups=2), training)
 
 
 def prove_unmasked(model: Any) -> Proof:
@@ -151,7 +156,7 @@ def prove_unmasked(model: Any) -> Proof:
     Raises:
         LayoutError: as `prove_packed`.
     """
-    return _compare(model, _padded_rows(model), RightPadded())
+    return _compare(model, _padded_rows(model), RightPadded(), training=True)
 
 
 class _Rows(NamedTuple):
@@ -176,14 +181,14 @@ class _Measured(NamedTuple):
     windows: set[tuple[int | None, bool]]
 
 
-def _compare(model: Any, rows: _Rows, layout: Layout) -> Proof:
+def _compare(model: Any, rows: _Rows, layout: Layout, training: bool) -> Proof:
     expected = _windows(model)
     # Layers that are compiled too are observed.
     with _undisturbed(model), _narrow_windows(model), torch.compiler.set_stance("force_eager"):
         model.eval()
-        padded, candidate = _measure(model, rows, None), _measure(model, rows, layout)
+        padded, candidate = _measure(model, rows, None, training), _measure(model, rows, layout, training)
         with _rounded_embeddings(model, _unit(model, padded.hidden)):
-            rounded = _measure(model, rows, None)
+            rounded = _measure(model, rows, None, training)
         narrow = _windows(model)
     windows = {window for window, _ in candidate.windows}
     if windows not in (expected, narrow):  # layers keep their window, or read the configuration in each call
@@ -205,14 +210,15 @@ def _compare(model: Any, rows: _Rows, layout: Layout) -> Proof:
             f"{proof.difference:.1e} ({proof.allowed:.1e} is allowed), gradients by {proof.gradient_difference:.1e} "
             f"({proof.gradient_allowed:.1e})"
         )
-    with _undisturbed(model), torch.no_grad():  # dropout is told to attention in training alone
-        model.train()
-        _run(model, rows, layout)
+    if training:
+        with _undisturbed(model), torch.no_grad():  # dropout is told to attention in training alone
+            model.train()
+            _run(model, rows, layout)
     return proof
 
 
-def _measure(model: Any, rows: _Rows, layout: Layout | None) -> _Measured:
-    trained = [parameter for parameter in model.base_model.parameters() if parameter.requires_grad]
+def _measure(model: Any, rows: _Rows, layout: Layout | None, training: bool) -> _Measured:
+    trained = [parameter for parameter in model.base_model.parameters() if parameter.requires_grad and training]
     seen: set[tuple[int | None, bool]] = set()
     token = observation.set(seen)
     try:
