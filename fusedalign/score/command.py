@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
+import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -61,6 +62,9 @@ class ScoreArguments:
     accelerate_config: str | None = field(
         default=None, metadata={"help": "Start through `accelerate launch`, as in training: a file, or multi_gpu, ..."}
     )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run code that comes with the model or its tokenizer."}
+    )
     strict: bool = field(
         default=False, metadata={"help": f"End with status {STRICT_STATUS} where a row could not be scored."}
     )
@@ -87,6 +91,7 @@ def score_command(argv: list[str]) -> int:
     if launched_elsewhere("score", parser, argv):
         return 0
     script, model, head, own = _parse(parser, argv)
+    _silence_bars()
     out = _out(own)
     run, kind = _run(script, model, head, own, out)
     try:
@@ -96,6 +101,16 @@ def score_command(argv: list[str]) -> int:
             f"what is scored lies in {run.store.folder}: the same command goes on from there"
         ) from None
     return 0 if finished is None else _report(finished, kind, own)
+
+
+def _silence_bars() -> None:
+    """Leave out the libraries' progress bars where stderr is no terminal."""
+    from datasets.utils import logging as datasets_logging
+    from transformers.utils import logging as transformers_logging
+
+    if not sys.stderr.isatty():
+        datasets_logging.disable_progress_bar()
+        transformers_logging.disable_progress_bar()
 
 
 def _report(finished: Finished, kind: str, own: ScoreArguments) -> int:
@@ -236,6 +251,7 @@ class _Names:
     model: str
     adapter: str | None
     reference: str | None
+    trust_remote_code: bool
 
     @classmethod
     def find(cls, model: Any, own: ScoreArguments, out: Path) -> _Names:
@@ -243,7 +259,7 @@ class _Names:
         from fusedalign.trl.adapters import find_adapter
         from fusedalign.trl.models import check_folder, check_has_head
 
-        trust, revision = model.trust_remote_code, model.model_revision
+        trust, revision = own.trust_remote_code, model.model_revision
         name, adapter = model.model_name_or_path, own.adapter
         if not name:
             raise ValueError(
@@ -264,7 +280,7 @@ class _Names:
         if reference:
             check_folder(reference, "ref_model")
             check_has_head(reference, "ref_model", trust_remote_code=trust)
-        return cls(path, adapter, reference or None)
+        return cls(path, adapter, reference or None, trust)
 
     def tokenizer(self, model: Any) -> Any:
         """The tokenizer of the adapter or the model."""
@@ -273,7 +289,7 @@ class _Names:
         from fusedalign.trl.adapters import find_adapter
         from fusedalign.trl.models import load_processing_class
 
-        remote = {"trust_remote_code": model.trust_remote_code}
+        remote = {"trust_remote_code": self.trust_remote_code}
         auto = transformers.AutoTokenizer
         if self.adapter is not None:
             found = find_adapter(self.adapter, **remote)
@@ -286,7 +302,7 @@ class _Names:
         import transformers
 
         config = transformers.AutoConfig.from_pretrained(
-            self.model, revision=model.model_revision, trust_remote_code=model.trust_remote_code
+            self.model, revision=model.model_revision, trust_remote_code=self.trust_remote_code
         )
         return getattr(config.get_text_config(), "max_position_embeddings", None)
 
@@ -300,7 +316,7 @@ class _Names:
 
         device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
         options = {
-            "trust_remote_code": model.trust_remote_code,
+            "trust_remote_code": self.trust_remote_code,
             "attn_implementation": model.attn_implementation,
             "dtype": model.dtype,
             "device_map": {"": device} if device.type == "cuda" else None,

@@ -100,7 +100,10 @@ class Scorer:
             advance: is told the examples and tokens of each batch, once it is done.
         """
         parts: dict[tuple[int, int, int], Score | str] = {}
-        waiting = list(reversed(list(batches(self._units(examples), self.max_tokens, packed=self.packed))))
+        vocab = self.model.get_input_embeddings().weight.shape[0]
+        reasons = {i: reason for i, x in enumerate(examples) if (reason := _vocabulary_refusal(x, vocab)) is not None}
+        fitting = [(i, x) for i, x in enumerate(examples) if i not in reasons]
+        waiting = list(reversed(list(batches(self._units(fitting), self.max_tokens, packed=self.packed))))
         pending: _Pending | None = None
         while waiting:
             batch = waiting.pop()
@@ -121,12 +124,12 @@ class Scorer:
                     first = sum(place[1:] == (0, 0) for place in done.places)
                     advance(first, sum(len(window.input_ids) for window in done.windows))
             pending = launched
-        return [_merged(i, example, parts) for i, example in enumerate(examples)]
+        return [reasons.get(i) or _merged(i, example, parts) for i, example in enumerate(examples)]
 
-    def _units(self, examples: Sequence[Example]) -> Iterator[_Unit]:
+    def _units(self, examples: Iterable[tuple[int, Example]]) -> Iterator[_Unit]:
         """Answers of one example together, and examples with the same prompt, so that it is computed once."""
         by_prompt: dict[tuple[int, ...], list[tuple[Window, tuple[int, int, int]]]] = {}
-        for i, example in enumerate(examples):
+        for i, example in examples:
             windows = [
                 (window, (i, j, k))
                 for j, answer in enumerate(example.answers)
@@ -263,6 +266,12 @@ def _padded(windows: Sequence[Window]) -> tuple[torch.Tensor, torch.Tensor, torc
     ids = pad((window.input_ids for window in windows), 0)
     labels = pad((window.labels for window in windows), -100)
     return ids, labels, torch.arange(ids.shape[1])[None] < lengths[:, None]
+
+
+def _vocabulary_refusal(example: Example, vocab: int) -> str | None:
+    """Why an example's token ids do not fit the model; on a GPU the lookup would end the process."""
+    largest = max((max(w.input_ids, default=0) for a in example.answers for w in a.windows), default=0)
+    return None if largest < vocab else f"token id {largest} must be below the model's vocabulary of {vocab}"
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:

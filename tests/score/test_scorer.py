@@ -37,7 +37,7 @@ def test_bf16_is_as_near_as_bf16_can_be():
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_batches_keep_to_the_budget(packed):
-    units = list(Scorer(models.build(), packed=packed)._units(models.pairs(30) + models.texts(5)))
+    units = list(Scorer(models.build(), packed=packed)._units(enumerate(models.pairs(30) + models.texts(5))))
     found = list(batches(units, 90, packed=packed))
     assert sorted(place for batch in found for unit in batch for place in unit.places) == sorted(
         place for unit in units for place in unit.places
@@ -131,6 +131,14 @@ def test_what_is_no_number_is_named():
     scored, refused = Scorer(model, packed=False, max_tokens=1).scores([plain, broken])
     assert scored[0].tokens == 2
     assert "the model's log-probability is nan" in refused
+
+
+def test_a_token_that_the_model_does_not_have_is_named():
+    plain = Example(0, (Answer("text", (Window([4, 5, 6], [4, 5, 6]),)),))
+    foreign = Example(1, (Answer("text", (Window([4, models.VOCAB, 6], [4, 5, 6]),)),))
+    refused, scored = Scorer(models.build()).scores([foreign, plain])
+    assert scored[0].tokens == 2
+    assert refused == f"token id {models.VOCAB} must be below the model's vocabulary of {models.VOCAB}"
 
 
 def test_progress_counts_each_example_and_token_once():
