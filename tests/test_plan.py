@@ -1,0 +1,506 @@
+"""`fusedalign plan`: records of real layers, arithmetic over records, advice, and the command."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+
+from fusedalign.cli import main
+from fusedalign.plan import sizes
+from fusedalign.plan import trace as tracing
+from fusedalign.plan.advice import changes, enough, ranked
+from fusedalign.plan.command import parse_memory
+from fusedalign.plan.model import Shapes, build
+from fusedalign.plan.plan import plan
+from fusedalign.plan.shape import METHODS, OPTIMISERS, Layer, Model, Step, Trace
+from fusedalign.plan.table import WIDTH, render
+from fusedalign.plan.trace import LayersError, trace
+
+SMALL = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "bos_token_id": 2,
+}
+FAMILIES = {
+    "llama": {},
+    "qwen3": {"head_dim": 8, "tie_word_embeddings": True},
+    "gemma3_text": {"head_dim": 8, "sliding_window": 4, "layer_types": ["sliding_attention"] * 2 + ["full_attention"]},
+    "phi": {},
+    "phi3": {},
+    "qwen3_moe": {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+    "gpt2": {"n_embd": 32, "n_head": 4, "n_layer": 3, "n_positions": 64},
+}
+TOKENS = 48
+DTYPES = ["bfloat16", "float32"]
+#: A step of which every part has another size.
+STEP = Step(batch=3, length=20, prompt=8, dtype="bfloat16")
+
+
+def config(family="qwen3", **more):
+    return transformers.AutoConfig.for_model(family, **SMALL | FAMILIES[family] | more)
+
+
+def shapes(family="qwen3", **more):
+    return Shapes(config(family, **more), family)
+
+
+def real_model(family, dtype):
+    torch.manual_seed(0)
+    return transformers.AutoModelForCausalLM.from_config(config(family), dtype=getattr(torch, dtype)).train()
+
+
+# ----------------------------------------------------------------------------------------------------- against real models
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_parameters_gradients_and_averages_are_those_of_a_model_that_trains(family):
+    model = real_model(family, "bfloat16")
+    ids = torch.arange(TOKENS)[None] % 97
+    model(input_ids=ids, labels=ids).loss.backward()
+    optimiser = torch.optim.AdamW(model.parameters(), fused=True)
+    optimiser.step()
+    found = shapes(family).model(STEP)
+    assert found.parameters == sum(p.numel() for p in model.parameters())
+    assert sizes.gradients(found).bytes == sum(p.grad.nbytes for p in model.parameters())
+    by_name = {part.name: part.bytes for part in sizes.held(found, STEP)}
+    averages = [x for state in optimiser.state.values() for name, x in state.items() if name.startswith("exp_avg")]
+    assert by_name["optimiser"] == sum(x.nbytes for x in averages)
+    assert by_name["weights"] == by_name["reference model"] == sum(p.nbytes for p in model.parameters())
+    assert (found.vocab, found.width) == tuple(model.get_output_embeddings().weight.shape)
+    assert found.tied is (model.get_output_embeddings().weight is model.get_input_embeddings().weight)
+
+
+def saved_by_the_last_layer(model, tokens, keys):
+    """Bytes of the storages that autograd saves in the last layer, and of its output."""
+    *_, layers = tracing._layers(model.base_model)
+    known = {p.untyped_storage()._cdata for p in model.parameters()}
+    saved: dict[int, torch.UntypedStorage] = {}
+    alive: list[torch.UntypedStorage] = []
+
+    def pack(x):
+        storage = x.untyped_storage()
+        saved.setdefault(storage._cdata, storage)
+        return x
+
+    def before(layer, args, kwargs):
+        known.update(saved)
+        alive.extend(saved.values())
+        known.add(args[0].untyped_storage()._cdata)
+        saved.clear()
+
+    def after(layer, args, out):
+        pack(out if isinstance(out, torch.Tensor) else out[0])
+        done.append(sum(x.nbytes() for key, x in saved.items() if key not in known))
+
+    done: list[int] = []
+    layers[-1].register_forward_pre_hook(before, with_kwargs=True)
+    layers[-1].register_forward_hook(after)
+    ids = torch.zeros(1, tokens, dtype=torch.int64)
+    with (
+        tracing._attention_for(model, keys),
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x),
+        tracing._mixed(True),
+    ):
+        model.base_model(input_ids=ids, position_ids=ids, use_cache=False)
+    return done[0]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_layer_keeps_what_autograd_saves_of_a_real_one(family, dtype):
+    model = real_model(family, dtype)
+    if dtype == "bfloat16" and any(isinstance(m, torch.nn.LayerNorm) for m in model.modules()):
+        pytest.skip("a CPU has no LayerNorm of fp32 numbers with bf16 weights, which a GPU has")
+    for keys in (TOKENS, TOKENS + 16):
+        step = Step("sft", 1, TOKENS, dtype=dtype)
+        found = trace(build(config(family), step), TOKENS, keys=keys)
+        assert len(found.order) == 3 and found.tokens == TOKENS
+        assert found.layers[-1].kept == saved_by_the_last_layer(model, TOKENS, keys)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_checkpoint_is_one_hidden_state_a_token(dtype):
+    found = trace(build(config(), replace(dtype=dtype)), TOKENS)
+    item = {"bfloat16": 2, "float32": 4}[dtype]
+    assert [layer.checkpoint for layer in found.layers] == [TOKENS * 32 * item] * 3
+    assert (found.width, found.item) == (32, item)
+
+
+def test_the_gradients_of_all_layers_are_those_of_the_model_without_its_ends():
+    found = trace(build(config(), STEP), TOKENS)
+    model = real_model("qwen3", "bfloat16")
+    assert sum(layer.grads for layer in found.layers) == sum(p.nbytes for p in model.model.layers.parameters())
+
+
+def test_a_repeated_forward_takes_as_much_as_the_layer_does_without_checkpointing():
+    layer = trace(build(config(), STEP), TOKENS).layers[0]
+    assert layer.checkpoint < layer.kept < layer.backward_peak
+    assert layer.recompute_peak == pytest.approx(layer.backward_peak, rel=0.05)
+    assert layer.forward_peak < layer.kept
+
+
+def test_layers_of_another_kind_are_run_by_themselves():
+    more = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "mlp_only_layers": [1]}
+    found = trace(build(config("qwen3_moe", **more), STEP), TOKENS)
+    assert len(found.kinds) == 2 and found.order == (0, 1, 0)
+    assert found.layers[0].grads != found.layers[1].grads
+
+
+def test_adapters_alone_have_gradients_and_the_layer_keeps_less():
+    peft = pytest.importorskip("peft")
+    source, step = shapes(), replace(lora_r=4)
+    model = real_model("qwen3", "bfloat16")
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    trained = [p for p in adapted.parameters() if p.requires_grad]
+    found, full = source.model(step), source.model(STEP)
+    assert found.adapters == sum(p.numel() for p in trained) and found.parameters == full.parameters
+    assert sizes.gradients(found).bytes == sum(p.nbytes for p in trained)
+    assert sum(layer.grads for layer in source.trace(step).layers) == sizes.gradients(found).bytes
+    parts = {part.name: part.bytes for part in sizes.held(found, step)}
+    assert parts["reference model"] == 0 and parts["optimiser"] == 2 * parts["adapters"]
+
+
+def test_weights_in_fp32_are_copied_for_the_products():
+    layer = trace(build(config(), replace(dtype="float32")), TOKENS).layers[0]
+    model = real_model("qwen3", "float32")
+    linear = [m.weight for m in model.model.layers[0].modules() if isinstance(m, torch.nn.Linear)]
+    assert layer.casts + 0 <= 2 * sum(w.numel() for w in linear)
+    assert trace(build(config(), STEP), TOKENS).layers[0].casts == 0
+
+
+def test_a_model_whose_layers_cannot_be_found_is_refused():
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config())
+    model.model.layers = torch.nn.ModuleList([torch.nn.Identity()])
+    with pytest.raises(LayersError, match="expected decoder layers that can be checkpointed, got none in Qwen3Model"):
+        trace(model, TOKENS)
+
+
+def test_layers_that_need_numbers_are_refused_with_the_reason():
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config())
+    model.model.layers[0].mlp.act_fn = lambda x: x * float(x.sum())
+    with pytest.raises(LayersError, match="expected layers that run without numbers, got Qwen3ForCausalLM: "):
+        trace(model, TOKENS)
+    assert len(model.model.layers) == 3
+
+
+# -------------------------------------------------------------------------------------------------------------- arithmetic
+
+
+def replace(step=STEP, **more):
+    return dataclasses.replace(step, **more)
+
+
+LAYER = Layer(kept=1000, checkpoint=100, forward_peak=300, backward_peak=1400, recompute_peak=1500, grads=70, casts=0)
+MODEL = Model("m", parameters=1000, item=2, vocab=50, width=4)
+TRACE = Trace(tokens=10, width=4, item=2, kinds=(LAYER,), order=(0, 0, 0), before=20, after=30)
+
+
+class Made:
+    """A source of records that a test makes up: activations follow the tokens, weights the dtype."""
+
+    def __init__(self, parameters=1000, layer=LAYER, adapters=10):
+        self.parameters, self.layer, self.adapters = parameters, layer, adapters
+
+    def model(self, step):
+        item = 2 if step.dtype == "bfloat16" else 4
+        return Model("m", self.parameters, item, 50, 4, self.adapters if step.lora_r else 0)
+
+    def trace(self, step, *, padded=False):
+        tokens = step.padded if padded else step.packed
+        size = {name: x * tokens for name, x in vars(self.layer).items()}
+        return Trace(tokens, 4, 2, (Layer(**size),), (0, 0), 2 * tokens, 3 * tokens)
+
+
+def peak_of(source):
+    def peak(step):
+        model = source.model(step)
+        return sizes.peak(model, step, source.trace(step), sizes.head_layer(sizes.OURS, model, step).bytes)
+
+    return peak
+
+
+def test_slots_of_a_step():
+    pairs = Step("dpo", batch=3, length=20, prompt=8)
+    assert (pairs.rows, pairs.padded, pairs.packed, pairs.keys, pairs.scored) == (6, 120, 96, 120, 72)
+    assert Step("orpo", batch=3, length=20, prompt=8).scored == 96
+    rows = Step("sft", batch=3, length=20, prompt=8)
+    assert (rows.padded, rows.packed, rows.keys, rows.scored) == (60, 60, 60, 36)
+    known = Step("dpo", batch=3, length=20, prompt=8, tokens=48)
+    assert (known.padded, known.packed, known.keys, known.scored) == (120, 48, 60, 36)
+
+
+def test_moments_by_hand():
+    step = Step("dpo", 1, 6, 1, dtype="bfloat16")
+    found = {m.name: m.bytes for m in sizes.moments(MODEL, step, TRACE, 5000)}
+    head, all_gradients = 50 * 4 * 2, 2000
+    assert found == {
+        "head": 20 + 300 + 30 + head + 5000,
+        "forward of the reference": 20 + 300 + 30 + head + 300 + 2 * 10 * 4 * 2,
+        "backward of layer 3": head + 20 + 200 + 1500,
+        "backward of layer 2": head + 70 + 20 + 100 + 1500,
+        "backward of layer 1": head + 140 + 20 + 1500,
+        "backward of the embedding": all_gradients + 80,
+        "step of the optimiser": all_gradients,
+    }
+    without = {m.name: m.bytes for m in sizes.moments(MODEL, replace(step, checkpointing=False), TRACE, 5000)}
+    assert without["head"] == 20 + 3000 + 30 + head + 5000
+    assert without["backward of layer 2"] == head + 70 + 20 + 1000 + 1400
+    later = {m.name: m.bytes for m in sizes.moments(MODEL, replace(step, accumulation=2), TRACE, 5000)}
+    assert later["head"] == found["head"] + all_gradients
+    assert later["backward of layer 3"] == all_gradients + 20 + 200 + 1500
+    tied = {m.name: m.bytes for m in sizes.moments(replace(MODEL, tied=True), step, TRACE, 5000)}
+    assert tied["backward of the embedding"] == all_gradients + head + 80
+    frozen = {m.name: m.bytes for m in sizes.moments(replace(MODEL, adapters=10), step, TRACE, 5000)}
+    assert "backward of the embedding" not in frozen and frozen["head"] == found["head"] - head
+    assert "forward of the reference" not in {
+        m.name for m in sizes.moments(MODEL, replace(step, precomputed=True), TRACE, 0)
+    }
+
+
+def test_a_copy_of_the_weights_counts_until_the_forward_ends():
+    cast = replace(TRACE, kinds=(replace(LAYER, casts=11),))
+    step = Step("sft", 1, 10)
+    with_casts, without = (
+        {m.name: m.bytes for m in sizes.moments(MODEL, step, x, 0)} for x in (cast, TRACE)
+    )
+    assert {name for name in without if with_casts[name] != without[name]} == {"head"}
+    assert with_casts["head"] - without["head"] == 33
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_loss_layer_by_hand(method):
+    """A head that is large enough for every tile to be full."""
+    model, step = Model("m", 10**9, 2, 150_000, 2048), Step(method, 8, 2048, 0, dtype="bfloat16")
+    n = step.rows * 2048
+    picked, gradient, wide = n * 2048 * 4, 150_000 * 2048 * 2, (n + 150_000) * 2048 * 4
+    found = {part.name: part.bytes - gradient for part in sizes.head_layers(model, step)}
+    stock = picked + wide + 4096 * 32768 * 2
+    if method in ("cpo", "simpo", "orpo"):
+        stock = n * 150_000 * (8 if method == "simpo" else 10)
+    assert found == {
+        "triton": picked + 256 * 2**20,
+        "pytorch": picked + 256 * 2**20,
+        "liger": picked + 512 * 150_000 * 4,
+        "cce": picked + wide,
+        "stock TRL": stock,
+    }
+    frozen = {part.name: part.bytes for part in sizes.head_layers(replace(model, adapters=10), step)}
+    assert frozen["triton"] == found["triton"] and frozen["cce"] == picked + n * 2048 * 4
+
+
+def test_the_fused_head_of_trl_takes_what_was_measured():
+    """docs/performance.md: extra of forward and backward, dW and dH included, in MiB."""
+    measured = {(8192, 4096, 128_256): 3454, (4096, 2048, 151_936): 2086, (8192, 2304, 256_000): 3740}
+    for (n, d, v), mib in measured.items():
+        part = sizes.head_layers(Model("m", 10**9, 2, v, d), Step("sft", 1, n, 0, dtype="bfloat16"))[-1]
+        assert (part.bytes - n * d * 2) / 2**20 == pytest.approx(mib, rel=0.01)  # hidden states are no extra there
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+@pytest.mark.parametrize("method", METHODS)
+def test_more_tokens_take_more_memory(method, checkpointing):
+    source = shapes()
+    peak = peak_of(source)
+    found = [
+        [peak(Step(method, batch, length, dtype="bfloat16", checkpointing=checkpointing)) for length in (64, 256, 512)]
+        for batch in (1, 2, 8)
+    ]
+    for i in range(3):
+        assert found[i] == sorted(set(found[i]))
+        column = [row[i] for row in found]
+        assert column == sorted(set(column))
+
+
+def test_every_formula_gives_its_number():
+    """What stands in a formula as factors and terms is the number of bytes beside it."""
+    step = replace(batch=64, length=512, prompt=100)
+    source = shapes()
+    model = source.model(step)
+    for part in [*sizes.head_layers(model, step), sizes.gradients(model), *sizes.held(model, step)[:3]]:
+        assert evaluated(part.formula) == pytest.approx(part.bytes, rel=1e-3), part
+
+
+def evaluated(formula):
+    """The value of a formula such as `gradient 97 x 32 x 2 B + workspace 256 MiB`."""
+    total = 0.0
+    for term in formula.split(";")[0].split(",  ")[0].split(" + "):
+        value = 1.0
+        for factor in term.split(" x "):
+            digits = [word for word in factor.replace(",", "").split() if word.replace(".", "").isdigit()]
+            value *= float(digits[0]) * (2**20 if "MiB" in factor else 1)
+        total += value
+    return total
+
+
+# ------------------------------------------------------------------------------------------------------------------ advice
+
+
+def test_the_best_change_is_that_of_what_takes_most():
+    few = replace(batch=1, length=4)
+    heavy_weights = ranked(few, peak_of(Made(parameters=10**9)))
+    assert heavy_weights[0].about.startswith("LoRA")
+    activations = replace(batch=64, length=1000, checkpointing=False)
+    assert ranked(activations, peak_of(Made(parameters=10)))[0].about == "gradient checkpointing"
+    checkpointed = replace(activations, checkpointing=True)
+    assert ranked(checkpointed, peak_of(Made(parameters=10)))[0].about == "--batch 32 --accumulation 2"
+    with_lora = replace(few, lora_r=8, dtype="float32")
+    assert ranked(with_lora, peak_of(Made(parameters=10**9)))[0].about == "weights in bf16, --dtype bfloat16"
+
+
+def test_changes_save_what_they_say_and_come_in_order():
+    peak, step = peak_of(Made(parameters=10**6)), replace(dtype="float32", checkpointing=False)
+    found = ranked(step, peak)
+    assert [x.saved for x in found] == sorted((x.saved for x in found), reverse=True)
+    assert all(x.saved == peak(step) - peak(x.step) > 0 and x.bytes == peak(x.step) for x in found)
+    assert {x.about for x in found} <= {about for about, _ in changes(step)}
+    reference = next(x for x in found if x.about.startswith("reference"))
+    assert reference.saved == 4 * 10**6
+
+
+def test_what_is_on_already_is_not_proposed():
+    step = Step("dpo", 1, 8, dtype="bfloat16", lora_r=4, precomputed=True, optimiser="adamw_bnb_8bit")
+    assert list(changes(step)) == []
+    assert not [about for about, _ in changes(Step("sft", 4, 8)) if about.startswith("reference")]
+
+
+def test_changes_are_put_together_until_the_step_fits():
+    peak, step = peak_of(Made(parameters=10**6)), replace(dtype="float32", checkpointing=False)
+    assert enough(step, peak, peak(step)) == []
+    best = ranked(step, peak)[0]
+    assert [x.about for x in enough(step, peak, best.bytes)] == [best.about]
+    more = enough(step, peak, best.bytes - 1)
+    assert len(more) > 1 and more[-1].bytes < best.bytes and more[0].about == best.about
+    assert enough(step, peak, 1000) == []
+
+
+def test_a_plan_says_what_fits():
+    source, step = Made(parameters=10**6), replace(batch=2)
+    needed = plan(source, step).needed
+    assert plan(source, step, needed).enough == []
+    assert ": yes, 0.0 MiB free" in render(plan(source, step, needed)).replace("\n  ", " ")
+    tight = plan(source, step, needed - 2**20)
+    assert ": no, 1.0 MiB too little" in render(tight).replace("\n  ", " ")
+    assert tight.enough and tight.enough[-1].bytes + sizes.CONTEXT <= needed - 2**20
+    assert "enough together: LoRA" in render(tight)
+
+
+# ----------------------------------------------------------------------------------------------------------------- command
+
+
+def saved_config(folder, made=None):
+    (made or config()).save_pretrained(folder)
+    return str(folder)
+
+
+def test_the_command_prints_every_part_in_a_hundred_columns(tmp_path, capsys):
+    words = ["plan", "--model_name_or_path", saved_config(tmp_path), "--batch", "8", "--length", "4096"]
+    assert main([*words, "--method", "dpo", "--memory", "1GiB"]) == 0
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= WIDTH == 100
+    for text in (
+        *("weights", "reference model", "optimiser", "gradients", "with checkpointing", "without checkpointing"),
+        *("triton", "pytorch", "liger", "cce", "stock TRL", "fits on 1.00 GiB: ", "changes that help"),
+    ):
+        assert f"\n  {text} " in out or f"\n{text}" in out, text
+
+
+@pytest.mark.parametrize("more", [["--lora"], ["--method", "orpo"], ["--method", "kto", "--precompute_ref_log_probs"]])
+def test_the_command_gives_json(tmp_path, capsys, more):
+    words = ["plan", "--model_name_or_path", saved_config(tmp_path), "--batch", "2", "--length", "64", "--json"]
+    assert main([*words, *more]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["model"]["parameters"] == sum(p.numel() for p in real_model("qwen3", "bfloat16").parameters())
+    ours = found["totals"][0]
+    assert ours["bytes"] == sum(x["bytes"] for x in found["held"]) + sum(size for _, size in ours["moment"]["parts"])
+
+
+def test_the_embedded_model_is_planned_without_being_built(capsys, monkeypatch):
+    import fusedalign.embedded
+
+    monkeypatch.setattr(fusedalign.embedded, "build_embedded_model", None)
+    assert main(["plan", "--model_name_or_path", "embedded", "--method", "sft", "--batch", "2", "--length", "64"]) == 0
+    assert capsys.readouterr().out.startswith("embedded: 1,042,304 parameters, 2 layers, V = ")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--method", "ppo"], "argument --method: invalid choice: 'ppo'"),
+        (["--batch", "0"], "--batch must be at least 1, got 0"),
+        (["--length", "1"], "--length must be at least 2, got 1"),
+        (["--length", "8", "--prompt", "8"], "--prompt must be below --length 8, got 8"),
+        (["--lora_r", "0"], "--lora_r must be at least 1, got 0"),
+        (["--memory", "24 apples"], "--memory must be a number with a unit, such as 24GiB or 80GB, got '24 apples'"),
+        (["--memory", "-3GiB"], "--memory: expected one argument"),
+        (["--memory", "24"], "--memory must be at least 1MiB, got '24'"),
+        (["--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
+        (["--batch", "2", "--length", "8", "--tokens", "33"], "--tokens must be at most the 32 of full rows, got 33"),
+        (["--method", "sft", "--precompute_ref_log_probs"], "--precompute_ref_log_probs needs a method with a reference"),
+        (["--colour", "red"], "unrecognized arguments: --colour red"),
+    ],
+)
+def test_a_wrong_word_is_one_line(words, message, capsys):
+    assert main(["plan", "--model_name_or_path", "embedded", *words]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and message in captured.err and captured.err.count("\n") == 1
+
+
+def test_a_wrong_model_is_one_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    t5 = transformers.T5Config(vocab_size=97, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2)
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "config.json").write_text('{"model_type": "no such model"}')
+    (tmp_path / "empty").mkdir()
+    wrong = {
+        saved_config(tmp_path / "t5", t5): "expected a causal LM, got ",
+        saved_config(tmp_path / "vit", transformers.ViTConfig()): "expected a configuration with a vocab_size, got ",
+        saved_config(tmp_path / "clip", transformers.Wav2Vec2Config()): "expected a causal LM, got ",
+        str(tmp_path / "broken"): "its config.json cannot be read: ",
+        str(tmp_path / "empty"): "must be a folder with a config.json, got ",
+        "no/such-model": "--model_name_or_path must name a model, got no/such-model: it is no folder here",
+    }
+    for name, message in wrong.items():
+        assert main(["plan", "--model_name_or_path", name]) == 2
+        err = capsys.readouterr().err
+        assert message in err and err.count("\n") == 1, err
+    assert main(["plan"]) == 2
+    assert "plan needs --model_name_or_path" in capsys.readouterr().err
+
+
+def test_help_names_every_option(capsys):
+    assert main(["plan", "--help"]) == 0
+    out = capsys.readouterr().out
+    for name in ("model_name_or_path", "method", "batch", "length", "lora", "dtype", "memory", "optim", *METHODS):
+        assert name in out
+    assert all(name in out for name in OPTIMISERS)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("24GiB", 24 * 2**30), ("80GB", 80 * 10**9), ("24 gib", 24 * 2**30), ("24G", 24 * 2**30), ("1.5T", 3 * 2**39)],
+)
+def test_memory_is_read_in_the_usual_units(text, size):
+    assert parse_memory(text) == size
+
+
+def test_a_plan_needs_no_trl():
+    script = (
+        "import sys; sys.modules['trl'] = None; from fusedalign.cli import main; "
+        "sys.exit(main(['plan', '--model_name_or_path', 'embedded', '--batch', '1', '--length', '16']))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
