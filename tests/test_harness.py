@@ -369,7 +369,7 @@ def test_a_row_that_does_not_fit_alone_raises(tiny, monkeypatch):
 
 def test_encoder_decoders_are_refused(tiny):
     model = tiny.MODELS["t5"]()
-    with pytest.raises(ValueError, match="^expected a decoder-only model, got the encoder-decoder t5: use --model hf$"):
+    with pytest.raises(ValueError, match=r"^expected a decoder-only model, got the encoder-decoder t5: use --model hf"):
         FusedLM(model, tokenizer=tiny.tokenizer())
 
 

@@ -88,11 +88,12 @@ class FusedLM(HFLM):
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
         """As `hf`, with the windows of all texts in one call of `_loglikelihood_tokens`, which makes the batches."""
-        size, self.batch_size_per_gpu = self.batch_size_per_gpu, sys.maxsize
+        batch_size = self.batch_size
+        self.batch_size_per_gpu = sys.maxsize
         try:
             return super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm)  # type: ignore[no-any-return]
         finally:
-            self.batch_size_per_gpu = size
+            self.batch_size_per_gpu = batch_size
 
     def _loglikelihood_tokens(
         self, requests: Sequence[Request], disable_tqdm: bool = False, override_bs: int | None = None
@@ -210,7 +211,8 @@ def _refuse(model: Any) -> None:
 
 def _tokens(rows: list[Row], places: Tensor) -> tuple[Tensor, Tensor]:
     """Which hidden states predict the tokens of all continuations, and these tokens; both [N] int64."""
-    index, targets = [], []
+    index: list[Tensor] = []
+    targets: list[int] = []
     for row, place in zip(rows, places, strict=True):
         for continuation in row.continuations:
             index.append(place[continuation.end - len(continuation.tokens) : continuation.end])
