@@ -5,6 +5,8 @@ BIN     = $(VENV)/bin
 STAMP   = $(VENV)/.installed
 PIP     = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
+HARNESS = lm_eval sacrebleu portalocker tabulate colorama lxml requests charset-normalizer certifi urllib3
+
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
@@ -22,6 +24,8 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PIP) -c constraints.txt -e '.[trl,dev]'
 	@# TRL asks for Python 3.11, but what is used of it here runs on 3.10: the tests of that version are the proof.
 	$(BIN)/python -c 'import trl' 2>/dev/null || $(PIP) --no-deps --ignore-requires-python -c constraints.txt trl
+	@# Of the harness' packages the tests need these alone; all of them take minutes.
+	$(PIP) --no-deps -c constraints.txt $(HARNESS)
 	@touch $@
 
 demo: $(STAMP)  ## SFT, then DPO with stock TRL and with fusedalign: one table and one picture

@@ -6,9 +6,7 @@ Importing this package registers the name. `python -m fusedalign.harness` is the
 try:
     import lm_eval
 except ImportError as error:
-    raise ImportError(
-        "fusedalign.harness needs the lm-evaluation-harness: pip install 'fusedalign[harness]'"
-    ) from error
+    raise ImportError(f"fusedalign.harness needs lm_eval ({error}): pip install 'fusedalign[harness]'") from error
 
 from fusedalign.harness.model import FusedLM
 

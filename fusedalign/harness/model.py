@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from fusedalign.compaction import send
-from fusedalign.harness.rows import Group, Row, shared_groups, single_groups, take_batch, unique_rows
+from fusedalign.harness.rows import Group, Row, batch_cost, shared_groups, single_groups, take_batch, unique_rows
 from fusedalign.head import lm_head
 from fusedalign.ops import linear_logps
 from fusedalign.packing import LayoutError, enable, pack_rows, packed_hidden
@@ -88,11 +88,12 @@ class FusedLM(HFLM):
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
         """As `hf`, with the windows of all texts in one call of `_loglikelihood_tokens`, which makes the batches."""
-        size, self.batch_size_per_gpu = self.batch_size_per_gpu, sys.maxsize
+        batch_size = self.batch_size
+        self.batch_size_per_gpu = sys.maxsize
         try:
             return super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm)  # type: ignore[no-any-return]
         finally:
-            self.batch_size_per_gpu = size
+            self.batch_size_per_gpu = batch_size
 
     def _loglikelihood_tokens(
         self, requests: Sequence[Request], disable_tqdm: bool = False, override_bs: int | None = None
@@ -123,9 +124,11 @@ class FusedLM(HFLM):
     def _run(self, rows: list[Row]) -> Iterator[_Running]:
         """All rows in batches. The device is given the next one before the results of one are waited for."""
         queue = deque(shared_groups(rows) if self._packs else single_groups(rows))
+        by_rows = self._rows_per_batch != "auto"
+        budget = self._rows_per_batch * max(map(len, rows), default=0) if by_rows else AUTO_TOKENS
         before = None
         while queue:
-            batch = take_batch(queue, self._budget(rows), padded=not self._packs)
+            batch = take_batch(queue, min(budget, self._most_tokens), padded=not self._packs)
             running = self._attempt(batch)
             if running is None:
                 queue.extendleft(reversed(batch))
@@ -136,11 +139,6 @@ class FusedLM(HFLM):
         if before is not None:
             yield before
 
-    def _budget(self, rows: list[Row]) -> float:
-        """Tokens of a batch."""
-        automatic = self._rows_per_batch == "auto"
-        return min(self._most_tokens, AUTO_TOKENS if automatic else self._rows_per_batch * max(map(len, rows)))
-
     def _attempt(self, batch: list[Group]) -> _Running | None:
         """None: memory has run out, and batches are smaller from now on."""
         try:
@@ -149,8 +147,7 @@ class FusedLM(HFLM):
             if sum(map(len, batch)) == 1:
                 raise
         # Below the `except`, which keeps the tensors of the failed batch alive.
-        tokens = sum(len(row) for group in batch for row in group)
-        self._most_tokens = min(self._most_tokens, tokens) / 2
+        self._most_tokens = batch_cost(batch, padded=not self._packs) / 2
         logger.warning("out of memory: batches of at most %d tokens from here on", self._most_tokens)
         torch.cuda.empty_cache()
         return None
@@ -210,7 +207,8 @@ def _refuse(model: Any) -> None:
 
 def _tokens(rows: list[Row], places: Tensor) -> tuple[Tensor, Tensor]:
     """Which hidden states predict the tokens of all continuations, and these tokens; both [N] int64."""
-    index, targets = [], []
+    index: list[Tensor] = []
+    targets: list[int] = []
     for row, place in zip(rows, places, strict=True):
         for continuation in row.continuations:
             index.append(place[continuation.end - len(continuation.tokens) : continuation.end])

@@ -105,28 +105,33 @@ def take_batch(queue: deque[Group], budget: float, *, padded: bool) -> list[Grou
     batch: list[Group] = []
     cost, rows, most = 0.0, 0, 0
     while queue:
-        group = queue[0]
-        costs = [float(len(batch[0][0] if padded and batch else group[0])), *(row.cost for row in group[1:])]
+        group = queue.popleft()
+        cost += batch_cost([batch[0] if padded and batch else group], padded=padded)
         rows, most = rows + len(group), max(most, len(group))
-        if batch and (cost + sum(costs) > budget or most * (len(batch) + 1) > _SLOTS * rows):
+        if batch and (cost > budget or most * (len(batch) + 1) > _SLOTS * rows):
+            queue.appendleft(group)
             break
-        queue.popleft()
-        cost += sum(costs)
         if cost > budget:
-            kept = _fitting(costs, budget)
-            batch.append(group[:kept])
+            kept = _fitting(group, budget)
             if group[kept:]:
                 queue.appendleft(group[kept:])
-            break
+            return [group[:kept]]
         batch.append(group)
     return batch
 
 
-def _fitting(costs: list[float], budget: float) -> int:
-    """How many of the costs, from the first, stay within the budget; 1 at least."""
-    count, total = 1, costs[0]
-    while count < len(costs) and total + costs[count] <= budget:
-        total += costs[count]
+def batch_cost(batch: list[Group], *, padded: bool) -> float:
+    """In tokens; padded rows are on their own, the longest first."""
+    if padded:
+        return len(batch) * len(batch[0][0])
+    return sum(len(group[0]) + sum(row.cost for row in group[1:]) for group in batch)
+
+
+def _fitting(group: Group, budget: float) -> int:
+    """How many rows of the group, from the first, stay within the budget; 1 at least."""
+    count, cost = 1, float(len(group[0]))
+    while count < len(group) and cost + group[count].cost <= budget:
+        cost += group[count].cost
         count += 1
     return count
 

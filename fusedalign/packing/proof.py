@@ -57,7 +57,7 @@ def enable(model: Any, *, training: bool = True) -> Proof:
 
     Args:
         model: not the `PeftModel` around it; adapters in its layers do not matter.
-        training: False where it only runs forward, in eval mode: gradients are not compared, and dropout is no hindrance.
+        training: False where it only runs forward, in eval mode: gradients are not compared, and it may have dropout.
 
     Returns:
         The numbers of the proof.

@@ -126,6 +126,19 @@ def test_frozen_and_quantised_models_are_proven_by_hidden_states():
     assert 0 < proof.difference <= proof.allowed
 
 
+def test_a_model_that_only_runs_forward_may_have_dropout():
+    model = families.build(*families.PACKABLE["qwen3"])
+    for module in model.modules():
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.1
+    with pytest.raises(LayoutError, match="has dropout in its attention"):
+        enable(model)
+    proof = enable(model, training=False)
+    assert proof.gradient_difference == 0
+    assert 0 < proof.difference <= proof.allowed
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+
+
 def test_a_model_that_is_not_in_memory():
     with torch.device("meta"):
         model = families.build(*families.PACKABLE["qwen3"])
