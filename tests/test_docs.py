@@ -9,6 +9,7 @@ import pytest
 
 import fusedalign.losses
 from fusedalign.losses import cpo, dpo, kto, sft
+from fusedalign.score import columns
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs/losses.md").read_text()
@@ -45,6 +46,23 @@ def test_python_block_of_the_packing_page():
     targets = names["shift_labels"](names["labels"])
     want = logits.gather(-1, targets.clamp(min=0)[..., None])[..., 0].masked_fill(targets == -100, 0)
     assert (names["logps"] - want).abs().max() < 1e-5
+
+
+def test_python_block_of_the_scoring_page(tmp_path, monkeypatch):
+    pytest.importorskip("trl")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/scoring.md").read_text(), flags=re.S)
+    names: dict = {}
+    exec(compile(block, "docs/scoring.md", "exec"), names)
+    assert len(names["scores"]) == 16
+    assert len(names["kept"]) == sum(names["scores"]["accuracy"])
+    assert names["out"].logps.shape == (2,)
+
+
+@pytest.mark.parametrize("name", {**columns.PER_ANSWER, **columns.PER_ROW, **columns.WITH_REFERENCE})
+def test_every_column_is_on_the_scoring_page(name):
+    assert f"`{name}`" in (ROOT / "docs/scoring.md").read_text()
 
 
 @pytest.mark.parametrize(

@@ -274,9 +274,7 @@ def test_moments_by_hand():
 def test_a_copy_of_the_weights_counts_until_the_forward_ends():
     cast = replace(TRACE, kinds=(replace(LAYER, casts=11),))
     step = Step("sft", 1, 10)
-    with_casts, without = (
-        {m.name: m.bytes for m in sizes.moments(MODEL, step, x, 0)} for x in (cast, TRACE)
-    )
+    with_casts, without = ({m.name: m.bytes for m in sizes.moments(MODEL, step, x, 0)} for x in (cast, TRACE))
     assert {name for name in without if with_casts[name] != without[name]} == {"head"}
     assert with_casts["head"] - without["head"] == 33
 
@@ -449,7 +447,10 @@ def test_the_embedded_model_is_planned_without_being_built(capsys, monkeypatch):
         (["--memory", "24"], "--memory must be at least 1MiB, got '24'"),
         (["--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
         (["--batch", "2", "--length", "8", "--tokens", "33"], "--tokens must be at most the 32 of full rows, got 33"),
-        (["--method", "sft", "--precompute_ref_log_probs"], "--precompute_ref_log_probs needs a method with a reference"),
+        (
+            ["--method", "sft", "--precompute_ref_log_probs"],
+            "--precompute_ref_log_probs needs a method with a reference",
+        ),
         (["--colour", "red"], "unrecognized arguments: --colour red"),
     ],
 )

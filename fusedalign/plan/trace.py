@@ -66,7 +66,9 @@ def trace(model: Any, tokens: int, *, keys: int | None = None, mixed: bool = Tru
         raise
     except Exception as error:
         reason = str(error).split("\n")[0] or type(error).__name__
-        raise LayersError(f"expected layers that run without numbers, got {type(causal_lm).__name__}: {reason}") from error
+        raise LayersError(
+            f"expected layers that run without numbers, got {type(causal_lm).__name__}: {reason}"
+        ) from error
     finally:
         setattr(owner, name, layers)
 

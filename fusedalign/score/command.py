@@ -289,13 +289,12 @@ class _Names:
         from fusedalign.trl.adapters import find_adapter
         from fusedalign.trl.models import load_processing_class
 
-        remote = {"trust_remote_code": self.trust_remote_code}
-        auto = transformers.AutoTokenizer
+        trust, auto = self.trust_remote_code, transformers.AutoTokenizer
         if self.adapter is not None:
-            found = find_adapter(self.adapter, **remote)
+            found = find_adapter(self.adapter, trust_remote_code=trust)
             assert found is not None
-            return found._replace(base=self.model).processing_class(auto=auto, **remote)
-        return load_processing_class(self.model, auto=auto, revision=model.model_revision, **remote)
+            return found._replace(base=self.model).processing_class(auto=auto, trust_remote_code=trust)
+        return load_processing_class(self.model, auto=auto, revision=model.model_revision, trust_remote_code=trust)
 
     def limit(self, model: Any) -> int | None:
         """The positions that the model has."""

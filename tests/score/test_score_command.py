@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 
 import pyarrow.parquet
 import pytest
@@ -214,6 +216,21 @@ def test_help(capsys):
     text = capsys.readouterr().out
     for word in ("--out", "--ref_model", "--max_tokens_per_batch", "--ref_cache", "--strict"):
         assert word in text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["torch.distributed.run", "accelerate.commands.launch"])
+def test_two_processes_write_the_same_file(run, folder, tmp_path, launcher):
+    alone, _ = run(PAIRS)
+    flag = "--nproc_per_node" if launcher.startswith("torch") else "--num_processes"
+    more = [] if launcher.startswith("torch") else ["--cpu"]
+    words = ["--model_name_or_path", folder, "--dataset_name", str(tmp_path / "data.jsonl")]
+    out = tmp_path / "two.parquet"
+    command = [sys.executable, "-m", launcher, flag, "2", *more, "-m", "fusedalign", "score", *words, "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert pyarrow.parquet.read_table(out).to_pylist() == alone
+    assert not list(tmp_path.glob("two.parquet.*"))
 
 
 # ---------------------------------------------------------------------------------------------------------- in Python
