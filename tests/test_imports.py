@@ -91,9 +91,9 @@ def test_losses_and_sequence_import_torch_alone(path):
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_only_the_trl_room_and_the_commands_import_trl(path):
-    """The benchmark compares with TRL where that is there, so it imports TRL inside a function."""
+    """Scoring and the benchmark use TRL where that is there, so they import it inside functions."""
     if room(path) not in ("trl", "demo", "cli"):
-        names = imports(path, top_level_only=room(path) == "bench")
+        names = imports(path, top_level_only=room(path) in ("score", "bench"))
         assert "trl" not in {name.split(".")[0] for name in names}
 
 
