@@ -146,9 +146,11 @@ def tiny(monkeypatch):
     return tiny
 
 
-def both(tiny, name, dtype=torch.float32, **options):
+def both(tiny, name, dtype=torch.float32, adapter=None, **options):
     torch.manual_seed(0)
     model = (OTHERS[name](**SIZES) if name in OTHERS else tiny.MODELS[name]()).to(dtype).eval()
+    if adapter is not None:
+        model = pytest.importorskip("peft").get_peft_model(model, adapter).eval()
     options |= {"tokenizer": tiny.tokenizer(), "max_length": 48}
     theirs = HFLM(model, batch_size=4, **options)
     return theirs, FusedLM(model, batch_size=2, **options)
@@ -420,6 +422,16 @@ def test_adapters_are_those_of_hf(embedded, tmp_path, theirs, pairs, expected):
     assert want[0][0] != pytest.approx(expected[0][0], rel=1e-3)
 
 
+def test_adapters_on_the_head_are_those_of_hf(tiny):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "lm_head"], init_lora_weights=False, task_type="CAUSAL_LM")
+    theirs, ours = both(tiny, "qwen3", adapter=config)
+    requests = token_requests(theirs)
+    want = theirs._loglikelihood_tokens(requests, disable_tqdm=True)
+    assert_equal(ours._loglikelihood_tokens(requests, disable_tqdm=True), want)
+    assert ours._packs
+
+
 def test_generation_is_that_of_hf(ours, theirs):
     texts = [(words(random.Random(5), count), {"until": ["."], "max_gen_toks": 6}) for count in (3, 12)]
     want = theirs.generate_until(instances(texts), disable_tqdm=True)
@@ -455,7 +467,8 @@ def tasks(tmp_path_factory):
     for name, rows in (("questions", questions), ("texts", texts)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = {
-        name: f"dataset_path: json\ndataset_kwargs: {{data_files: {{test: {folder}/{name}.jsonl}}}}\ntest_split: test"
+        name: "dataset_path: json\ntest_split: test\n"
+        f"dataset_kwargs: {{cache_dir: {folder}, data_files: {{test: {folder}/{name}.jsonl}}}}"
         for name in ("questions", "texts")
     }
     (folder / "questions.yaml").write_text(
@@ -470,8 +483,7 @@ def tasks(tmp_path_factory):
     return folder
 
 
-def test_an_evaluation_gives_the_metrics_of_hf(embedded, tasks, tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path))
+def test_an_evaluation_gives_the_metrics_of_hf(embedded, tasks):
     manager = lm_eval.tasks.TaskManager(include_path=str(tasks), include_defaults=False)
     results = [
         lm_eval.simple_evaluate(
