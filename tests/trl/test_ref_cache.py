@@ -43,10 +43,10 @@ def cache(tmp_path, tiny_folder):
     """cache("dpo", ...) -> the path of a cache of the train and evaluation data of `build`."""
     numbers = iter(range(99))
 
-    def write(kind, model=None, datasets=None, **options):
+    def write(kind, model=None, datasets=None, tokenizer=None, **options):
         path, model = tmp_path / f"{next(numbers)}.parquet", model or _load(tiny_folder)
         datasets = [tiny.data(kind, 12), tiny.data(kind, 6)] if datasets is None else datasets
-        cached.write(path, kind, model, datasets, tiny.tokenizer(), _args(kind, tmp_path, **options))
+        cached.write(path, kind, model, datasets, tokenizer or tiny.tokenizer(), _args(kind, tmp_path, **options))
         return path
 
     return write
@@ -493,6 +493,29 @@ def test_the_sequences_are_those_that_stock_trl_scores(build, kind, options, tmp
         assert row.key == row_key(row.input_ids, row.labels)
 
 
+@pytest.mark.parametrize("kind", ["dpo", "kto"])
+def test_conversations_as_pairs(build, cache, kind):
+    """KTO takes them apart; the prompt is what both begin with."""
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] + ' ' }}{% endfor %}</s>"
+    data = Dataset.from_list(
+        [
+            {
+                side: [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row[side]}]
+                for side in ("chosen", "rejected")
+            }
+            for row in tiny.rows(6)
+        ]
+    )
+    path = cache(kind, datasets=[data], tokenizer=tokenizer)
+    arguments = [("processing_class", lambda: tokenizer)]
+    trainer = build(kind, "fused", data=data, arguments=arguments, max_steps=1, **_with(path))
+    trainer.train()
+    first = trainer.state.log_history[0]
+    assert first["loss"] == pytest.approx({"dpo": 0.693147, "kto": 0.5}[kind], abs=1e-5)
+    assert first["rewards/chosen"] == pytest.approx(0, abs=1e-5)
+
+
 def test_methods_and_data_without_a_cache(tmp_path):
     args = _args("dpo", tmp_path)
     with pytest.raises(ValueError, match="a method with a reference model, dpo or kto, got orpo"):
@@ -519,6 +542,16 @@ def test_the_weights_count_and_not_what_runs_them(build, tiny_folder, loaded, tm
     loaded.lm_head.weight = torch.nn.Parameter(loaded.lm_head.weight.to("meta"))
     with pytest.raises(ValueError, match=r"weights in memory, got lm_head.weight offloaded"):
         weights_digest(loaded)
+
+
+def test_adapters_that_are_not_active_do_not_count_whatever_their_names(loaded):
+    plain = weights_digest(loaded)
+    model = peft.get_peft_model(loaded, _lora_config(init_lora_weights=False))
+    want = weights_digest(model)
+    model.add_adapter("norm", _lora_config(init_lora_weights=False, target_modules=["k_proj"]))
+    assert weights_digest(model) == want != plain
+    _moved(model.base_model.model)
+    assert weights_digest(model) != want
 
 
 def test_weights_in_every_dtype_and_in_chunks(monkeypatch):
