@@ -127,7 +127,7 @@ class FusedArguments(HeadArguments):
     )
     ref_logps: str | None = field(
         default=None,
-        metadata={"help": "A reference cache of `fusedalign score --ref_cache`, in the place of a reference model."},
+        metadata={"help": "DPO and KTO: a cache of `fusedalign score --ref_cache` in the place of a reference model."},
     )
     accelerate_config: str | None = field(
         default=None,

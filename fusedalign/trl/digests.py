@@ -86,10 +86,17 @@ def _weights(model: Any) -> tuple[dict[str, Tensor], Any]:
 
 def _own_tensors(model: nn.Module, adapters: Any) -> dict[str, Tensor]:
     """A model's tensors by their names without PEFT, those of the adapters left out."""
-    tensors = {}
-    for name, tensor in model.state_dict().items():
+    state = {name: x for name, x in model.state_dict().items() if isinstance(x, Tensor)}
+    children: dict[str, set[str]] = {}
+    for name in state:
         parts = name.split(".")
-        if isinstance(tensor, Tensor) and not set(parts) & set(adapters):
+        for i, part in enumerate(parts):
+            children.setdefault(".".join(parts[:i]), set()).add(part)
+    of_adapters = {above for above, names in children.items() if names <= set(adapters)}  # PEFT's ModuleDicts
+    tensors = {}
+    for name, tensor in state.items():
+        parts = name.split(".")
+        if not any(".".join(parts[:i]) in of_adapters for i in range(len(parts))):
             tensors[".".join(part for part in parts if part not in _WRAPPERS)] = tensor
     return tensors
 

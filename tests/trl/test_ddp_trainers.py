@@ -3,6 +3,7 @@
 import os
 import socket
 
+import cached
 import pytest
 import tiny
 import torch
@@ -18,6 +19,7 @@ RUNS = {
     "sft": ("sft", "fused", {}),
     "sft, attached to": ("sft", "attach", {}),
     "dpo": ("dpo", "fused", {}),
+    "dpo, cached reference": ("dpo", "fused", {}),
     "kto": ("kto", "fused", {}),
     "dpo, packed": ("dpo", "packed", {}),
     "sft, packed": ("sft", "packed", {}),
@@ -54,6 +56,7 @@ def train(folder, name, batch_size):
         train_dataset=data.to_iterable_dataset() if "stream" in name else data,
         processing_class=tiny.tokenizer(),
         **({"packed": True} if how == "packed" else {}),
+        **({"ref_logps": f"{folder}/ref.parquet"} if "cached" in name else {}),
     )
     if how == "attach":
         attach(trainer)
@@ -79,11 +82,15 @@ def rank_main(rank, folder, port):
 @pytest.mark.slow
 def test_two_ranks_equal_one(tiny_folder, tmp_path):
     os.symlink(tiny_folder("qwen3"), tmp_path / "model")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", attn_implementation="eager")
+    args = tiny.classes("dpo")[2](output_dir=str(tmp_path), max_length=64, bf16=False, use_cpu=True)
+    cached.write(tmp_path / "ref.parquet", "dpo", model, [tiny.data("dpo", ROWS)], tiny.tokenizer(), args)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     mp.spawn(rank_main, args=(str(tmp_path), port), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    torch.testing.assert_close(first["dpo, cached reference"][0], first["dpo"][0], rtol=1e-5, atol=1e-5)
     for name in RUNS:
         losses, parameters = train(tmp_path, name, 4)
         torch.testing.assert_close(

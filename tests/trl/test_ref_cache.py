@@ -1,10 +1,10 @@
 """A cached reference: the same metrics as a live one, no reference model, and refused where it is of anything else."""
 
 import copy
-import dataclasses
 import json
 import re
 
+import cached
 import peft
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from fusedalign.cli import main
 from fusedalign.trl.digests import config_digest, template_digest, tokenizer_digest, weights_digest
-from fusedalign.trl.ref_cache import About, about, read_cache, row_key, write_cache
+from fusedalign.trl.ref_cache import About, read_cache, row_key, write_cache
 from fusedalign.trl.ref_rows import reference_examples
 
 CONFIGS = {"dpo": trl.DPOConfig, "kto": trl.KTOConfig}
@@ -38,29 +38,15 @@ def _args(kind, tmp_path, **options):
     return CONFIGS[kind](output_dir=str(tmp_path), report_to="none", **options)
 
 
-def _sum_of_logps(model, row):
-    ids, labels = torch.tensor([row.input_ids]), torch.tensor(row.labels[1:])
-    logps = model(ids).logits[0, :-1].float().log_softmax(-1)
-    counted = labels != -100
-    return logps[counted].gather(1, labels[counted, None]).sum().item()
-
-
 @pytest.fixture
 def cache(tmp_path, tiny_folder):
     """cache("dpo", ...) -> the path of a cache of the train and evaluation data of `build`."""
     numbers = iter(range(99))
 
-    def write(kind, model=None, datasets=None, tokenizer=None, change=None, **options):
-        args = _args(kind, tmp_path, **options)
-        model = _load(tiny_folder).eval() if model is None else model.eval()
-        tokenizer = tokenizer or tiny.tokenizer()
+    def write(kind, model=None, datasets=None, tokenizer=None, **options):
+        path, model = tmp_path / f"{next(numbers)}.parquet", model or _load(tiny_folder)
         datasets = [tiny.data(kind, 12), tiny.data(kind, 6)] if datasets is None else datasets
-        rows = [row for dataset in datasets for row in reference_examples(kind, dataset, tokenizer, args)]
-        with torch.no_grad():
-            logps = [_sum_of_logps(model, row) for row in rows]
-        record = about(model, tokenizer, args, "the-model")
-        path = tmp_path / f"{next(numbers)}.parquet"
-        write_cache(path, record if change is None else change(record), [row.key for row in rows], logps)
+        cached.write(path, kind, model, datasets, tokenizer or tiny.tokenizer(), _args(kind, tmp_path, **options))
         return path
 
     return write
@@ -147,10 +133,10 @@ def test_an_adapter_by_prompts_is_trained_further(build, cache, loaded):
     torch.manual_seed(3)
     config = peft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
     model = peft.get_peft_model(loaded, config)
-    path = cache("dpo", change=lambda record: dataclasses.replace(record, weights=weights_digest(model)))
-    trainer = build("dpo", "fused", arguments=[("model", lambda: model)], **_with(path))
+    given = [("model", lambda: copy.deepcopy(model))]
+    trainer = build("dpo", "fused", arguments=given, **_with(cache("dpo", model)))
     assert list(trainer.model.peft_config) == ["default"]
-    trainer.train()
+    tiny.assert_same(tiny.history(trainer), tiny.history(build("dpo", "fused", arguments=given)))
 
 
 def test_a_named_model_and_a_dictionary_of_evaluations(build, cache, tiny_folder):
@@ -267,7 +253,7 @@ ROW = "every row of the train data set, got .* without the"
         ("kto", {"max_length": None}, {}, "with max_length=64, got .* made with max_length=None"),
         ("dpo", {"truncation_mode": "keep_end"}, {}, "with truncation_mode='keep_start', got .*='keep_end'"),
         ("kto", {}, {"per_device_train_batch_size": 3}, "with per_device_train_batch_size=3, .* made with 4: score"),
-        ("kto", {"loss_type": "apo_zero_unpaired"}, {}, "with per_device_train_batch_size=4, .* made with None: score"),
+        ("kto", {"loss_type": "apo_zero_unpaired"}, {}, "with per_device_train_batch_size=4, .* with None: score"),
         ("dpo", {}, {"rows": 13}, f"{ROW} (chosen|rejected) answer of row 13 of 13 after"),
         ("kto", {}, {"rows": 14}, f"{ROW} (mismatched )?completion of row 13 of 14 after"),
         ("dpo", {}, {"ref_model": True}, "takes the place of ref_model, got both"),
@@ -507,6 +493,29 @@ def test_the_sequences_are_those_that_stock_trl_scores(build, kind, options, tmp
         assert row.key == row_key(row.input_ids, row.labels)
 
 
+@pytest.mark.parametrize("kind", ["dpo", "kto"])
+def test_conversations_as_pairs(build, cache, kind):
+    """KTO takes them apart; the prompt is what both begin with."""
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] + ' ' }}{% endfor %}</s>"
+    data = Dataset.from_list(
+        [
+            {
+                side: [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row[side]}]
+                for side in ("chosen", "rejected")
+            }
+            for row in tiny.rows(6)
+        ]
+    )
+    path = cache(kind, datasets=[data], tokenizer=tokenizer)
+    arguments = [("processing_class", lambda: tokenizer)]
+    trainer = build(kind, "fused", data=data, arguments=arguments, max_steps=1, **_with(path))
+    trainer.train()
+    first = trainer.state.log_history[0]
+    assert first["loss"] == pytest.approx({"dpo": 0.693147, "kto": 0.5}[kind], abs=1e-5)
+    assert first["rewards/chosen"] == pytest.approx(0, abs=1e-5)
+
+
 def test_methods_and_data_without_a_cache(tmp_path):
     args = _args("dpo", tmp_path)
     with pytest.raises(ValueError, match="a method with a reference model, dpo or kto, got orpo"):
@@ -533,6 +542,16 @@ def test_the_weights_count_and_not_what_runs_them(build, tiny_folder, loaded, tm
     loaded.lm_head.weight = torch.nn.Parameter(loaded.lm_head.weight.to("meta"))
     with pytest.raises(ValueError, match=r"weights in memory, got lm_head.weight offloaded"):
         weights_digest(loaded)
+
+
+def test_adapters_that_are_not_active_do_not_count_whatever_their_names(loaded):
+    plain = weights_digest(loaded)
+    model = peft.get_peft_model(loaded, _lora_config(init_lora_weights=False))
+    want = weights_digest(model)
+    model.add_adapter("norm", _lora_config(init_lora_weights=False, target_modules=["k_proj"]))
+    assert weights_digest(model) == want != plain
+    _moved(model.base_model.model)
+    assert weights_digest(model) != want
 
 
 def test_weights_in_every_dtype_and_in_chunks(monkeypatch):
