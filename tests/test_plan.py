@@ -2,11 +2,10 @@
 
 import dataclasses
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
 transformers = pytest.importorskip("transformers")
 
@@ -56,6 +55,12 @@ def shapes(family="qwen3", **more):
     return Shapes(config(family, **more), family)
 
 
+@pytest.fixture(scope="module")
+def qwen3():
+    """Records of one model, which are made once."""
+    return shapes()
+
+
 def real_model(family, dtype):
     torch.manual_seed(0)
     return transformers.AutoModelForCausalLM.from_config(config(family), dtype=getattr(torch, dtype)).train()
@@ -97,7 +102,8 @@ def saved_by_the_last_layer(model, tokens, keys):
     def before(layer, args, kwargs):
         known.update(saved)
         alive.extend(saved.values())
-        known.add(args[0].untyped_storage()._cdata)
+        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        known.update(x.untyped_storage()._cdata for x in given)
         saved.clear()
 
     def after(layer, args, out):
@@ -191,7 +197,7 @@ def test_a_model_whose_layers_cannot_be_found_is_refused():
 def test_layers_that_need_numbers_are_refused_with_the_reason():
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config())
-    model.model.layers[0].mlp.act_fn = lambda x: x * float(x.sum())
+    model.model.layers[0].mlp.forward = lambda x: x * float(x.sum())
     with pytest.raises(LayersError, match="expected layers that run without numbers, got Qwen3ForCausalLM: "):
         trace(model, TOKENS)
     assert len(model.model.layers) == 3
@@ -222,7 +228,7 @@ class Made:
     def trace(self, step, *, padded=False):
         tokens = step.padded if padded else step.packed
         size = {name: x * tokens for name, x in vars(self.layer).items()}
-        return Trace(tokens, 4, 2, (Layer(**size),), (0, 0), 2 * tokens, 3 * tokens)
+        return Trace(tokens, 4, 2, (Layer(**size),), (0,) * 8, 2 * tokens, 3 * tokens)
 
 
 def peak_of(source):
@@ -274,9 +280,7 @@ def test_moments_by_hand():
 def test_a_copy_of_the_weights_counts_until_the_forward_ends():
     cast = replace(TRACE, kinds=(replace(LAYER, casts=11),))
     step = Step("sft", 1, 10)
-    with_casts, without = (
-        {m.name: m.bytes for m in sizes.moments(MODEL, step, x, 0)} for x in (cast, TRACE)
-    )
+    with_casts, without = ({m.name: m.bytes for m in sizes.moments(MODEL, step, x, 0)} for x in (cast, TRACE))
     assert {name for name in without if with_casts[name] != without[name]} == {"head"}
     assert with_casts["head"] - without["head"] == 33
 
@@ -312,24 +316,22 @@ def test_the_fused_head_of_trl_takes_what_was_measured():
 
 @pytest.mark.parametrize("checkpointing", [True, False])
 @pytest.mark.parametrize("method", METHODS)
-def test_more_tokens_take_more_memory(method, checkpointing):
-    source = shapes()
-    peak = peak_of(source)
+def test_more_tokens_take_more_memory(qwen3, method, checkpointing):
+    peak = peak_of(qwen3)
     found = [
-        [peak(Step(method, batch, length, dtype="bfloat16", checkpointing=checkpointing)) for length in (64, 256, 512)]
-        for batch in (1, 2, 8)
+        [peak(Step(method, batch, length, dtype="bfloat16", checkpointing=checkpointing)) for length in (64, 256)]
+        for batch in (1, 8)
     ]
-    for i in range(3):
+    for i in range(2):
         assert found[i] == sorted(set(found[i]))
         column = [row[i] for row in found]
         assert column == sorted(set(column))
 
 
-def test_every_formula_gives_its_number():
+def test_every_formula_gives_its_number(qwen3):
     """What stands in a formula as factors and terms is the number of bytes beside it."""
     step = replace(batch=64, length=512, prompt=100)
-    source = shapes()
-    model = source.model(step)
+    model = qwen3.model(step)
     for part in [*sizes.head_layers(model, step), sizes.gradients(model), *sizes.held(model, step)[:3]]:
         assert evaluated(part.formula) == pytest.approx(part.bytes, rel=1e-3), part
 
@@ -350,7 +352,7 @@ def evaluated(formula):
 
 
 def test_the_best_change_is_that_of_what_takes_most():
-    few = replace(batch=1, length=4)
+    few = replace(batch=1, length=4, prompt=0)
     heavy_weights = ranked(few, peak_of(Made(parameters=10**9)))
     assert heavy_weights[0].about.startswith("LoRA")
     activations = replace(batch=64, length=1000, checkpointing=False)
@@ -449,7 +451,10 @@ def test_the_embedded_model_is_planned_without_being_built(capsys, monkeypatch):
         (["--memory", "24"], "--memory must be at least 1MiB, got '24'"),
         (["--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
         (["--batch", "2", "--length", "8", "--tokens", "33"], "--tokens must be at most the 32 of full rows, got 33"),
-        (["--method", "sft", "--precompute_ref_log_probs"], "--precompute_ref_log_probs needs a method with a reference"),
+        (
+            ["--method", "sft", "--precompute_ref_log_probs"],
+            "--precompute_ref_log_probs needs a method with a reference",
+        ),
         (["--colour", "red"], "unrecognized arguments: --colour red"),
     ],
 )
@@ -495,12 +500,3 @@ def test_help_names_every_option(capsys):
 )
 def test_memory_is_read_in_the_usual_units(text, size):
     assert parse_memory(text) == size
-
-
-def test_a_plan_needs_no_trl():
-    script = (
-        "import sys; sys.modules['trl'] = None; from fusedalign.cli import main; "
-        "sys.exit(main(['plan', '--model_name_or_path', 'embedded', '--batch', '1', '--length', '16']))"
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr

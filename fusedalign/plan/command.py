@@ -31,7 +31,9 @@ def plan_command(argv: Sequence[str]) -> None:
         print(parser.format_help(), end="")
         return
     if options.model_name_or_path is None:
-        raise ValueError(f"{WORD} needs --model_name_or_path: a folder with a config.json, a name of the Hub or embedded")
+        raise ValueError(
+            f"{WORD} needs --model_name_or_path: a folder with a config.json, a name of the Hub or embedded"
+        )
     step = step_of(options)
     memory = None if options.memory is None else parse_memory(options.memory)
     config = read_config(options.model_name_or_path)
@@ -121,7 +123,13 @@ def _parser() -> _Parser:
     add("method", "how it is trained", default.method, choices=METHODS)
     add("batch", "rows, or pairs, a micro-batch", default.batch, type=int, metavar="N")
     add("length", "tokens of a row, prompt and answer", default.length, type=int, metavar="N")
-    add("prompt", "of these, those of the prompt: not trained, and packed once a pair", default.prompt, type=int, metavar="N")
+    add(
+        "prompt",
+        "of these, those of the prompt: not trained, and packed once a pair",
+        default.prompt,
+        type=int,
+        metavar="N",
+    )
     add("tokens", "of the packed batch, where rows are shorter; default: all rows full", type=int, metavar="N")
     add("accumulation", "micro-batches a step", default.accumulation, type=int, metavar="N")
     add("dtype", "of the weights, whose products are in bf16", default.dtype, choices=tuple(ITEM))

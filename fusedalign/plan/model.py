@@ -30,7 +30,9 @@ def read_config(name: str) -> Any:
     try:
         config = transformers.AutoConfig.from_pretrained(name)
     except (OSError, ValueError, KeyError) as error:
-        where = "its config.json cannot be read" if path.is_dir() else "it is no folder here, and the Hub has no such model"
+        where = (
+            "its config.json cannot be read" if path.is_dir() else "it is no folder here, and the Hub has no such model"
+        )
         reason = f"{where} or cannot be reached" if not path.is_dir() else f"{where}: {str(error).splitlines()[0]}"
         raise ValueError(f"{option} must name a model, got {name}: {reason}") from error
     check_config(config, name)

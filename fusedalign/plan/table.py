@@ -41,7 +41,9 @@ def _sections(plan: Plan) -> Iterator[list[str]]:
 
 def _title(plan: Plan) -> list[str]:
     model = plan.model
-    first = f"{model.name}: {model.parameters:,} parameters, {plan.layers} layers, V = {model.vocab:,}, D = {model.width:,}"
+    first = (
+        f"{model.name}: {model.parameters:,} parameters, {plan.layers} layers, V = {model.vocab:,}, D = {model.width:,}"
+    )
     return [*_wrapped(first), *_wrapped(describe(plan.step))]
 
 
