@@ -26,7 +26,7 @@ usage: fusedalign COMMAND [--debug] [...]
   dpo   direct preference optimisation     fusedalign dpo --config recipes/dpo.yaml --beta 0.2
   kto, cpo, simpo, orpo                    likewise, each with a recipe of its name
   merge an adapter's folder and its base model into one model             fusedalign merge runs/sft --out runs/merged
-  plan  memory of a training step, from the configuration alone            fusedalign plan --model_name_or_path M --memory 24GiB
+  plan  the memory of a training step      fusedalign plan --model_name_or_path Qwen/Qwen3-1.7B --memory 24GiB
   bench time, memory and error of our impls beside other libraries     fusedalign bench logps --cases qwen3-1.7b
   demo  SFT, then DPO with stock TRL and with fusedalign, on built-in data: a table and a picture
   env   versions, devices, and which impl can run here

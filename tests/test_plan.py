@@ -5,9 +5,11 @@ import json
 
 import pytest
 import torch
-from torch.utils._pytree import tree_leaves
 
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
+
+import transformers
+from torch.utils._pytree import tree_leaves
 
 from fusedalign.cli import main
 from fusedalign.plan import sizes
@@ -66,7 +68,7 @@ def real_model(family, dtype):
     return transformers.AutoModelForCausalLM.from_config(config(family), dtype=getattr(torch, dtype)).train()
 
 
-# ----------------------------------------------------------------------------------------------------- against real models
+# -------------------------------------------------------------------------------------------------- against real models
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -132,7 +134,8 @@ def test_a_layer_keeps_what_autograd_saves_of_a_real_one(family, dtype):
     for keys in (TOKENS, TOKENS + 16):
         step = Step("sft", 1, TOKENS, dtype=dtype)
         found = trace(build(config(family), step), TOKENS, keys=keys)
-        assert len(found.order) == 3 and found.tokens == TOKENS
+        assert len(found.order) == 3
+        assert found.tokens == TOKENS
         assert found.layers[-1].kept == saved_by_the_last_layer(model, TOKENS, keys)
 
 
@@ -160,7 +163,8 @@ def test_a_repeated_forward_takes_as_much_as_the_layer_does_without_checkpointin
 def test_layers_of_another_kind_are_run_by_themselves():
     more = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "mlp_only_layers": [1]}
     found = trace(build(config("qwen3_moe", **more), STEP), TOKENS)
-    assert len(found.kinds) == 2 and found.order == (0, 1, 0)
+    assert len(found.kinds) == 2
+    assert found.order == (0, 1, 0)
     assert found.layers[0].grads != found.layers[1].grads
 
 
@@ -171,11 +175,13 @@ def test_adapters_alone_have_gradients_and_the_layer_keeps_less():
     adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
     trained = [p for p in adapted.parameters() if p.requires_grad]
     found, full = source.model(step), source.model(STEP)
-    assert found.adapters == sum(p.numel() for p in trained) and found.parameters == full.parameters
+    assert found.adapters == sum(p.numel() for p in trained)
+    assert found.parameters == full.parameters
     assert sizes.gradients(found).bytes == sum(p.nbytes for p in trained)
     assert sum(layer.grads for layer in source.trace(step).layers) == sizes.gradients(found).bytes
     parts = {part.name: part.bytes for part in sizes.held(found, step)}
-    assert parts["reference model"] == 0 and parts["optimiser"] == 2 * parts["adapters"]
+    assert parts["reference model"] == 0
+    assert parts["optimiser"] == 2 * parts["adapters"]
 
 
 def test_weights_in_fp32_are_copied_for_the_products():
@@ -203,7 +209,7 @@ def test_layers_that_need_numbers_are_refused_with_the_reason():
     assert len(model.model.layers) == 3
 
 
-# -------------------------------------------------------------------------------------------------------------- arithmetic
+# ----------------------------------------------------------------------------------------------------------- arithmetic
 
 
 def replace(step=STEP, **more):
@@ -271,7 +277,8 @@ def test_moments_by_hand():
     tied = {m.name: m.bytes for m in sizes.moments(replace(MODEL, tied=True), step, TRACE, 5000)}
     assert tied["backward of the embedding"] == all_gradients + head + 80
     frozen = {m.name: m.bytes for m in sizes.moments(replace(MODEL, adapters=10), step, TRACE, 5000)}
-    assert "backward of the embedding" not in frozen and frozen["head"] == found["head"] - head
+    assert "backward of the embedding" not in frozen
+    assert frozen["head"] == found["head"] - head
     assert "forward of the reference" not in {
         m.name for m in sizes.moments(MODEL, replace(step, precomputed=True), TRACE, 0)
     }
@@ -303,7 +310,8 @@ def test_the_loss_layer_by_hand(method):
         "stock TRL": stock,
     }
     frozen = {part.name: part.bytes for part in sizes.head_layers(replace(model, adapters=10), step)}
-    assert frozen["triton"] == found["triton"] and frozen["cce"] == picked + n * 2048 * 4
+    assert frozen["triton"] == found["triton"]
+    assert frozen["cce"] == picked + n * 2048 * 4
 
 
 def test_the_fused_head_of_trl_takes_what_was_measured():
@@ -348,7 +356,7 @@ def evaluated(formula):
     return total
 
 
-# ------------------------------------------------------------------------------------------------------------------ advice
+# --------------------------------------------------------------------------------------------------------------- advice
 
 
 def test_the_best_change_is_that_of_what_takes_most():
@@ -385,7 +393,9 @@ def test_changes_are_put_together_until_the_step_fits():
     best = ranked(step, peak)[0]
     assert [x.about for x in enough(step, peak, best.bytes)] == [best.about]
     more = enough(step, peak, best.bytes - 1)
-    assert len(more) > 1 and more[-1].bytes < best.bytes and more[0].about == best.about
+    assert len(more) > 1
+    assert more[-1].bytes < best.bytes
+    assert more[0].about == best.about
     assert enough(step, peak, 1000) == []
 
 
@@ -396,11 +406,12 @@ def test_a_plan_says_what_fits():
     assert ": yes, 0.0 MiB free" in render(plan(source, step, needed)).replace("\n  ", " ")
     tight = plan(source, step, needed - 2**20)
     assert ": no, 1.0 MiB too little" in render(tight).replace("\n  ", " ")
-    assert tight.enough and tight.enough[-1].bytes + sizes.CONTEXT <= needed - 2**20
+    assert tight.enough
+    assert tight.enough[-1].bytes + sizes.CONTEXT <= needed - 2**20
     assert "enough together: LoRA" in render(tight)
 
 
-# ----------------------------------------------------------------------------------------------------------------- command
+# -------------------------------------------------------------------------------------------------------------- command
 
 
 def saved_config(folder, made=None):
@@ -461,7 +472,9 @@ def test_the_embedded_model_is_planned_without_being_built(capsys, monkeypatch):
 def test_a_wrong_word_is_one_line(words, message, capsys):
     assert main(["plan", "--model_name_or_path", "embedded", *words]) == 2
     captured = capsys.readouterr()
-    assert captured.out == "" and message in captured.err and captured.err.count("\n") == 1
+    assert captured.out == ""
+    assert message in captured.err
+    assert captured.err.count("\n") == 1
 
 
 def test_a_wrong_model_is_one_line(tmp_path, capsys, monkeypatch):
@@ -481,7 +494,8 @@ def test_a_wrong_model_is_one_line(tmp_path, capsys, monkeypatch):
     for name, message in wrong.items():
         assert main(["plan", "--model_name_or_path", name]) == 2
         err = capsys.readouterr().err
-        assert message in err and err.count("\n") == 1, err
+        assert message in err
+        assert err.count("\n") == 1
     assert main(["plan"]) == 2
     assert "plan needs --model_name_or_path" in capsys.readouterr().err
 

@@ -316,7 +316,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        query, key, value, out, lse = ctx.saved_tensors
+        query, key, value, *_ = ctx.saved_tensors
         batch, heads, tokens, size = query.shape
         rounded = -(-size // 32) * 32
         d_query, d_key, d_value = (torch.empty(x.shape, dtype=x.dtype) for x in (query, key, value))
