@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from fusedalign.cli import main
 from fusedalign.plan import sizes
 from fusedalign.plan import trace as tracing
-from fusedalign.plan.advice import changes, enough, ranked
+from fusedalign.plan.advice import changes, ranked, together
 from fusedalign.plan.command import parse_memory
 from fusedalign.plan.model import Shapes, build
 from fusedalign.plan.plan import plan
@@ -139,6 +139,28 @@ def test_a_layer_keeps_what_autograd_saves_of_a_real_one(family, dtype):
         assert found.layers[-1].kept == saved_by_the_last_layer(model, TOKENS, keys)
 
 
+@pytest.mark.parametrize("checkpointing", [True, False])
+@pytest.mark.parametrize("tokens", [16, 400])
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "qwen3_moe"])
+def test_the_moments_of_the_backbone_are_those_of_a_real_step(family, tokens, checkpointing):
+    """Real tensors on the CPU, from embeddings to the last gradient, with the gradient of a head beside them."""
+    model = real_model(family, "bfloat16")
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    ids = torch.arange(tokens)[None] % 97
+    with tracing._attention_for(model, tokens), tracing._Living() as living:
+        with tracing._mixed(True):
+            hidden = model.base_model(input_ids=ids, position_ids=ids, use_cache=False).last_hidden_state
+        head = torch.empty_like(model.lm_head.weight)
+        seed = tracing._Seed.apply(hidden)
+        del hidden
+        seed.backward()
+    source, step = shapes(family), replace(method="sft", batch=1, length=tokens, prompt=0, checkpointing=checkpointing)
+    found = sizes.largest(source.model(step), step, source.trace(step), 0)
+    assert found.bytes == pytest.approx(living.peak, rel=0.03)
+    assert 0 < head.nbytes < living.peak
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_checkpoint_is_one_hidden_state_a_token(dtype):
     found = trace(build(config(), replace(dtype=dtype)), TOKENS)
@@ -166,6 +188,14 @@ def test_layers_of_another_kind_are_run_by_themselves():
     assert len(found.kinds) == 2
     assert found.order == (0, 1, 0)
     assert found.layers[0].grads != found.layers[1].grads
+
+
+def test_of_a_model_that_sees_the_layers_that_read_are_run():
+    text = SMALL | FAMILIES["gemma3_text"]
+    vision = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    both = transformers.Gemma3Config(text_config=text, vision_config=vision | {"image_size": 28, "patch_size": 14})
+    found = trace(build(both, STEP), TOKENS)
+    assert found == trace(build(config("gemma3_text"), STEP), TOKENS)
 
 
 def test_adapters_alone_have_gradients_and_the_layer_keeps_less():
@@ -389,26 +419,29 @@ def test_what_is_on_already_is_not_proposed():
 
 def test_changes_are_put_together_until_the_step_fits():
     peak, step = peak_of(Made(parameters=10**6)), replace(dtype="float32", checkpointing=False)
-    assert enough(step, peak, peak(step)) == []
+    assert together(step, peak, peak(step)) == []
     best = ranked(step, peak)[0]
-    assert [x.about for x in enough(step, peak, best.bytes)] == [best.about]
-    more = enough(step, peak, best.bytes - 1)
+    assert [x.about for x in together(step, peak, best.bytes)] == [best.about]
+    more = together(step, peak, best.bytes - 1)
     assert len(more) > 1
     assert more[-1].bytes < best.bytes
     assert more[0].about == best.about
-    assert enough(step, peak, 1000) == []
+    everything = together(step, peak, 1000)
+    assert everything[-1].bytes > 1000
+    assert ranked(everything[-1].step, peak) == []
 
 
 def test_a_plan_says_what_fits():
     source, step = Made(parameters=10**6), replace(batch=2)
     needed = plan(source, step).needed
-    assert plan(source, step, needed).enough == []
+    assert plan(source, step, needed).together == []
     assert ": yes, 0.0 MiB free" in render(plan(source, step, needed)).replace("\n  ", " ")
     tight = plan(source, step, needed - 2**20)
     assert ": no, 1.0 MiB too little" in render(tight).replace("\n  ", " ")
-    assert tight.enough
-    assert tight.enough[-1].bytes + sizes.CONTEXT <= needed - 2**20
-    assert "enough together: LoRA" in render(tight)
+    assert tight.together
+    assert tight.together[-1].bytes + sizes.CONTEXT <= needed - 2**20
+    assert "\nenough together: LoRA" in render(tight)
+    assert "\nnot enough even together: LoRA" in render(plan(source, step, sizes.CONTEXT))
 
 
 # -------------------------------------------------------------------------------------------------------------- command

@@ -51,12 +51,12 @@ def trace(model: Any, tokens: int, *, keys: int | None = None, mixed: bool = Tru
     backbone = causal_lm.base_model
     if backbone is causal_lm:
         raise LayersError(f"expected a model whose base_model is its backbone, got {type(causal_lm).__name__}")
-    owner, name, layers = _layers(backbone)
+    backbone, name, layers = _layers(backbone)
     all_kinds = [_kind(layer) for layer in layers]
     kinds = list(dict.fromkeys(all_kinds))
     ones = [layers[all_kinds.index(kind)] for kind in kinds]
     order = tuple(kinds.index(kind) for kind in all_kinds)
-    setattr(owner, name, nn.ModuleList(ones))
+    setattr(backbone, name, nn.ModuleList(ones))
     try:
         with _quiet(), FakeTensorMode(), _attention_for(causal_lm, keys or tokens):
             _materialise(backbone)
@@ -70,7 +70,7 @@ def trace(model: Any, tokens: int, *, keys: int | None = None, mixed: bool = Tru
             f"expected layers that run without numbers, got {type(causal_lm).__name__}: {reason}"
         ) from error
     finally:
-        setattr(owner, name, layers)
+        setattr(backbone, name, layers)
 
 
 @contextlib.contextmanager
@@ -84,15 +84,22 @@ def _quiet() -> Iterator[None]:
         logging.disable(before)
 
 
-def _layers(backbone: nn.Module) -> tuple[nn.Module, str, nn.ModuleList]:
-    """The list of decoder layers, and where it stands."""
+def _layers(backbone: nn.Module) -> tuple[Any, str, nn.ModuleList]:
+    """The list of decoder layers, the model that it belongs to, and its name there."""
+    from transformers import PreTrainedModel
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    for owner in backbone.modules():
-        for name, child in owner.named_children():
-            if isinstance(child, nn.ModuleList) and child and isinstance(child[0], GradientCheckpointingLayer):
-                return owner, name, child
-    raise LayersError(f"expected decoder layers that can be checkpointed, got none in {type(backbone).__name__}")
+    found = [
+        (owner, name, child)
+        for owner in backbone.modules()
+        for name, child in owner.named_children()
+        if isinstance(owner, PreTrainedModel) and isinstance(child, nn.ModuleList) and child
+        if isinstance(child[0], GradientCheckpointingLayer)
+    ]
+    if not found:
+        raise LayersError(f"expected decoder layers that can be checkpointed, got none in {type(backbone).__name__}")
+    # Of a model that sees, the part that reads has most of the weights.
+    return max(found, key=lambda entry: sum(p.numel() for p in entry[2].parameters()))
 
 
 def _kind(layer: nn.Module) -> tuple[Any, ...]:
