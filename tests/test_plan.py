@@ -139,6 +139,11 @@ def test_a_layer_keeps_what_autograd_saves_of_a_real_one(family, dtype):
         assert found.layers[-1].kept == saved_by_the_last_layer(model, TOKENS, keys)
 
 
+def test_a_copied_prompt_costs_its_keys_and_values():
+    few, more = (trace(build(config("llama"), STEP), TOKENS, keys=TOKENS + copies).layers[0] for copies in (1, 17))
+    assert more.kept - few.kept == 16 * 2 * (2 * 8) * 2  # keys and values of two heads of 8 numbers, in bf16
+
+
 @pytest.mark.parametrize("checkpointing", [True, False])
 @pytest.mark.parametrize("tokens", [16, 400])
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "qwen3_moe"])
@@ -194,8 +199,12 @@ def test_of_a_model_that_sees_the_layers_that_read_are_run():
     text = SMALL | FAMILIES["gemma3_text"]
     vision = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
     both = transformers.Gemma3Config(text_config=text, vision_config=vision | {"image_size": 28, "patch_size": 14})
-    found = trace(build(both, STEP), TOKENS)
-    assert found == trace(build(config("gemma3_text"), STEP), TOKENS)
+    model, alone = build(both, STEP), trace(build(config("gemma3_text"), STEP), TOKENS)
+    assert trace(model, TOKENS) == alone
+    model = build(config("gemma3_text"), STEP)
+    with torch.device("meta"):
+        model.model.tower = transformers.AutoModel.from_config(config("llama", hidden_size=16, num_hidden_layers=1))
+    assert trace(model, TOKENS) == alone
 
 
 def test_adapters_alone_have_gradients_and_the_layer_keeps_less():

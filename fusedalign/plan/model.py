@@ -96,7 +96,6 @@ def build(config: Any, step: Step) -> Any:
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=getattr(torch, step.dtype))
-        model.tie_weights()  # which is put off for a model without weights
     if model.get_output_embeddings() is None:
         raise ValueError(f"expected a causal LM with an LM head, got {type(model).__name__}")
     if not step.lora_r:
