@@ -27,7 +27,7 @@ usage: fusedalign COMMAND [--debug] [...]
   kto, cpo, simpo, orpo                    likewise, each with a recipe of its name
   merge an adapter's folder and its base model into one model             fusedalign merge runs/sft --out runs/merged
   score log-probabilities of a data set     fusedalign score --model_name_or_path M --dataset_name D --out s.parquet
-  plan  memory of a training step, by its configuration   fusedalign plan --model_name_or_path M --memory 24GiB
+  plan  the memory of a training step      fusedalign plan --model_name_or_path Qwen/Qwen3-1.7B --memory 24GiB
   bench time, memory and error of our impls beside other libraries     fusedalign bench logps --cases qwen3-1.7b
   demo  SFT, then DPO with stock TRL and with fusedalign, on built-in data: a table and a picture
   env   versions, devices, and which impl can run here

@@ -46,17 +46,14 @@ def ranked(step: Step, peak: Callable[[Step], int]) -> list[Change]:
     return sorted((change for change in found if change.saved > 0), key=lambda change: -change.saved)
 
 
-def enough(step: Step, peak: Callable[[Step], int], room: int) -> list[Change]:
+def together(step: Step, peak: Callable[[Step], int], room: int) -> list[Change]:
     """Changes one after another, the largest gain first, until the step takes no more than `room` bytes.
 
     Returns:
-        As many as are needed, each with what it leaves; empty where all of them are not enough.
+        As many as are needed, each with what it leaves; all that there are where they are not enough.
     """
     taken: list[Change] = []
-    while peak(step) > room:
-        further = ranked(step, peak)
-        if not further:
-            return []
+    while peak(step) > room and (further := ranked(step, peak)):
         taken.append(further[0])
         step = further[0].step
     return taken

@@ -85,7 +85,8 @@ def _described(name: str, causal_lm: Any, step: Step) -> Model:
     parameters = sum(p.numel() for p in causal_lm.parameters()) - adapters
     base = causal_lm.get_base_model() if step.lora_r else causal_lm
     head, embedding = base.get_output_embeddings().weight, base.get_input_embeddings().weight
-    return Model(name, parameters, head.dtype.itemsize, *head.shape, adapters, head is embedding)
+    vocab, width = head.shape
+    return Model(name, parameters, head.dtype.itemsize, vocab, width, adapters, head is embedding)
 
 
 def build(config: Any, step: Step) -> Any:
@@ -95,7 +96,6 @@ def build(config: Any, step: Step) -> Any:
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=getattr(torch, step.dtype))
-        model.tie_weights()  # which is put off for a model without weights
     if model.get_output_embeddings() is None:
         raise ValueError(f"expected a causal LM with an LM head, got {type(model).__name__}")
     if not step.lora_r:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from fusedalign.plan import sizes
-from fusedalign.plan.advice import Change, enough, ranked
+from fusedalign.plan.advice import Change, ranked, together
 from fusedalign.plan.shape import Model, Step, Trace
 from fusedalign.plan.sizes import CONTEXT, OURS, STOCK, Component, Moment
 
@@ -48,8 +48,8 @@ class Plan:
     memory: int | None
     changes: list[Change]
     """single ones, the best first"""
-    enough: list[Change]
-    """one after another, until the step fits the memory; empty where it does, or where they are not enough"""
+    together: list[Change]
+    """one after another, until the step fits the memory or nothing is left to change"""
 
     @property
     def ours(self) -> Total:
@@ -86,7 +86,6 @@ def plan(source: Source, step: Step, memory: int | None = None) -> Plan:
     ours, stock = (sizes.head_layer(name, model, step).bytes for name in (OURS, STOCK))
     totals = [total("fusedalign", trace, ours, on) for on in (True, False)]
     totals += [total(STOCK, stock_trace, stock, on) for on in (True, False)]
-    fits = memory is None or totals[0 if step.checkpointing else 1].bytes + CONTEXT <= memory
     return Plan(
         model=model,
         step=step,
@@ -98,5 +97,5 @@ def plan(source: Source, step: Step, memory: int | None = None) -> Plan:
         totals=totals,
         memory=memory,
         changes=ranked(step, peak),
-        enough=[] if fits or memory is None else enough(step, peak, memory - CONTEXT),
+        together=[] if memory is None else together(step, peak, memory - CONTEXT),
     )

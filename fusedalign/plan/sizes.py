@@ -43,7 +43,7 @@ def total_of(name: str, parts: list[Component]) -> Component:
     return Component(name, sum(part.bytes for part in there), " + ".join(part.formula for part in there) or "nothing")
 
 
-# ------------------------------------------------------------------------------------------------- held, and in a step
+# ---------------------------------------------------------------------------------------------- held, and in a step
 
 
 def held(model: Model, step: Step) -> list[Component]:
@@ -98,7 +98,7 @@ def _each(trace: Trace, size: int) -> str:
     return f"{size / trace.tokens:,.0f} B"
 
 
-# ------------------------------------------------------------------------------------------------------------------ head
+# --------------------------------------------------------------------------------------------------------------- head
 
 
 def head_gradient(model: Model) -> Component:
@@ -134,7 +134,7 @@ def head_layers(model: Model, step: Step) -> list[Component]:
     return [total_of(name, [head_gradient(model), head_layer(name, model, step)]) for name in HEADS]
 
 
-# --------------------------------------------------------------------------------------------------------------- moments
+# ------------------------------------------------------------------------------------------------------------ moments
 
 
 @dataclass(frozen=True)

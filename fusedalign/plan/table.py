@@ -34,9 +34,11 @@ def _sections(plan: Plan) -> Iterator[list[str]]:
     yield ["", *_verdict(plan)]
     if plan.changes:
         yield ["", "changes that help, the best first", *(_change(plan, i) for i in range(len(plan.changes)))]
-    if plan.enough:
-        words = ", then ".join(change.about for change in plan.enough)
-        yield ["", *_wrapped(f"enough together: {words}; {size(plan.enough[-1].bytes + CONTEXT)}")]
+    if plan.together and plan.memory is not None:
+        words = ", then ".join(change.about for change in plan.together)
+        needed = plan.together[-1].bytes + CONTEXT
+        title = "enough" if needed <= plan.memory else "not enough even"
+        yield ["", *_wrapped(f"{title} together: {words}; {size(needed)}")]
 
 
 def _title(plan: Plan) -> list[str]:

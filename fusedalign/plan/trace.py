@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import checkpoint
 
 from fusedalign.plan.shape import Layer, Trace
@@ -51,12 +51,12 @@ def trace(model: Any, tokens: int, *, keys: int | None = None, mixed: bool = Tru
     backbone = causal_lm.base_model
     if backbone is causal_lm:
         raise LayersError(f"expected a model whose base_model is its backbone, got {type(causal_lm).__name__}")
-    owner, name, layers = _layers(backbone)
+    backbone, name, layers = _layers(backbone)
     all_kinds = [_kind(layer) for layer in layers]
     kinds = list(dict.fromkeys(all_kinds))
     ones = [layers[all_kinds.index(kind)] for kind in kinds]
     order = tuple(kinds.index(kind) for kind in all_kinds)
-    setattr(owner, name, nn.ModuleList(ones))
+    setattr(backbone, name, nn.ModuleList(ones))
     try:
         with _quiet(), FakeTensorMode(), _attention_for(causal_lm, keys or tokens):
             _materialise(backbone)
@@ -70,7 +70,7 @@ def trace(model: Any, tokens: int, *, keys: int | None = None, mixed: bool = Tru
             f"expected layers that run without numbers, got {type(causal_lm).__name__}: {reason}"
         ) from error
     finally:
-        setattr(owner, name, layers)
+        setattr(backbone, name, layers)
 
 
 @contextlib.contextmanager
@@ -84,15 +84,22 @@ def _quiet() -> Iterator[None]:
         logging.disable(before)
 
 
-def _layers(backbone: nn.Module) -> tuple[nn.Module, str, nn.ModuleList]:
-    """The list of decoder layers, and where it stands."""
+def _layers(backbone: nn.Module) -> tuple[Any, str, nn.ModuleList]:
+    """The list of decoder layers, the model that it belongs to, and its name there."""
+    from transformers import PreTrainedModel
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    for owner in backbone.modules():
-        for name, child in owner.named_children():
-            if isinstance(child, nn.ModuleList) and child and isinstance(child[0], GradientCheckpointingLayer):
-                return owner, name, child
-    raise LayersError(f"expected decoder layers that can be checkpointed, got none in {type(backbone).__name__}")
+    found = [
+        (owner, name, child)
+        for owner in backbone.modules()
+        for name, child in owner.named_children()
+        if isinstance(owner, PreTrainedModel) and isinstance(child, nn.ModuleList) and child
+        if isinstance(child[0], GradientCheckpointingLayer)
+    ]
+    if not found:
+        raise LayersError(f"expected decoder layers that can be checkpointed, got none in {type(backbone).__name__}")
+    # Of a model that sees, the part that reads has most of the weights.
+    return max(found, key=lambda entry: sum(p.numel() for p in entry[2].parameters()))
 
 
 def _kind(layer: nn.Module) -> tuple[Any, ...]:
@@ -113,55 +120,38 @@ def _materialise(module: nn.Module) -> None:
 
 
 def _trace(backbone: Any, kinds: list[nn.Module], order: tuple[int, ...], tokens: int, mixed: bool) -> Trace:
-    ids = torch.zeros(1, tokens, dtype=torch.int64)
-    calls: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
-    index = {id(layer): i for i, layer in enumerate(kinds)}
+    for layer in kinds:
+        layer.gradient_checkpointing = True  # type: ignore[assignment]
+        layer._gradient_checkpointing_func = functools.partial(_checkpoint, mixed)  # type: ignore[assignment]
+    calls: dict[nn.Module, tuple[Any, Any]] = {}
+    before: list[int] = []
 
     def record(layer: nn.Module, args: Any, kwargs: Any) -> None:
-        calls.setdefault(index[id(layer)], (args, kwargs))
+        before.append(living.bytes)
+        calls.setdefault(layer, tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, (args, kwargs)))
 
-    def forward() -> Tensor:
-        hidden: Tensor = backbone(input_ids=ids, position_ids=ids, use_cache=False).last_hidden_state
-        return hidden
-
-    hooks = [layer.register_forward_pre_hook(record, with_kwargs=True) for layer in kinds]
-    with torch.no_grad(), _mixed(mixed):
-        hidden = forward()
+    # The embeddings of a frozen model too, as under gradient checkpointing with adapters.
+    embeddings = backbone.get_input_embeddings()
+    hooks = [embeddings.register_forward_hook(lambda _, __, x: x.requires_grad_())]
+    hooks += [layer.register_forward_pre_hook(record, with_kwargs=True) for layer in kinds]
+    ids = torch.zeros(1, tokens, dtype=torch.int64)
+    with _Living() as living:
+        with _mixed(mixed):
+            hidden = backbone(input_ids=ids, position_ids=ids, use_cache=False).last_hidden_state
+        total = living.bytes
     for hook in hooks:
         hook.remove()
     if len(calls) < len(kinds):
         raise LayersError(f"expected a forward that calls every decoder layer, got {type(backbone).__name__}")
-    layers = tuple(_layer(layer, *calls[i], mixed) for i, layer in enumerate(kinds))
-    width, item = hidden.shape[-1], hidden.dtype.itemsize
-    calls.clear()
-    del hidden
-    for layer in kinds:
-        layer.gradient_checkpointing = True  # type: ignore[assignment]
-        layer._gradient_checkpointing_func = functools.partial(_checkpoint, mixed)  # type: ignore[assignment]
-    before, total = _kept(backbone, kinds[0], forward, mixed)
-    return Trace(tokens, width, item, layers, order, before, total - before - sum(x.checkpoint for x in layers))
-
-
-def _kept(backbone: Any, first: nn.Module, forward: Callable[[], Tensor], mixed: bool) -> tuple[int, int]:
-    """What a forward under gradient checkpointing has kept when it comes to its first layer, and at its end."""
-    before: list[int] = []
-    # Of a frozen model too, as under gradient checkpointing with adapters.
-    with_gradient = backbone.get_input_embeddings().register_forward_hook(lambda _, __, x: x.requires_grad_())
-    hook = first.register_forward_pre_hook(lambda *_: before.append(living.bytes))
-    with _Living() as living:
-        with _mixed(mixed):
-            hidden = forward()
-        total = living.bytes
-    hook.remove()
-    with_gradient.remove()
-    del hidden
-    return before[0], total
+    layers = tuple(_layer(layer, *calls[layer], mixed) for layer in kinds)
+    after = total - before[0] - sum(layer.checkpoint for layer in layers)
+    return Trace(tokens, hidden.shape[-1], hidden.dtype.itemsize, layers, order, before[0], after)
 
 
 def _layer(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], mixed: bool) -> Layer:
     """One layer's forward and backward, alone. What it is called with is not counted."""
     first, *rest = args if args else (kwargs.pop("hidden_states"),)
-    hidden = first.detach().requires_grad_()
+    hidden = first.requires_grad_()
     layer.gradient_checkpointing = False  # type: ignore[assignment]
 
     def run(x: Tensor) -> Tensor:
@@ -333,7 +323,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        query, key, value, out, lse = ctx.saved_tensors
+        query, key, value, *_ = ctx.saved_tensors
         batch, heads, tokens, size = query.shape
         rounded = -(-size // 32) * 32
         d_query, d_key, d_value = (torch.empty(x.shape, dtype=x.dtype) for x in (query, key, value))
