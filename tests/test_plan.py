@@ -426,6 +426,12 @@ def test_what_is_on_already_is_not_proposed():
     assert not [about for about, _ in changes(Step("sft", 4, 8)) if about.startswith("reference")]
 
 
+@pytest.mark.parametrize(("batch", "less"), [(8, (4, 2)), (3, (1, 3)), (9, (3, 3)), (5, (1, 5))])
+def test_a_smaller_micro_batch_leaves_the_rows_of_a_step(batch, less):
+    other = next(step for about, step in changes(replace(batch=batch)) if about.startswith("--batch"))
+    assert (other.batch, other.accumulation) == less
+
+
 def test_changes_are_put_together_until_the_step_fits():
     peak, step = peak_of(Made(parameters=10**6)), replace(dtype="float32", checkpointing=False)
     assert together(step, peak, peak(step)) == []

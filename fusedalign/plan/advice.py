@@ -30,9 +30,10 @@ def changes(step: Step) -> Iterator[tuple[str, Step]]:
     if step.live_reference and not step.lora_r:
         yield "reference precomputed, --precompute_ref_log_probs", replace(step, precomputed=True)
     if step.batch > 1:
-        tokens = None if step.tokens is None else -(-step.tokens // 2)
-        half = replace(step, batch=-(-step.batch // 2), tokens=tokens, accumulation=2 * step.accumulation)
-        yield f"--batch {half.batch} --accumulation {half.accumulation}", half
+        parts = next(n for n in range(2, step.batch + 1) if step.batch % n == 0)  # so that a step has as many rows
+        tokens = None if step.tokens is None else -(-step.tokens // parts)
+        less = replace(step, batch=step.batch // parts, tokens=tokens, accumulation=parts * step.accumulation)
+        yield f"--batch {less.batch} --accumulation {less.accumulation}", less
     if step.dtype != "bfloat16":
         yield "weights in bf16, --dtype bfloat16", replace(step, dtype="bfloat16")
     if OPTIMISERS[step.optimiser].state_bytes is None and not step.lora_r:
