@@ -38,7 +38,10 @@ def test_help_of_a_command_without_arguments(capsys, command):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["ppo"], "command must be one of sft, dpo, kto, cpo, simpo, orpo, merge, plan, bench, demo, env, got 'ppo'"),
+        (
+            ["ppo"],
+            "command must be one of sft, dpo, kto, cpo, simpo, orpo, merge, score, plan, bench, demo, env, got 'ppo'",
+        ),
         (["env", "now"], "env takes no arguments, got now"),
         (["demo", "--fast"], "demo takes no arguments, got --fast"),
     ],

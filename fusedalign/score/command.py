@@ -148,8 +148,8 @@ def _parser() -> Any:
 _USUAL = (
     "model_name_or_path", "adapter", "dataset_name", "dataset_config", "dataset_train_split", "out", "ref_model",
     "beta", "max_length", "truncation_mode", "stride", "completion_only_loss", "assistant_only_loss",
-    "dataset_text_field", "max_tokens_per_batch", "per_token", "strict", "dtype", "load_in_4bit", "load_in_8bit", "trust_remote_code",
-    "fused_impl", "fused_packed", "accelerate_config",
+    "dataset_text_field", "max_tokens_per_batch", "per_token", "strict", "dtype", "load_in_4bit", "load_in_8bit",
+    "trust_remote_code", "fused_impl", "fused_packed", "accelerate_config",
 )  # fmt: skip
 
 

@@ -12,7 +12,6 @@ import pyarrow.parquet
 import pytest
 
 from fusedalign.score import run as run_module
-from fusedalign.score import shards as shards_module
 from fusedalign.score.records import Answer, Example, RefusedRow, Score, Window
 from fusedalign.score.run import POLICY, REFERENCE, Run, score_run
 from fusedalign.score.shards import ScoredRow, SettingsMismatchError, Shard, ShardStore, shard_order
@@ -152,18 +151,18 @@ def test_what_is_there_is_not_made_again(tmp_path):
     out, log = tmp_path / "scores.parquet", []
     store = make(out).store
 
-    class Stop(Exception):
+    class StopError(Exception):
         pass
 
     class Stopping(FakeScorer):
         def scores(self, examples, advance=None):
             if len(log) == 3:
-                raise Stop
+                raise StopError
             return super().scores(examples, advance)
 
     run = make(out, log=log)
     stopping = Run(run.source, out, run.settings, {**run.models, POLICY: lambda: Stopping(POLICY, log)}, run.beta)
-    with pytest.raises(Stop):
+    with pytest.raises(StopError):
         score_run(stopping)
     assert len(store.missing(POLICY)) == store.shards - 3
     log.clear()
@@ -327,5 +326,5 @@ def test_shards_hold_every_bit(tmp_path):
     shard = Shard([ScoredRow(0, ("text",), (12,), (score,))], [RefusedRow(3, "ü\n\x00")])
     store.write(POLICY, 0, shard)
     assert store.read(POLICY, 0) == shard
-    with pytest.raises(ValueError, match="shard 1 of .* must be there and undamaged"):
+    with pytest.raises(ValueError, match=r"shard 1 of .* must be there and undamaged"):
         store.read(POLICY, 1)

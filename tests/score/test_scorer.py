@@ -165,7 +165,7 @@ def test_words_that_are_none(options, message):
 
 
 def test_packed_true_refuses_with_the_reason():
-    with pytest.raises(ValueError, match="packed=True needs a model that can run packed: .*softcap"):
+    with pytest.raises(ValueError, match=r"packed=True needs a model that can run packed: .*softcap"):
         Scorer(models.build("gemma2"), packed=True)
 
 
