@@ -13,14 +13,15 @@ import torch
 from torch import Tensor
 
 from fusedalign.compaction import Places, compact
-from fusedalign.impls import autograd, resolve
-from fusedalign.impls.autograd import Grads, Needs, Paths
+from fusedalign.impls import autograd, of_kind, resolve
+from fusedalign.impls.autograd import Grads, Needs, OwnGradients
+from fusedalign.impls.pytorch import IMPL as PYTORCH
 from fusedalign.losses.preference import check_loss_type
 from fusedalign.losses.sft import LOSS_TYPES, ScalarLoss, mean_over, token_losses
 from fusedalign.problem import OUTPUTS, Problem, Tiling, TokenLogps
 
 #: The names of impls that have operators here.
-NAMES = ("auto", "triton", "pytorch")
+NAMES = ("auto", *of_kind("own"))
 
 
 class Options(NamedTuple):
@@ -93,15 +94,14 @@ def _operator_of(name: str, arguments: str) -> Callable[[Callable], torch.librar
 
 def _problem(
     hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, options: Options
-) -> tuple[Problem, Places, Paths]:
+) -> tuple[Problem, Places, OwnGradients]:
     o = options._asdict()
     impl, needs = o.pop("impl"), o.pop("needs")
     hidden, weight = hidden.detach().requires_grad_(needs[0]), weight.detach().requires_grad_(needs[1])
     problem, places = compact(hidden, weight, targets, bias=bias, **o)
     chosen = resolve(impl, problem)
-    if not hasattr(chosen, "sweep"):  # "auto" found an impl that brings its own autograd
-        chosen = resolve("pytorch", problem)
-    return problem, places, cast(Paths, chosen)
+    # "auto" may find an impl that brings its own autograd.
+    return problem, places, chosen if isinstance(chosen, OwnGradients) else PYTORCH
 
 
 # --------------------------------------------------------------------------------------------------------- linear_logps
@@ -127,13 +127,13 @@ def _logps(
 ) -> list[Tensor]:
     """The fields of `TokenLogps`, then the kept Jacobian, its scale, max, log_e and the entropy; empty where absent."""
     options = _unpacked(*packed)
-    problem, places, paths = _problem(hidden, weight, targets, bias, options)
+    problem, places, chosen = _problem(hidden, weight, targets, bias, options)
     with torch.no_grad():
         if any(options.needs):
             # The backward's operator may not write into what it is given, so nothing is kept in a gradient's memory.
-            out, state = autograd.forward(paths, problem, options.needs, keep_head=False)
+            out, state = autograd.forward(chosen, problem, options.needs, keep_head=False)
         else:
-            out, state = paths.sweep(problem, "nothing")[0].results(problem), autograd.State(*[None] * 5)
+            out, state = chosen.sweep(problem, "nothing")[0].results(problem), autograd.State(*[None] * 5)
     made = (*out, *(state.jacobian or (None, None)), *state[2:])
     kinds = [t.dtype for t in _logps_fake(hidden, weight, targets, bias, *options.packed())]
     return [targets.new_empty(0, dtype=k) if x is None else places.scatter(x) for x, k in zip(made, kinds, strict=True)]
@@ -181,12 +181,12 @@ def _logps_backward(
 ) -> list[Tensor]:
     """Gradients of hidden, weight and bias, empty where not needed; `state` and `grads` empty where absent."""
     options = _unpacked(*packed)
-    problem, places, paths = _problem(hidden, weight, targets, bias, options)
+    problem, places, chosen = _problem(hidden, weight, targets, bias, options)
     rows, of_rows, *rest = (None if x.numel() == 0 else places.gather(x) for x in state)
     kept = autograd.State(None if rows is None else autograd.Jacobian(rows, of_rows), None, *rest)
     given = [None if x.numel() == 0 else places.gather(x) for x in grads]
     with torch.no_grad():
-        made = autograd.backward(paths, problem, kept, options.needs, *given)
+        made = autograd.backward(chosen, problem, kept, options.needs, *given)
     return _returned(made, options.needs, places, hidden, weight, bias)
 
 
@@ -271,9 +271,9 @@ def _cross_entropy(
     """The loss, and its gradients by hidden, weight and bias, empty where not needed."""
     loss_type, reduction = how.split()
     options = _unpacked(*packed)
-    problem, places, paths = _problem(hidden, weight, targets, bias, options)
+    problem, places, chosen = _problem(hidden, weight, targets, bias, options)
     per_token = ScalarLoss(loss_type, z_loss, reduction, len(problem.targets) if num_items is None else num_items)
-    loss, made = autograd.loss_and_grads(paths, problem, per_token, options.needs)
+    loss, made = autograd.loss_and_grads(chosen, problem, per_token, options.needs)
     return [loss, *_returned(made, options.needs, places, hidden, weight, bias)]
 
 

@@ -52,16 +52,16 @@ def pytest_pyfunc_call(pyfuncitem):
     from fusedalign import impls
 
     impl = _params(pyfuncitem).get("impl")
-    if impl not in impls.ADAPTERS:
+    if impl not in impls.of_kind("adapter"):
         return (yield)
-    caveats, module = set(), importlib.import_module(impls.MODULES[impl])
-    supports = module.supports
+    caveats, adapter = set(), importlib.import_module(impls.MODULES[impl].module).IMPL
+    supports = adapter.supports
 
     def listening(problem):
-        caveats.add(module.caveat(problem))
+        caveats.add(adapter.caveat(problem))
         return supports(problem)
 
-    module.supports = listening
+    adapter.supports = listening
     try:
         return (yield)
     except ValueError as error:
@@ -74,7 +74,7 @@ def pytest_pyfunc_call(pyfuncitem):
             pytest.xfail(f"not exact, as it says: {'; '.join(sorted(inexact))}")
         raise
     finally:
-        module.supports = supports
+        adapter.supports = supports
 
 
 def _params(item) -> dict:

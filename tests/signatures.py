@@ -69,7 +69,7 @@ def problem(head, n, trained, outputs):
 
 
 def no_grad(p, needs):
-    impl.sweep(p, "nothing")
+    impl.IMPL.sweep(p, "nothing")
 
 
 def logps(p, needs):
@@ -83,8 +83,8 @@ def entropy(p, needs):
 
 
 def one_pass(p, needs):
-    made = impl.one_pass(p, lambda logps, lse: (logps, logps, None), needs)
-    impl.scale_(p.hidden.new_empty(p.hidden.shape), p.hidden.new_empty(()))
+    made = impl.IMPL.one_pass(p, lambda logps, lse: (logps, logps, None), needs)
+    impl.IMPL.scale_(p.hidden.new_empty(p.hidden.shape), p.hidden.new_empty(()))
     if made is None:
         logps(p, needs)
 

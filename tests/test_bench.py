@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 
+from fusedalign import impls
 from fusedalign.bench import peers
 from fusedalign.bench.cases import CASES, Case, parse_cases
 from fusedalign.bench.data import TARGET, make_data, statistics
@@ -260,7 +261,7 @@ def test_trl_is_the_baseline_where_it_runs():
 
 
 def test_every_impl_of_ours_is_a_row(monkeypatch):
-    monkeypatch.setitem(peers.MODULES, "new", "fusedalign.impls.new")
+    monkeypatch.setitem(impls.MODULES, "new", impls.Entry("fusedalign.impls.new", "own"))
     names = list(peers.implementations())
     assert [x.name for x in peers.choose("ours")] == ["triton", "pytorch", "new"]
     assert names.index("new") < names.index("eager")

@@ -1,11 +1,14 @@
 """Wrong input: one line that says what was expected and what came."""
 
+import importlib
 import re
 
 import pytest
 import torch
 
 from fusedalign import explain, impls, linear_cross_entropy, linear_logps
+from fusedalign.impls.autograd import OwnGradients
+from fusedalign.impls.base import Impl
 from fusedalign.problem import Problem
 
 H, W, T = torch.randn(4, 6, 8), torch.randn(11, 8), torch.zeros(4, 6, dtype=torch.int64)
@@ -87,11 +90,19 @@ def test_what_an_impl_cannot_do_it_refuses(impl):
         linear_logps(H, W, T, impl=impl, filter_eps=1e-4)
 
 
+@pytest.mark.parametrize("name", impls.MODULES)
+def test_the_table_says_what_each_impl_is(name):
+    impl = importlib.import_module(impls.MODULES[name].module).IMPL
+    assert isinstance(impl, Impl)
+    assert impl.about
+    assert isinstance(impl, OwnGradients) == (impls.MODULES[name].kind == "own")
+    assert (impl.package is not None) == (impls.MODULES[name].kind == "adapter")
+
+
 def test_a_broken_impl_is_a_reason_and_not_a_crash(monkeypatch, tmp_path):
     (tmp_path / "broken_impl.py").write_text("import a_package_that_nobody_has")
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setitem(impls.MODULES, "broken", "broken_impl")
-    monkeypatch.setattr(impls, "AUTO", ("broken", "pytorch"))
+    monkeypatch.setattr(impls, "MODULES", {"broken": impls.Entry("broken_impl", "own"), **impls.MODULES})
     assert linear_logps(H, W, T).logps.shape == (4, 6)  # auto goes on to the next
     with pytest.raises(
         ValueError, match=r"impl='broken' cannot do this: .*a_package_that_nobody_has.*pytorch, reference"

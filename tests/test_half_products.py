@@ -82,10 +82,10 @@ def test_shapes_and_dtypes_of_the_true_calls(monkeypatch, dtype):
     bias, targets = weight.detach()[:, 0], torch.empty(48, dtype=torch.int64, device="meta")
     problem = Problem(hidden, weight, targets, dtype, bias, softcap=3.0, outputs=frozenset(["entropy", "lse"]))
     with torch.no_grad():
-        sums, jacobian = pytorch.sweep(problem, "jacobian")
+        sums, jacobian = pytorch.IMPL.sweep(problem, "jacobian")
         grads = TokenGrads(sums.max, sums.log_e(), sums.e, sums.e, (sums.e, sums.e))
-        two_pass = pytorch.two_pass_grads(problem, grads, (True, True, True))
-        _, loss, one_pass = pytorch.one_pass(
+        two_pass = pytorch.IMPL.two_pass_grads(problem, grads, (True, True, True))
+        _, loss, one_pass = pytorch.IMPL.one_pass(
             problem, lambda logps, lse: (lse - logps, -torch.ones_like(logps), torch.ones_like(lse)), (True, True, True)
         )
     assert {x.dtype for x in [loss, *sums.results(problem)[:3]]} == {torch.float32}

@@ -33,7 +33,7 @@ ROOMS = [
 ]
 #: What impls share: the records of tokens, the cut into tiles, the autograd around an impl's own arithmetic, what
 #: adapters have in common.
-SHARED = ["rows", "tiles", "autograd", "adapter"]
+SHARED = ["base", "rows", "tiles", "autograd", "adapter"]
 TORCH_ONLY = ["checks", "losses", "sequence"]
 OPTIONAL = [
     *("triton", "transformers", "trl", "liger_kernel", "cut_cross_entropy", "datasets", "peft", "accelerate", "lm_eval")

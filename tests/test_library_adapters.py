@@ -192,7 +192,7 @@ CCE_REFUSALS = {
 @pytest.mark.parametrize("name", CCE_REFUSALS)
 def test_cce_refuses(stand_in, name):
     options, reason = CCE_REFUSALS[name]
-    assert reason in cce.supports(problem(**options))
+    assert reason in cce.IMPL.supports(problem(**options))
 
 
 def test_cce_refuses_a_cpu():
@@ -217,33 +217,33 @@ needs_liger = pytest.mark.skipif("liger" not in ADAPTED, reason="liger-kernel is
 def test_liger_refuses(name, monkeypatch):
     monkeypatch.setattr(liger, "_find", lambda: adapter.Found(None, None))  # what it refuses, it refuses without a look
     options, reason = LIGER_REFUSALS[name]
-    assert reason in liger.supports(problem(**options))
+    assert reason in liger.IMPL.supports(problem(**options))
 
 
 def test_liger_has_no_entropy_with_a_bias_or_softcap(monkeypatch):
     monkeypatch.setattr(liger, "_find", lambda: adapter.Found(None, None))
     monkeypatch.setattr(liger, "_runs_triton", lambda device: True)
     entropy = frozenset(["entropy"])
-    assert liger.supports(problem(outputs=entropy)) is None
-    reason = liger.supports(problem(outputs=entropy, softcap=2.0, bias=torch.zeros(11)))
+    assert liger.IMPL.supports(problem(outputs=entropy)) is None
+    reason = liger.IMPL.supports(problem(outputs=entropy, softcap=2.0, bias=torch.zeros(11)))
     assert reason == "its entropy knows no bias and no softcap"
     monkeypatch.setattr(liger, "_is_hopper", lambda device: True)
-    assert "nvidia-cutlass-dsl" in liger.supports(problem(outputs=entropy))
+    assert "nvidia-cutlass-dsl" in liger.IMPL.supports(problem(outputs=entropy))
 
 
 def test_liger_says_what_it_rounds(monkeypatch):
     monkeypatch.setattr(liger, "_find", lambda: adapter.Found(None, None))
-    assert "512 tokens" in liger.caveat(problem())
+    assert "512 tokens" in liger.IMPL.caveat(problem())
     monkeypatch.setattr(liger, "_runs_triton", lambda device: True)
-    assert "logits are rounded" in liger.caveat(problem())
-    assert liger.caveat(problem(HIDDEN.float(), WEIGHT.float())) is None
+    assert "logits are rounded" in liger.IMPL.caveat(problem())
+    assert liger.IMPL.caveat(problem(HIDDEN.float(), WEIGHT.float())) is None
     monkeypatch.setattr(liger, "_has_cute", lambda problem: True)
-    assert liger.caveat(problem()) is None
-    assert "entropy is rounded" in liger.caveat(problem(outputs=frozenset(["entropy"])))
-    assert "scale = 0.3" in liger.caveat(problem(scale=0.3))
-    assert "logits are rounded" in liger.caveat(problem(softcap=1.0))
+    assert liger.IMPL.caveat(problem()) is None
+    assert "entropy is rounded" in liger.IMPL.caveat(problem(outputs=frozenset(["entropy"])))
+    assert "scale = 0.3" in liger.IMPL.caveat(problem(scale=0.3))
+    assert "logits are rounded" in liger.IMPL.caveat(problem(softcap=1.0))
     many = Problem(HIDDEN, WEIGHT.clone().requires_grad_(), torch.zeros(1025, dtype=torch.int64), torch.bfloat16)
-    assert "1024 tokens at a time" in liger.caveat(many)
+    assert "1024 tokens at a time" in liger.IMPL.caveat(many)
 
 
 # ---------------------------------------------------------------------------------------------------------------- Liger
@@ -315,7 +315,7 @@ def test_liger_makes_gradients_in_the_forward_unless_told_not_to(interpreted, ke
 
 def test_auto_passes_by_what_is_not_exact_and_says_so_once(monkeypatch, stand_in, caplog):
     impls._log_once.cache_clear()
-    monkeypatch.setattr(impls, "AUTO", ("cce", "pytorch"))
+    monkeypatch.setattr(impls, "_considered", lambda: ("cce", "pytorch"))
     with caplog.at_level(logging.INFO, logger="fusedalign"):
         for _ in range(3):
             linear_logps(HIDDEN, WEIGHT, TARGETS)
@@ -344,7 +344,7 @@ print([m for m in sys.modules if m in ("liger_kernel", "cut_cross_entropy")])
     assert done.stdout.strip() == "[]", done.stderr
 
 
-@pytest.mark.parametrize("impl", impls.ADAPTERS)
+@pytest.mark.parametrize("impl", impls.of_kind("adapter"))
 def test_a_library_broken_deep_inside_is_a_reason(monkeypatch, tmp_path, impl):
     module = {"liger": liger, "cce": cce}[impl]
     name = {"liger": "liger_kernel", "cce": "cut_cross_entropy"}[impl]

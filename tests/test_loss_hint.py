@@ -27,8 +27,8 @@ def calls(monkeypatch):
     """Which of the two ways to a gradient of the head the pytorch impl took."""
     made = []
     for name in ("one_pass", "two_pass_grads"):
-        original = getattr(pytorch, name)
-        monkeypatch.setattr(pytorch, name, lambda *a, _f=original, _n=name, **k: made.append(_n) or _f(*a, **k))
+        original = getattr(pytorch.IMPL, name)
+        monkeypatch.setattr(pytorch.IMPL, name, lambda *a, _f=original, _n=name, **k: made.append(_n) or _f(*a, **k))
     return made
 
 
@@ -99,7 +99,7 @@ def test_other_impls_ignore_it(impl, names):
 
 def test_the_mean_over_the_batch_leaves_nothing_to_scale(calls, monkeypatch):
     factors = []
-    monkeypatch.setattr(pytorch, "scale_", lambda x, factor: factors.append(factor.item()) or x)
+    monkeypatch.setattr(pytorch.IMPL, "scale_", lambda x, factor: factors.append(factor.item()) or x)
     train(make_case((65,), 48, 401), impl="pytorch")
     assert calls == ["one_pass"]
     assert factors == [1.0] * 3

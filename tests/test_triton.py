@@ -111,7 +111,7 @@ def test_gpus_before_ampere_are_refused(monkeypatch, capability):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     with FakeTensorMode():
         hidden, targets = torch.empty(4, 8, device="cuda"), torch.empty(4, dtype=torch.int64, device="cuda")
-        reason = impl.supports(Problem(hidden, hidden, targets, torch.float32))
+        reason = impl.IMPL.supports(Problem(hidden, hidden, targets, torch.float32))
     if capability < (8, 0):
         assert reason == "it needs compute capability 8.0 or later, got (7, 5)"
     else:
@@ -122,8 +122,8 @@ def test_gpus_before_ampere_are_refused(monkeypatch, capability):
 def test_auto_never_takes_the_interpreter(device):
     """Which can do everything, so only the table can keep "auto" away from it."""
     problem = problem_of(make_case((3,), 8, 11, device=device))
-    assert resolve("triton", problem) is impl
-    assert resolve("auto", problem) is (pytorch if INTERPRETED else impl)
+    assert resolve("triton", problem) is impl.IMPL
+    assert resolve("auto", problem) is (pytorch if INTERPRETED else impl).IMPL
     assert {v.impl: v.auto for v in explain(problem)}["triton"] is not INTERPRETED
 
 
@@ -133,8 +133,10 @@ def test_auto_never_takes_the_interpreter(device):
 @pytest.fixture
 def recomputed(monkeypatch):
     """Grows by one whenever the logits are made a second time."""
-    calls, original = [], impl.two_pass_grads
-    monkeypatch.setattr(impl, "two_pass_grads", lambda *args, **options: calls.append(1) or original(*args, **options))
+    calls, original = [], impl.IMPL.two_pass_grads
+    monkeypatch.setattr(
+        impl.IMPL, "two_pass_grads", lambda *args, **options: calls.append(1) or original(*args, **options)
+    )
     return calls
 
 

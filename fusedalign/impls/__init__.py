@@ -1,7 +1,7 @@
 """The table of impls, and the one place that chooses among them.
 
-An impl is a module with what `Impl` lists. It is imported when it is first considered, so that a package which it needs
-and which is missing or broken costs nobody else anything.
+Each module has an `IMPL`, an object of the class `base.Impl`. It is imported when it is first considered, so that a
+missing or broken package affects only the impl that needs it.
 """
 
 from __future__ import annotations
@@ -9,37 +9,14 @@ from __future__ import annotations
 import functools
 import importlib
 import logging
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor
 
-from fusedalign.problem import OUTPUTS, Problem, TokenLogps, TokenLoss
+from fusedalign.impls.base import Impl
+from fusedalign.problem import OUTPUTS, Problem
 
 _log = logging.getLogger("fusedalign")
-
-
-class Impl(Protocol):
-    """What `ops` calls.
-
-    An adapter to a library also has `PACKAGE`, the name of its distribution, and `caveat(problem)`: None where it
-    serves `problem` exactly, else what is not exact, for which "auto" passes it by. `caveat` is asked first and loads
-    the library only where `supports` would otherwise say yes.
-    """
-
-    ABOUT: str
-
-    def unavailable(self) -> str | None:
-        """Why the impl cannot run on this machine, whatever the problem; None where it can."""
-
-    def supports(self, problem: Problem) -> str | None:
-        """None where the impl serves `problem` as asked, else the reason why not."""
-
-    def token_logps(self, problem: Problem) -> TokenLogps:
-        """The [N] outputs that `problem.outputs` names, and `logps`."""
-
-    def token_loss_sum(self, problem: Problem, token_loss: TokenLoss) -> Tensor:
-        """The scalar sum of `token_loss(logps, lse)` over the tokens."""
 
 
 class Verdict(NamedTuple):
@@ -72,17 +49,34 @@ class Reach(NamedTuple):
     """why some of `dtypes` are not exact"""
 
 
-#: Impl -> module, and the order in which "auto" tries them.
+class Entry(NamedTuple):
+    """Where an impl is, and what it is, as far as that must be known before it is imported."""
+
+    module: str
+    """has the object `IMPL`"""
+    kind: Literal["own", "adapter", "oracle"]
+    """own: makes its own gradients (`autograd.OwnGradients`), also in compiled graphs. adapter: calls another library.
+    oracle: serves by name alone, never as "auto" """
+
+
+#: All impls, in the order in which "auto" tries them.
 MODULES = {
-    "triton": "fusedalign.impls.triton",
-    "liger": "fusedalign.impls.liger",
-    "cce": "fusedalign.impls.cce",
-    "pytorch": "fusedalign.impls.pytorch",
-    "reference": "fusedalign.impls.reference",
+    "triton": Entry("fusedalign.impls.triton", "own"),
+    "liger": Entry("fusedalign.impls.liger", "adapter"),
+    "cce": Entry("fusedalign.impls.cce", "adapter"),
+    "pytorch": Entry("fusedalign.impls.pytorch", "own"),
+    "reference": Entry("fusedalign.impls.reference", "oracle"),
 }
-AUTO = ("triton", "liger", "cce", "pytorch")
-#: Those that call another library.
-ADAPTERS = ("liger", "cce")
+
+
+def of_kind(*kinds: str) -> tuple[str, ...]:
+    """The names of the impls of these kinds, in their order."""
+    return tuple(name for name, entry in MODULES.items() if entry.kind in kinds)
+
+
+def _considered() -> tuple[str, ...]:
+    """What "auto" tries."""
+    return of_kind("own", "adapter")
 
 
 def check_name(name: str) -> None:
@@ -125,7 +119,7 @@ def auto_choices() -> dict[str, list[str]]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     chosen: dict[str, list[str]] = {}
     for dtype in _DTYPES:
-        verdicts = (_judge(name, _probe(device, dtype), caveat_first=True) for name in AUTO)
+        verdicts = (_judge(name, _probe(device, dtype), caveat_first=True) for name in _considered())
         fit = (v.impl for v in verdicts if v.auto and v.reason is None and v.caveat is None)
         chosen.setdefault(next(fit, "none"), []).append(_name(dtype))
     return chosen
@@ -146,7 +140,7 @@ def _probe(device: str, dtype: torch.dtype, *, bias: bool = False, **options: An
 
 
 def resolve(name: str, problem: Problem) -> Impl:
-    """The impl to use: the named one or nothing; for "auto" the first of `AUTO` that serves the problem exactly.
+    """The impl to use: the named one or nothing; for "auto" the first that serves the problem exactly.
 
     The choice of "auto" is logged (level INFO of the logger "fusedalign"), once for each set of reasons.
 
@@ -164,7 +158,7 @@ def resolve(name: str, problem: Problem) -> Impl:
 
 def _resolve_auto(problem: Problem) -> Impl:
     passed: list[str] = []
-    for candidate in AUTO:
+    for candidate in _considered():
         verdict = _judge(candidate, problem, caveat_first=True)
         if verdict.auto and verdict.reason is None and verdict.caveat is None:
             _log_once(f"impl='auto' takes {candidate}" + (f" ({'; '.join(passed)})" if passed else ""))
@@ -180,7 +174,8 @@ def _log_once(message: str) -> None:
 
 
 def _load(name: str) -> Impl:
-    return cast(Impl, importlib.import_module(MODULES[name]))
+    impl: Impl = importlib.import_module(MODULES[name].module).IMPL
+    return impl
 
 
 def _judge(name: str, problem: Problem | None, *, caveat_first: bool = False) -> Verdict:
@@ -188,16 +183,13 @@ def _judge(name: str, problem: Problem | None, *, caveat_first: bool = False) ->
     try:
         impl = _load(name)
     except Exception as error:  # a broken optional package can raise anything on import
-        return Verdict(name, "", f"cannot be imported ({type(error).__name__}: {error})", name in AUTO)
-    # Its interpreter is a debugger, which "auto" must not walk into.
-    verdict = Verdict(name, impl.ABOUT, None, name in AUTO and not getattr(impl, "INTERPRETED", False))
-    verdict = verdict._replace(package=getattr(impl, "PACKAGE", None))
+        return Verdict(name, "", f"cannot be imported ({type(error).__name__}: {error})", name in _considered())
+    verdict = Verdict(name, impl.about, None, name in _considered() and not impl.interpreted, package=impl.package)
     if problem is None:
         return verdict._replace(reason=impl.unavailable())
     if caveat_first and not verdict.auto:
         return verdict
-    if (caveat := getattr(impl, "caveat", None)) is not None:
-        verdict = verdict._replace(caveat=caveat(problem))
-        if caveat_first and verdict.caveat is not None:
-            return verdict
+    verdict = verdict._replace(caveat=impl.caveat(problem))
+    if caveat_first and verdict.caveat is not None:
+        return verdict
     return verdict._replace(reason=impl.supports(problem))

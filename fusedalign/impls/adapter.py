@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from fusedalign.problem import Parts, Problem, TokenLogps, TokenLoss
+from fusedalign.problem import Parts, Problem, TokenLogps
 
 
 class Found(NamedTuple):
@@ -88,8 +88,3 @@ def logps_of(nll: Tensor, problem: Problem) -> Tensor:
     """The one place where the sign is flipped. A loss that rounding has made negative becomes 0, with its gradient."""
     nll = nll.to(problem.result_dtype)
     return -(nll + (nll.detach().clamp(min=0) - nll.detach()))
-
-
-def summed(out: TokenLogps, token_loss: TokenLoss) -> Tensor:
-    """The scalar loss of per-token values."""
-    return token_loss(out.logps, out.lse)[0].sum()

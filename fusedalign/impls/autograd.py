@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import functools
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fusedalign.impls.base import Impl
 from fusedalign.impls.rows import RowSums, TokenGrads, grads_of_token_loss, head_grads, of_each_part
 from fusedalign.problem import OUTPUTS, Problem, TokenLogps, TokenLoss, beside
 
@@ -68,60 +70,64 @@ class State(NamedTuple):
     entropy: Tensor | None
 
 
-class Scaler(Protocol):
-    """What a backward that only scales asks of an impl."""
-
-    def scale_(self, x: Tensor, factor: Tensor) -> Tensor:
-        """`x` times a scalar in place, for nothing where that is 1."""
+#: A scalar times a tensor, in place: what a backward asks of an impl that only scales.
+Scale = Callable[[Tensor, Tensor], Tensor]
 
 
-class Paths(Scaler, Protocol):
-    """An impl's own arithmetic, without autograd; a module or an object."""
+class OwnGradients(Impl):
+    """An impl that makes its own gradients: the arithmetic is its own, the autograd is here."""
 
+    @abstractmethod
     def sweep(self, problem: Problem, keep: Keep) -> tuple[RowSums, Jacobian | KeptHead | None]:
         """The softmax sums of all tokens, and what is to be kept: the first where asked for, the second if it likes."""
 
+    @abstractmethod
     def two_pass_grads(self, problem: Problem, grads: TokenGrads, needs: Needs, head: KeptHead | None = None) -> Grads:
         """The gradients of any loss, from logits that are computed again where `head` does not save that."""
 
+    @abstractmethod
     def one_pass(self, problem: Problem, token_loss: TokenLoss, needs: Needs) -> tuple[RowSums, Tensor, Grads] | None:
         """The sums of all tokens, a loss summed over these and its gradients, at once; None where there is no room.
 
         The gradient of hidden has the dtype `early_dtype(hidden.dtype)`.
         """
 
+    def scale_(self, x: Tensor, factor: Tensor) -> Tensor:
+        """`x` times a scalar in place, for nothing where that is 1."""
+        return x.mul_(factor)
 
-def token_logps(paths: Paths, problem: Problem) -> TokenLogps:
-    """`TokenLogps` of [N] tokens, by the cheapest path that gives the gradients which are needed."""
-    needs = _needs(problem)
-    if not any(needs):
-        return paths.sweep(problem, "nothing")[0].results(problem)
-    if problem.expected_loss is not None and _may_expect(problem, needs):
+    def token_logps(self, problem: Problem) -> TokenLogps:
+        """`TokenLogps` of [N] tokens, by the cheapest path that gives the gradients which are needed."""
+        needs = _needs(problem)
+        if not any(needs):
+            return self.sweep(problem, "nothing")[0].results(problem)
+        if problem.expected_loss is not None and _may_expect(problem, needs):
+            with torch.no_grad():
+                made = self.one_pass(problem, problem.expected_loss, needs)
+            if made is not None:
+                sums, _, grads = made
+                tensors = problem.hidden, problem.bias, *_tensors(problem)
+                return TokenLogps(*_ExpectedLoss.apply(self, problem, sums, grads, _sources(problem), *tensors))
+        tensors = problem.hidden, problem.bias, *_tensors(problem)
+        return TokenLogps(*_TokenLogps.apply(self, problem, _sources(problem), *tensors))
+
+    def token_loss_sum(self, problem: Problem, token_loss: TokenLoss) -> Tensor:
+        """Sum over [N] tokens of `token_loss(logps, lse)`, a scalar: in one pass where the impl can."""
+        needs = _needs(problem)
+        early = (
+            any(needs) and len(problem.targets) and (problem.tiling.keep_head or not needs[1]) and holds_early(problem)
+        )
         with torch.no_grad():
-            made = paths.one_pass(problem, problem.expected_loss, needs)
-        if made is not None:
-            sums, _, grads = made
-            tensors = problem.hidden, problem.bias, *_tensors(problem)
-            return TokenLogps(*_ExpectedLoss.apply(paths, problem, sums, grads, _sources(problem), *tensors))
-    tensors = problem.hidden, problem.bias, *_tensors(problem)
-    return TokenLogps(*_TokenLogps.apply(paths, problem, _sources(problem), *tensors))
+            made = self.one_pass(replace(problem, outputs=frozenset()), token_loss, needs) if early else None
+        if made is None:
+            out = self.token_logps(problem)
+            return token_loss(out.logps, out.lse)[0].sum()
+        return ready(self.scale_, problem, *made[1:])
 
 
-def token_loss_sum(paths: Paths, problem: Problem, token_loss: TokenLoss) -> Tensor:
-    """Sum over [N] tokens of `token_loss(logps, lse)`, a scalar: in one pass where the impl can."""
-    needs = _needs(problem)
-    early = any(needs) and len(problem.targets) and (problem.tiling.keep_head or not needs[1]) and holds_early(problem)
-    with torch.no_grad():
-        made = paths.one_pass(replace(problem, outputs=frozenset()), token_loss, needs) if early else None
-    if made is None:
-        out = token_logps(paths, problem)
-        return token_loss(out.logps, out.lse)[0].sum()
-    return ready(paths, problem, *made[1:])
-
-
-def ready(scaler: Scaler, problem: Problem, loss: Tensor, grads: Grads) -> Tensor:
+def ready(scale: Scale, problem: Problem, loss: Tensor, grads: Grads) -> Tensor:
     """`loss`, a scalar whose gradients exist already: the backward scales them."""
-    return _Ready.apply(scaler, loss, grads, _sources(problem), problem.hidden, problem.bias, *_tensors(problem))
+    return _Ready.apply(scale, loss, grads, _sources(problem), problem.hidden, problem.bias, *_tensors(problem))
 
 
 def early_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -141,23 +147,23 @@ def holds_early(problem: Problem) -> bool:
     return not any(x is not None and x.requires_grad and x.dtype == torch.float16 for x in _parameters(problem))
 
 
-def loss_and_grads(paths: Paths, problem: Problem, token_loss: TokenLoss, needs: Needs) -> tuple[Tensor, Grads]:
+def loss_and_grads(impl: OwnGradients, problem: Problem, token_loss: TokenLoss, needs: Needs) -> tuple[Tensor, Grads]:
     """What `token_loss_sum` gives, and its gradients, without autograd around it; not for gradients in fp16."""
     with torch.no_grad():
         early, alone = any(needs) and len(problem.targets), replace(problem, outputs=frozenset())
-        made = paths.one_pass(alone, token_loss, needs) if early else None
+        made = impl.one_pass(alone, token_loss, needs) if early else None
         if made is not None:
             return made[1:]
-        sums, _ = paths.sweep(problem, "nothing")
+        sums, _ = impl.sweep(problem, "nothing")
         loss, grads = grads_of_token_loss(sums, slice(None), token_loss, problem.result_dtype)
-        return loss, _two_pass_grads(paths, problem, grads, needs)
+        return loss, _two_pass_grads(impl, problem, grads, needs)
 
 
-def forward(paths: Paths, problem: Problem, needs: Needs, *, keep_head: bool = True) -> tuple[TokenLogps, State]:
+def forward(impl: OwnGradients, problem: Problem, needs: Needs, *, keep_head: bool = True) -> tuple[TokenLogps, State]:
     """The results, and what `backward` needs beside the problem itself."""
     keep_head = keep_head and problem.tiling.keep_head
     keep: Keep = "jacobian" if needs == (True, False, False) else "head" if needs[1] and keep_head else "nothing"
-    sums, kept = paths.sweep(problem, keep)
+    sums, kept = impl.sweep(problem, keep)
     out = sums.results(problem)
     jacobian, head = (kept, None) if isinstance(kept, Jacobian) else (None, kept)
     if jacobian is not None and out.entropy is None and out.lse is None:
@@ -167,7 +173,7 @@ def forward(paths: Paths, problem: Problem, needs: Needs, *, keep_head: bool = T
 
 
 def backward(
-    paths: Paths,
+    impl: OwnGradients,
     problem: Problem,
     state: State,
     needs: Needs,
@@ -194,16 +200,16 @@ def backward(
         lse=None if d_lse is None else d_lse.to(dtype),
         entropy=None if d_entropy is None or state.entropy is None else (d_entropy.to(dtype), state.entropy),
     )
-    more, d_weight, d_bias = _two_pass_grads(paths, problem, grads, needs, state.head)
+    more, d_weight, d_bias = _two_pass_grads(impl, problem, grads, needs, state.head)
     return more if d_hidden is None or more is None else d_hidden.add_(more), d_weight, d_bias
 
 
 def _two_pass_grads(
-    paths: Paths, problem: Problem, grads: TokenGrads, needs: Needs, head: KeptHead | None = None
+    impl: OwnGradients, problem: Problem, grads: TokenGrads, needs: Needs, head: KeptHead | None = None
 ) -> Grads:
     """Zeros where there is no token: tiles of nothing are nobody's business."""
     if len(problem.targets):
-        return paths.two_pass_grads(problem, grads, needs, head)
+        return impl.two_pass_grads(problem, grads, needs, head)
     pair = zip((problem.hidden, problem.bias), needs[::2], strict=True)
     d_hidden, d_bias = (torch.zeros_like(x) if x is not None and needed else None for x, needed in pair)
     if not needs[1]:
@@ -315,7 +321,7 @@ class _TokenLogps(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        paths: Paths,
+        impl: OwnGradients,
         problem: Problem,
         sources: tuple[Tensor, ...],
         hidden: Tensor,
@@ -324,9 +330,9 @@ class _TokenLogps(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         ctx.set_materialize_grads(False)
         ctx.sources = sources
-        out, state = forward(paths, problem, _needs_of(ctx, 3))
+        out, state = forward(impl, problem, _needs_of(ctx, 3))
         ctx.mark_non_differentiable(*(x for x in out[3:] if x is not None))
-        ctx.paths, ctx.problem = paths, _without_tensors(problem)
+        ctx.impl, ctx.problem = impl, _without_tensors(problem)
         # A backward that only scales a kept Jacobian holds on to neither hidden states nor head.
         inputs: tuple[Tensor | None, ...] = (hidden.new_empty(0), None, None)
         if state.max is None:
@@ -350,7 +356,7 @@ class _TokenLogps(torch.autograd.Function):
             problem = replace(problem, head_sums=tuple(_grad_so_far(x) for x in _tensors(problem)))
         with torch.autocast(problem.hidden.device.type, enabled=False):
             d_hidden, d_weight, d_bias = backward(
-                ctx.paths, problem, state, _needs_of(ctx, 3), d_logps, d_entropy, d_lse
+                ctx.impl, problem, state, _needs_of(ctx, 3), d_logps, d_entropy, d_lse
             )
         nothing = (None,) * len(ctx.needs_input_grad[5:])
         pairs = zip(d_weight or nothing, problem.head_sums or nothing, strict=True)
@@ -367,7 +373,7 @@ class _ExpectedLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        paths: Paths,
+        impl: OwnGradients,
         problem: Problem,
         sums: RowSums,
         grads: Grads,
@@ -380,7 +386,7 @@ class _ExpectedLoss(torch.autograd.Function):
         ctx.sources = sources
         out = sums.results(problem)
         ctx.mark_non_differentiable(*(x for x in out[3:] if x is not None))
-        ctx.paths, ctx.problem = paths, _without_tensors(problem)
+        ctx.impl, ctx.problem = impl, _without_tensors(problem)
         assert problem.expected_loss is not None
         _, expected, _ = problem.expected_loss(out.logps, out.lse)
         entropy = None if out.entropy is None else sums.entropy()
@@ -399,12 +405,12 @@ class _ExpectedLoss(torch.autograd.Function):
         if d_logps is not None and d_entropy is None and d_lse is None:
             factor, fits = _multiple_of(expected, d_logps)
             if fits:
-                return None, None, None, None, None, *_scaled(ctx.paths, made, factor, tensors[0].dtype)
+                return None, None, None, None, None, *_scaled(ctx.impl.scale_, made, factor, tensors[0].dtype)
         problem = _with_tensors(ctx.problem, *tensors)
         state = State(None, None, maximum, log_e, entropy)
         needs = _needs_of(ctx, 5)
         with torch.autocast(problem.hidden.device.type, enabled=False):
-            d_hidden, d_weight, d_bias = backward(ctx.paths, problem, state, needs, d_logps, d_entropy, d_lse)
+            d_hidden, d_weight, d_bias = backward(ctx.impl, problem, state, needs, d_logps, d_entropy, d_lse)
         return None, None, None, None, None, d_hidden, d_bias, *(d_weight or [None] * (count - 2))
 
 
@@ -414,7 +420,7 @@ class _Ready(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        scaler: Scaler,
+        scale: Scale,
         loss: Tensor,
         grads: Grads,
         sources: tuple[Tensor, ...],
@@ -422,7 +428,7 @@ class _Ready(torch.autograd.Function):
         bias: Tensor | None,
         *weight: Tensor,
     ) -> Tensor:
-        ctx.scaler, ctx.sources, ctx.hidden_dtype = scaler, sources, hidden.dtype
+        ctx.scale, ctx.sources, ctx.hidden_dtype = scale, sources, hidden.dtype
         d_hidden, d_weight, d_bias = grads
         ctx.save_for_backward(d_hidden, d_bias, *(d_weight or [None] * len(weight)))
         ctx.mark_dirty(loss)  # not a view of it, which could not be divided in place
@@ -431,17 +437,17 @@ class _Ready(torch.autograd.Function):
     @staticmethod
     @_first_order
     def backward(ctx: Any, upstream: Tensor) -> tuple:
-        return None, None, None, None, *_scaled(ctx.scaler, ctx.saved_tensors, upstream, ctx.hidden_dtype)
+        return None, None, None, None, *_scaled(ctx.scale, ctx.saved_tensors, upstream, ctx.hidden_dtype)
 
 
 def _scaled(
-    scaler: Scaler, grads: Iterable[Tensor | None], factor: Tensor, hidden_dtype: torch.dtype
+    scale: Scale, grads: Iterable[Tensor | None], factor: Tensor, hidden_dtype: torch.dtype
 ) -> list[Tensor | None]:
     """Gradients of hidden, bias and head that exist already, times a scalar."""
     # In place, since a second copy of the head's gradient could be the memory peak; not where the graph is kept for
     # another backward, which will need the gradients unscaled.
     kept = _graph_is_kept()
-    d_hidden, *others = (g if g is None else g * factor if kept else scaler.scale_(g, factor) for g in grads)
+    d_hidden, *others = (g if g is None else g * factor if kept else scale(g, factor) for g in grads)
     return [d_hidden if d_hidden is None else d_hidden.to(hidden_dtype), *others]
 
 

@@ -13,13 +13,10 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from fusedalign.impls import adapter, autograd
-from fusedalign.problem import Problem, TokenLogps, TokenLoss
-
-ABOUT = "Apple's Cut Cross-Entropy; half precision on NVIDIA GPUs from Ampere on"
-PACKAGE = "cut-cross-entropy"
+from fusedalign.impls.base import Impl
+from fusedalign.problem import Problem, TokenLogps
 
 _INSTALL = (
     "pip install cut-cross-entropy, or its git head, which is exact: "
@@ -44,27 +41,6 @@ def _load() -> _Library:
 _find = adapter.finder("cut_cross_entropy", _INSTALL, _load)
 
 
-def unavailable() -> str | None:
-    """None, or why this impl cannot run on this machine."""
-    if not torch.cuda.is_available():
-        return "it needs a CUDA device, and this machine has none"
-    return _of_device(torch.device("cuda")) or _find().reason
-
-
-def supports(problem: Problem) -> str | None:
-    """None, or why this impl cannot serve `problem`; see `caveat` for how well."""
-    reason = _refusal(problem)
-    if reason is not None:
-        return reason
-    library, reason = _find()
-    if reason is not None:
-        return reason
-    for name, needed in (("bias", problem.bias is not None), ("return_lse", "lse" in problem.outputs)):
-        if needed and name not in library.parameters:
-            return f"this release has no {name}, its git head has"
-    return None
-
-
 def _refusal(p: Problem) -> str | None:
     """What needs no look at the library."""
     if (reason := adapter.refusal_of_parts(p)) is not None:
@@ -79,25 +55,6 @@ def _refusal(p: Problem) -> str | None:
     if more := sorted(p.outputs - {"lse"}):
         return f"it gives logps and, from its git head on, lse, but no {', '.join(more)}"
     return None
-
-
-def caveat(problem: Problem) -> str | None:
-    """None, or what is not exact, for which "auto" passes this impl by."""
-    if _refusal(problem) is not None:
-        return None
-    library = _find().library
-    if library is not None and not library.exact:
-        return "this release rounds the target's logit, and sums gradients, in half precision; its git head does not"
-    if not adapter.is_power_of_2(adapter.factor(problem)):
-        return f"scale / temperature = {adapter.factor(problem):g} is folded into the hidden states, which rounds them"
-    return None
-
-
-def token_logps(problem: Problem) -> TokenLogps:
-    """The logps of [N] tokens and, if asked for, their lse."""
-    if not len(problem.targets):
-        return adapter.of_no_tokens(problem)
-    return autograd.first_order(_token_logps, problem)
 
 
 def _token_logps(problem: Problem) -> TokenLogps:
@@ -116,14 +73,61 @@ def _token_logps(problem: Problem) -> TokenLogps:
     return TokenLogps(adapter.logps_of(nll, problem), lse=lse.to(problem.result_dtype))
 
 
-def token_loss_sum(problem: Problem, token_loss: TokenLoss) -> Tensor:
-    """Sum over [N] tokens of `token_loss(logps, lse)`, a scalar; gradients are made in the backward."""
-    return adapter.summed(token_logps(problem), token_loss)
-
-
 def _of_device(device: torch.device) -> str | None:
     if device.type != "cuda":
         return f"it needs a CUDA device, got {device}"
     if torch.version.hip or torch.cuda.get_device_capability(device) < (8, 0):
         return "it needs an NVIDIA GPU of compute capability 8.0 or later"
     return None
+
+
+class CutCrossEntropy(Impl):
+    """The impl, see above."""
+
+    about = "Apple's Cut Cross-Entropy; half precision on NVIDIA GPUs from Ampere on"
+    package = "cut-cross-entropy"
+
+    def unavailable(
+        self,
+    ) -> str | None:
+        """None, or why this impl cannot run on this machine."""
+        if not torch.cuda.is_available():
+            return "it needs a CUDA device, and this machine has none"
+        return _of_device(torch.device("cuda")) or _find().reason
+
+    def supports(self, problem: Problem) -> str | None:
+        """None, or why this impl cannot serve `problem`; see `caveat` for how well."""
+        reason = _refusal(problem)
+        if reason is not None:
+            return reason
+        library, reason = _find()
+        if reason is not None:
+            return reason
+        for name, needed in (("bias", problem.bias is not None), ("return_lse", "lse" in problem.outputs)):
+            if needed and name not in library.parameters:
+                return f"this release has no {name}, its git head has"
+        return None
+
+    def caveat(self, problem: Problem) -> str | None:
+        """None, or what is not exact, for which "auto" passes this impl by."""
+        if _refusal(problem) is not None:
+            return None
+        library = _find().library
+        if library is not None and not library.exact:
+            return (
+                "this release rounds the target's logit, and sums gradients, in half precision; its git head does not"
+            )
+        if not adapter.is_power_of_2(adapter.factor(problem)):
+            return (
+                f"scale / temperature = {adapter.factor(problem):g} is folded into the hidden states, which rounds them"
+            )
+        return None
+
+    def token_logps(self, problem: Problem) -> TokenLogps:
+        """The logps of [N] tokens and, if asked for, their lse."""
+        if not len(problem.targets):
+            return adapter.of_no_tokens(problem)
+        return autograd.first_order(_token_logps, problem)
+
+
+IMPL = CutCrossEntropy()

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import sys
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -20,10 +19,8 @@ import torch
 from torch import Tensor
 
 from fusedalign.impls import adapter, autograd
+from fusedalign.impls.base import Impl
 from fusedalign.problem import Problem, TokenLogps, TokenLoss
-
-ABOUT = "Liger Kernel; Triton on a GPU, CuTe on Hopper, plain PyTorch on a CPU"
-PACKAGE = "liger-kernel"
 
 _INSTALL = "pip install 'liger-kernel>=0.8.5'"
 _CUTE = "nvidia-cutlass-dsl"
@@ -45,59 +42,6 @@ def _load() -> _Library:
 _find = adapter.finder("liger_kernel", _INSTALL, _load)
 
 
-def unavailable() -> str | None:
-    """None, or why this impl cannot run on this machine, whatever the problem."""
-    return _find().reason
-
-
-def supports(problem: Problem) -> str | None:
-    """None, or why this impl cannot serve `problem`; see `caveat` for how well."""
-    p = problem
-    if (reason := adapter.refusal_of_parts(p)) is not None:
-        return reason
-    if p.filter_eps is not None:
-        return "its gradients are always dense (filter_eps must be None)"
-    if p.operand_dtype == torch.float64 or p.hidden.dtype == torch.float64:
-        return "it computes in float32, bfloat16 and float16, not in float64"
-    if more := sorted(p.outputs - {"entropy"}):
-        return f"it gives logps and entropy, but no {', '.join(more)}"
-    if (reason := _find().reason) is not None:
-        return reason
-    extras = [name for name, x in (("bias", p.bias), ("softcap", p.softcap)) if x is not None]
-    if extras and not _runs_triton(p.hidden.device):
-        return f"its function with a {' or a '.join(extras)} needs a GPU"
-    if "entropy" in p.outputs:
-        if extras:
-            return f"its entropy knows no {' and no '.join(extras)}"
-        if _is_hopper(p.hidden.device) and not _has_cute(p):
-            return f"its entropy on compute capability 9.0 takes bfloat16 alone, and {_CUTE}"
-    return None
-
-
-def caveat(problem: Problem) -> str | None:
-    """None, or what is not exact, for which "auto" passes this impl by."""
-    p = problem
-    if not _runs_triton(p.hidden.device):
-        return "on this device it is plain PyTorch that builds the logits of 512 tokens, whatever the workspace"
-    if p.operand_dtype.itemsize == 2 and (_has_extras(p) or not _has_cute(p)):
-        return "logits are rounded to the dtype of the operands, and gradients of the head summed in it"
-    if "entropy" in p.outputs:
-        half = p.operand_dtype.itemsize == 2
-        return "its entropy is rounded to bfloat16" if half else "its entropy builds the logits of 512 tokens"
-    if p.operand_dtype.itemsize == 2 and p.weight.requires_grad and len(p.targets) > 1024:
-        return "gradients of the head are summed in bfloat16, 1024 tokens at a time"
-    if p.operand_dtype.itemsize == 2 and not adapter.is_power_of_2(p.scale):
-        return f"scale = {p.scale:g} is folded into the hidden states, which rounds them"
-    return None
-
-
-def token_logps(problem: Problem) -> TokenLogps:
-    """The logps of [N] tokens and, if asked for, their entropy."""
-    if not len(problem.targets):
-        return adapter.of_no_tokens(problem)
-    return autograd.first_order(_token_logps, problem)
-
-
 def _token_logps(problem: Problem) -> TokenLogps:
     if _takes_chunks(problem):
         return TokenLogps(adapter.logps_of(_chunks(problem, "none"), problem))
@@ -108,34 +52,6 @@ def _token_logps(problem: Problem) -> TokenLogps:
     if not entropy:
         return TokenLogps(adapter.logps_of(out, problem))
     return TokenLogps(adapter.logps_of(out[0], problem), entropy=out[1].to(problem.result_dtype).clamp(min=0))
-
-
-def token_loss_sum(problem: Problem, token_loss: TokenLoss) -> Tensor:
-    """Sum over [N] tokens of `token_loss(logps, lse)`, a scalar; a plain NLL has its gradients made in the forward."""
-    weight = getattr(token_loss, "nll_weight", None)
-    trains_head = problem.weight.requires_grad
-    early = problem.hidden.requires_grad and (problem.tiling.keep_head or not trains_head)  # it looks at hidden alone
-    if weight is None or not early or not torch.is_grad_enabled() or not len(problem.targets):
-        return adapter.summed(token_logps(problem), token_loss)
-    fp16 = problem.hidden.dtype == torch.float16 or not autograd.holds_early(problem)
-    if fp16 or not _runs_triton(problem.hidden.device) or (_has_cute(problem) and not _has_extras(problem)):
-        return adapter.summed(token_logps(problem), token_loss)
-    # Its backward scales what it has kept in place, so that a second one would be wrong: ours runs instead.
-    tensors = problem.hidden, adapter.whole(problem.weight), problem.bias
-    leaves = [None if x is None else x.detach().requires_grad_(x.requires_grad) for x in tensors]
-    own = replace(problem, hidden=leaves[0], weight=leaves[1], bias=leaves[2])  # type: ignore[arg-type]
-    loss = _chunks(own, "mean")
-    needed = [x for x in leaves if x is not None and x.requires_grad]
-    made = iter(torch.autograd.grad(loss, needed))
-    d_hidden, d_weight, d_bias = (next(made) if x is not None and x.requires_grad else None for x in leaves)
-    ours = sys.modules[__name__]
-    mean = autograd.ready(ours, problem, loss.detach().to(problem.result_dtype), (d_hidden, (d_weight,), d_bias))
-    return mean * (weight * len(problem.targets)).to(mean.device)
-
-
-def scale_(x: Tensor, by: Tensor) -> Tensor:
-    """`x` times a scalar in place."""
-    return x.mul_(by)
 
 
 def _takes_chunks(problem: Problem) -> bool:
@@ -180,3 +96,88 @@ def _cute_runs() -> bool:
     except Exception:  # of a broken installation
         return False
     return True
+
+
+class Liger(Impl):
+    """The impl, see above."""
+
+    about = "Liger Kernel; Triton on a GPU, CuTe on Hopper, plain PyTorch on a CPU"
+    package = "liger-kernel"
+
+    def unavailable(
+        self,
+    ) -> str | None:
+        """None, or why this impl cannot run on this machine, whatever the problem."""
+        return _find().reason
+
+    def supports(self, problem: Problem) -> str | None:
+        """None, or why this impl cannot serve `problem`; see `caveat` for how well."""
+        p = problem
+        if (reason := adapter.refusal_of_parts(p)) is not None:
+            return reason
+        if p.filter_eps is not None:
+            return "its gradients are always dense (filter_eps must be None)"
+        if p.operand_dtype == torch.float64 or p.hidden.dtype == torch.float64:
+            return "it computes in float32, bfloat16 and float16, not in float64"
+        if more := sorted(p.outputs - {"entropy"}):
+            return f"it gives logps and entropy, but no {', '.join(more)}"
+        if (reason := _find().reason) is not None:
+            return reason
+        extras = [name for name, x in (("bias", p.bias), ("softcap", p.softcap)) if x is not None]
+        if extras and not _runs_triton(p.hidden.device):
+            return f"its function with a {' or a '.join(extras)} needs a GPU"
+        if "entropy" in p.outputs:
+            if extras:
+                return f"its entropy knows no {' and no '.join(extras)}"
+            if _is_hopper(p.hidden.device) and not _has_cute(p):
+                return f"its entropy on compute capability 9.0 takes bfloat16 alone, and {_CUTE}"
+        return None
+
+    def caveat(self, problem: Problem) -> str | None:
+        """None, or what is not exact, for which "auto" passes this impl by."""
+        p = problem
+        if not _runs_triton(p.hidden.device):
+            return "on this device it is plain PyTorch that builds the logits of 512 tokens, whatever the workspace"
+        if p.operand_dtype.itemsize == 2 and (_has_extras(p) or not _has_cute(p)):
+            return "logits are rounded to the dtype of the operands, and gradients of the head summed in it"
+        if "entropy" in p.outputs:
+            half = p.operand_dtype.itemsize == 2
+            return "its entropy is rounded to bfloat16" if half else "its entropy builds the logits of 512 tokens"
+        if p.operand_dtype.itemsize == 2 and p.weight.requires_grad and len(p.targets) > 1024:
+            return "gradients of the head are summed in bfloat16, 1024 tokens at a time"
+        if p.operand_dtype.itemsize == 2 and not adapter.is_power_of_2(p.scale):
+            return f"scale = {p.scale:g} is folded into the hidden states, which rounds them"
+        return None
+
+    def token_logps(self, problem: Problem) -> TokenLogps:
+        """The logps of [N] tokens and, if asked for, their entropy."""
+        if not len(problem.targets):
+            return adapter.of_no_tokens(problem)
+        return autograd.first_order(_token_logps, problem)
+
+    def token_loss_sum(self, problem: Problem, token_loss: TokenLoss) -> Tensor:
+        """Sum over [N] tokens of `token_loss(logps, lse)`; a plain NLL has its gradients made in the forward."""
+        weight = getattr(token_loss, "nll_weight", None)
+        trains_head = problem.weight.requires_grad
+        early = problem.hidden.requires_grad and (
+            problem.tiling.keep_head or not trains_head
+        )  # it looks at hidden alone
+        if weight is None or not early or not torch.is_grad_enabled() or not len(problem.targets):
+            return super().token_loss_sum(problem, token_loss)
+        fp16 = problem.hidden.dtype == torch.float16 or not autograd.holds_early(problem)
+        if fp16 or not _runs_triton(problem.hidden.device) or (_has_cute(problem) and not _has_extras(problem)):
+            return super().token_loss_sum(problem, token_loss)
+        # Its backward scales what it has kept in place, so that a second one would be wrong: ours runs instead.
+        tensors = problem.hidden, adapter.whole(problem.weight), problem.bias
+        leaves = [None if x is None else x.detach().requires_grad_(x.requires_grad) for x in tensors]
+        own = replace(problem, hidden=leaves[0], weight=leaves[1], bias=leaves[2])  # type: ignore[arg-type]
+        loss = _chunks(own, "mean")
+        needed = [x for x in leaves if x is not None and x.requires_grad]
+        made = iter(torch.autograd.grad(loss, needed))
+        d_hidden, d_weight, d_bias = (next(made) if x is not None and x.requires_grad else None for x in leaves)
+        loss = loss.detach().to(problem.result_dtype)
+        mean = autograd.ready(Tensor.mul_, problem, loss, (d_hidden, (d_weight,), d_bias))
+        return mean * (weight * len(problem.targets)).to(mean.device)
+
+
+IMPL = Liger()

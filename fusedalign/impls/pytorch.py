@@ -18,14 +18,13 @@ half-precision copy of one, and `[vocab, D]` and `[tokens, D]` slices of the ope
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from fusedalign.impls import autograd
-from fusedalign.impls.autograd import Grads, Jacobian, Keep, Needs
+from fusedalign.impls.autograd import Grads, Jacobian, Keep, KeptHead, Needs, OwnGradients
 from fusedalign.impls.rows import (
     RowSums,
     TokenGrads,
@@ -37,33 +36,10 @@ from fusedalign.impls.rows import (
     trained,
 )
 from fusedalign.impls.tiles import Tiles
-from fusedalign.problem import DEFAULT_WORKSPACE, Problem, TokenLogps, TokenLoss
-
-ABOUT = "tiles in plain PyTorch, any device"
+from fusedalign.problem import DEFAULT_WORKSPACE, Problem, TokenLoss
 
 #: exp() of this is 0 in every dtype; standing in for -inf it keeps 0 * log 0 at 0. NaN passes a clamp unchanged.
 _LOG_ZERO = -1e4
-
-
-def unavailable() -> None:
-    """Runs on any machine."""
-
-
-def supports(problem: Problem) -> str | None:
-    """None, or why this impl cannot serve `problem`."""
-    if problem.filter_eps is not None:
-        return "its gradients are always dense (filter_eps must be None)"
-    return None
-
-
-def token_logps(problem: Problem) -> TokenLogps:
-    """`TokenLogps` of [N] tokens, by the cheapest of the paths above that gives the gradients which are needed."""
-    return autograd.token_logps(sys.modules[__name__], problem)
-
-
-def token_loss_sum(problem: Problem, token_loss: TokenLoss) -> Tensor:
-    """Sum over [N] tokens of `token_loss(logps, lse)`, a scalar: one pass where its buffers fit the workspace."""
-    return autograd.token_loss_sum(sys.modules[__name__], problem, token_loss)
 
 
 # ---------------------------------------------------------------------------------------------------------------- tiles
@@ -185,34 +161,6 @@ def _locate(targets: Tensor, vocab: slice) -> tuple[Tensor, Tensor]:
     return local.clamp(0, vocab.stop - vocab.start - 1), (local >= 0) & (local < vocab.stop - vocab.start)
 
 
-def sweep(problem: Problem, keep: Keep) -> tuple[RowSums, Jacobian | None]:
-    """The running sums of all tokens and, if asked for, J = d logps / d hidden, [N, D] in hidden's dtype."""
-    plan, sums = _plan(problem), _Sums(problem)
-    jacobian = Jacobian.empty(problem) if keep == "jacobian" else None
-    for tokens in plan.over_tokens(problem):
-        hidden, targets = _operand(problem.hidden[tokens], problem), problem.targets[tokens]
-        mean_row = hidden.new_zeros(hidden.shape, dtype=problem.logit_dtype) if jacobian is not None else None
-        for vocab in plan.over_vocab(problem):
-            weight = _operand(problem.weight[vocab], problem)
-            z = _logits(problem, hidden, weight, vocab)
-            slope = _logit_slope(problem, z) if jacobian is not None else None
-            e, shrink = sums.fold(tokens, z, targets, vocab, keep=False)
-            if mean_row is not None:
-                e = e if slope is None else e.mul_(slope)
-                # Without the target: rounded to an operand, p near 1 would be off by more than 1 - p.
-                index, inside = _locate(targets, vocab)
-                e.scatter_(-1, index[:, None], e.gather(-1, index[:, None]).masked_fill_(inside[:, None], 0))
-                _add_product(mean_row.mul_(shrink[:, None]), e, weight)
-        if jacobian is not None and mean_row is not None:
-            target_row = _operand(problem.weight.index_select(0, targets), problem).to(problem.logit_dtype)
-            slope = _logit_slope(problem, sums.target[tokens])
-            of_target = -sums.logps(tokens).expm1()
-            target_row *= (of_target if slope is None else of_target * slope)[:, None]
-            row = target_row.sub_(mean_row.div_(sums.e[tokens, None])).mul_(problem.scale / problem.temperature)
-            jacobian.write(tokens, row)
-    return sums, jacobian
-
-
 # ------------------------------------------------------------------------------------------------------------ gradients
 
 
@@ -246,37 +194,6 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return torch.addmm(total, a, b, out=total)
 
 
-def two_pass_grads(problem: Problem, grads: TokenGrads, needs: Needs, head: None = None) -> Grads:
-    """Gradients of hidden, weight, bias (None where not needed); a tile of dW is summed in full, then written once."""
-    plan, dtype = _plan(problem), problem.logit_dtype
-    needs_hidden, needs_weight, needs_bias = needs
-    grads, undo = fit_half(problem, grads) if _half_products(problem) else (grads, None)
-    d_hidden = torch.zeros_like(problem.hidden, dtype=dtype) if needs_hidden else None
-    d_weight = head_grads(problem) if needs_weight else []
-    d_bias = torch.empty_like(problem.bias) if needs_bias and problem.bias is not None else None
-    for vocab in plan.over_vocab(problem):
-        weight = _operand(problem.weight[vocab], problem)
-        d_weight_tiles = [weight.new_zeros(len(weight), g.memory.shape[1], dtype=dtype) for g in d_weight]
-        d_bias_tile = weight.new_zeros(weight.shape[0], dtype=dtype) if needs_bias else None
-        for tokens in plan.over_tokens(problem):
-            hidden, targets = _operand(problem.hidden[tokens], problem), problem.targets[tokens]
-            z = _logits(problem, hidden, weight, vocab)
-            grad = _logit_grad_(problem, z, grads.rows(tokens), targets, vocab)
-            if d_bias_tile is not None:
-                d_bias_tile += grad.sum(0)
-            grad = grad.to(weight.dtype)
-            if d_hidden is not None:
-                _add_product(d_hidden[tokens], grad, weight)
-            for d_part, d_weight_tile in zip(d_weight, d_weight_tiles, strict=True):
-                _add_product(d_weight_tile, grad.t(), hidden[:, d_part.columns])
-        for d_part, d_weight_tile in zip(d_weight, d_weight_tiles, strict=True):
-            d_part.write(vocab, times(d_weight_tile, undo))
-        if d_bias is not None and d_bias_tile is not None:
-            d_bias[vocab] = times(d_bias_tile, undo)
-    d_parts = of_each_part(problem, (g.memory for g in d_weight)) if needs_weight else None
-    return None if d_hidden is None else times(d_hidden, undo).to(problem.hidden.dtype), d_parts, d_bias
-
-
 class _HeadGrad:
     """The gradient of a tensor of the head summed over token chunks in its final dtype.
 
@@ -300,53 +217,123 @@ class _HeadGrad:
         self.low[vocab] = total.sub_(high)
 
 
-def one_pass(problem: Problem, token_loss: TokenLoss, needs: Needs) -> tuple[RowSums, Tensor, Grads] | None:
-    """The softmax sums, the summed loss, and its gradients by hidden, weight and bias (None where not needed).
+class PyTorch(OwnGradients):
+    """The impl, see above."""
 
-    The gradient of a half-precision head summed over several token chunks needs its low-order half beside it while it
-    is summed, `[V, D]` in the head's dtype. Where the workspace has no room for that: None.
-    """
-    plan = _plan_one_pass(problem)
-    if plan is None:
+    about = "tiles in plain PyTorch, any device"
+
+    def supports(self, problem: Problem) -> str | None:
+        """None, or why this impl cannot serve `problem`."""
+        if problem.filter_eps is not None:
+            return "its gradients are always dense (filter_eps must be None)"
         return None
-    needs_hidden, needs_weight, needs_bias = needs
-    sums = _Sums(problem)
-    loss = problem.hidden.new_zeros((), dtype=problem.result_dtype)
-    hidden_dtype = autograd.early_dtype(problem.hidden.dtype)
-    d_hidden = torch.empty_like(problem.hidden, dtype=hidden_dtype) if needs_hidden else None
-    several = plan.tokens < problem.hidden.shape[0]
-    parts = trained(problem) if needs_weight else []
-    d_weight = [(columns, _HeadGrad(x, several and _needs_compensation(x, problem))) for columns, x in parts]
-    d_bias = problem.bias.new_zeros(problem.bias.shape, dtype=problem.logit_dtype) if needs_bias else None  # type: ignore
-    for tokens in plan.over_tokens(problem):
-        hidden, targets = _operand(problem.hidden[tokens], problem), problem.targets[tokens]
-        rows = []  # this chunk's whole rows of logits, a tensor a tile
-        for vocab in plan.over_vocab(problem):
-            z = _logits(problem, hidden, _operand(problem.weight[vocab], problem), vocab)
-            sums.fold(tokens, z, targets, vocab, keep=True)
-            rows.append(z)
-        chunk_loss, grads = grads_of_token_loss(sums, tokens, token_loss, problem.result_dtype)
-        loss += chunk_loss
+
+    def sweep(self, problem: Problem, keep: Keep) -> tuple[RowSums, Jacobian | None]:
+        """The running sums of all tokens and, if asked for, J = d logps / d hidden, [N, D] in hidden's dtype."""
+        plan, sums = _plan(problem), _Sums(problem)
+        jacobian = Jacobian.empty(problem) if keep == "jacobian" else None
+        for tokens in plan.over_tokens(problem):
+            hidden, targets = _operand(problem.hidden[tokens], problem), problem.targets[tokens]
+            mean_row = hidden.new_zeros(hidden.shape, dtype=problem.logit_dtype) if jacobian is not None else None
+            for vocab in plan.over_vocab(problem):
+                weight = _operand(problem.weight[vocab], problem)
+                z = _logits(problem, hidden, weight, vocab)
+                slope = _logit_slope(problem, z) if jacobian is not None else None
+                e, shrink = sums.fold(tokens, z, targets, vocab, keep=False)
+                if mean_row is not None:
+                    e = e if slope is None else e.mul_(slope)
+                    # Without the target: rounded to an operand, p near 1 would be off by more than 1 - p.
+                    index, inside = _locate(targets, vocab)
+                    e.scatter_(-1, index[:, None], e.gather(-1, index[:, None]).masked_fill_(inside[:, None], 0))
+                    _add_product(mean_row.mul_(shrink[:, None]), e, weight)
+            if jacobian is not None and mean_row is not None:
+                target_row = _operand(problem.weight.index_select(0, targets), problem).to(problem.logit_dtype)
+                slope = _logit_slope(problem, sums.target[tokens])
+                of_target = -sums.logps(tokens).expm1()
+                target_row *= (of_target if slope is None else of_target * slope)[:, None]
+                row = target_row.sub_(mean_row.div_(sums.e[tokens, None])).mul_(problem.scale / problem.temperature)
+                jacobian.write(tokens, row)
+        return sums, jacobian
+
+    def two_pass_grads(self, problem: Problem, grads: TokenGrads, needs: Needs, head: KeptHead | None = None) -> Grads:
+        """Gradients of hidden, weight, bias (None where not needed); a tile of dW is summed in full, written once."""
+        plan, dtype = _plan(problem), problem.logit_dtype
+        needs_hidden, needs_weight, needs_bias = needs
         grads, undo = fit_half(problem, grads) if _half_products(problem) else (grads, None)
-
-        d_hidden_rows = hidden.new_zeros(hidden.shape, dtype=problem.logit_dtype) if needs_hidden else None
-        rows.reverse()
+        d_hidden = torch.zeros_like(problem.hidden, dtype=dtype) if needs_hidden else None
+        d_weight = head_grads(problem) if needs_weight else []
+        d_bias = torch.empty_like(problem.bias) if needs_bias and problem.bias is not None else None
         for vocab in plan.over_vocab(problem):
-            grad = _logit_grad_(problem, rows.pop(), grads, targets, vocab)
-            if d_bias is not None:
-                d_bias[vocab] += times(grad.sum(0), undo)
-            grad = grad.to(hidden.dtype)
-            if d_hidden_rows is not None:
-                _add_product(d_hidden_rows, grad, _operand(problem.weight[vocab], problem))
-            for columns, d_part in d_weight:
-                d_part.add(vocab, times(_product(grad.t(), hidden[:, columns]), undo))
-        if d_hidden is not None and d_hidden_rows is not None:
-            d_hidden[tokens] = times(d_hidden_rows, undo).to(d_hidden.dtype)
-    d_bias = None if d_bias is None else d_bias.to(problem.bias.dtype)  # type: ignore
-    d_parts = of_each_part(problem, (d_part.high for _, d_part in d_weight)) if needs_weight else None
-    return sums, loss, (d_hidden, d_parts, d_bias)
+            weight = _operand(problem.weight[vocab], problem)
+            d_weight_tiles = [weight.new_zeros(len(weight), g.memory.shape[1], dtype=dtype) for g in d_weight]
+            d_bias_tile = weight.new_zeros(weight.shape[0], dtype=dtype) if needs_bias else None
+            for tokens in plan.over_tokens(problem):
+                hidden, targets = _operand(problem.hidden[tokens], problem), problem.targets[tokens]
+                z = _logits(problem, hidden, weight, vocab)
+                grad = _logit_grad_(problem, z, grads.rows(tokens), targets, vocab)
+                if d_bias_tile is not None:
+                    d_bias_tile += grad.sum(0)
+                grad = grad.to(weight.dtype)
+                if d_hidden is not None:
+                    _add_product(d_hidden[tokens], grad, weight)
+                for d_part, d_weight_tile in zip(d_weight, d_weight_tiles, strict=True):
+                    _add_product(d_weight_tile, grad.t(), hidden[:, d_part.columns])
+            for d_part, d_weight_tile in zip(d_weight, d_weight_tiles, strict=True):
+                d_part.write(vocab, times(d_weight_tile, undo))
+            if d_bias is not None and d_bias_tile is not None:
+                d_bias[vocab] = times(d_bias_tile, undo)
+        d_parts = of_each_part(problem, (g.memory for g in d_weight)) if needs_weight else None
+        return None if d_hidden is None else times(d_hidden, undo).to(problem.hidden.dtype), d_parts, d_bias
+
+    def one_pass(self, problem: Problem, token_loss: TokenLoss, needs: Needs) -> tuple[RowSums, Tensor, Grads] | None:
+        """The softmax sums, the summed loss, and its gradients by hidden, weight and bias (None where not needed).
+
+        The gradient of a half-precision head that is summed over several token chunks needs its low-order half
+        meanwhile, `[V, D]` in the head's dtype. Where the workspace has no room for that: None.
+        """
+        plan = _plan_one_pass(problem)
+        if plan is None:
+            return None
+        needs_hidden, needs_weight, needs_bias = needs
+        sums = _Sums(problem)
+        loss = problem.hidden.new_zeros((), dtype=problem.result_dtype)
+        hidden_dtype = autograd.early_dtype(problem.hidden.dtype)
+        d_hidden = torch.empty_like(problem.hidden, dtype=hidden_dtype) if needs_hidden else None
+        several = plan.tokens < problem.hidden.shape[0]
+        parts = trained(problem) if needs_weight else []
+        d_weight = [(columns, _HeadGrad(x, several and _needs_compensation(x, problem))) for columns, x in parts]
+        d_bias = problem.bias.new_zeros(problem.bias.shape, dtype=problem.logit_dtype) if needs_bias else None  # type: ignore
+        for tokens in plan.over_tokens(problem):
+            hidden, targets = _operand(problem.hidden[tokens], problem), problem.targets[tokens]
+            rows = []  # this chunk's whole rows of logits, a tensor a tile
+            for vocab in plan.over_vocab(problem):
+                z = _logits(problem, hidden, _operand(problem.weight[vocab], problem), vocab)
+                sums.fold(tokens, z, targets, vocab, keep=True)
+                rows.append(z)
+            chunk_loss, grads = grads_of_token_loss(sums, tokens, token_loss, problem.result_dtype)
+            loss += chunk_loss
+            grads, undo = fit_half(problem, grads) if _half_products(problem) else (grads, None)
+
+            d_hidden_rows = hidden.new_zeros(hidden.shape, dtype=problem.logit_dtype) if needs_hidden else None
+            rows.reverse()
+            for vocab in plan.over_vocab(problem):
+                grad = _logit_grad_(problem, rows.pop(), grads, targets, vocab)
+                if d_bias is not None:
+                    d_bias[vocab] += times(grad.sum(0), undo)
+                grad = grad.to(hidden.dtype)
+                if d_hidden_rows is not None:
+                    _add_product(d_hidden_rows, grad, _operand(problem.weight[vocab], problem))
+                for columns, d_part in d_weight:
+                    d_part.add(vocab, times(_product(grad.t(), hidden[:, columns]), undo))
+            if d_hidden is not None and d_hidden_rows is not None:
+                d_hidden[tokens] = times(d_hidden_rows, undo).to(d_hidden.dtype)
+        d_bias = None if d_bias is None else d_bias.to(problem.bias.dtype)  # type: ignore
+        d_parts = of_each_part(problem, (d_part.high for _, d_part in d_weight)) if needs_weight else None
+        return sums, loss, (d_hidden, d_parts, d_bias)
+
+    def scale_(self, x: Tensor, factor: Tensor) -> Tensor:
+        """`x` times a scalar in place, unless that is seen to be 1 without a wait for the device."""
+        return x if not factor.is_cuda and factor == 1 else x.mul_(factor)
 
 
-def scale_(x: Tensor, factor: Tensor) -> Tensor:
-    """`x` times a scalar in place, unless that is seen to be 1 without a wait for the device."""
-    return x if not factor.is_cuda and factor == 1 else x.mul_(factor)
+IMPL = PyTorch()

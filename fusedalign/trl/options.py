@@ -74,9 +74,7 @@ class HeadOptions(NamedTuple):
         targets = hidden.new_empty(0, dtype=torch.int64)
         problem = Problem(hidden, beside(parts, dtype), targets, dtype, bias, head.scale, head.softcap)
         problem = replace(problem, outputs=frozenset(outputs), tiling=Tiling(workspace=self.workspace))
-        impl: Any = resolve(self.impl, replace(problem, filter_eps=self.filter_eps))
-        if hasattr(impl, "prepare"):
-            impl.prepare(problem)
+        resolve(self.impl, replace(problem, filter_eps=self.filter_eps)).prepare(problem)
 
 
 def mixed_precision(args: Any) -> torch.dtype | None:

@@ -18,7 +18,6 @@ of dH over the vocabulary, `[N, D]` in fp32, is part of the workspace, and is ma
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -27,7 +26,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fusedalign.impls import autograd
-from fusedalign.impls.autograd import Grads, Jacobian, Keep, KeptHead, Needs
+from fusedalign.impls.autograd import Grads, Jacobian, Keep, KeptHead, Needs, OwnGradients
 from fusedalign.impls.rows import (
     HeadGrad,
     RowSums,
@@ -59,68 +58,10 @@ from fusedalign.impls.triton.launch import (
 )
 from fusedalign.problem import DEFAULT_WORKSPACE, Problem, TokenLogps, TokenLoss
 
-__all__ = [
-    "ABOUT",
-    "INTERPRETED",
-    "one_pass",
-    "prepare",
-    "scale_",
-    "supports",
-    "sweep",
-    "token_logps",
-    "token_loss_sum",
-    "two_pass_grads",
-    "unavailable",
-]
-
-ABOUT = "our Triton kernels, exact; NVIDIA GPUs from Ampere on"
-
 #: J is summed with weights p / p_target; where log p_target is below this they might leave the range of bf16 and fp32,
 #: and those rows are summed again, slowly and relative to the largest logit. So are rows where rounding puts it as far
 #: above 0.
 _LEAST_LOGP = -60.0
-
-
-def unavailable() -> str | None:
-    """None, or why this impl cannot run on this machine."""
-    if INTERPRETED or torch.cuda.is_available():
-        return None
-    return "it needs a CUDA device, and this machine has none"
-
-
-def supports(problem: Problem) -> str | None:
-    """None, or why this impl cannot serve `problem`."""
-    if problem.filter_eps is not None:
-        return "its gradients are always dense (filter_eps must be None)"
-    if problem.operand_dtype == torch.float64 or problem.hidden.dtype == torch.float64:
-        return "it computes in float32, bfloat16 and float16, not in float64"
-    inputs = (problem.hidden, problem.bias, *(x for _, x in problem.head))
-    if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in inputs):
-        return "its kernels know nothing of forward-mode derivatives"
-    device = problem.hidden.device
-    if INTERPRETED:
-        return None
-    if device.type != "cuda":
-        return f"it needs a CUDA device, got {device}"
-    if not torch.version.hip and torch.cuda.get_device_capability(device) < (8, 0):
-        return f"it needs compute capability 8.0 or later, got {torch.cuda.get_device_capability(device)}"
-    return None
-
-
-def token_logps(problem: Problem) -> TokenLogps:
-    """`TokenLogps` of [N] tokens, by the cheapest of the paths above that gives the gradients which are needed.
-
-    No gradient is made before the loss is known: beyond what dW's memory keeps anyway, that would spare only the tokens
-    that fit the workspace, for a wait in the backward.
-    """
-    with _on_device(problem):
-        return autograd.token_logps(sys.modules[__name__], replace(problem, expected_loss=None))
-
-
-def token_loss_sum(problem: Problem, token_loss: TokenLoss) -> Tensor:
-    """Sum over [N] tokens of `token_loss(logps, lse)`, a scalar, and its gradients at once."""
-    with _on_device(problem):
-        return autograd.token_loss_sum(sys.modules[__name__], problem, token_loss)
 
 
 def _on_device(problem: Problem) -> torch.cuda.device:
@@ -131,20 +72,6 @@ def _on_device(problem: Problem) -> torch.cuda.device:
 # ---------------------------------------------------------------------------------------------------------- dry runs
 
 
-def prepare(problem: Problem) -> None:
-    """Start to compile, in the background, what calls of this kind launch, with gradients and without.
-
-    Only shapes, strides and dtypes of `problem`, and which of its tensors need a gradient, are looked at; it may have
-    no tokens. The next launch waits for what is not ready then.
-    """
-    needs = _needs(problem)
-    with _on_device(problem):
-        prepare_path(problem, ("all", needs), lambda p: _sweep_and_gradients(p, "nothing"))
-        if any(needs):
-            keep: Keep = "jacobian" if needs == (True, False, False) else "head" if needs[1] else "nothing"
-            prepare_path(problem, ("sweep", keep), lambda p: _sweep_and_gradients(p, keep))
-
-
 def _needs(problem: Problem) -> Needs:
     hidden, weight, bias = (x is not None and x.requires_grad for x in (problem.hidden, problem.weight, problem.bias))
     return hidden, weight, bias
@@ -152,61 +79,28 @@ def _needs(problem: Problem) -> Needs:
 
 def _sweep_and_gradients(problem: Problem, keep: Keep) -> None:
     """A sweep and, of what it has kept of a head, the gradients of log-probabilities."""
-    rows, kept = sweep(problem, keep)
+    rows, kept = IMPL.sweep(problem, keep)
     if isinstance(kept, KeptHead):
-        two_pass_grads(problem, TokenGrads(rows.max, rows.log_e(), rows.e), _needs(problem), kept)
+        IMPL.two_pass_grads(problem, TokenGrads(rows.max, rows.log_e(), rows.e), _needs(problem), kept)
 
 
 def _dry_gradients(
     problem: Problem, needs: Needs, keeps_head: bool, lse: bool, entropy: bool, round_hidden: bool
 ) -> None:
-    rows, kept = sweep(problem, "head") if keeps_head else (RowSums(problem), None)
+    rows, kept = IMPL.sweep(problem, "head") if keeps_head else (RowSums(problem), None)
     x = rows.e
     grads = TokenGrads(rows.max, rows.log_e(), x, x if lse else None, (x, x) if entropy else None)
-    two_pass_grads(problem, grads, needs, kept if isinstance(kept, KeptHead) else None, round_hidden=round_hidden)
+    IMPL.two_pass_grads(problem, grads, needs, kept if isinstance(kept, KeptHead) else None, round_hidden=round_hidden)
 
 
 def _dry_one_pass(problem: Problem, needs: Needs, z_loss: bool, token_loss: TokenLoss) -> None:
     """One whose loss may be any: with a derivative by lse too, unless it is known to have none."""
-    one_pass(problem, lambda logps, lse: (logps, logps, lse if z_loss else None), needs)
+    IMPL.one_pass(problem, lambda logps, lse: (logps, logps, lse if z_loss else None), needs)
     if z_loss and not hasattr(token_loss, "z_loss"):
-        one_pass(problem, lambda logps, lse: (logps, logps, None), needs)
+        IMPL.one_pass(problem, lambda logps, lse: (logps, logps, None), needs)
 
 
 # -------------------------------------------------------------------------------------------------------------- forward
-
-
-def sweep(problem: Problem, keep: Keep) -> tuple[RowSums, Jacobian | KeptHead | None]:
-    """The softmax sums of all tokens, and what is to be kept for the backward."""
-    prepare_path(problem, ("sweep", keep), lambda p: _sweep_and_gradients(p, keep))
-    rows = RowSums(problem)
-    if keep == "head" and len(problem.targets) and isinstance(problem.weight, Tensor):
-        d_weight = torch.empty_like(problem.weight, memory_format=torch.contiguous_format)
-        first, *_ = _swept(problem, _stores(problem, d_weight, workspace=False), rows)
-        return rows, None if first.of_e is None else KeptHead(d_weight, first.of_e, rows.target)
-    if keep != "jacobian":
-        _fold_all(problem, rows)
-        return rows, None
-    if not len(problem.targets):
-        return rows, Jacobian.empty(problem)
-    if problem.operand_dtype != torch.float16:  # whose range is too small for weights relative to the target's
-        jacobian, lost = Jacobian.empty(problem), []
-        for tokens, rows_of_head in _rows_of_head(problem, rows):
-            scale = None if jacobian.scale is None else jacobian.scale[tokens]
-            rows_of_head.combine(_ones(rows, tokens), jacobian.rows[tokens], scale)
-            lost.append(rows_of_head.lost)
-            del rows_of_head
-        if not _any_row_is_lost(lost):
-            return rows, jacobian
-        del jacobian
-    else:
-        _fold_all(problem, rows)
-    # What `two_pass_grads` gives for an upstream gradient of 1, once in fp32.
-    wide, _, _ = two_pass_grads(problem, _ones(rows), (True, False, False), round_hidden=False)
-    assert wide is not None
-    jacobian = Jacobian.empty(problem)
-    jacobian.write(slice(None), wide)
-    return rows, jacobian
 
 
 def _ones(rows: RowSums, tokens: slice = slice(None)) -> TokenGrads:
@@ -319,45 +213,6 @@ def _slope(problem: Problem, z: Tensor) -> Tensor | None:
 
 
 # ------------------------------------------------------------------------------------------------------------ gradients
-
-
-def two_pass_grads(
-    problem: Problem, grads: TokenGrads, needs: Needs, head: KeptHead | None = None, *, round_hidden: bool = True
-) -> Grads:
-    """Gradients of hidden, weight, bias (None where not needed); each tile of dW is made in full and written once.
-
-    That of hidden comes in its dtype or, with round_hidden=False, in fp32. What is kept in `head` is used up.
-    """
-    asked = needs, head is not None, grads.lse is not None, grads.entropy is not None, round_hidden
-    prepare_path(problem, ("two_pass", *asked), lambda p: _dry_gradients(p, *asked))
-    if head is None or grads.entropy is not None:  # whose gradient asks for the logits themselves
-        tokens = slice(0, len(problem.hidden))
-        everything = _Store(Rows(problem, tokens, _operand(problem.hidden, problem)), problem.weight.shape[0])
-        memory = None if head is None else head.d_weight
-        return _grads(problem, [everything], grads, needs, d_weight=memory, round_hidden=round_hidden)
-    first, *others = _stores(problem, head.d_weight, workspace=False)
-    first.of_e = head.largest
-    return _grads(problem, [first, *others], grads, needs, target=head.target, d_weight=head.d_weight)
-
-
-def one_pass(problem: Problem, token_loss: TokenLoss, needs: Needs) -> tuple[RowSums, Tensor, Grads] | None:
-    """The softmax sums, the summed loss, and its gradients by hidden, weight and bias (None where not needed)."""
-    z_loss = bool(getattr(token_loss, "z_loss", True))
-    prepare_path(problem, ("one_pass", needs, z_loss), lambda p: _dry_one_pass(p, needs, z_loss, token_loss))
-    if needs[1]:
-        return _one_pass_with_head(problem, token_loss, needs)
-    if needs[2] or problem.operand_dtype == torch.float16:
-        return None
-    rows, hidden_dtype = RowSums(problem), autograd.early_dtype(problem.hidden.dtype)
-    d_hidden = torch.empty_like(problem.hidden, dtype=hidden_dtype, memory_format=torch.contiguous_format)
-    loss, lost = d_hidden.new_zeros((), dtype=problem.result_dtype), []
-    for tokens, rows_of_head in _rows_of_head(problem, rows):
-        chunk_loss, grads = grads_of_token_loss(rows, tokens, token_loss, problem.result_dtype)
-        loss += chunk_loss
-        rows_of_head.combine(grads, d_hidden[tokens])
-        lost.append(rows_of_head.lost)
-        del rows_of_head
-    return None if _any_row_is_lost(lost) else (rows, loss, (d_hidden, None, None))
 
 
 def _one_pass_with_head(problem: Problem, token_loss: TokenLoss, needs: Needs) -> tuple[RowSums, Tensor, Grads]:
@@ -666,3 +521,145 @@ def _write_product(grad: HeadGrad, vocab: slice, a: Tensor, b: Tensor, factor: T
         half = a.dtype.itemsize == 2
         product = torch.mm(a, b, out_dtype=torch.float32) if half and a.is_cuda else torch.mm(a.float(), b.float())
         grad.write(vocab, times(product, factor))
+
+
+class Triton(OwnGradients):
+    """The impl, see above."""
+
+    about = "our Triton kernels, exact; NVIDIA GPUs from Ampere on"
+    interpreted = INTERPRETED
+
+    def unavailable(
+        self,
+    ) -> str | None:
+        """None, or why this impl cannot run on this machine."""
+        if INTERPRETED or torch.cuda.is_available():
+            return None
+        return "it needs a CUDA device, and this machine has none"
+
+    def supports(self, problem: Problem) -> str | None:
+        """None, or why this impl cannot serve `problem`."""
+        if problem.filter_eps is not None:
+            return "its gradients are always dense (filter_eps must be None)"
+        if problem.operand_dtype == torch.float64 or problem.hidden.dtype == torch.float64:
+            return "it computes in float32, bfloat16 and float16, not in float64"
+        inputs = (problem.hidden, problem.bias, *(x for _, x in problem.head))
+        if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in inputs):
+            return "its kernels know nothing of forward-mode derivatives"
+        device = problem.hidden.device
+        if INTERPRETED:
+            return None
+        if device.type != "cuda":
+            return f"it needs a CUDA device, got {device}"
+        if not torch.version.hip and torch.cuda.get_device_capability(device) < (8, 0):
+            return f"it needs compute capability 8.0 or later, got {torch.cuda.get_device_capability(device)}"
+        return None
+
+    def prepare(self, problem: Problem) -> None:
+        """Start to compile, in the background, what calls of this kind launch, with gradients and without.
+
+        Only shapes, strides and dtypes of `problem` matter, and which of its tensors need a gradient; it may have no
+        tokens. The next launch waits for what is not ready then.
+        """
+        needs = _needs(problem)
+        with _on_device(problem):
+            prepare_path(problem, ("all", needs), lambda p: _sweep_and_gradients(p, "nothing"))
+            if any(needs):
+                keep: Keep = "jacobian" if needs == (True, False, False) else "head" if needs[1] else "nothing"
+                prepare_path(problem, ("sweep", keep), lambda p: _sweep_and_gradients(p, keep))
+
+    def sweep(self, problem: Problem, keep: Keep) -> tuple[RowSums, Jacobian | KeptHead | None]:
+        """The softmax sums of all tokens, and what is to be kept for the backward."""
+        prepare_path(problem, ("sweep", keep), lambda p: _sweep_and_gradients(p, keep))
+        rows = RowSums(problem)
+        if keep == "head" and len(problem.targets) and isinstance(problem.weight, Tensor):
+            d_weight = torch.empty_like(problem.weight, memory_format=torch.contiguous_format)
+            first, *_ = _swept(problem, _stores(problem, d_weight, workspace=False), rows)
+            return rows, None if first.of_e is None else KeptHead(d_weight, first.of_e, rows.target)
+        if keep != "jacobian":
+            _fold_all(problem, rows)
+            return rows, None
+        if not len(problem.targets):
+            return rows, Jacobian.empty(problem)
+        if problem.operand_dtype != torch.float16:  # whose range is too small for weights relative to the target's
+            jacobian, lost = Jacobian.empty(problem), []
+            for tokens, rows_of_head in _rows_of_head(problem, rows):
+                scale = None if jacobian.scale is None else jacobian.scale[tokens]
+                rows_of_head.combine(_ones(rows, tokens), jacobian.rows[tokens], scale)
+                lost.append(rows_of_head.lost)
+                del rows_of_head
+            if not _any_row_is_lost(lost):
+                return rows, jacobian
+            del jacobian
+        else:
+            _fold_all(problem, rows)
+        # What `two_pass_grads` gives for an upstream gradient of 1, once in fp32.
+        wide, _, _ = self.two_pass_grads(problem, _ones(rows), (True, False, False), round_hidden=False)
+        assert wide is not None
+        jacobian = Jacobian.empty(problem)
+        jacobian.write(slice(None), wide)
+        return rows, jacobian
+
+    def two_pass_grads(
+        self,
+        problem: Problem,
+        grads: TokenGrads,
+        needs: Needs,
+        head: KeptHead | None = None,
+        *,
+        round_hidden: bool = True,
+    ) -> Grads:
+        """Gradients of hidden, weight, bias (None where not needed); each tile of dW is made in full and written once.
+
+        That of hidden comes in its dtype or, with round_hidden=False, in fp32. What is kept in `head` is used up.
+        """
+        asked = needs, head is not None, grads.lse is not None, grads.entropy is not None, round_hidden
+        prepare_path(problem, ("two_pass", *asked), lambda p: _dry_gradients(p, *asked))
+        if head is None or grads.entropy is not None:  # whose gradient asks for the logits themselves
+            tokens = slice(0, len(problem.hidden))
+            everything = _Store(Rows(problem, tokens, _operand(problem.hidden, problem)), problem.weight.shape[0])
+            memory = None if head is None else head.d_weight
+            return _grads(problem, [everything], grads, needs, d_weight=memory, round_hidden=round_hidden)
+        first, *others = _stores(problem, head.d_weight, workspace=False)
+        first.of_e = head.largest
+        return _grads(problem, [first, *others], grads, needs, target=head.target, d_weight=head.d_weight)
+
+    def one_pass(self, problem: Problem, token_loss: TokenLoss, needs: Needs) -> tuple[RowSums, Tensor, Grads] | None:
+        """The softmax sums, the summed loss, and its gradients by hidden, weight and bias (None where not needed)."""
+        z_loss = bool(getattr(token_loss, "z_loss", True))
+        prepare_path(problem, ("one_pass", needs, z_loss), lambda p: _dry_one_pass(p, needs, z_loss, token_loss))
+        if needs[1]:
+            return _one_pass_with_head(problem, token_loss, needs)
+        if needs[2] or problem.operand_dtype == torch.float16:
+            return None
+        rows, hidden_dtype = RowSums(problem), autograd.early_dtype(problem.hidden.dtype)
+        d_hidden = torch.empty_like(problem.hidden, dtype=hidden_dtype, memory_format=torch.contiguous_format)
+        loss, lost = d_hidden.new_zeros((), dtype=problem.result_dtype), []
+        for tokens, rows_of_head in _rows_of_head(problem, rows):
+            chunk_loss, grads = grads_of_token_loss(rows, tokens, token_loss, problem.result_dtype)
+            loss += chunk_loss
+            rows_of_head.combine(grads, d_hidden[tokens])
+            lost.append(rows_of_head.lost)
+            del rows_of_head
+        return None if _any_row_is_lost(lost) else (rows, loss, (d_hidden, None, None))
+
+    def token_logps(self, problem: Problem) -> TokenLogps:
+        """No gradient is made before the loss is known.
+
+        Beyond what dW's memory keeps anyway, that would spare only the tokens that fit the workspace, for a wait in the
+        backward.
+        """
+        with _on_device(problem):
+            return super().token_logps(replace(problem, expected_loss=None))
+
+    def token_loss_sum(self, problem: Problem, token_loss: TokenLoss) -> Tensor:
+        """Sum over [N] tokens of `token_loss(logps, lse)`, a scalar, and its gradients at once."""
+        with _on_device(problem):
+            return super().token_loss_sum(problem, token_loss)
+
+    def scale_(self, x: Tensor, factor: Tensor) -> Tensor:
+        """`x` times a scalar in place; where that is 1, the GPU finds out and does nothing."""
+        return scale_(x, factor)
+
+
+IMPL = Triton()
