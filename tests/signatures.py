@@ -73,13 +73,13 @@ def no_grad(p, needs):
 
 
 def logps(p, needs):
-    out, state = autograd.forward(impl, p, needs)
-    autograd.backward(impl, p, state, needs, out.logps)
+    out, state = autograd.forward(impl.IMPL, p, needs)
+    autograd.backward(impl.IMPL, p, state, needs, out.logps)
 
 
 def entropy(p, needs):
-    out, state = autograd.forward(impl, p, needs)
-    autograd.backward(impl, p, state, needs, out.logps, out.entropy, out.lse)
+    out, state = autograd.forward(impl.IMPL, p, needs)
+    autograd.backward(impl.IMPL, p, state, needs, out.logps, out.entropy, out.lse)
 
 
 def one_pass(p, needs):

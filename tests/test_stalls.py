@@ -108,7 +108,7 @@ def test_what_is_prepared_is_there_at_the_first_call():
     weight = torch.randn(5000, 192, device="cuda", dtype=torch.bfloat16).requires_grad_()
     hidden = torch.empty(0, 192, device="cuda", dtype=torch.bfloat16).requires_grad_()
     targets = torch.empty(0, device="cuda", dtype=torch.int64)
-    impl.prepare(Problem(hidden, weight, targets, torch.bfloat16, outputs=frozenset(["entropy"])))
+    impl.IMPL.prepare(Problem(hidden, weight, targets, torch.bfloat16, outputs=frozenset(["entropy"])))
     ahead.wait_for_all()
     before = variants()
     for n in (5, 300):
