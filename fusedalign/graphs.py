@@ -16,7 +16,7 @@ from fusedalign.compaction import Places, compact
 from fusedalign.impls import autograd, of_kind, resolve
 from fusedalign.impls.autograd import Grads, Needs, OwnGradients
 from fusedalign.impls.pytorch import IMPL as PYTORCH
-from fusedalign.losses.preference import check_loss_type
+from fusedalign.losses.common import check_loss_type
 from fusedalign.losses.sft import LOSS_TYPES, ScalarLoss, mean_over, token_losses
 from fusedalign.problem import OUTPUTS, Problem, Tiling, TokenLogps
 

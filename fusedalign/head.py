@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from fusedalign.checks import check_plain, is_ordinary
-from fusedalign.ops import operand_dtype
+from fusedalign.problem import operand_dtype
 
 #: Every name under which a forward reads a transform of its logits, and what it does with the value.
 _TRANSFORMS = {

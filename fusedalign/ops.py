@@ -15,7 +15,7 @@ from fusedalign.checks import check_finite, check_nonnegative, check_plain, chec
 from fusedalign.compaction import Places, compact
 from fusedalign.impls import check_name, resolve
 from fusedalign.losses.sft import LOSS_TYPES, ScalarLoss, check_num_items
-from fusedalign.problem import OUTPUTS, Parts, Problem, Tiling, TokenLogps, beside
+from fusedalign.problem import OUTPUTS, Parts, Problem, Tiling, TokenLogps, beside, operand_dtype
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -240,18 +240,6 @@ def _outside_of_graphs(function: Callable[[], Any]) -> Any:
     compiler there is nothing to keep out, and loading it costs a second.
     """
     return torch.compiler.disable(function)() if "torch._dynamo" in sys.modules else function()
-
-
-def operand_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
-    """What enters the head's product: autocast's dtype where that is on, else the wider of the two.
-
-    `weight` is the head or, of several parts, the first.
-    """
-    wider = torch.promote_types(hidden.dtype, weight.dtype)
-    device = hidden.device.type
-    if wider != torch.float64 and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return wider
 
 
 def _check_tensors(hidden: Tensor, parts: tuple[Tensor, ...], targets: Tensor, bias: Tensor | None) -> None:

@@ -160,3 +160,15 @@ class Problem:
     def result_dtype(self) -> torch.dtype:
         """The dtype of `TokenLogps`: fp64 where hidden is, else fp32."""
         return torch.float64 if self.hidden.dtype == torch.float64 else torch.float32
+
+
+def operand_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    """What enters the head's product: autocast's dtype where that is on, else the wider of the two.
+
+    `weight` is the head or, of several parts, the first.
+    """
+    wider = torch.promote_types(hidden.dtype, weight.dtype)
+    device = hidden.device.type
+    if wider != torch.float64 and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return wider

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fusedalign.checks import check_finite, check_nonnegative, check_positive
-from fusedalign.losses.preference import (
+from fusedalign.losses.common import (
     MAX_EXPONENT,
     PreferenceLoss,
     check_label_smoothing,

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fusedalign.checks import check_finite, check_plain, check_positive, check_share, values_within
-from fusedalign.losses.preference import (
+from fusedalign.losses.common import (
     MAX_EXPONENT,
     PreferenceLoss,
     as_float,

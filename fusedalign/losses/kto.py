@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fusedalign.checks import check_finite, check_nonnegative, check_plain, check_positive, values_within
-from fusedalign.losses.preference import (
+from fusedalign.losses.common import (
     PreferenceLoss,
     check_logps,
     check_loss_type,

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fusedalign.checks import check_positive
-from fusedalign.losses.preference import PreferenceLoss, check_logps
+from fusedalign.losses.common import PreferenceLoss, check_logps
 
 #: Nearest to 0 that a mean log-probability is taken: log(1 - p) and its gradient 1 / (1 - p) stay finite in fp32.
 _NEAREST_ZERO = -1e-30

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fusedalign.checks import check_nonnegative, check_plain, check_positive, values_within
-from fusedalign.losses.preference import (
+from fusedalign.losses.common import (
     as_float,
     check_label_smoothing,
     check_loss_type,

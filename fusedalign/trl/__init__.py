@@ -7,7 +7,7 @@ from fusedalign.trl.options import HeadOptions
 from fusedalign.trl.trainers import FusedDPOTrainer, FusedKTOTrainer, FusedSFTTrainer
 
 if TYPE_CHECKING:
-    from fusedalign.trl.preference import FusedCPOTrainer, FusedORPOTrainer, FusedTPOTrainer
+    from fusedalign.trl.experimental import FusedCPOTrainer, FusedORPOTrainer, FusedTPOTrainer
 
 __all__ = [
     "FusedCPOTrainer",
@@ -25,7 +25,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """The trainers of `trl.experimental`, which is slow to import, when they are asked for."""
     if name in __all__:
-        from fusedalign.trl import preference
+        from fusedalign.trl import experimental
 
-        return getattr(preference, name)
+        return getattr(experimental, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

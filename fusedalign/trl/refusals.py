@@ -10,7 +10,7 @@ from typing import Any
 from accelerate.utils import is_peft_model
 
 from fusedalign.checks import check_finite, check_nonnegative, check_positive, check_share
-from fusedalign.losses.preference import check_label_smoothing
+from fusedalign.losses.common import check_label_smoothing
 
 #: The numbers of TRL's configurations that enter a loss, where a configuration has them and they are not None.
 _NUMBERS: dict[str, Callable[..., None]] = {
