@@ -15,7 +15,16 @@ from typing import Any
 from fusedalign.score import columns
 from fusedalign.score.records import Answer, Example, RefusedRow, Score, Source
 from fusedalign.score.scorer import Scorer
-from fusedalign.score.shards import ScoredRow, Shard, ShardStore, check_settings, shard_order, write_file
+from fusedalign.score.shards import (
+    ScoredRow,
+    Shard,
+    ShardStore,
+    check_settings,
+    shard_order,
+    synchronise,
+    temporary_name,
+    write_file,
+)
 
 #: The two models of a run, which are in memory one after the other.
 POLICY, REFERENCE = "policy", "reference"
@@ -43,7 +52,7 @@ class Run:
     @property
     def store(self) -> ShardStore:
         """Where the shards lie."""
-        return ShardStore(self.out.with_name(f"{self.out.name}.shards"), len(self.source))
+        return ShardStore(self.out.with_name(f"{self.out.name}.shards"), len(self.source), self.settings)
 
     @property
     def refused_path(self) -> Path:
@@ -80,22 +89,20 @@ def score_run(run: Run) -> Finished | None:
         ValueError: `out` is no file of this kind.
         OSError: the disk is full; what was finished stays, and the next run goes on from there.
     """
-    store = run.store
-    if run.out.exists():
-        if run.rank != 0:
-            return None
-        found = read_finished(run.out, run.settings)
-        store.remove()  # of a process that ended between the two
-        return found
-    store.check(run.settings)
-    for name, load in run.models.items():
-        _fill(run, store, name, load)
-    if run.rank != 0:
-        if run.out.exists():  # rank 0 has gone on meanwhile, and this rank may have made the folder anew
-            store.remove()
-        return None
-    finished = _finish(run, store)
-    store.remove()
+    store, is_there = run.store, run.out.exists()
+    if not is_there:
+        try:
+            store.check()
+            if all(_fill(run, store, name, load) for name, load in run.models.items()) and run.rank == 0:
+                _finish(run, store)
+        except (OSError, ValueError):
+            if not run.out.exists():  # else another process has finished it and removed what this one was reading
+                raise
+    if run.rank == 0 and not run.out.exists():
+        raise ValueError(f"{store.folder} must stay until the run is finished, got it removed: start the run again")
+    finished = read_finished(run.out, run.settings) if run.rank == 0 else None
+    if run.out.exists() and (run.rank == 0 or not is_there):  # a rank may have made a folder anew
+        store.remove()
     return finished
 
 
@@ -112,21 +119,30 @@ def evaluating(models: Iterable[Any]) -> Iterator[None]:
             module.training = training
 
 
-def _fill(run: Run, store: ShardStore, name: str, load: Callable[[], Scorer]) -> None:
-    """Make the shards of one model that are missing."""
+def _fill(run: Run, store: ShardStore, name: str, load: Callable[[], Scorer]) -> bool:
+    """Make the shards of one model that are missing; False where another process has finished the file meanwhile."""
     missing = store.missing(name)
     if not missing:
-        return
+        return True
     scorer = load()
-    scorer.max_tokens = store.claim(name, run.settings, {"max_tokens": scorer.max_tokens})["max_tokens"]
+    scorer.max_tokens = store.claim(name, {"max_tokens": scorer.max_tokens})["max_tokens"]
     done = len(run.source) - sum(stop - start for start, stop in map(store.bounds, missing))
     with _progress(f"scoring, {name}", len(run.source), done, run.rank) as advance:
         for shard, prepared in _prefetched(run, store, name):
             examples, refused = prepared.result()
-            if run.out.exists() or store.is_complete(name, shard):  # by another rank, since
+            if run.out.exists() or not store.is_claimed(name):
+                return False
+            if store.is_complete(name, shard):  # made by another rank since
                 continue
+            advance(len(refused), 0)
             scores = scorer.scores(examples, advance)
-            store.write(name, shard, _shard(examples, scores, refused))
+            try:
+                store.write(name, shard, _shard(examples, scores, refused))
+            except FileNotFoundError:
+                if store.is_claimed(name):
+                    raise
+                return False
+    return True
 
 
 def _prefetched(run: Run, store: ShardStore, name: str) -> Iterator[tuple[int, Future[Any]]]:
@@ -155,13 +171,12 @@ def _shard(examples: list[Example], scores: list[tuple[Score, ...] | str], refus
     return Shard(scored, sorted(refused))
 
 
-def _finish(run: Run, store: ShardStore) -> Finished:
+def _finish(run: Run, store: ShardStore) -> None:
     """Put the shards together: the table, and the rows that were refused."""
     import pyarrow.parquet
 
     refused: list[RefusedRow] = []
-    scored = 0
-    temporary = store.folder / "finished"  # which goes with the folder, whatever happens
+    temporary = temporary_name(store.folder / "finished")  # which goes with the folder, whatever happens
     writer = None
     try:
         for number in range(store.shards):
@@ -169,7 +184,6 @@ def _finish(run: Run, store: ShardStore) -> Finished:
             reasons = {row: reason for shard in reversed(shards) for row, reason in shard.refused}
             refused += sorted(RefusedRow(*item) for item in reasons.items())
             rows = [[x for x in shard.scored if x.row not in reasons] for shard in shards]
-            scored += len(rows[0])
             table = _table(rows, run.beta)
             if table is None:
                 continue
@@ -182,17 +196,19 @@ def _finish(run: Run, store: ShardStore) -> Finished:
             first = f", the first for: {refused[0].reason}" if refused else ""
             raise ValueError(f"expected at least one row that can be scored, got {len(refused)} refused{first}")
         writer.close()
+        synchronise(temporary)
         lines = "".join(json.dumps({"row": row, "reason": reason}) + "\n" for row, reason in refused)
         if refused:
-            write_file(store.folder / "refused", lines.encode())
-            os.replace(store.folder / "refused", run.refused_path)
+            side = temporary_name(store.folder / "refused")
+            write_file(side, lines.encode())
+            os.replace(side, run.refused_path)
         else:
             run.refused_path.unlink(missing_ok=True)
         os.replace(temporary, run.out)
+        synchronise(run.out.parent)  # before the shards are removed
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-    return Finished(run.out, len(run.source), scored, refused)
 
 
 def _table(rows: list[list[ScoredRow]], beta: float | None) -> Any:

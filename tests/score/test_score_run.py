@@ -179,7 +179,7 @@ def test_a_damaged_shard_is_made_again(tmp_path, whole, damage):
     out, log = tmp_path / "scores.parquet", []
     run = make(out, log=log)
     store = run.store
-    store.claim(POLICY, run.settings, {"max_tokens": 10})
+    store.claim(POLICY, {"max_tokens": 10})
     run_module._fill(run, store, POLICY, run.models[POLICY])
     data, note = store._paths(POLICY, 4)
     if damage == "data":
@@ -235,6 +235,102 @@ def test_a_small_disk(tmp_path, whole):
         subprocess.run(["umount", str(disk)], check=True)
 
 
+@pytest.mark.parametrize("source", ["number", "model", "run"])
+def test_a_shard_in_the_place_of_another_is_made_again(tmp_path, whole, source):
+    """A whole shard with the right checksum, copied from elsewhere."""
+    out = tmp_path / "scores.parquet"
+    run, other = make(out), make(tmp_path / "other.parquet", model="b")
+    for each, name in ((run, POLICY), (run, REFERENCE), (other, POLICY)):
+        each.store.claim(name, {"max_tokens": 10})
+        run_module._fill(each, each.store, name, each.models[name])
+    number, model, store = {
+        "number": (3, POLICY, run.store), "model": (4, REFERENCE, run.store), "run": (4, POLICY, other.store),
+    }[source]  # fmt: skip
+    for taken, place in zip(store._paths(model, number), run.store._paths(POLICY, 4), strict=True):
+        place.write_bytes(taken.read_bytes())
+    assert run.store.missing(POLICY) == [4]
+    score_run(run)
+    assert content(out) == whole
+
+
+@pytest.mark.parametrize("damage", [b"", b"{", b"[]", b"\xff"])
+def test_damaged_settings_are_written_again(tmp_path, whole, damage):
+    out = tmp_path / "scores.parquet"
+    run = make(out)
+    run.store.claim(POLICY, {"max_tokens": 10})
+    (run.store.folder / POLICY / "settings.json").write_bytes(damage)
+    score_run(run)
+    assert content(out) == whole
+
+
+def test_a_file_system_without_links(tmp_path, whole, monkeypatch):
+    def link(own, path):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", link)
+    score_run(make(tmp_path / "scores.parquet"))
+    assert content(tmp_path / "scores.parquet") == whole
+
+
+def test_the_finished_file_is_on_the_disk_before_the_shards_go(tmp_path, monkeypatch):
+    out, log = tmp_path / "scores.parquet", []
+    fsync, replace, remove = os.fsync, os.replace, ShardStore.remove
+
+    def noting(name, function):
+        def wrapper(*args):
+            target = os.readlink(f"/proc/self/fd/{args[0]}") if name == "fsync" else str(args[-1])
+            log.append((name, target))
+            return function(*args)
+
+        return wrapper
+
+    monkeypatch.setattr(os, "fsync", noting("fsync", fsync))
+    monkeypatch.setattr(os, "replace", noting("replace", replace))
+    monkeypatch.setattr(ShardStore, "remove", lambda self: (log.append(("remove", "")), remove(self)))
+    score_run(make(out))
+    renamed = log.index(("replace", str(out)))
+    assert any(name == "fsync" and "/finished" in target for name, target in log[:renamed])
+    assert log[renamed + 1 :] == [("fsync", str(tmp_path)), ("remove", "")]
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_processes_that_know_nothing_of_each_other(tmp_path, whole, processes):
+    """The same command twice at once, without torchrun: each is rank 0, and neither fails nor damages the file."""
+    for attempt in range(5):
+        out = tmp_path / str(attempt) / "scores.parquet"
+        out.parent.mkdir()
+        children = []
+        for _ in range(processes):
+            pid = os.fork()
+            if pid == 0:
+                code = 1
+                with contextlib.suppress(BaseException):
+                    finished = score_run(make(out))
+                    code = 0 if finished.rows == ROWS else 2
+                os._exit(code)
+            children.append(pid)
+        assert [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children] == [0] * processes
+        assert content(out) == whole
+        assert sorted(p.name for p in out.parent.iterdir()) == ["scores.parquet", "scores.refused.jsonl"]
+
+
+def test_a_rank_stops_where_the_run_was_finished_without_it(tmp_path):
+    """Also where the finished file has been taken away since, as that of a reference cache."""
+    out, log = tmp_path / "scores.parquet", []
+
+    class Late(FakeScorer):
+        def scores(self, examples, advance=None):
+            if not log:
+                score_run(make(out, reference=False))
+                out.unlink()
+            return super().scores(examples, advance)
+
+    run = make(out, 1, 2, reference=False)
+    assert score_run(Run(run.source, out, run.settings, {POLICY: lambda: Late(POLICY, log)}, None, 1, 2)) is None
+    assert len(log) == 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["scores.refused.jsonl"]
+
+
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_ranks_share_the_work_and_write_the_same_file(tmp_path, whole, ranks):
     out = tmp_path / "scores.parquet"
@@ -276,7 +372,7 @@ def test_other_settings_are_refused(tmp_path, finished):
     if finished:
         score_run(run)
     else:
-        run.store.claim(POLICY, run.settings, {"max_tokens": 10})
+        run.store.claim(POLICY, {"max_tokens": 10})
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     with pytest.raises(SettingsMismatchError, match=r"--out must be new or of the same settings, .* model a, not b"):
         score_run(make(out, model="b"))
@@ -300,7 +396,7 @@ def test_a_budget_of_an_earlier_process_is_kept(tmp_path):
     """So that a run that goes on has the batches of an uninterrupted one."""
     out, seen = tmp_path / "scores.parquet", []
     run = make(out, reference=False)
-    run.store.claim(POLICY, run.settings, {"max_tokens": 77})
+    run.store.claim(POLICY, {"max_tokens": 77})
 
     class Noting(FakeScorer):
         def scores(self, examples, advance=None):
@@ -322,7 +418,8 @@ def test_no_row_that_can_be_scored(tmp_path):
 
 
 def test_shards_hold_every_bit(tmp_path):
-    store = ShardStore(tmp_path, 4)
+    store = ShardStore(tmp_path, 4, {})
+    store.claim(POLICY, {})
     score = Score(-1 / 3, 2, True, {"logps": [-0.1, -1e-300], "ranks": [0, 5]})
     shard = Shard([ScoredRow(0, ("text",), (12,), (score,))], [RefusedRow(3, "ü\n\x00")])
     store.write(POLICY, 0, shard)
