@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -106,6 +107,12 @@ def score_run(run: Run) -> Finished | None:
     return finished
 
 
+def check_beta(beta: float) -> None:
+    """Raises ValueError unless it is a number above 0."""
+    if not 0 < beta < math.inf:
+        raise ValueError(f"beta must be a number above 0, got {beta}")
+
+
 @contextlib.contextmanager
 def evaluating(models: Iterable[Any]) -> Iterator[None]:
     """Models in eval mode, afterwards as they were."""
@@ -135,7 +142,11 @@ def _fill(run: Run, store: ShardStore, name: str, load: Callable[[], Scorer]) ->
             if store.is_complete(name, shard):  # made by another rank since
                 continue
             advance(len(refused), 0)
-            scores = scorer.scores(examples, advance)
+            try:
+                scores = scorer.scores(examples, advance)
+            except ValueError:
+                store.retract(name)
+                raise
             try:
                 store.write(name, shard, _shard(examples, scores, refused))
             except FileNotFoundError:
@@ -184,17 +195,16 @@ def _finish(run: Run, store: ShardStore) -> None:
             reasons = {row: reason for shard in reversed(shards) for row, reason in shard.refused}
             refused += sorted(RefusedRow(*item) for item in reasons.items())
             rows = [[x for x in shard.scored if x.row not in reasons] for shard in shards]
-            table = _table(rows, run.beta)
-            if table is None:
+            is_last = number == store.shards - 1
+            if not rows[0] and not (is_last and writer is None):  # one without a row has no columns but the first
                 continue
+            table = _table(rows, run.beta)
             if writer is None:
                 about = {"settings": run.settings, "rows": len(run.source)}
                 schema = table.schema.with_metadata({_METADATA: json.dumps(about).encode()})
                 writer = pyarrow.parquet.ParquetWriter(temporary, schema)
             writer.write_table(table.cast(writer.schema))
-        if writer is None:
-            first = f", the first for: {refused[0].reason}" if refused else ""
-            raise ValueError(f"expected at least one row that can be scored, got {len(refused)} refused{first}")
+        assert writer is not None
         writer.close()
         synchronise(temporary)
         lines = "".join(json.dumps({"row": row, "reason": reason}) + "\n" for row, reason in refused)
@@ -212,10 +222,8 @@ def _finish(run: Run, store: ShardStore) -> None:
 
 
 def _table(rows: list[list[ScoredRow]], beta: float | None) -> Any:
-    """The rows of one shard, by one model or two, as the file has them; None: there is none."""
+    """The rows of one shard, by one model or two, as the file has them."""
     policy, *reference = rows
-    if not policy:
-        return None
     examples = [
         Example(x.row, tuple(Answer(name, (), size) for name, size in zip(x.names, x.text_bytes, strict=True)))
         for x in policy

@@ -68,11 +68,8 @@ class Scorer:
         autocast: torch.dtype | None = None,
         **options: Any,
     ) -> None:
-        self.model, self.per_token, self.options = causal_lm(model), tuple(per_token), options
+        self.model, self.per_token, self.options = causal_lm(model), check_per_token(per_token), options
         self.autocast = autocast
-        for name in self.per_token:
-            if name not in PER_TOKEN:
-                raise ValueError(f"per_token must be of {', '.join(PER_TOKEN)}, got {name!r}")
         if packed not in (AUTO, True, False):
             raise ValueError(f"packed must be 'auto', True or False, got {packed!r}")
         self.refusal = "packed=False" if packed is False else packing_refusal(self.model)
@@ -213,6 +210,19 @@ class Scorer:
         free = torch.cuda.mem_get_info(self.device)[0]
         free += torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
         return max(length, min(MOST_TOKENS, int(_SHARE * free / taken * length * count)))
+
+
+def check_per_token(names: Iterable[str]) -> tuple[str, ...]:
+    """The names, each of `PER_TOKEN`, in its order.
+
+    Raises:
+        ValueError: another name.
+    """
+    given = [names] if isinstance(names, str) else [*names]
+    for name in given:
+        if name not in PER_TOKEN:
+            raise ValueError(f"per_token must be of {', '.join(PER_TOKEN)}, got {name!r}")
+    return tuple(name for name in PER_TOKEN if name in given)
 
 
 def _prompt(window: Window) -> tuple[int, ...]:

@@ -102,6 +102,14 @@ class ShardStore:
         claim = _read_claim(path)
         return chosen if claim is None else claim["chosen"]
 
+    def retract(self, model: str) -> None:
+        """Undo `claim` where no shard has come of it, so that a run whose settings fail at once blocks no other."""
+        folder = self.folder / model
+        if folder.is_dir() and [path.name for path in folder.iterdir()] == [_SETTINGS]:
+            shutil.rmtree(folder)
+            with contextlib.suppress(OSError):  # another model's shards are there
+                self.folder.rmdir()
+
     def is_claimed(self, model: str) -> bool:
         """Whether the folder of a model is there: it goes when the run is finished, perhaps by another process."""
         return (self.folder / model).is_dir()

@@ -413,8 +413,12 @@ def test_no_row_that_can_be_scored(tmp_path):
             return [], [RefusedRow(row, "it is empty") for row in range(start, stop)]
 
     run = make(tmp_path / "scores.parquet")
-    with pytest.raises(ValueError, match="at least one row that can be scored, got 43 refused, the first for: it is"):
-        score_run(Run(Nothing(), run.out, run.settings, run.models, run.beta))
+    for _ in range(2):  # the second reads the finished file
+        finished = score_run(Run(Nothing(), run.out, run.settings, run.models, run.beta))
+        assert (finished.rows, finished.scored, len(finished.refused)) == (ROWS, 0, ROWS)
+    assert pyarrow.parquet.read_table(run.out).num_rows == 0
+    lines = run.refused_path.read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [{"row": i, "reason": "it is empty"} for i in range(ROWS)]
 
 
 def test_shards_hold_every_bit(tmp_path):
