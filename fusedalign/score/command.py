@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import functools
 import os
 import sys
@@ -100,6 +101,13 @@ def score_command(argv: list[str]) -> int:
         raise KeyboardInterrupt(
             f"what is scored lies in {run.store.folder}: the same command goes on from there"
         ) from None
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise OSError(
+            f"--out must be on a disk with space left, got {out} on a full one: what is scored lies in "
+            f"{run.store.folder}, and the same command goes on from there"
+        ) from error
     return 0 if finished is None else _report(finished, kind, own)
 
 

@@ -192,6 +192,27 @@ def test_what_fails_at_once_blocks_no_other_settings(run, tmp_path):
     run(PAIRS)
 
 
+def test_a_full_disk_is_one_line_with_the_remedy(run, tmp_path, monkeypatch):
+    import errno
+    import os
+
+    fsync, count = os.fsync, []
+
+    def full(descriptor):
+        count.append(descriptor)
+        if len(count) > 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        fsync(descriptor)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        _, printed = run(PAIRS, status=2)
+    assert f"got {tmp_path / 'scores.parquet'} on a full one" in printed.err
+    assert "the same command goes on from there" in printed.err
+    assert printed.err.count("\n") == 1
+    run(PAIRS)
+
+
 def test_code_of_the_model_counts(folder, tmp_path):
     import shutil
 
