@@ -15,7 +15,7 @@ from typing import Any
 
 from fusedalign.embedded import EMBEDDED_NAME, build_embedded_model
 from fusedalign.reports import check_writable, plot_failure, warn
-from fusedalign.score import identity, summary
+from fusedalign.score import columns, identity, summary
 from fusedalign.score.reference import FLAG, reference_command
 from fusedalign.score.rows import RowOptions, Rows
 from fusedalign.score.run import POLICY, REFERENCE, Finished, Run, check_beta, ranks_here, score_run
@@ -53,7 +53,9 @@ class ScoreArguments:
     assistant_only_loss: bool = field(
         default=False, metadata={"help": "As TRL's SFTConfig: score the assistant's turns of a conversation alone."}
     )
-    dataset_text_field: str = field(default=RowOptions().dataset_text_field, metadata={"help": "The column of plain text."})
+    dataset_text_field: str = field(
+        default=RowOptions().dataset_text_field, metadata={"help": "The column of plain text."}
+    )
     max_tokens_per_batch: str = field(
         default=AUTO, metadata={"help": "Token positions that run together; auto takes what fits, and halves on need."}
     )
@@ -125,7 +127,9 @@ def _report(finished: Finished, kind: str, own: ScoreArguments) -> int:
     """Print the summary, draw the histogram, and tell of refused rows."""
     import pyarrow.parquet
 
-    table = pyarrow.parquet.read_table(finished.out)
+    names = pyarrow.parquet.read_schema(finished.out).names
+    lists = tuple(columns.TOKENS)  # which may be many times as large as the rest
+    table = pyarrow.parquet.read_table(finished.out, columns=[name for name in names if not name.endswith(lists)])
     about = {"out": str(finished.out), "kind": kind, "refused": finished.refused}
     print(summary.summary(table, about))
     picture = finished.out.with_suffix(".png")
@@ -159,8 +163,8 @@ def _parser() -> Any:
 _USUAL = (
     "model_name_or_path", "adapter", "dataset_name", "dataset_config", "dataset_train_split", "out", "ref_model",
     "beta", "max_length", "truncation_mode", "stride", "completion_only_loss", "assistant_only_loss",
-    "dataset_text_field", "max_tokens_per_batch", "per_token", "strict", "dtype", "load_in_4bit", "load_in_8bit", "trust_remote_code",
-    "fused_impl", "fused_packed", "accelerate_config",
+    "dataset_text_field", "max_tokens_per_batch", "per_token", "strict", "dtype", "load_in_4bit", "load_in_8bit",
+    "trust_remote_code", "fused_impl", "fused_packed", "accelerate_config",
 )  # fmt: skip
 
 
@@ -194,8 +198,9 @@ def _parse(parser: Any, argv: list[str]) -> tuple[Any, Any, Any, ScoreArguments]
     os.environ.update(words.env)
     script, model, head, own, *_ = parser.parse_dict(vars(words.values), allow_extra_keys=True)
     _ = head.packed  # raises
-    if own.max_tokens_per_batch != AUTO and not (own.max_tokens_per_batch.isdecimal() and int(own.max_tokens_per_batch)):
-        raise ValueError(f"max_tokens_per_batch must be auto or a number of tokens, got {own.max_tokens_per_batch!r}")
+    budget = own.max_tokens_per_batch
+    if budget != AUTO and not (budget.isdecimal() and int(budget)):
+        raise ValueError(f"max_tokens_per_batch must be auto or a number of tokens, got {budget!r}")
     check_beta(own.beta)
     own.per_token = list(check_per_token(own.per_token))
     return script, model, head, own

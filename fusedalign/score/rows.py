@@ -143,7 +143,7 @@ class Rows:
         if is_chat and not getattr(self.tokenizer, "chat_template", None):
             raise ValueError("the tokenizer must have a chat template for rows with messages, got none")
         if self.options.assistant_only_loss and not is_chat:
-            raise ValueError("rows must hold messages where the assistant's alone count (assistant_only_loss), got text")
+            raise ValueError("rows must hold messages for assistant_only_loss, got text")
         for name in (*_ANSWERS, self.options.dataset_text_field):
             if name in shaped and _is_empty(shaped[name]):
                 raise ValueError(f"{name} must not be empty, got {_short(shaped[name])}")

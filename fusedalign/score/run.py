@@ -202,7 +202,7 @@ def _finish(run: Run, store: ShardStore) -> None:
             if writer is None:
                 about = {"settings": run.settings, "rows": len(run.source)}
                 schema = table.schema.with_metadata({_METADATA: json.dumps(about).encode()})
-                writer = pyarrow.parquet.ParquetWriter(temporary, schema)
+                writer = pyarrow.parquet.ParquetWriter(temporary, schema, write_page_checksum=True)
             writer.write_table(table.cast(writer.schema))
         assert writer is not None
         writer.close()
@@ -243,14 +243,26 @@ def read_finished(out: Path, settings: dict[str, Any]) -> Finished:
     import pyarrow.parquet
 
     try:
-        file = pyarrow.parquet.ParquetFile(out)
+        file = pyarrow.parquet.ParquetFile(out, page_checksum_verification=True)
         about = json.loads(file.schema_arrow.metadata[_METADATA])
+        for i in range(file.num_row_groups):  # which finds damage
+            file.read_row_group(i)
     except (pyarrow.ArrowException, OSError, KeyError, TypeError, ValueError):
-        raise ValueError(f"--out must be new or a file of `fusedalign score`, got {out}: remove it first") from None
+        raise ValueError(
+            f"--out must be new or an undamaged file of `fusedalign score`, got {out}: remove it first"
+        ) from None
     check_settings(about["settings"], settings, out)
-    side = out.with_suffix(".refused.jsonl")
-    lines = side.read_text(encoding="utf-8").splitlines() if side.exists() else []
-    refused = [RefusedRow(line["row"], line["reason"]) for line in map(json.loads, lines)]
+    side, missing = out.with_suffix(".refused.jsonl"), about["rows"] - file.metadata.num_rows
+    try:
+        lines = side.read_text(encoding="utf-8").splitlines() if missing else []
+        refused = [RefusedRow(line["row"], line["reason"]) for line in map(json.loads, lines)]
+    except (OSError, KeyError, TypeError, ValueError):
+        refused = []
+    if len(refused) != missing:
+        raise ValueError(
+            f"{side} must hold the {missing} rows that could not be scored, got {len(refused)}: remove {out} to score "
+            "again"
+        )
     return Finished(out, about["rows"], file.metadata.num_rows, refused)
 
 

@@ -285,7 +285,9 @@ def _vocabulary_refusal(example: Example, vocab: int) -> str | None:
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    """Of PyTorch's allocators, of the CUDA driver (a kernel's launch) and of cuBLAS (its workspace)."""
+    words = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
 
 
 def _merged(i: int, example: Example, parts: dict[tuple[int, int, int], Score | str]) -> tuple[Score, ...] | str:

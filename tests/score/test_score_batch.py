@@ -5,10 +5,10 @@ import peft
 import pytest
 import torch
 
+from fusedalign.head import LMHead
 from fusedalign.packing import LayoutError
 from fusedalign.score import sequence_logps
 from fusedalign.score.batch import count_likelier
-from fusedalign.head import LMHead
 
 
 def batch(rows, left=False, seed=0):
