@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -29,6 +30,9 @@ from fusedalign.score.shards import (
 
 #: The two models of a run, which are in memory one after the other.
 POLICY, REFERENCE = "policy", "reference"
+
+#: Seconds between two lines of progress in a log.
+_LOG_SECONDS = 30
 
 #: What stands in the metadata of the finished file.
 _METADATA = b"fusedalign.score"
@@ -268,11 +272,24 @@ def read_finished(out: Path, settings: dict[str, Any]) -> Finished:
 
 @contextlib.contextmanager
 def _progress(title: str, rows: int, done: int, rank: int) -> Iterator[Callable[[int, int], None]]:
-    """A bar with rows, tokens a second and the time left; silent where stderr is no terminal, or on other ranks."""
+    """A bar with rows, tokens a second and the time left; silent on other ranks.
+
+    Where stderr is no terminal it is a line from time to time, and none of a short run.
+    """
     from tqdm import tqdm
 
-    silent = rank != 0 or not sys.stderr.isatty()
-    with tqdm(total=rows, initial=done, desc=title, unit=" rows", disable=silent, dynamic_ncols=True) as bar:
+    size = shutil.get_terminal_size()
+    pause = {} if sys.stderr.isatty() else {"delay": _LOG_SECONDS, "mininterval": _LOG_SECONDS, "miniters": 1}
+    with tqdm(
+        total=rows,
+        initial=done,
+        desc=title,
+        unit=" rows",
+        disable=rank != 0,
+        ncols=size.columns,  # tqdm itself shows nothing on a terminal that does not know its size
+        nrows=size.lines,
+        **pause,
+    ) as bar:
         tokens = 0
 
         def advance(rows: int, count: int) -> None:

@@ -5,8 +5,10 @@ import errno
 import json
 import math
 import os
+import pty
 import signal
 import subprocess
+import time
 
 import pyarrow.parquet
 import pytest
@@ -429,6 +431,35 @@ def test_a_budget_of_an_earlier_process_is_kept(tmp_path):
 
     score_run(Run(run.source, out, run.settings, {POLICY: Noting}))
     assert set(seen) == {77}
+
+
+def test_a_terminal_shows_rows_tokens_and_the_time_left(tmp_path, monkeypatch):
+    """Also one that knows no width, as that of `script`."""
+    master, slave = pty.openpty()
+    with os.fdopen(slave, "w") as terminal:
+        monkeypatch.setattr("sys.stderr", terminal)
+        with run_module._progress("scoring, policy", 10, 2, rank=0) as advance:
+            time.sleep(0.15)
+            advance(3, 600)
+        with run_module._progress("scoring, reference", 10, 0, rank=1) as advance:
+            advance(3, 600)
+    shown = os.read(master, 65536).decode()
+    os.close(master)
+    assert "scoring, policy" in shown
+    assert " 5/10 " in shown
+    assert "tokens/s" in shown
+    assert "<00:00" in shown
+    assert "reference" not in shown
+
+
+def test_a_log_has_a_line_from_time_to_time(capsys, monkeypatch):
+    for seconds, is_shown in ((30, False), (0.01, True)):
+        monkeypatch.setattr(run_module, "_LOG_SECONDS", seconds)
+        with run_module._progress("scoring, policy", 10, 0, rank=0) as advance:
+            for _ in range(2):
+                time.sleep(0.02)
+                advance(3, 600)
+        assert ("tokens/s" in capsys.readouterr().err) == is_shown
 
 
 def test_no_row_that_can_be_scored(tmp_path):
