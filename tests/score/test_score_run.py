@@ -443,7 +443,11 @@ def test_a_terminal_shows_rows_tokens_and_the_time_left(tmp_path, monkeypatch):
             advance(3, 600)
         with run_module._progress("scoring, reference", 10, 0, rank=1) as advance:
             advance(3, 600)
-    shown = os.read(master, 65536).decode()
+        os.set_blocking(master, False)
+        shown = ""
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                shown += os.read(master, 65536).decode()
     os.close(master)
     assert "scoring, policy" in shown
     assert " 5/10 " in shown
