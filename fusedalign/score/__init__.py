@@ -51,7 +51,8 @@ def score(
         options: more of `fusedalign.linear_logps`, such as `impl`.
 
     Returns:
-        A `datasets.Dataset` with the columns of docs/scoring.md; rows that could not be scored are left out.
+        A `datasets.Dataset` with the columns of docs/scoring.md; rows that could not be scored are left out. With `out`
+        and more than one process (`torchrun`) None on all ranks but the first.
 
     Raises:
         ValueError: no row can be scored, or `out` is of another model, other data or other settings.
@@ -65,32 +66,42 @@ def score(
 
     from fusedalign.score import identity
     from fusedalign.score.rows import RowOptions, Rows
-    from fusedalign.score.run import POLICY, REFERENCE, Run, evaluating, ranks_here, score_run
-    from fusedalign.score.scorer import Scorer
+    from fusedalign.score.run import POLICY, REFERENCE, Run, check_beta, evaluating, ranks_here, score_run
+    from fusedalign.score.scorer import Scorer, check_per_token
 
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     rows = RowOptions(
-        max_length=max_length or limit,
+        max_length=limit if max_length is None else max_length,
         truncation_mode=truncation_mode,
         stride=stride,
-        completion_only=completion_only_loss,
-        assistant_only=assistant_only_loss,
+        completion_only_loss=completion_only_loss,
+        assistant_only_loss=assistant_only_loss,
     )
-    scorer = {"packed": packed, "per_token": list(per_token), "max_tokens": max_tokens_per_batch, **options}
+    check_beta(beta)
+    source = Rows(dataset, tokenizer, rows)
+    per_token = check_per_token(per_token)
+    scorer = {"packed": packed, "per_token": per_token, "max_tokens": max_tokens_per_batch, **options}
     models = {POLICY: model} | ({} if ref_model is None else {REFERENCE: ref_model})
     loaders = {name: lambda each=each: Scorer(each, **scorer) for name, each in models.items()}
     settings = {
         **{f"{name} weights": identity.of_model(each) for name, each in models.items() if out is not None},
         "tokenizer": identity.of_tokenizer(tokenizer),
-        "dataset": identity.of_dataset(dataset),
-        "rows": dataclasses.asdict(rows),
+        "dataset": None if out is None else identity.of_dataset(source.dataset),
+        **dataclasses.asdict(rows),
         "beta": None if ref_model is None else beta,
-        **{name: value if isinstance(value, (int, float, list)) else str(value) for name, value in scorer.items()},
+        "per_token": list(per_token),
+        "max_tokens_per_batch": max_tokens_per_batch,
+        "packed": packed,
+        **{name: value if isinstance(value, (int, float)) else str(value) for name, value in options.items()},
     }
     rank, ranks, _ = ranks_here() if out is not None else (0, 1, 0)
     with tempfile.TemporaryDirectory() as folder, evaluating(models.values()):
         path = Path(folder) / "scores.parquet" if out is None else Path(out)
-        source = Rows(dataset, tokenizer, rows)
         reward = None if ref_model is None else beta
         finished = score_run(Run(source, path, settings, loaders, reward, rank, ranks))
+        if finished is not None and not finished.scored:
+            raise ValueError(
+                f"expected a row that can be scored, got {finished.rows} that cannot, the first for: "
+                f"{finished.refused[0].reason}"
+            )
         return None if finished is None else datasets.Dataset.from_parquet(str(path), keep_in_memory=out is None)

@@ -98,6 +98,10 @@ def sequence_logps(
     for name, x in {"labels": labels, "attention_mask": attention_mask}.items():
         if x.shape != input_ids.shape or x.ndim != 2:
             raise ValueError(f"{name} must be [B, L] like input_ids, {tuple(input_ids.shape)}, got {tuple(x.shape)}")
+    if bool(((labels != -100) & (attention_mask.to(labels.device) == 0)).any()):
+        raise ValueError("labels must be -100 where attention_mask is 0, got labels on padding")
+    if packed not in ("auto", True, False):
+        raise ValueError(f"packed must be 'auto', True or False, got {packed!r}")
     model = causal_lm(model)
     if packed == "auto":
         packed = packing_refusal(model) is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import functools
 import os
 import sys
@@ -14,11 +15,11 @@ from typing import Any
 
 from fusedalign.embedded import EMBEDDED_NAME, build_embedded_model
 from fusedalign.reports import check_writable, plot_failure, warn
-from fusedalign.score import identity, summary
+from fusedalign.score import columns, identity, summary
 from fusedalign.score.reference import FLAG, reference_command
 from fusedalign.score.rows import RowOptions, Rows
-from fusedalign.score.run import POLICY, REFERENCE, Finished, Run, ranks_here, score_run
-from fusedalign.score.scorer import AUTO, PER_TOKEN, Scorer
+from fusedalign.score.run import POLICY, REFERENCE, Finished, Run, check_beta, ranks_here, score_run
+from fusedalign.score.scorer import AUTO, PER_TOKEN, Scorer, check_per_token
 
 #: The exit status where rows were refused and `--strict` is given.
 STRICT_STATUS = 3
@@ -52,7 +53,9 @@ class ScoreArguments:
     assistant_only_loss: bool = field(
         default=False, metadata={"help": "As TRL's SFTConfig: score the assistant's turns of a conversation alone."}
     )
-    dataset_text_field: str = field(default=RowOptions().text_field, metadata={"help": "The column of plain text."})
+    dataset_text_field: str = field(
+        default=RowOptions().dataset_text_field, metadata={"help": "The column of plain text."}
+    )
     max_tokens_per_batch: str = field(
         default=AUTO, metadata={"help": "Token positions that run together; auto takes what fits, and halves on need."}
     )
@@ -100,6 +103,13 @@ def score_command(argv: list[str]) -> int:
         raise KeyboardInterrupt(
             f"what is scored lies in {run.store.folder}: the same command goes on from there"
         ) from None
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise OSError(
+            f"--out must be on a disk with space left, got {out} on a full one: what is scored lies in "
+            f"{run.store.folder}, and the same command goes on from there"
+        ) from error
     return 0 if finished is None else _report(finished, kind, own)
 
 
@@ -117,14 +127,19 @@ def _report(finished: Finished, kind: str, own: ScoreArguments) -> int:
     """Print the summary, draw the histogram, and tell of refused rows."""
     import pyarrow.parquet
 
-    table = pyarrow.parquet.read_table(finished.out)
-    about = {"out": str(finished.out), "kind": kind, "rows": finished.rows, "refused": finished.refused}
+    names = pyarrow.parquet.read_schema(finished.out).names
+    lists = tuple(columns.TOKENS)  # which may be many times as large as the rest
+    table = pyarrow.parquet.read_table(finished.out, columns=[name for name in names if not name.endswith(lists)])
+    about = {"out": str(finished.out), "kind": kind, "refused": finished.refused}
     print(summary.summary(table, about))
     picture = finished.out.with_suffix(".png")
-    reason = plot_failure(functools.partial(summary.histogram, table), picture)
-    for text in [] if reason is None else [reason]:
-        warn(text)
-    files = [str(finished.out), *([] if reason else [str(picture)])]
+    files = [str(finished.out)]
+    if finished.scored:
+        reason = plot_failure(functools.partial(summary.histogram, table), picture)
+        if reason is None:
+            files.append(str(picture))
+        else:
+            warn(reason)
     print("\n" + "\n".join(f"wrote {name}" for name in files))
     if finished.refused:
         side = finished.out.with_suffix(".refused.jsonl")
@@ -183,15 +198,11 @@ def _parse(parser: Any, argv: list[str]) -> tuple[Any, Any, Any, ScoreArguments]
     os.environ.update(words.env)
     script, model, head, own, *_ = parser.parse_dict(vars(words.values), allow_extra_keys=True)
     _ = head.packed  # raises
-    for name in ("max_length", "stride"):
-        value = getattr(own, name)
-        if value is not None and value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
-    if own.max_tokens_per_batch != AUTO and not own.max_tokens_per_batch.isdigit():
-        raise ValueError(f"max_tokens_per_batch must be auto or a number of tokens, got {own.max_tokens_per_batch!r}")
-    for name in own.per_token:
-        if name not in PER_TOKEN:
-            raise ValueError(f"per_token must be of {', '.join(PER_TOKEN)}, got {name!r}")
+    budget = own.max_tokens_per_batch
+    if budget != AUTO and not (budget.isdecimal() and int(budget)):
+        raise ValueError(f"max_tokens_per_batch must be auto or a number of tokens, got {budget!r}")
+    check_beta(own.beta)
+    own.per_token = list(check_per_token(own.per_token))
     return script, model, head, own
 
 
@@ -211,12 +222,12 @@ def _run(script: Any, model: Any, head: Any, own: ScoreArguments, out: Path) -> 
     dataset = _dataset(script)
     tokenizer = names.tokenizer(model)
     options = RowOptions(
-        max_length=own.max_length or names.limit(model),
+        max_length=names.limit(model) if own.max_length is None else own.max_length,
         truncation_mode=own.truncation_mode,
         stride=own.stride,
-        completion_only=own.completion_only_loss,
-        assistant_only=own.assistant_only_loss,
-        text_field=own.dataset_text_field,
+        completion_only_loss=own.completion_only_loss,
+        assistant_only_loss=own.assistant_only_loss,
+        dataset_text_field=own.dataset_text_field,
     )
     rows = Rows(dataset, tokenizer, options)
     scorer: dict[str, Any] = {
@@ -231,12 +242,17 @@ def _run(script: Any, model: Any, head: Any, own: ScoreArguments, out: Path) -> 
         "adapter": names.adapter and identity.of_files(names.adapter, None),
         "ref_model": names.reference and identity.of_files(names.reference, None),
         "dtype": model.dtype,
-        "quantization": [model.load_in_4bit, model.load_in_8bit],
+        "attn_implementation": model.attn_implementation,
+        "load_in_8bit": model.load_in_8bit,
+        "load_in_4bit": model.load_in_4bit and [model.bnb_4bit_quant_type, model.use_bnb_nested_quant],
         "tokenizer": identity.of_tokenizer(tokenizer),
-        "dataset": identity.of_dataset(dataset),
-        "rows": dataclasses.asdict(options),
+        "dataset": identity.of_dataset(rows.dataset),
+        **dataclasses.asdict(options),
         "beta": own.beta if names.reference else None,
-        **{name: value for name, value in scorer.items() if name != "workspace"},
+        "per_token": own.per_token,
+        "max_tokens_per_batch": scorer["max_tokens"],
+        "fused_packed": head.packed,
+        "fused_impl": head.fused_impl,
     }
     loaders: dict[str, Callable[[], Scorer]] = {POLICY: lambda: Scorer(names.load(model, local), **scorer)}
     if names.reference is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -76,6 +77,11 @@ def reference_command(argv: list[str]) -> None:
     }
     model = _load(found, arguments)
     about = ref_cache.about(model, found.processing_class, training, found.path)
+    rank, ranks, _ = ranks_here()
+    if _is_there(own.ref_cache, about, sequences):
+        if rank == 0:
+            print(f"{own.ref_cache} is there already: train with --ref_logps {own.ref_cache}")
+        return
     autocast = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else None
     scorer: dict[str, Any] = {
         "packed": arguments.fused.packed,
@@ -86,7 +92,6 @@ def reference_command(argv: list[str]) -> None:
     facts = {key: value for key, value in dataclasses.asdict(about).items() if key not in ("model", "packages")}
     settings = json.loads(json.dumps({**facts, **scorer, "sequences": digest(list(sequences))}, default=str))
     out = own.ref_cache.with_name(f"{own.ref_cache.name}.scores.parquet")
-    rank, ranks, _ = ranks_here()
     source = SequenceSource(list(sequences.values()))
     finished = score_run(Run(source, out, settings, {POLICY: lambda: Scorer(model, **scorer)}, rank=rank, ranks=ranks))
     if finished is None:
@@ -94,7 +99,7 @@ def reference_command(argv: list[str]) -> None:
     if finished.refused:
         raise ValueError(
             f"expected sequences that can all be scored, got {len(finished.refused)} of {finished.rows} that cannot, "
-            f"the first for: {finished.refused[0].reason}"
+            f"the first for: {finished.refused[0].reason}; to try again remove {out}"
         )
     logps = pyarrow.parquet.read_table(out, columns=["logps"])["logps"].to_pylist()
     ref_cache.write_cache(own.ref_cache, about, list(sequences), logps)
@@ -102,6 +107,30 @@ def reference_command(argv: list[str]) -> None:
     print(
         f"wrote {own.ref_cache}: {len(sequences)} sequences under {found.path}\ntrain with --ref_logps {own.ref_cache}"
     )
+
+
+def _is_there(path: Path, about: Any, keys: Collection[str]) -> bool:
+    """Whether a file is this very cache.
+
+    Raises:
+        ValueError: another file.
+    """
+    from fusedalign.trl.ref_cache import read_cache
+
+    if not path.exists():
+        return False
+    try:
+        found = read_cache(path)
+    except (ValueError, FileNotFoundError):
+        raise ValueError(f"{FLAG} must be new or the same cache, got {path}, another file: remove it first") from None
+    wanted, known = dataclasses.asdict(about), dataclasses.asdict(found.about)
+    differing = [name for name in wanted if name not in ("model", "packages") and wanted[name] != known[name]]
+    differing += ["rows"] if found.logps.keys() != set(keys) else []
+    if differing:
+        raise ValueError(
+            f"{FLAG} must be new or the same cache, got {path} with another {', '.join(differing)}: remove it first"
+        )
+    return True
 
 
 def _load(found: Any, arguments: Any) -> Any:

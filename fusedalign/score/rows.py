@@ -6,7 +6,7 @@ What counts in a row:
 |---|---|---|---|
 | chosen, rejected; perhaps prompt | `DPOTrainer` | both answers | cut as there |
 | prompt, completion | `SFTTrainer` | the completion | cut as there |
-| messages, or conversations | `SFTTrainer` | all, or the assistant's (assistant_only) | cut as there |
+| messages, or conversations | `SFTTrainer` | all, or the assistant's (assistant_only_loss) | cut as there |
 | text | `SFTTrainer`, so its EOS too | all | windows |
 | input_ids alone | the row | all | windows |
 | input_ids with labels, completion_mask or assistant_masks | the row | as `SFTTrainer` masks them | cut as there |
@@ -49,11 +49,11 @@ class RowOptions:
     """what is kept of longer ones, or "keep_end"; not for text, see `stride`"""
     stride: int | None = None
     """for text and tokens that are longer: tokens from a window to the next; None: half of max_length"""
-    completion_only: bool | None = None
+    completion_only_loss: bool | None = None
     """TRL's completion_only_loss, for prompts with completions; None: they count alone"""
-    assistant_only: bool = False
+    assistant_only_loss: bool = False
     """TRL's assistant_only_loss, for conversations"""
-    text_field: str = "text"
+    dataset_text_field: str = "text"
     """the column of plain text"""
 
     def __post_init__(self) -> None:
@@ -91,10 +91,11 @@ class Rows:
     def __init__(self, dataset: Any, tokenizer: Any, options: RowOptions) -> None:
         self.options, self.tokenizer = options, tokenizer
         columns = _columns(dataset)
-        self.kind, self.fields = _kind(columns, options.text_field)
+        self.kind, self.fields = _kind(columns, options.dataset_text_field)
         """kind: "preference", "completion", "conversation" or "text" (tokens count as text)"""
         _check_options(self.kind, self.fields, options)
-        self._dataset = _readable(dataset, [name for name in (*self.fields, *_RENDERING) if name in columns])
+        self.dataset: Any = _readable(dataset, [name for name in (*self.fields, *_RENDERING) if name in columns])
+        """the columns that are read"""
         self._vocabulary = len(getattr(tokenizer, "tokenizer", tokenizer))
         self._is_tokens = self.fields[0] == "input_ids"
         self._has_windows = self.kind == "text" and len(self.fields) == 1  # else masks say what counts
@@ -102,12 +103,12 @@ class Rows:
         self._pairs, self._texts = self._encoders()
 
     def __len__(self) -> int:
-        return len(self._dataset)
+        return len(self.dataset)
 
     def examples(self, start: int, stop: int) -> tuple[list[Example], list[RefusedRow]]:
         """The rows from `start` to before `stop`, each either an example or refused."""
         examples, refused = [], []
-        for number, row in enumerate(_read(self._dataset, start, stop), start):
+        for number, row in enumerate(_read(self.dataset, start, stop), start):
             try:
                 examples.append(Example(number, self._answers(row)))
             except MemoryError:
@@ -141,9 +142,9 @@ class Rows:
         is_chat = any(isinstance(x, list) for x in shaped.values())
         if is_chat and not getattr(self.tokenizer, "chat_template", None):
             raise ValueError("the tokenizer must have a chat template for rows with messages, got none")
-        if self.options.assistant_only and not is_chat:
-            raise ValueError("rows must hold messages where the assistant's alone count (assistant_only), got text")
-        for name in (*_ANSWERS, self.options.text_field):
+        if self.options.assistant_only_loss and not is_chat:
+            raise ValueError("rows must hold messages for assistant_only_loss, got text")
+        for name in (*_ANSWERS, self.options.dataset_text_field):
             if name in shaped and _is_empty(shaped[name]):
                 raise ValueError(f"{name} must not be empty, got {_short(shaped[name])}")
         return {name: row[name] for name in _RENDERING if row.get(name) is not None} | shaped
@@ -191,7 +192,7 @@ class Rows:
         if self._is_tokens:
             return
         path = getattr(self.tokenizer, "name_or_path", "") or "the model"
-        first = next(iter(_read(self._dataset, 0, 1)))
+        first = next(iter(_read(self.dataset, 0, 1)))
         values = [first.get(name) for name in self.fields] if isinstance(first, Mapping) else []
         if self.kind == "conversation" or any(isinstance(x, list) for x in values):
             check_has_template(self.tokenizer, path)
@@ -206,9 +207,9 @@ class Rows:
         return PairEncoder(self.tokenizer, **cut), TextEncoder(
             self.tokenizer,
             **cut,
-            completion_only_loss=options.completion_only,
-            assistant_only_loss=options.assistant_only,
-            text_field=options.text_field,
+            completion_only_loss=options.completion_only_loss,
+            assistant_only_loss=options.assistant_only_loss,
+            text_field=options.dataset_text_field,
         )
 
 
@@ -272,10 +273,10 @@ def _check_options(kind: str, fields: tuple[str, ...], options: RowOptions) -> N
     what = "a data set with the columns " + ", ".join(fields)
     if options.stride is not None and kind != "text":
         raise ValueError(f"stride is for plain text, whose windows it sets, got {what}")
-    if options.assistant_only and kind in ("preference", "text"):
-        raise ValueError(f"assistant_only needs messages, or a prompt with a completion, got {what}")
-    if options.completion_only is not None and kind != "completion":
-        raise ValueError(f"completion_only needs the columns prompt, completion, got {what}")
+    if options.assistant_only_loss and kind in ("preference", "text"):
+        raise ValueError(f"assistant_only_loss needs messages, or a prompt with a completion, got {what}")
+    if options.completion_only_loss is not None and kind != "completion":
+        raise ValueError(f"completion_only_loss needs the columns prompt, completion, got {what}")
 
 
 def _columns(dataset: Any) -> list[str]:

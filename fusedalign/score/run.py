@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,10 +17,22 @@ from typing import Any
 from fusedalign.score import columns
 from fusedalign.score.records import Answer, Example, RefusedRow, Score, Source
 from fusedalign.score.scorer import Scorer
-from fusedalign.score.shards import ScoredRow, Shard, ShardStore, check_settings, shard_order, write_file
+from fusedalign.score.shards import (
+    ScoredRow,
+    Shard,
+    ShardStore,
+    check_settings,
+    shard_order,
+    synchronise,
+    temporary_name,
+    write_file,
+)
 
 #: The two models of a run, which are in memory one after the other.
 POLICY, REFERENCE = "policy", "reference"
+
+#: Seconds between two lines of progress in a log.
+_LOG_SECONDS = 30
 
 #: What stands in the metadata of the finished file.
 _METADATA = b"fusedalign.score"
@@ -43,7 +57,7 @@ class Run:
     @property
     def store(self) -> ShardStore:
         """Where the shards lie."""
-        return ShardStore(self.out.with_name(f"{self.out.name}.shards"), len(self.source))
+        return ShardStore(self.out.with_name(f"{self.out.name}.shards"), len(self.source), self.settings)
 
     @property
     def refused_path(self) -> Path:
@@ -80,23 +94,27 @@ def score_run(run: Run) -> Finished | None:
         ValueError: `out` is no file of this kind.
         OSError: the disk is full; what was finished stays, and the next run goes on from there.
     """
-    store = run.store
-    if run.out.exists():
-        if run.rank != 0:
-            return None
-        found = read_finished(run.out, run.settings)
-        store.remove()  # of a process that ended between the two
-        return found
-    store.check(run.settings)
-    for name, load in run.models.items():
-        _fill(run, store, name, load)
-    if run.rank != 0:
-        if run.out.exists():  # rank 0 has gone on meanwhile, and this rank may have made the folder anew
-            store.remove()
-        return None
-    finished = _finish(run, store)
-    store.remove()
+    store, is_there = run.store, run.out.exists()
+    if not is_there:
+        try:
+            store.check()
+            if all(_fill(run, store, name, load) for name, load in run.models.items()) and run.rank == 0:
+                _finish(run, store)
+        except (OSError, ValueError):
+            if not run.out.exists():  # else another process has finished it and removed what this one was reading
+                raise
+    if run.rank == 0 and not run.out.exists():
+        raise ValueError(f"{store.folder} must stay until the run is finished, got it removed: start the run again")
+    finished = read_finished(run.out, run.settings) if run.rank == 0 else None
+    if run.out.exists() and (run.rank == 0 or not is_there):  # a rank may have made a folder anew
+        store.remove()
     return finished
+
+
+def check_beta(beta: float) -> None:
+    """Raises ValueError unless it is a number above 0."""
+    if not 0 < beta < math.inf:
+        raise ValueError(f"beta must be a number above 0, got {beta}")
 
 
 @contextlib.contextmanager
@@ -112,21 +130,34 @@ def evaluating(models: Iterable[Any]) -> Iterator[None]:
             module.training = training
 
 
-def _fill(run: Run, store: ShardStore, name: str, load: Callable[[], Scorer]) -> None:
-    """Make the shards of one model that are missing."""
+def _fill(run: Run, store: ShardStore, name: str, load: Callable[[], Scorer]) -> bool:
+    """Make the shards of one model that are missing; False where another process has finished the file meanwhile."""
     missing = store.missing(name)
     if not missing:
-        return
+        return True
     scorer = load()
-    scorer.max_tokens = store.claim(name, run.settings, {"max_tokens": scorer.max_tokens})["max_tokens"]
+    scorer.max_tokens = store.claim(name, {"max_tokens": scorer.max_tokens})["max_tokens"]
     done = len(run.source) - sum(stop - start for start, stop in map(store.bounds, missing))
     with _progress(f"scoring, {name}", len(run.source), done, run.rank) as advance:
         for shard, prepared in _prefetched(run, store, name):
             examples, refused = prepared.result()
-            if run.out.exists() or store.is_complete(name, shard):  # by another rank, since
+            if run.out.exists() or not store.is_claimed(name):
+                return False
+            if store.is_complete(name, shard):  # made by another rank since
                 continue
-            scores = scorer.scores(examples, advance)
-            store.write(name, shard, _shard(examples, scores, refused))
+            advance(len(refused), 0)
+            try:
+                scores = scorer.scores(examples, advance)
+            except ValueError:
+                store.retract(name)
+                raise
+            try:
+                store.write(name, shard, _shard(examples, scores, refused))
+            except FileNotFoundError:
+                if store.is_claimed(name):
+                    raise
+                return False
+    return True
 
 
 def _prefetched(run: Run, store: ShardStore, name: str) -> Iterator[tuple[int, Future[Any]]]:
@@ -155,13 +186,12 @@ def _shard(examples: list[Example], scores: list[tuple[Score, ...] | str], refus
     return Shard(scored, sorted(refused))
 
 
-def _finish(run: Run, store: ShardStore) -> Finished:
+def _finish(run: Run, store: ShardStore) -> None:
     """Put the shards together: the table, and the rows that were refused."""
     import pyarrow.parquet
 
     refused: list[RefusedRow] = []
-    scored = 0
-    temporary = store.folder / "finished"  # which goes with the folder, whatever happens
+    temporary = temporary_name(store.folder / "finished")  # which goes with the folder, whatever happens
     writer = None
     try:
         for number in range(store.shards):
@@ -169,37 +199,35 @@ def _finish(run: Run, store: ShardStore) -> Finished:
             reasons = {row: reason for shard in reversed(shards) for row, reason in shard.refused}
             refused += sorted(RefusedRow(*item) for item in reasons.items())
             rows = [[x for x in shard.scored if x.row not in reasons] for shard in shards]
-            scored += len(rows[0])
-            table = _table(rows, run.beta)
-            if table is None:
+            is_last = number == store.shards - 1
+            if not rows[0] and not (is_last and writer is None):  # one without a row has no columns but the first
                 continue
+            table = _table(rows, run.beta)
             if writer is None:
                 about = {"settings": run.settings, "rows": len(run.source)}
                 schema = table.schema.with_metadata({_METADATA: json.dumps(about).encode()})
-                writer = pyarrow.parquet.ParquetWriter(temporary, schema)
+                writer = pyarrow.parquet.ParquetWriter(temporary, schema, write_page_checksum=True)
             writer.write_table(table.cast(writer.schema))
-        if writer is None:
-            first = f", the first for: {refused[0].reason}" if refused else ""
-            raise ValueError(f"expected at least one row that can be scored, got {len(refused)} refused{first}")
+        assert writer is not None
         writer.close()
+        synchronise(temporary)
         lines = "".join(json.dumps({"row": row, "reason": reason}) + "\n" for row, reason in refused)
         if refused:
-            write_file(store.folder / "refused", lines.encode())
-            os.replace(store.folder / "refused", run.refused_path)
+            side = temporary_name(store.folder / "refused")
+            write_file(side, lines.encode())
+            os.replace(side, run.refused_path)
         else:
             run.refused_path.unlink(missing_ok=True)
         os.replace(temporary, run.out)
+        synchronise(run.out.parent)  # before the shards are removed
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-    return Finished(run.out, len(run.source), scored, refused)
 
 
 def _table(rows: list[list[ScoredRow]], beta: float | None) -> Any:
-    """The rows of one shard, by one model or two, as the file has them; None: there is none."""
+    """The rows of one shard, by one model or two, as the file has them."""
     policy, *reference = rows
-    if not policy:
-        return None
     examples = [
         Example(x.row, tuple(Answer(name, (), size) for name, size in zip(x.names, x.text_bytes, strict=True)))
         for x in policy
@@ -219,24 +247,49 @@ def read_finished(out: Path, settings: dict[str, Any]) -> Finished:
     import pyarrow.parquet
 
     try:
-        file = pyarrow.parquet.ParquetFile(out)
+        file = pyarrow.parquet.ParquetFile(out, page_checksum_verification=True)
         about = json.loads(file.schema_arrow.metadata[_METADATA])
+        for i in range(file.num_row_groups):  # which finds damage
+            file.read_row_group(i)
     except (pyarrow.ArrowException, OSError, KeyError, TypeError, ValueError):
-        raise ValueError(f"--out must be new or a file of `fusedalign score`, got {out}: remove it first") from None
+        raise ValueError(
+            f"--out must be new or an undamaged file of `fusedalign score`, got {out}: remove it first"
+        ) from None
     check_settings(about["settings"], settings, out)
-    side = out.with_suffix(".refused.jsonl")
-    lines = side.read_text(encoding="utf-8").splitlines() if side.exists() else []
-    refused = [RefusedRow(line["row"], line["reason"]) for line in map(json.loads, lines)]
+    side, missing = out.with_suffix(".refused.jsonl"), about["rows"] - file.metadata.num_rows
+    try:
+        lines = side.read_text(encoding="utf-8").splitlines() if missing else []
+        refused = [RefusedRow(line["row"], line["reason"]) for line in map(json.loads, lines)]
+    except (OSError, KeyError, TypeError, ValueError):
+        refused = []
+    if len(refused) != missing:
+        raise ValueError(
+            f"{side} must hold the {missing} rows that could not be scored, got {len(refused)}: remove {out} to score "
+            "again"
+        )
     return Finished(out, about["rows"], file.metadata.num_rows, refused)
 
 
 @contextlib.contextmanager
 def _progress(title: str, rows: int, done: int, rank: int) -> Iterator[Callable[[int, int], None]]:
-    """A bar with rows, tokens a second and the time left; silent where stderr is no terminal, or on other ranks."""
+    """A bar with rows, tokens a second and the time left; silent on other ranks.
+
+    Where stderr is no terminal it is a line from time to time, and none of a short run.
+    """
     from tqdm import tqdm
 
-    silent = rank != 0 or not sys.stderr.isatty()
-    with tqdm(total=rows, initial=done, desc=title, unit=" rows", disable=silent, dynamic_ncols=True) as bar:
+    size = shutil.get_terminal_size()
+    pause = {} if sys.stderr.isatty() else {"delay": _LOG_SECONDS, "mininterval": _LOG_SECONDS, "miniters": 1}
+    with tqdm(
+        total=rows,
+        initial=done,
+        desc=title,
+        unit=" rows",
+        disable=rank != 0,
+        ncols=size.columns,  # tqdm itself shows nothing on a terminal that does not know its size
+        nrows=size.lines,
+        **pause,
+    ) as bar:
         tokens = 0
 
         def advance(rows: int, count: int) -> None:

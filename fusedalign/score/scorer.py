@@ -68,11 +68,8 @@ class Scorer:
         autocast: torch.dtype | None = None,
         **options: Any,
     ) -> None:
-        self.model, self.per_token, self.options = causal_lm(model), tuple(per_token), options
+        self.model, self.per_token, self.options = causal_lm(model), check_per_token(per_token), options
         self.autocast = autocast
-        for name in self.per_token:
-            if name not in PER_TOKEN:
-                raise ValueError(f"per_token must be of {', '.join(PER_TOKEN)}, got {name!r}")
         if packed not in (AUTO, True, False):
             raise ValueError(f"packed must be 'auto', True or False, got {packed!r}")
         self.refusal = "packed=False" if packed is False else packing_refusal(self.model)
@@ -215,6 +212,19 @@ class Scorer:
         return max(length, min(MOST_TOKENS, int(_SHARE * free / taken * length * count)))
 
 
+def check_per_token(names: Iterable[str]) -> tuple[str, ...]:
+    """The names, each of `PER_TOKEN`, in its order.
+
+    Raises:
+        ValueError: another name.
+    """
+    given = [names] if isinstance(names, str) else [*names]
+    for name in given:
+        if name not in PER_TOKEN:
+            raise ValueError(f"per_token must be of {', '.join(PER_TOKEN)}, got {name!r}")
+    return tuple(name for name in PER_TOKEN if name in given)
+
+
 def _prompt(window: Window) -> tuple[int, ...]:
     """The tokens before the first that counts."""
     first = next((i for i, label in enumerate(window.labels) if label != -100), len(window.labels))
@@ -275,7 +285,9 @@ def _vocabulary_refusal(example: Example, vocab: int) -> str | None:
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    """Of PyTorch's allocators, of the CUDA driver (a kernel's launch) and of cuBLAS (its workspace)."""
+    words = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
 
 
 def _merged(i: int, example: Example, parts: dict[tuple[int, int, int], Score | str]) -> tuple[Score, ...] | str:

@@ -2,8 +2,9 @@
 
 A shard holds the scores of `SHARD_ROWS` consecutive rows by one model. Its data are written first, then a note with
 their checksum, each under another name and renamed: a shard is there when its note is there and the checksum is right.
-So nothing needs a lock. A process that dies leaves a file that the next one overwrites; two that make the same shard
-write the same.
+The checksum covers the settings, the model and the number too, so that a shard counts in its own place alone. So
+nothing needs a lock. A process that dies leaves a file that the next one overwrites; two that make the same shard write
+the same.
 """
 
 from __future__ import annotations
@@ -49,13 +50,14 @@ class ShardStore:
     """The shards of a run, one folder a model.
 
     Args:
-        folder: is made.
+        folder: is made when a model's folder is claimed.
         rows: of the data set.
+        settings: of the run, of JSON types; all of them change results.
         shard_rows: of a shard.
     """
 
-    def __init__(self, folder: Path, rows: int, shard_rows: int = SHARD_ROWS) -> None:
-        self.folder, self.rows, self.shard_rows = folder, rows, shard_rows
+    def __init__(self, folder: Path, rows: int, settings: dict[str, Any], shard_rows: int = SHARD_ROWS) -> None:
+        self.folder, self.rows, self.settings, self.shard_rows = folder, rows, settings, shard_rows
 
     @property
     def shards(self) -> int:
@@ -66,17 +68,18 @@ class ShardStore:
         """The first row of a shard, and the one after its last."""
         return shard * self.shard_rows, min(self.rows, (shard + 1) * self.shard_rows)
 
-    def check(self, settings: dict[str, Any]) -> None:
+    def check(self) -> None:
         """Raises SettingsMismatchError where the folder holds results of other settings; names them."""
         for path in self.folder.glob(f"*/{_SETTINGS}"):
-            check_settings(json.loads(path.read_text(encoding="utf-8"))["settings"], settings, self.folder)
+            claim = _read_claim(path)
+            if claim is not None:
+                check_settings(claim["settings"], self.settings, self.folder)
 
-    def claim(self, model: str, settings: dict[str, Any], chosen: dict[str, Any]) -> dict[str, Any]:
+    def claim(self, model: str, chosen: dict[str, Any]) -> dict[str, Any]:
         """Make the folder of a model this run's; of several processes the first one writes the settings.
 
         Args:
             model: its folder.
-            settings: of this run, of JSON types; all of them change results.
             chosen: what this process would choose and an earlier one may have chosen otherwise, within rounding.
 
         Returns:
@@ -87,16 +90,29 @@ class ShardStore:
         """
         path = self.folder / model / _SETTINGS
         path.parent.mkdir(parents=True, exist_ok=True)
-        own = _temporary(path)
+        if path.exists() and _read_claim(path) is None:  # damaged
+            path.unlink()
+        own = temporary_name(path)
         try:
-            write_file(own, json.dumps({"settings": settings, "chosen": chosen}, indent=1).encode())
-            with contextlib.suppress(FileExistsError):
-                os.link(own, path)  # unlike a renaming it fails where another process was first
+            write_file(own, json.dumps({"settings": self.settings, "chosen": chosen}, indent=1).encode())
+            _put(own, path)
         finally:
             own.unlink(missing_ok=True)
-        self.check(settings)
-        first: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["chosen"]
-        return first
+        self.check()
+        claim = _read_claim(path)
+        return chosen if claim is None else claim["chosen"]
+
+    def retract(self, model: str) -> None:
+        """Undo `claim` where no shard has come of it, so that a run whose settings fail at once blocks no other."""
+        folder = self.folder / model
+        if folder.is_dir() and [path.name for path in folder.iterdir()] == [_SETTINGS]:
+            shutil.rmtree(folder)
+            with contextlib.suppress(OSError):  # another model's shards are there
+                self.folder.rmdir()
+
+    def is_claimed(self, model: str) -> bool:
+        """Whether the folder of a model is there: it goes when the run is finished, perhaps by another process."""
+        return (self.folder / model).is_dir()
 
     def is_complete(self, model: str, shard: int) -> bool:
         """Whether a shard is there and undamaged."""
@@ -106,14 +122,12 @@ class ShardStore:
         """Write a shard.
 
         Raises:
-            OSError: the disk is full, or the folder is gone; no half shard is left.
+            OSError: the disk is full, or the model's folder is not there; no half shard is left.
         """
         data, note = self._paths(model, number)
-        data.parent.mkdir(parents=True, exist_ok=True)
         content = _encode(shard)
         write_file(data, content)
-        checksum = {"sha256": hashlib.sha256(content).hexdigest(), "scored": len(shard.scored)}
-        write_file(note, json.dumps(checksum).encode())
+        write_file(note, json.dumps({"sha256": self._checksum(model, number, content)}).encode())
 
     def read(self, model: str, number: int) -> Shard:
         """A shard.
@@ -146,7 +160,11 @@ class ShardStore:
             content, checksum = data.read_bytes(), json.loads(note.read_text(encoding="utf-8"))["sha256"]
         except (OSError, ValueError, KeyError, TypeError):
             return None
-        return content if hashlib.sha256(content).hexdigest() == checksum else None
+        return content if self._checksum(model, shard, content) == checksum else None
+
+    def _checksum(self, model: str, shard: int, content: bytes) -> str:
+        place = json.dumps([self.settings, model, shard], sort_keys=True).encode()
+        return hashlib.sha256(place + b"\n" + content).hexdigest()
 
 
 def shard_order(count: int, rank: int, ranks: int) -> Iterator[int]:
@@ -166,14 +184,43 @@ def check_settings(found: dict[str, Any], wanted: dict[str, Any], where: Path) -
         raise SettingsMismatchError(f"--out must be new or of the same settings, got {where} with {shown}")
 
 
+def _put(own: Path, path: Path) -> None:
+    """Give a file another name, unless a process has put one there already."""
+    try:
+        os.link(own, path)  # unlike a renaming it fails where there is one
+    except FileExistsError:
+        pass
+    except OSError:  # a file system without links
+        if not path.exists():
+            os.replace(own, path)
+
+
+def _read_claim(path: Path) -> dict[str, Any] | None:
+    """What `ShardStore.claim` wrote; None where it is not there, or damaged."""
+    try:
+        claim = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+    return claim if isinstance(claim, dict) and {"settings", "chosen"} <= claim.keys() else None
+
+
 def _short(value: Any) -> str:
     text = str(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _temporary(path: Path) -> Path:
+def temporary_name(path: Path) -> Path:
     """A name beside `path` that no other process takes."""
     return path.with_name(f"{path.name}.{os.urandom(6).hex()}.tmp")
+
+
+def synchronise(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_file(path: Path, content: bytes) -> None:
@@ -182,7 +229,7 @@ def write_file(path: Path, content: bytes) -> None:
     Raises:
         OSError: it cannot be written.
     """
-    temporary = _temporary(path)
+    temporary = temporary_name(path)
     try:
         with open(temporary, "wb") as file:
             file.write(content)

@@ -181,23 +181,23 @@ TEXTS = [{"text": "A boat is a thing that floats."}, {"text": "größer 😀"}, 
 ANSWERED = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in PLAIN]
 SINGLES = {
     "plain prompts": ("completion", ANSWERED, {}),
-    "plain prompts, all tokens": ("completion", ANSWERED, {"completion_only": False}),
+    "plain prompts, all tokens": ("completion", ANSWERED, {"completion_only_loss": False}),
     "conversations with prompts": ("completion", read("sft", 20), {}),
-    "conversations with prompts, the assistant's": ("completion", read("sft", 5), {"assistant_only": True}),
+    "conversations with prompts, the assistant's": ("completion", read("sft", 5), {"assistant_only_loss": True}),
     "text prompts, whole conversations": (
         "completion",
         [{"prompt": r["prompt"], "completion": r["chosen"]} for r in WHOLE],
         {},
     ),
     "chats": ("conversation", CHATS, {}),
-    "chats, the assistant's": ("conversation", CHATS, {"assistant_only": True}),
-    "ShareGPT": ("conversation", SHAREGPT, {"assistant_only": True}),
+    "chats, the assistant's": ("conversation", CHATS, {"assistant_only_loss": True}),
+    "ShareGPT": ("conversation", SHAREGPT, {"assistant_only_loss": True}),
     "text": ("text", TEXTS, {}),
     "tokens": ("text", [{"input_ids": [5, 6, 7, 8]}, {"input_ids": [9, 2]}], {}),
     "tokens with labels": ("text", [{"input_ids": [5, 6, 7, 8], "labels": [-100, -100, 7, 8]}], {}),
     "tokens with a mask": ("text", [{"input_ids": [5, 6, 7, 8], "assistant_masks": [0, 0, 1, 0]}], {}),
 }
-TRL_NAMES = {"completion_only": "completion_only_loss", "assistant_only": "assistant_only_loss"}
+TRL_NAMES = {"completion_only_loss": "completion_only_loss", "assistant_only_loss": "assistant_only_loss"}
 
 
 @pytest.mark.parametrize("name", SINGLES)
@@ -400,11 +400,11 @@ def test_a_bad_row_is_refused_by_name_and_the_others_go_on(name, folder):
 
 def test_the_assistant_alone_needs_an_assistant(tokenizer, folder):
     rows = [CHATS[0], {"messages": [turn("user", "hello?")]}]
-    _, refused = Rows(rows, tokenizer, RowOptions(assistant_only=True)).examples(0, 2)
+    _, refused = Rows(rows, tokenizer, RowOptions(assistant_only_loss=True)).examples(0, 2)
     reason = "the chat template must mark the assistant's tokens with {% generation %}, got none marked"
     assert refused == [(1, reason)]
     rows = [{"prompt": [turn("user", "a")], "completion": [turn("assistant", "b")]}, ANSWERED[0]]
-    _, refused = Rows(rows, tokenizer, RowOptions(assistant_only=True)).examples(0, 2)
+    _, refused = Rows(rows, tokenizer, RowOptions(assistant_only_loss=True)).examples(0, 2)
     assert [row for row, _ in refused] == [1]
     assert "got text" in refused[0].reason
 
@@ -421,10 +421,10 @@ def test_reasons_are_counted_without_what_is_the_rows_own():
     [
         ([], {}, "at least one row, got none"),
         ([{"question": "a"}], {}, r"must have the columns chosen\+rejected or .* or text, got question"),
-        ([{"text": "a"}], {"text_field": "body"}, r"or body, got text"),
-        ([{"text": "a"}], {"assistant_only": True}, "assistant_only needs messages"),
-        (PLAIN, {"assistant_only": True}, "assistant_only needs messages"),
-        (PLAIN, {"completion_only": False}, "completion_only needs the columns prompt, completion"),
+        ([{"text": "a"}], {"dataset_text_field": "body"}, r"or body, got text"),
+        ([{"text": "a"}], {"assistant_only_loss": True}, "assistant_only_loss needs messages"),
+        (PLAIN, {"assistant_only_loss": True}, "assistant_only_loss needs messages"),
+        (PLAIN, {"completion_only_loss": False}, "completion_only_loss needs the columns prompt, completion"),
         (PLAIN, {"stride": 3}, "stride is for plain text"),
         ([PLAIN[0] | {"image": "a.png"}], {}, "must be of text alone"),
     ],

@@ -148,3 +148,19 @@ def test_ranks_go_over_tiles(monkeypatch, dtype):
     for tile in (1, 4 * 9 * 7, 2**20):
         monkeypatch.setattr("fusedalign.score.batch._RANK_TILE", tile)
         assert torch.equal(count_likelier(LMHead(weight, bias), hidden, targets), want)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("place", [2, 3])
+def test_a_label_on_padding_is_refused(packed, place):
+    """Also on the padding after a row's last token, whose prediction there is."""
+    ids, mask = torch.tensor([[9, 10, 2, 2], [9, 10, 5, 6]]), torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]])
+    labels = torch.full((2, 4), -100)
+    labels[0, 1], labels[0, place] = 10, 2
+    with pytest.raises(ValueError, match="labels must be -100 where attention_mask is 0"):
+        sequence_logps(models.build(), ids, labels, attention_mask=mask, packed=packed)
+
+
+def test_another_word_for_packed_is_refused():
+    with pytest.raises(ValueError, match="packed must be 'auto', True or False, got 'true'"):
+        sequence_logps(models.build(), torch.tensor([[9, 10]]), packed="true")

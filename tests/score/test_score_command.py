@@ -153,6 +153,80 @@ def test_other_settings_are_refused(run):
     run(PAIRS[1:], status=2)
 
 
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        (["--max_length", "40"], "max_length 512, not 40"),
+        (["--truncation_mode", "keep_end"], "truncation_mode keep_start, not keep_end"),
+        (["--completion_only_loss", "false"], "completion_only_loss None, not False"),
+        (["--per_token", "logps"], "per_token [], not ['logps']"),
+        (["--max_tokens_per_batch", "64"], "max_tokens_per_batch auto, not 64"),
+        (["--dtype", "bfloat16"], "dtype auto, not bfloat16"),
+        (["--attn_implementation", "eager"], "attn_implementation None, not eager"),
+        (["--fused_packed", "false"], "fused_packed auto, not False"),
+        (["--fused_impl", "reference"], "fused_impl auto, not reference"),
+        (["--ref_model", "embedded"], "ref_model None, not "),
+        (["--load_in_4bit"], "load_in_4bit False, not ['nf4', False]"),
+        (["--load_in_8bit"], "load_in_8bit False, not True"),
+    ],
+)
+def test_a_setting_that_differs_is_named(run, words, name):
+    rows = [{"prompt": "Question?", "completion": " An answer."}]
+    run(rows)
+    _, printed = run(rows, *words, status=2)
+    assert name in printed.err
+    assert printed.err.count("\n") == 1
+
+
+def test_flags_and_columns_without_influence(run):
+    rows = [row | {"id": i} for i, row in enumerate(PAIRS)]
+    given, _ = run(rows, "--per_token", "ranks", "logps")
+    same = [row | {"id": -i} for i, row in enumerate(PAIRS)]
+    words = ["--per_token", "logps", "ranks", "ranks", "--strict", "--beta", "3", "--fused_workspace", "1000000"]
+    assert run(same, *words)[0] == given
+
+
+def test_what_fails_at_once_blocks_no_other_settings(run, tmp_path):
+    run(PAIRS, "--fused_impl", "nonsense", status=2)
+    assert {path.name for path in tmp_path.iterdir()} == {"data.jsonl"}
+    run(PAIRS)
+
+
+def test_a_full_disk_is_one_line_with_the_remedy(run, tmp_path, monkeypatch):
+    import errno
+    import os
+
+    fsync, count = os.fsync, []
+
+    def full(descriptor):
+        count.append(descriptor)
+        if len(count) > 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        fsync(descriptor)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        _, printed = run(PAIRS, status=2)
+    assert f"got {tmp_path / 'scores.parquet'} on a full one" in printed.err
+    assert "the same command goes on from there" in printed.err
+    assert printed.err.count("\n") == 1
+    run(PAIRS)
+
+
+def test_code_of_the_model_counts(folder, tmp_path):
+    import shutil
+
+    from fusedalign.score import identity
+
+    shutil.copytree(folder, tmp_path / "m")
+    found = {identity.of_files(str(tmp_path / "m"), None)}
+    for name in ("modeling_own.py", "config.json", "model.safetensors"):
+        with (tmp_path / "m" / name).open("a") as file:
+            file.write(" ")
+        found.add(identity.of_files(str(tmp_path / "m"), None))
+    assert len(found) == 4
+
+
 def test_yaml_and_flags(run, tmp_path):
     (tmp_path / "score.yaml").write_text("per_token: [entropy]\nmax_tokens_per_batch: 64\n")
     rows, _ = run(PAIRS, "--config", str(tmp_path / "score.yaml"))
@@ -184,7 +258,12 @@ def test_an_adapter_is_a_model(run, folder, tmp_path):
         (["--out", "scores.csv"], "--out must name the file to write, such as scores.parquet, got scores.csv"),
         (["--out", "/proc/nothing/scores.parquet"], "--out must be a folder that can be written to"),
         (["--per_token", "rank"], "per_token must be of logps, entropy, ranks, got 'rank'"),
-        (["--max_length", "0"], "max_length must be at least 1, got 0"),
+        (["--max_length", "0"], "max_length must be 2 or more, since nothing predicts a first token, got 0"),
+        (["--max_tokens_per_batch", "0"], "max_tokens_per_batch must be auto or a number of tokens, got '0'"),
+        (["--beta", "nan"], "beta must be a number above 0, got nan"),
+        (["--beta", "0"], "beta must be a number above 0, got 0.0"),
+        (["--assistant_only_loss"], "assistant_only_loss needs messages"),
+        (["--completion_only_loss", "true"], "completion_only_loss needs the columns prompt, completion"),
         (["--max_tokens_per_batch", "many"], "max_tokens_per_batch must be auto or a number of tokens, got 'many'"),
         (["--stride", "9", "--max_length", "9"], "stride must be less than max_length=9"),
         (["--truncation_mode", "middle"], "truncation_mode must be keep_start or keep_end, got 'middle'"),
@@ -204,9 +283,15 @@ def test_errors_of_one_line(run, words, message):
     assert len(printed.err.strip().splitlines()) == 1
 
 
-def test_no_row_at_all(run):
-    _, printed = run([{"prompt": "a", "chosen": "", "rejected": "b"}] * 3, status=2)
-    assert "expected at least one row that can be scored, got 3 refused" in printed.err
+def test_no_row_at_all(run, tmp_path):
+    for words, status in (([], 0), (["--strict"], 3)):  # the second reads the finished file
+        rows, printed = run([{"prompt": "a", "chosen": "", "rejected": "b"}] * 3, *words, status=status)
+        assert rows == []
+        lines = [json.loads(line) for line in (tmp_path / "scores.refused.jsonl").read_text().splitlines()]
+        assert [line["row"] for line in lines] == [0, 1, 2]
+        assert printed.err.count("\n") == 1
+        assert "3 of 3 rows could not be scored" in printed.err
+        assert "3  chosen must not be empty" in printed.out
     _, printed = run([{"question": "a"}], status=2, name="columns.jsonl")
     assert "question" in printed.err
 
@@ -260,3 +345,37 @@ def test_rewards_in_python(model, tokenizer, other):
     found = score(model, tokenizer, Dataset.from_list(PAIRS), ref_model=reference, beta=0.2)
     row = found[0]
     assert row["chosen_reward"] == pytest.approx(0.2 * (row["chosen_logps"] - row["ref_chosen_logps"]), abs=1e-6)
+
+
+def test_python_takes_rows_as_they_are(model, tokenizer, tmp_path):
+    """A list of mappings, arrays in it; an array is known by all of its values."""
+    import numpy as np
+
+    tokens = np.arange(3, 1503) % 400
+    out = tmp_path / "scores.parquet"
+    found = score(model, tokenizer, [{"input_ids": tokens}], max_length=64, out=out)
+    assert found[0]["num_tokens"] == 1499
+    tokens[700] += 1
+    with pytest.raises(ValueError, match="with dataset"):
+        score(model, tokenizer, [{"input_ids": tokens}], max_length=64, out=out)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_length": 0}, "max_length must be 2 or more"),
+        ({"beta": math.nan}, "beta must be a number above 0"),
+        ({"per_token": "rank"}, "per_token must be of logps, entropy, ranks, got 'rank'"),
+        ({"max_tokens_per_batch": 0}, "max_tokens must be 'auto' or a number of tokens above 0, got 0"),
+    ],
+)
+def test_errors_in_python(model, tokenizer, options, message):
+    with pytest.raises(ValueError, match=message):
+        score(model, tokenizer, Dataset.from_list(PAIRS), **options)
+
+
+def test_no_row_in_python(model, tokenizer):
+    with pytest.raises(ValueError, match="expected a row that can be scored, got 2 that cannot, the first for: chosen"):
+        score(model, tokenizer, Dataset.from_list([PAIRS[0] | {"chosen": ""}] * 2))
+    with pytest.raises(ValueError, match="the data set must have at least one row, got none"):
+        score(model, tokenizer, [])

@@ -102,3 +102,25 @@ def test_another_truncation_is_refused(config, tmp_path, capsys):
     words = ["--ref_logps", str(cache), "--max_length", "48", "--output_dir", str(tmp_path / "o")]
     assert main(["dpo", "--config", config, *words]) == 2
     assert "ref_logps must be a cache made with max_length=48" in capsys.readouterr().err
+
+
+def test_what_is_there_is_used_or_refused(config, tmp_path, capsys, monkeypatch):
+    cache = tmp_path / "ref.parquet"
+    words = ["score", "--ref_cache", str(cache), "--config", config]
+    cache.write_text("my notes")
+    assert main(words) == 2
+    assert "--ref_cache must be new or the same cache" in capsys.readouterr().err
+    assert cache.read_text() == "my notes"
+    cache.unlink()
+    assert main(words) == 0
+    before = cache.read_bytes()
+    for more, name in ((["--max_length", "48"], "max_length, rows"), (["--dtype", "bfloat16"], "dtype, weights")):
+        assert main([*words, *more]) == 2
+        assert f"with another {name}" in capsys.readouterr().err
+    monkeypatch.setattr("fusedalign.score.reference.score_run", lambda run: pytest.fail("scored again"))
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        assert main(words) == 0
+    assert capsys.readouterr().out.count("is there already") == 1
+    assert cache.read_bytes() == before
+    assert sorted(path.name for path in tmp_path.glob("ref*")) == ["ref.parquet"]

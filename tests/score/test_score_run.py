@@ -5,8 +5,10 @@ import errno
 import json
 import math
 import os
+import pty
 import signal
 import subprocess
+import time
 
 import pyarrow.parquet
 import pytest
@@ -178,7 +180,7 @@ def test_a_damaged_shard_is_made_again(tmp_path, whole, damage):
     out, log = tmp_path / "scores.parquet", []
     run = make(out, log=log)
     store = run.store
-    store.claim(POLICY, run.settings, {"max_tokens": 10})
+    store.claim(POLICY, {"max_tokens": 10})
     run_module._fill(run, store, POLICY, run.models[POLICY])
     data, note = store._paths(POLICY, 4)
     if damage == "data":
@@ -234,6 +236,102 @@ def test_a_small_disk(tmp_path, whole):
         subprocess.run(["umount", str(disk)], check=True)
 
 
+@pytest.mark.parametrize("source", ["number", "model", "run"])
+def test_a_shard_in_the_place_of_another_is_made_again(tmp_path, whole, source):
+    """A whole shard with the right checksum, copied from elsewhere."""
+    out = tmp_path / "scores.parquet"
+    run, other = make(out), make(tmp_path / "other.parquet", model="b")
+    for each, name in ((run, POLICY), (run, REFERENCE), (other, POLICY)):
+        each.store.claim(name, {"max_tokens": 10})
+        run_module._fill(each, each.store, name, each.models[name])
+    number, model, store = {
+        "number": (3, POLICY, run.store), "model": (4, REFERENCE, run.store), "run": (4, POLICY, other.store),
+    }[source]  # fmt: skip
+    for taken, place in zip(store._paths(model, number), run.store._paths(POLICY, 4), strict=True):
+        place.write_bytes(taken.read_bytes())
+    assert run.store.missing(POLICY) == [4]
+    score_run(run)
+    assert content(out) == whole
+
+
+@pytest.mark.parametrize("damage", [b"", b"{", b"[]", b"\xff"])
+def test_damaged_settings_are_written_again(tmp_path, whole, damage):
+    out = tmp_path / "scores.parquet"
+    run = make(out)
+    run.store.claim(POLICY, {"max_tokens": 10})
+    (run.store.folder / POLICY / "settings.json").write_bytes(damage)
+    score_run(run)
+    assert content(out) == whole
+
+
+def test_a_file_system_without_links(tmp_path, whole, monkeypatch):
+    def link(own, path):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", link)
+    score_run(make(tmp_path / "scores.parquet"))
+    assert content(tmp_path / "scores.parquet") == whole
+
+
+def test_the_finished_file_is_on_the_disk_before_the_shards_go(tmp_path, monkeypatch):
+    out, log = tmp_path / "scores.parquet", []
+    fsync, replace, remove = os.fsync, os.replace, ShardStore.remove
+
+    def noting(name, function):
+        def wrapper(*args):
+            target = os.readlink(f"/proc/self/fd/{args[0]}") if name == "fsync" else str(args[-1])
+            log.append((name, target))
+            return function(*args)
+
+        return wrapper
+
+    monkeypatch.setattr(os, "fsync", noting("fsync", fsync))
+    monkeypatch.setattr(os, "replace", noting("replace", replace))
+    monkeypatch.setattr(ShardStore, "remove", lambda self: (log.append(("remove", "")), remove(self)))
+    score_run(make(out))
+    renamed = log.index(("replace", str(out)))
+    assert any(name == "fsync" and "/finished" in target for name, target in log[:renamed])
+    assert log[renamed + 1 :] == [("fsync", str(tmp_path)), ("remove", "")]
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_processes_that_know_nothing_of_each_other(tmp_path, whole, processes):
+    """The same command twice at once, without torchrun: each is rank 0, and neither fails nor damages the file."""
+    for attempt in range(3):
+        out = tmp_path / str(attempt) / "scores.parquet"
+        out.parent.mkdir()
+        children = []
+        for _ in range(processes):
+            pid = os.fork()
+            if pid == 0:
+                code = 1
+                with contextlib.suppress(BaseException):
+                    finished = score_run(make(out))
+                    code = 0 if finished.rows == ROWS else 2
+                os._exit(code)
+            children.append(pid)
+        assert [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children] == [0] * processes
+        assert content(out) == whole
+        assert sorted(p.name for p in out.parent.iterdir()) == ["scores.parquet", "scores.refused.jsonl"]
+
+
+def test_a_rank_stops_where_the_run_was_finished_without_it(tmp_path):
+    """Also where the finished file has been taken away since, as that of a reference cache."""
+    out, log = tmp_path / "scores.parquet", []
+
+    class Late(FakeScorer):
+        def scores(self, examples, advance=None):
+            if not log:
+                score_run(make(out, reference=False))
+                out.unlink()
+            return super().scores(examples, advance)
+
+    run = make(out, 1, 2, reference=False)
+    assert score_run(Run(run.source, out, run.settings, {POLICY: lambda: Late(POLICY, log)}, None, 1, 2)) is None
+    assert len(log) == 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["scores.refused.jsonl"]
+
+
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_ranks_share_the_work_and_write_the_same_file(tmp_path, whole, ranks):
     out = tmp_path / "scores.parquet"
@@ -275,7 +373,7 @@ def test_other_settings_are_refused(tmp_path, finished):
     if finished:
         score_run(run)
     else:
-        run.store.claim(POLICY, run.settings, {"max_tokens": 10})
+        run.store.claim(POLICY, {"max_tokens": 10})
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     with pytest.raises(SettingsMismatchError, match=r"--out must be new or of the same settings, .* model a, not b"):
         score_run(make(out, model="b"))
@@ -290,16 +388,41 @@ def test_files_of_others_are_left_alone(tmp_path, what):
     else:
         pyarrow.parquet.write_table(pyarrow.table({"a": [1]}), out)
     before = out.read_bytes()
-    with pytest.raises(ValueError, match="--out must be new or a file of `fusedalign score`"):
+    with pytest.raises(ValueError, match="--out must be new or an undamaged file of `fusedalign score`"):
         score_run(make(out))
     assert out.read_bytes() == before
+
+
+@pytest.mark.parametrize("part", [0.1, 0.4, 0.9])
+def test_damage_of_the_finished_file_is_found(tmp_path, part):
+    out = tmp_path / "scores.parquet"
+    score_run(make(out))
+    table = pyarrow.parquet.ParquetFile(out).metadata.row_group(3).column(2)
+    place = table.data_page_offset + int(part * table.total_compressed_size)
+    damaged = bytearray(out.read_bytes())
+    damaged[place] ^= 1
+    out.write_bytes(damaged)
+    with pytest.raises(ValueError, match="--out must be new or an undamaged file of `fusedalign score`"):
+        score_run(make(out))
+
+
+@pytest.mark.parametrize("damage", [None, "", "{}\n", "{"])
+def test_a_lost_list_of_refused_rows_is_found(tmp_path, damage):
+    run = make(tmp_path / "scores.parquet")
+    score_run(run)
+    if damage is None:
+        run.refused_path.unlink()
+    else:
+        run.refused_path.write_text(damage)
+    with pytest.raises(ValueError, match=r"scores.refused.jsonl must hold the 7 rows that could not be scored, got 0"):
+        score_run(run)
 
 
 def test_a_budget_of_an_earlier_process_is_kept(tmp_path):
     """So that a run that goes on has the batches of an uninterrupted one."""
     out, seen = tmp_path / "scores.parquet", []
     run = make(out, reference=False)
-    run.store.claim(POLICY, run.settings, {"max_tokens": 77})
+    run.store.claim(POLICY, {"max_tokens": 77})
 
     class Noting(FakeScorer):
         def scores(self, examples, advance=None):
@@ -310,18 +433,56 @@ def test_a_budget_of_an_earlier_process_is_kept(tmp_path):
     assert set(seen) == {77}
 
 
+def test_a_terminal_shows_rows_tokens_and_the_time_left(tmp_path, monkeypatch):
+    """Also one that knows no width, as that of `script`."""
+    master, slave = pty.openpty()
+    with os.fdopen(slave, "w") as terminal:
+        monkeypatch.setattr("sys.stderr", terminal)
+        with run_module._progress("scoring, policy", 10, 2, rank=0) as advance:
+            time.sleep(0.15)
+            advance(3, 600)
+        with run_module._progress("scoring, reference", 10, 0, rank=1) as advance:
+            advance(3, 600)
+        os.set_blocking(master, False)
+        shown = ""
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                shown += os.read(master, 65536).decode()
+    os.close(master)
+    assert "scoring, policy" in shown
+    assert " 5/10 " in shown
+    assert "tokens/s" in shown
+    assert "<00:00" in shown
+    assert "reference" not in shown
+
+
+def test_a_log_has_a_line_from_time_to_time(capsys, monkeypatch):
+    for seconds, is_shown in ((30, False), (0.01, True)):
+        monkeypatch.setattr(run_module, "_LOG_SECONDS", seconds)
+        with run_module._progress("scoring, policy", 10, 0, rank=0) as advance:
+            for _ in range(2):
+                time.sleep(0.02)
+                advance(3, 600)
+        assert ("tokens/s" in capsys.readouterr().err) == is_shown
+
+
 def test_no_row_that_can_be_scored(tmp_path):
     class Nothing(Pairs):
         def examples(self, start, stop):
             return [], [RefusedRow(row, "it is empty") for row in range(start, stop)]
 
     run = make(tmp_path / "scores.parquet")
-    with pytest.raises(ValueError, match="at least one row that can be scored, got 43 refused, the first for: it is"):
-        score_run(Run(Nothing(), run.out, run.settings, run.models, run.beta))
+    for _ in range(2):  # the second reads the finished file
+        finished = score_run(Run(Nothing(), run.out, run.settings, run.models, run.beta))
+        assert (finished.rows, finished.scored, len(finished.refused)) == (ROWS, 0, ROWS)
+    assert pyarrow.parquet.read_table(run.out).num_rows == 0
+    lines = run.refused_path.read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [{"row": i, "reason": "it is empty"} for i in range(ROWS)]
 
 
 def test_shards_hold_every_bit(tmp_path):
-    store = ShardStore(tmp_path, 4)
+    store = ShardStore(tmp_path, 4, {})
+    store.claim(POLICY, {})
     score = Score(-1 / 3, 2, True, {"logps": [-0.1, -1e-300], "ranks": [0, 5]})
     shard = Shard([ScoredRow(0, ("text",), (12,), (score,))], [RefusedRow(3, "ü\n\x00")])
     store.write(POLICY, 0, shard)

@@ -177,3 +177,30 @@ def test_on_a_gpu(packed):
     examples = models.pairs(40)
     scores = Scorer(model, packed=packed, per_token=PER_TOKEN).scores(examples)
     models.assert_scores(model.cpu(), examples, scores, tolerance=5e-3)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "CUDA error: out of memory",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "[enforce fail at alloc_cpu.cpp:118] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to",
+        "Triton Error [CUDA]: out of memory",
+    ],
+)
+def test_memory_that_runs_out_outside_of_the_allocator_halves_the_batch(monkeypatch, words):
+    examples, sizes = models.pairs(6), []
+    original = scorer_module.select_logps
+
+    def select(model, ids, *rest, **options):
+        sizes.append(len(ids))
+        if len(ids) > 4:
+            raise RuntimeError(words)
+        return original(model, ids, *rest, **options)
+
+    model = models.build()
+    want = Scorer(model).scores(examples)
+    monkeypatch.setattr(scorer_module, "select_logps", select)
+    found = Scorer(model).scores(examples)
+    assert max(sizes) > 4
+    assert [[s.tokens for s in row] for row in found] == [[s.tokens for s in row] for row in want]
