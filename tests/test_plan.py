@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import time
 
 import pytest
 import torch
@@ -237,6 +238,21 @@ def test_a_model_whose_layers_cannot_be_found_is_refused():
     model.model.layers = torch.nn.ModuleList([torch.nn.Identity()])
     with pytest.raises(LayersError, match="expected decoder layers that can be checkpointed, got none in Qwen3Model"):
         trace(model, TOKENS)
+
+
+MAMBA = transformers.MambaConfig(vocab_size=97, hidden_size=32, state_size=4, num_hidden_layers=2)
+HYBRID = transformers.JambaConfig(
+    **SMALL | {"vocab_size": 97}, num_experts=2, attn_layer_period=2, attn_layer_offset=1, use_mamba_kernels=False
+)
+BLOOM = transformers.BloomConfig(vocab_size=97, hidden_size=32, n_head=4, n_layer=2)
+
+
+@pytest.mark.parametrize("made", [MAMBA, HYBRID, BLOOM], ids=lambda made: made.model_type)
+def test_layers_without_an_attention_function_are_refused_at_once(made):
+    start = time.monotonic()
+    with pytest.raises(LayersError, match=r"attention|causal LM"):
+        trace(build(made, STEP), 100_000)  # their loops over tokens would take hours
+    assert time.monotonic() - start < 20
 
 
 def test_layers_that_need_numbers_are_refused_with_the_reason():
