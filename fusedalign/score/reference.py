@@ -61,9 +61,9 @@ def reference_command(argv: list[str]) -> None:
     own, words = parser.parse_known_args(argv)
     if own.method not in ref_rows.WITH_REFERENCE:
         raise ValueError(f"--method must be {' or '.join(ref_rows.WITH_REFERENCE)} with {FLAG}, got {own.method!r}")
-    if own.max_tokens_per_batch != AUTO and not own.max_tokens_per_batch.isdigit():
-        raise ValueError(f"max_tokens_per_batch must be auto or a number of tokens, got {own.max_tokens_per_batch!r}")
+    max_tokens = _max_tokens(own.max_tokens_per_batch)
     check_writable(own.ref_cache.absolute().parent, FLAG)
+    ref_cache.check_target(own.ref_cache, FLAG)
     arguments = parse(own.method, words)
     training = arguments.training
     splits = dict(zip(("train", "eval"), load_data(own.method, arguments), strict=True))
@@ -80,7 +80,7 @@ def reference_command(argv: list[str]) -> None:
     scorer: dict[str, Any] = {
         "packed": arguments.fused.packed,
         "impl": arguments.fused.fused_impl,
-        "max_tokens": own.max_tokens_per_batch if own.max_tokens_per_batch == AUTO else int(own.max_tokens_per_batch),
+        "max_tokens": max_tokens,
         "autocast": autocast,
     }
     facts = {key: value for key, value in dataclasses.asdict(about).items() if key not in ("model", "packages")}
@@ -102,6 +102,14 @@ def reference_command(argv: list[str]) -> None:
     print(
         f"wrote {own.ref_cache}: {len(sequences)} sequences under {found.path}\ntrain with --ref_logps {own.ref_cache}"
     )
+
+
+def _max_tokens(word: str) -> int | str:
+    if word == AUTO:
+        return AUTO
+    if not word.isdecimal() or int(word) < 1:
+        raise ValueError(f"max_tokens_per_batch must be auto or a number of tokens above 0, got {word!r}")
+    return int(word)
 
 
 def _load(found: Any, arguments: Any) -> Any:

@@ -181,6 +181,33 @@ class RefCache:
             )
 
 
+def check_target(path: Path, option: str) -> None:
+    """Raises ValueError for what `write_cache` must not replace: a folder, or a file that is no cache.
+
+    Args:
+        path: of the cache to write; an earlier cache there, damaged or not, may be replaced.
+        option: that gave it, for the message.
+    """
+    if path.is_dir():
+        what = "a folder"
+    elif not path.exists() or _may_be_cache(path):
+        return
+    else:
+        what = "another file than a reference cache"
+    raise ValueError(f"{option} must name the file to write, got {path}, which is {what}: give another name")
+
+
+def _may_be_cache(path: Path) -> bool:
+    """Whether a file is a cache, or so damaged a Parquet file that this cannot be told."""
+    with path.open("rb") as file:
+        if file.read(4) not in (b"PAR1", b""):
+            return False
+    try:
+        return _METADATA in (pq.read_schema(path).metadata or {})
+    except (OSError, pa.ArrowException):
+        return True
+
+
 def write_cache(path: str | os.PathLike[str], about: About, keys: Iterable[str], logps: Iterable[float]) -> None:
     """Write a cache at once: a full disk, or a process that ends here, leaves an earlier file as it was.
 

@@ -6,6 +6,7 @@ import pytest
 
 from fusedalign.cli import main
 from fusedalign.embedded import build_embedded_model, data_directory
+from fusedalign.trl.ref_cache import read_cache
 
 TRAINING = {
     "max_steps": 3, "per_device_train_batch_size": 4, "logging_steps": 1, "save_strategy": "no", "report_to": "none",
@@ -85,6 +86,7 @@ def test_prompts_are_computed_once(config, tmp_path, capsys, monkeypatch):
     [
         (["--method", "sft"], "--method must be dpo or kto with --ref_cache, got 'sft'"),
         (["--method", "dpo", "--max_tokens_per_batch", "x"], "max_tokens_per_batch must be auto or a number"),
+        (["--max_tokens_per_batch", "0"], "max_tokens_per_batch must be auto or a number of tokens above 0, got '0'"),
         (["--model_name_or_path", "/nowhere"], "model_name_or_path must name a folder that exists"),
         (["--learning_rte", "1"], "did you mean --learning_rate?"),
     ],
@@ -93,6 +95,26 @@ def test_errors_of_one_line(config, tmp_path, capsys, words, message):
     assert main(["score", "--ref_cache", str(tmp_path / "r.parquet"), "--config", config, *words]) == 2
     err = capsys.readouterr().err.strip()
     assert message in err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("content", [None, "a file of the user"])
+def test_what_is_no_cache_is_not_written_over(config, tmp_path, capsys, monkeypatch, content):
+    from fusedalign.trl import train
+
+    monkeypatch.setattr(train, "find_model", None)  # told before anything is loaded
+    taken = tmp_path / "taken"
+    taken.mkdir() if content is None else taken.write_text(content)
+    assert main(["score", "--ref_cache", str(taken), "--config", config]) == 2
+    assert f"--ref_cache must name the file to write, got {taken}, which is " in capsys.readouterr().err
+    assert taken.is_dir() if content is None else taken.read_text() == content
+
+
+def test_an_earlier_cache_is_replaced(config, tmp_path):
+    cache = tmp_path / "ref.parquet"
+    assert main(["score", "--ref_cache", str(cache), "--config", config]) == 0
+    first = read_cache(cache)
+    assert main(["score", "--ref_cache", str(cache), "--config", config, "--max_length", "48"]) == 0
+    assert (first.about.max_length, read_cache(cache).about.max_length) == (64, 48)
 
 
 def test_another_truncation_is_refused(config, tmp_path, capsys):
