@@ -20,7 +20,7 @@ from fusedalign.plan.command import parse_memory
 from fusedalign.plan.model import Shapes, build
 from fusedalign.plan.plan import plan
 from fusedalign.plan.shape import METHODS, OPTIMISERS, Layer, Model, Step, Trace
-from fusedalign.plan.table import WIDTH, render
+from fusedalign.plan.table import WIDTH, describe, render
 from fusedalign.plan.trace import LayersError, trace
 
 SMALL = {
@@ -462,6 +462,12 @@ def test_changes_are_put_together_until_the_step_fits():
     assert ranked(everything[-1].step, peak) == []
 
 
+def test_one_row_is_singular():
+    assert ", 1 pair of 20 tokens" in describe(replace(batch=1))
+    assert ", 1 row of 20 tokens" in describe(replace(batch=1, method="sft"))
+    assert ", 3 pairs of 20 tokens" in describe(STEP)
+
+
 def test_a_plan_says_what_fits():
     source, step = Made(parameters=10**6), replace(batch=2)
     needed = plan(source, step).needed
@@ -547,18 +553,25 @@ def test_a_wrong_model_is_one_line(tmp_path, capsys, monkeypatch):
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "config.json").write_text('{"model_type": "no such model"}')
     (tmp_path / "empty").mkdir()
+    for name, fields in (("words", {"hidden_size": "abc"}), ("code", {"auto_map": {"AutoConfig": "c.C"}})):
+        (tmp_path / name).mkdir()
+        kind = "llama" if name == "words" else "its own"
+        (tmp_path / name / "config.json").write_text(json.dumps({"model_type": kind} | fields))
     wrong = {
         saved_config(tmp_path / "t5", t5): "expected a causal LM, got ",
         saved_config(tmp_path / "vit", transformers.ViTConfig()): "expected a configuration with a vocab_size, got ",
         saved_config(tmp_path / "clip", transformers.Wav2Vec2Config()): "expected a causal LM, got ",
         str(tmp_path / "broken"): "its config.json cannot be read: ",
+        str(tmp_path / "words"): "its config.json cannot be read: Validation error for field 'hidden_size'",
+        str(tmp_path / "code"): "contains custom code",
+        "": "--model_name_or_path must name a model, got an empty name",
         str(tmp_path / "empty"): "must be a folder with a config.json, got ",
         "no/such-model": "--model_name_or_path must name a model, got no/such-model: it is no folder here",
     }
     for name, message in wrong.items():
         assert main(["plan", "--model_name_or_path", name]) == 2
-        err = capsys.readouterr().err
-        assert message in err
+        out, err = capsys.readouterr()
+        assert (message in err, out) == (True, ""), (name, err)
         assert err.count("\n") == 1
     assert main(["plan"]) == 2
     assert "plan needs --model_name_or_path" in capsys.readouterr().err

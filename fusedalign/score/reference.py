@@ -15,6 +15,7 @@ from fusedalign.reports import check_writable
 from fusedalign.score.records import Answer, Example, RefusedRow, Window
 from fusedalign.score.run import POLICY, Run, ranks_here, score_run
 from fusedalign.score.scorer import AUTO, Scorer
+from fusedalign.score.shards import SettingsMismatchError
 
 FLAG = "--ref_cache"
 
@@ -88,7 +89,15 @@ def reference_command(argv: list[str]) -> None:
     out = own.ref_cache.with_name(f"{own.ref_cache.name}.scores.parquet")
     rank, ranks, _ = ranks_here()
     source = SequenceSource(list(sequences.values()))
-    finished = score_run(Run(source, out, settings, {POLICY: lambda: Scorer(model, **scorer)}, rank=rank, ranks=ranks))
+    run = Run(source, out, settings, {POLICY: lambda: Scorer(model, **scorer)}, rank=rank, ranks=ranks)
+    try:
+        finished = score_run(run)
+    except SettingsMismatchError as error:
+        leftover = out if out.exists() else run.store.folder
+        raise ValueError(
+            f"{FLAG} must be new or continue an interrupted run of the same settings, got {own.ref_cache} with a run of "
+            f"others in {leftover}: give another name, or delete that"
+        ) from error
     if finished is None:
         return
     if finished.refused:

@@ -62,8 +62,8 @@ _MISMATCHES = {
     ),
     "kl_batch_size": (
         "per_device_train_batch_size={ours}, which says whose completions KTO's KL term exchanges",
-        "{theirs}",
-        "",
+        "per_device_train_batch_size={theirs}",
+        "set per_device_train_batch_size={theirs}, or ",
     ),
     "tokenizer": ("the tokenizer of this training", "another one", "pass the tokenizer of {model}, or "),
     "chat_template": ("the chat template of this training", "another one", "pass the tokenizer of {model}, or "),
@@ -174,6 +174,11 @@ class RefCache:
                 continue
             if name == "kl_batch_size" and facts[name] is None:  # what a cache has more is not looked at
                 continue
+            if name == "kl_batch_size" and self.about.kl_batch_size is None:
+                raise ValueError(
+                    f"ref_logps must be a cache made for KTO with its KL term, got {self.path} made without it: {_AGAIN} "
+                    "--method kto"
+                )
             words = {"ours": facts[name], "theirs": getattr(self.about, name), "model": self.about.model}
             raise ValueError(
                 f"ref_logps must be a cache made with {expected.format(**words)}, got {self.path} made with "
@@ -246,8 +251,10 @@ def read_cache(path: str | os.PathLike[str]) -> RefCache:
         raise TypeError(f"ref_logps must be the path of a file, got {type(path).__name__}")
     name = os.fspath(path)
     if not Path(name).is_file():
-        what = "a folder" if Path(name).is_dir() else "no such file"
-        raise FileNotFoundError(f"ref_logps must name a file of fusedalign score --ref_cache, got {name} ({what})")
+        what = "a folder" if name and Path(name).is_dir() else "no such file"
+        raise FileNotFoundError(
+            f"ref_logps must name a file of fusedalign score --ref_cache, got {name or 'an empty name'} ({what})"
+        )
     try:
         table = pq.ParquetFile(name).read()
     except (OSError, pa.ArrowException) as error:

@@ -109,6 +109,26 @@ def test_what_is_no_cache_is_not_written_over(config, tmp_path, capsys, monkeypa
     assert taken.is_dir() if content is None else taken.read_text() == content
 
 
+def test_an_interrupted_run_goes_on_with_the_same_words_alone(config, tmp_path, capsys, monkeypatch):
+    from fusedalign.trl import ref_cache
+
+    words = ["score", "--ref_cache", str(tmp_path / "ref.parquet"), "--config", config]
+    with monkeypatch.context() as patch:
+        patch.setattr(ref_cache, "write_cache", _interrupt)
+        assert main(words) == 130
+    capsys.readouterr()
+    assert main([*words, "--max_length", "48"]) == 2
+    leftover = tmp_path / "ref.parquet.scores.parquet"
+    message = f"got {tmp_path / 'ref.parquet'} with a run of others in {leftover}: give another name, or delete that"
+    assert message in capsys.readouterr().err
+    assert main(words) == 0
+    assert [path.name for path in tmp_path.glob("ref*")] == ["ref.parquet"]
+
+
+def _interrupt(*args):
+    raise KeyboardInterrupt
+
+
 def test_an_earlier_cache_is_replaced(config, tmp_path):
     cache = tmp_path / "ref.parquet"
     assert main(["score", "--ref_cache", str(cache), "--config", config]) == 0
