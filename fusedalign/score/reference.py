@@ -95,8 +95,8 @@ def reference_command(argv: list[str]) -> None:
     except SettingsMismatchError as error:
         leftover = out if out.exists() else run.store.folder
         raise ValueError(
-            f"{FLAG} must be new or continue an interrupted run of the same settings, got {own.ref_cache} with a run of "
-            f"others in {leftover}: give another name, or delete that"
+            f"{FLAG} must be new or continue an interrupted run of the same settings, got {own.ref_cache} with a run "
+            f"of others in {leftover}: give another name, or delete that"
         ) from error
     if finished is None:
         return

@@ -176,8 +176,8 @@ class RefCache:
                 continue
             if name == "kl_batch_size" and self.about.kl_batch_size is None:
                 raise ValueError(
-                    f"ref_logps must be a cache made for KTO with its KL term, got {self.path} made without it: {_AGAIN} "
-                    "--method kto"
+                    f"ref_logps must be a cache made for KTO with its KL term, got {self.path} made without it: "
+                    f"{_AGAIN} --method kto"
                 )
             words = {"ours": facts[name], "theirs": getattr(self.about, name), "model": self.about.model}
             raise ValueError(
