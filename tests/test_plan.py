@@ -511,6 +511,15 @@ def test_the_command_gives_json(tmp_path, capsys, more):
     assert ours["bytes"] == sum(x["bytes"] for x in found["held"]) + sum(size for _, size in ours["moment"]["parts"])
 
 
+def test_a_quantised_model_is_planned_without_it_and_told_so(tmp_path, capsys):
+    quantised = config(quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
+    words = ["plan", "--model_name_or_path", saved_config(tmp_path, quantised), "--method", "sft", "--dtype", "bfloat16"]
+    assert main([*words, "--batch", "1", "--length", "16"]) == 0
+    out, err = capsys.readouterr()
+    assert f"warning: {tmp_path} has a quantization_config, which is left out: weights are bfloat16 here" in err
+    assert "parameters x 2 B" in out
+
+
 def test_the_embedded_model_is_planned_without_being_built(capsys, monkeypatch):
     import fusedalign.embedded
 
