@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import time
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from fusedalign.plan.command import parse_memory
 from fusedalign.plan.model import Shapes, build
 from fusedalign.plan.plan import plan
 from fusedalign.plan.shape import METHODS, OPTIMISERS, Layer, Model, Step, Trace
-from fusedalign.plan.table import WIDTH, render
+from fusedalign.plan.table import WIDTH, describe, render
 from fusedalign.plan.trace import LayersError, trace
 
 SMALL = {
@@ -239,6 +240,21 @@ def test_a_model_whose_layers_cannot_be_found_is_refused():
         trace(model, TOKENS)
 
 
+MAMBA = transformers.MambaConfig(vocab_size=97, hidden_size=32, state_size=4, num_hidden_layers=2)
+HYBRID = transformers.JambaConfig(
+    **SMALL | {"vocab_size": 97}, num_experts=2, attn_layer_period=2, attn_layer_offset=1, use_mamba_kernels=False
+)
+BLOOM = transformers.BloomConfig(vocab_size=97, hidden_size=32, n_head=4, n_layer=2)
+
+
+@pytest.mark.parametrize("made", [MAMBA, HYBRID, BLOOM], ids=lambda made: made.model_type)
+def test_layers_without_an_attention_function_are_refused_at_once(made):
+    start = time.monotonic()
+    with pytest.raises(LayersError, match=r"attention|causal LM"):
+        trace(build(made, STEP), 100_000)  # their loops over tokens would take hours
+    assert time.monotonic() - start < 20
+
+
 def test_layers_that_need_numbers_are_refused_with_the_reason():
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config())
@@ -446,6 +462,12 @@ def test_changes_are_put_together_until_the_step_fits():
     assert ranked(everything[-1].step, peak) == []
 
 
+def test_one_row_is_singular():
+    assert ", 1 pair of 20 tokens" in describe(replace(batch=1))
+    assert ", 1 row of 20 tokens" in describe(replace(batch=1, method="sft"))
+    assert ", 3 pairs of 20 tokens" in describe(STEP)
+
+
 def test_a_plan_says_what_fits():
     source, step = Made(parameters=10**6), replace(batch=2)
     needed = plan(source, step).needed
@@ -487,6 +509,23 @@ def test_the_command_gives_json(tmp_path, capsys, more):
     assert found["model"]["parameters"] == sum(p.numel() for p in real_model("qwen3", "bfloat16").parameters())
     ours = found["totals"][0]
     assert ours["bytes"] == sum(x["bytes"] for x in found["held"]) + sum(size for _, size in ours["moment"]["parts"])
+
+
+def test_a_quantised_model_is_planned_without_it_and_told_so(tmp_path, capsys):
+    quantised = config(quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
+    words = [
+        "plan",
+        "--model_name_or_path",
+        saved_config(tmp_path, quantised),
+        "--method",
+        "sft",
+        "--dtype",
+        "bfloat16",
+    ]
+    assert main([*words, "--batch", "1", "--length", "16"]) == 0
+    out, err = capsys.readouterr()
+    assert f"warning: {tmp_path} has a quantization_config, which is left out: weights are bfloat16 here" in err
+    assert "parameters x 2 B" in out
 
 
 def test_the_embedded_model_is_planned_without_being_built(capsys, monkeypatch):
@@ -531,18 +570,25 @@ def test_a_wrong_model_is_one_line(tmp_path, capsys, monkeypatch):
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "config.json").write_text('{"model_type": "no such model"}')
     (tmp_path / "empty").mkdir()
+    for name, fields in (("words", {"hidden_size": "abc"}), ("code", {"auto_map": {"AutoConfig": "c.C"}})):
+        (tmp_path / name).mkdir()
+        kind = "llama" if name == "words" else "its own"
+        (tmp_path / name / "config.json").write_text(json.dumps({"model_type": kind} | fields))
     wrong = {
         saved_config(tmp_path / "t5", t5): "expected a causal LM, got ",
         saved_config(tmp_path / "vit", transformers.ViTConfig()): "expected a configuration with a vocab_size, got ",
         saved_config(tmp_path / "clip", transformers.Wav2Vec2Config()): "expected a causal LM, got ",
         str(tmp_path / "broken"): "its config.json cannot be read: ",
+        str(tmp_path / "words"): "its config.json cannot be read: Validation error for field 'hidden_size'",
+        str(tmp_path / "code"): "contains custom code",
+        "": "--model_name_or_path must name a model, got an empty name",
         str(tmp_path / "empty"): "must be a folder with a config.json, got ",
         "no/such-model": "--model_name_or_path must name a model, got no/such-model: it is no folder here",
     }
     for name, message in wrong.items():
         assert main(["plan", "--model_name_or_path", name]) == 2
-        err = capsys.readouterr().err
-        assert message in err
+        out, err = capsys.readouterr()
+        assert (message in err, out) == (True, ""), (name, err)
         assert err.count("\n") == 1
     assert main(["plan"]) == 2
     assert "plan needs --model_name_or_path" in capsys.readouterr().err

@@ -13,7 +13,7 @@ from fusedalign.plan.model import Shapes, read_config
 from fusedalign.plan.plan import Plan, plan
 from fusedalign.plan.shape import DEFAULT_OPTIMISER, ITEM, METHODS, OPTIMISERS, Step
 from fusedalign.plan.table import render
-from fusedalign.reports import to_json
+from fusedalign.reports import to_json, warn
 
 WORD = "plan"
 _UNITS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
@@ -37,6 +37,10 @@ def plan_command(argv: Sequence[str]) -> None:
     step = step_of(options)
     memory = None if options.memory is None else parse_memory(options.memory)
     config = read_config(options.model_name_or_path)
+    if getattr(config, "quantization_config", None) is not None:
+        warn(
+            f"{options.model_name_or_path} has a quantization_config, which is left out: weights are {step.dtype} here"
+        )
     found = plan(Shapes(config, options.model_name_or_path), step, memory)
     print(_json(found) if options.json else render(found))
 

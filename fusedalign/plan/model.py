@@ -24,16 +24,18 @@ def read_config(name: str) -> Any:
     option = "--model_name_or_path"
     if name == EMBEDDED_NAME:
         return embedded_config()
+    if not name:
+        raise ValueError(f"{option} must name a model, got an empty name")
     path = Path(name)
     if path.is_dir() and not (path / "config.json").is_file():
         raise ValueError(f"{option} must be a folder with a config.json, got {name} without one")
     try:
-        config = transformers.AutoConfig.from_pretrained(name)
-    except (OSError, ValueError, KeyError) as error:
+        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:  # OSError, ValueError, KeyError, and what validates fields
         where = (
             "its config.json cannot be read" if path.is_dir() else "it is no folder here, and the Hub has no such model"
         )
-        reason = f"{where} or cannot be reached" if not path.is_dir() else f"{where}: {str(error).splitlines()[0]}"
+        reason = f"{where} or cannot be reached" if not path.is_dir() else f"{where}: {' '.join(str(error).split())}"
         raise ValueError(f"{option} must name a model, got {name}: {reason}") from error
     check_config(config, name)
     return config

@@ -51,7 +51,7 @@ def _title(plan: Plan) -> list[str]:
 
 def describe(step: Step) -> str:
     """A step in words."""
-    unit = "pairs" if step.pairs else "rows"
+    unit = ("pair" if step.pairs else "row") + ("s" if step.batch > 1 else "")
     rows = f"{step.batch} {unit} of {step.length:,} tokens"
     prompt = f", of which {step.prompt:,} prompt" if step.prompt else ""
     known = "" if step.tokens is not None or step.packed != step.padded else " (rows full; --tokens where they are not)"

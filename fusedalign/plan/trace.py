@@ -28,6 +28,8 @@ from fusedalign.plan.shape import Layer, Trace
 _ATTENTION = "fusedalign_plan"
 #: Rows of padding that FlashAttention's backward adds for each sequence of a batch.
 _ROWS_OF_PADDING = 128
+#: Tokens of the short forward that shows which layers have attention.
+_PROBE_TOKENS = 8
 
 
 class LayersError(ValueError):
@@ -45,7 +47,8 @@ def trace(model: Any, tokens: int, *, keys: int | None = None, mixed: bool = Tru
         mixed: whether autocast to bf16 is on, as TRL's trainers have it.
 
     Raises:
-        LayersError: the model's layers cannot be found, or do something that needs numbers.
+        LayersError: the model's layers cannot be found, have no attention by transformers' attention functions, or do
+            something that needs numbers.
     """
     causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
     backbone = causal_lm.base_model
@@ -58,9 +61,10 @@ def trace(model: Any, tokens: int, *, keys: int | None = None, mixed: bool = Tru
     order = tuple(kinds.index(kind) for kind in all_kinds)
     setattr(backbone, name, nn.ModuleList(ones))
     try:
-        with _quiet(), FakeTensorMode(), _attention_for(causal_lm, keys or tokens):
+        with _quiet(), FakeTensorMode(), _attention_for(causal_lm, keys or tokens) as callers:
             _materialise(backbone)
             backbone.train()
+            _check_attention(backbone, ones, callers, mixed)
             return _trace(backbone, ones, order, tokens, mixed)
     except LayersError:
         raise
@@ -117,6 +121,19 @@ def _materialise(module: nn.Module) -> None:
         for name, b in each._buffers.items():
             if b is not None:
                 each._buffers[name] = torch.empty(b.shape, dtype=b.dtype)
+
+
+def _check_attention(backbone: Any, kinds: list[nn.Module], callers: set[nn.Module], mixed: bool) -> None:
+    """Raises LayersError for a layer whose tokens are mixed by other code, which may loop over all of them."""
+    ids = torch.zeros(1, _PROBE_TOKENS, dtype=torch.int64)
+    with torch.no_grad(), _mixed(mixed):
+        backbone(input_ids=ids, position_ids=ids, use_cache=False)
+    for layer in kinds:
+        if callers.isdisjoint(layer.modules()):
+            raise LayersError(
+                "expected decoder layers with attention by transformers' attention functions, got "
+                f"{type(layer).__name__} of {type(backbone).__name__} without it"
+            )
 
 
 def _trace(backbone: Any, kinds: list[nn.Module], order: tuple[int, ...], tokens: int, mixed: bool) -> Trace:
@@ -285,11 +302,14 @@ def _cast(x: Any, from_dtype: torch.dtype, to_dtype: torch.dtype) -> Any:
 
 
 @contextlib.contextmanager
-def _attention_for(model: Any, keys: int) -> Iterator[None]:
-    """Attention of packed batches, of which all segments together have so many keys."""
+def _attention_for(model: Any, keys: int) -> Iterator[set[nn.Module]]:
+    """Attention of packed batches whose segments have `keys` keys in total; yields the modules that have called it."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
+    callers: set[nn.Module] = set()
+
     def attention(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **_: Any) -> tuple[Tensor, None]:
+        callers.add(module)
         return _Attention.apply(query, key, value, keys), None
 
     AttentionInterface.register(_ATTENTION, attention)
@@ -297,7 +317,7 @@ def _attention_for(model: Any, keys: int) -> Iterator[None]:
     before = model.config._attn_implementation
     model.set_attn_implementation(_ATTENTION)
     try:
-        yield
+        yield callers
     finally:
         model.set_attn_implementation(before)
 

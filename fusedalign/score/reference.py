@@ -16,6 +16,7 @@ from fusedalign.reports import check_writable
 from fusedalign.score.records import Answer, Example, RefusedRow, Window
 from fusedalign.score.run import POLICY, Run, ranks_here, score_run
 from fusedalign.score.scorer import AUTO, Scorer
+from fusedalign.score.shards import SettingsMismatchError
 
 FLAG = "--ref_cache"
 
@@ -62,9 +63,9 @@ def reference_command(argv: list[str]) -> None:
     own, words = parser.parse_known_args(argv)
     if own.method not in ref_rows.WITH_REFERENCE:
         raise ValueError(f"--method must be {' or '.join(ref_rows.WITH_REFERENCE)} with {FLAG}, got {own.method!r}")
-    if own.max_tokens_per_batch != AUTO and not own.max_tokens_per_batch.isdigit():
-        raise ValueError(f"max_tokens_per_batch must be auto or a number of tokens, got {own.max_tokens_per_batch!r}")
+    max_tokens = _max_tokens(own.max_tokens_per_batch)
     check_writable(own.ref_cache.absolute().parent, FLAG)
+    ref_cache.check_target(own.ref_cache, FLAG)
     arguments = parse(own.method, words)
     training = arguments.training
     splits = dict(zip(("train", "eval"), load_data(own.method, arguments), strict=True))
@@ -86,14 +87,22 @@ def reference_command(argv: list[str]) -> None:
     scorer: dict[str, Any] = {
         "packed": arguments.fused.packed,
         "impl": arguments.fused.fused_impl,
-        "max_tokens": own.max_tokens_per_batch if own.max_tokens_per_batch == AUTO else int(own.max_tokens_per_batch),
+        "max_tokens": max_tokens,
         "autocast": autocast,
     }
     facts = {key: value for key, value in dataclasses.asdict(about).items() if key not in ("model", "packages")}
     settings = json.loads(json.dumps({**facts, **scorer, "sequences": digest(list(sequences))}, default=str))
     out = own.ref_cache.with_name(f"{own.ref_cache.name}.scores.parquet")
     source = SequenceSource(list(sequences.values()))
-    finished = score_run(Run(source, out, settings, {POLICY: lambda: Scorer(model, **scorer)}, rank=rank, ranks=ranks))
+    run = Run(source, out, settings, {POLICY: lambda: Scorer(model, **scorer)}, rank=rank, ranks=ranks)
+    try:
+        finished = score_run(run)
+    except SettingsMismatchError as error:
+        leftover = out if out.exists() else run.store.folder
+        raise ValueError(
+            f"{FLAG} must be new or continue an interrupted run of the same settings, got {own.ref_cache} with a run "
+            f"of others in {leftover}: give another name, or delete that"
+        ) from error
     if finished is None:
         return
     if finished.refused:
@@ -131,6 +140,14 @@ def _is_there(path: Path, about: Any, keys: Collection[str]) -> bool:
             f"{FLAG} must be new or the same cache, got {path} with another {', '.join(differing)}: remove it first"
         )
     return True
+
+
+def _max_tokens(word: str) -> int | str:
+    if word == AUTO:
+        return AUTO
+    if not word.isdecimal() or int(word) < 1:
+        raise ValueError(f"max_tokens_per_batch must be auto or a number of tokens above 0, got {word!r}")
+    return int(word)
 
 
 def _load(found: Any, arguments: Any) -> Any:

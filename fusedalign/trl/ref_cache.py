@@ -62,8 +62,8 @@ _MISMATCHES = {
     ),
     "kl_batch_size": (
         "per_device_train_batch_size={ours}, which says whose completions KTO's KL term exchanges",
-        "{theirs}",
-        "",
+        "per_device_train_batch_size={theirs}",
+        "set per_device_train_batch_size={theirs}, or ",
     ),
     "tokenizer": ("the tokenizer of this training", "another one", "pass the tokenizer of {model}, or "),
     "chat_template": ("the chat template of this training", "another one", "pass the tokenizer of {model}, or "),
@@ -174,11 +174,43 @@ class RefCache:
                 continue
             if name == "kl_batch_size" and facts[name] is None:  # what a cache has more is not looked at
                 continue
+            if name == "kl_batch_size" and self.about.kl_batch_size is None:
+                raise ValueError(
+                    f"ref_logps must be a cache made for KTO with its KL term, got {self.path} made without it: "
+                    f"{_AGAIN} --method kto"
+                )
             words = {"ours": facts[name], "theirs": getattr(self.about, name), "model": self.about.model}
             raise ValueError(
                 f"ref_logps must be a cache made with {expected.format(**words)}, got {self.path} made with "
                 f"{got.format(**words)}: {remedy.format(**words)}{_AGAIN}"
             )
+
+
+def check_target(path: Path, option: str) -> None:
+    """Raises ValueError for what a cache must not replace: a folder, or a file that is none.
+
+    Args:
+        path: of the cache to write; a cache there passes, which is compared once the weights are loaded.
+        option: that gave it, for the message.
+    """
+    if path.is_dir():
+        what = "a folder"
+    elif not path.exists() or _may_be_cache(path):
+        return
+    else:
+        what = "another file than a reference cache"
+    raise ValueError(f"{option} must name the file to write, got {path}, which is {what}: give another name")
+
+
+def _may_be_cache(path: Path) -> bool:
+    """Whether a file is a cache, or so damaged a Parquet file that this cannot be told."""
+    with path.open("rb") as file:
+        if file.read(4) not in (b"PAR1", b""):
+            return False
+    try:
+        return _METADATA in (pq.read_schema(path).metadata or {})
+    except (OSError, pa.ArrowException):
+        return True
 
 
 def write_cache(path: str | os.PathLike[str], about: About, keys: Iterable[str], logps: Iterable[float]) -> None:
@@ -219,8 +251,10 @@ def read_cache(path: str | os.PathLike[str]) -> RefCache:
         raise TypeError(f"ref_logps must be the path of a file, got {type(path).__name__}")
     name = os.fspath(path)
     if not Path(name).is_file():
-        what = "a folder" if Path(name).is_dir() else "no such file"
-        raise FileNotFoundError(f"ref_logps must name a file of fusedalign score --ref_cache, got {name} ({what})")
+        what = "a folder" if name and Path(name).is_dir() else "no such file"
+        raise FileNotFoundError(
+            f"ref_logps must name a file of fusedalign score --ref_cache, got {name or 'an empty name'} ({what})"
+        )
     try:
         table = pq.ParquetFile(name).read()
     except (OSError, pa.ArrowException) as error:

@@ -6,6 +6,7 @@ import pytest
 
 from fusedalign.cli import main
 from fusedalign.embedded import build_embedded_model, data_directory
+from fusedalign.trl.ref_cache import read_cache
 
 TRAINING = {
     "max_steps": 3, "per_device_train_batch_size": 4, "logging_steps": 1, "save_strategy": "no", "report_to": "none",
@@ -85,6 +86,7 @@ def test_prompts_are_computed_once(config, tmp_path, capsys, monkeypatch):
     [
         (["--method", "sft"], "--method must be dpo or kto with --ref_cache, got 'sft'"),
         (["--method", "dpo", "--max_tokens_per_batch", "x"], "max_tokens_per_batch must be auto or a number"),
+        (["--max_tokens_per_batch", "0"], "max_tokens_per_batch must be auto or a number of tokens above 0, got '0'"),
         (["--model_name_or_path", "/nowhere"], "model_name_or_path must name a folder that exists"),
         (["--learning_rte", "1"], "did you mean --learning_rate?"),
     ],
@@ -93,6 +95,38 @@ def test_errors_of_one_line(config, tmp_path, capsys, words, message):
     assert main(["score", "--ref_cache", str(tmp_path / "r.parquet"), "--config", config, *words]) == 2
     err = capsys.readouterr().err.strip()
     assert message in err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("content", [None, "a file of the user"])
+def test_what_is_no_cache_is_not_written_over(config, tmp_path, capsys, monkeypatch, content):
+    from fusedalign.trl import train
+
+    monkeypatch.setattr(train, "find_model", None)  # told before anything is loaded
+    taken = tmp_path / "taken"
+    taken.mkdir() if content is None else taken.write_text(content)
+    assert main(["score", "--ref_cache", str(taken), "--config", config]) == 2
+    assert f"--ref_cache must name the file to write, got {taken}, which is " in capsys.readouterr().err
+    assert taken.is_dir() if content is None else taken.read_text() == content
+
+
+def test_an_interrupted_run_goes_on_with_the_same_words_alone(config, tmp_path, capsys, monkeypatch):
+    from fusedalign.trl import ref_cache
+
+    words = ["score", "--ref_cache", str(tmp_path / "ref.parquet"), "--config", config]
+    with monkeypatch.context() as patch:
+        patch.setattr(ref_cache, "write_cache", _interrupt)
+        assert main(words) == 130
+    capsys.readouterr()
+    assert main([*words, "--max_length", "48"]) == 2
+    leftover = tmp_path / "ref.parquet.scores.parquet"
+    message = f"got {tmp_path / 'ref.parquet'} with a run of others in {leftover}: give another name, or delete that"
+    assert message in capsys.readouterr().err
+    assert main(words) == 0
+    assert [path.name for path in tmp_path.glob("ref*")] == ["ref.parquet"]
+
+
+def _interrupt(*args):
+    raise KeyboardInterrupt
 
 
 def test_another_truncation_is_refused(config, tmp_path, capsys):
@@ -109,7 +143,7 @@ def test_what_is_there_is_used_or_refused(config, tmp_path, capsys, monkeypatch)
     words = ["score", "--ref_cache", str(cache), "--config", config]
     cache.write_text("my notes")
     assert main(words) == 2
-    assert "--ref_cache must be new or the same cache" in capsys.readouterr().err
+    assert "which is another file than a reference cache" in capsys.readouterr().err
     assert cache.read_text() == "my notes"
     cache.unlink()
     assert main(words) == 0
