@@ -513,7 +513,15 @@ def test_the_command_gives_json(tmp_path, capsys, more):
 
 def test_a_quantised_model_is_planned_without_it_and_told_so(tmp_path, capsys):
     quantised = config(quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
-    words = ["plan", "--model_name_or_path", saved_config(tmp_path, quantised), "--method", "sft", "--dtype", "bfloat16"]
+    words = [
+        "plan",
+        "--model_name_or_path",
+        saved_config(tmp_path, quantised),
+        "--method",
+        "sft",
+        "--dtype",
+        "bfloat16",
+    ]
     assert main([*words, "--batch", "1", "--length", "16"]) == 0
     out, err = capsys.readouterr()
     assert f"warning: {tmp_path} has a quantization_config, which is left out: weights are bfloat16 here" in err

@@ -38,7 +38,9 @@ def plan_command(argv: Sequence[str]) -> None:
     memory = None if options.memory is None else parse_memory(options.memory)
     config = read_config(options.model_name_or_path)
     if getattr(config, "quantization_config", None) is not None:
-        warn(f"{options.model_name_or_path} has a quantization_config, which is left out: weights are {step.dtype} here")
+        warn(
+            f"{options.model_name_or_path} has a quantization_config, which is left out: weights are {step.dtype} here"
+        )
     found = plan(Shapes(config, options.model_name_or_path), step, memory)
     print(_json(found) if options.json else render(found))
 
