@@ -518,3 +518,22 @@ def test_the_command(embedded, tasks, tmp_path, monkeypatch):
     runpy.run_module("fusedalign.harness", run_name="__main__")
     (written,) = (tmp_path / "out").rglob("results_*.json")
     assert json.loads(written.read_text())["results"]["local_texts"]["word_perplexity,none"] > 1
+
+
+@pytest.mark.parametrize(
+    ("model_args", "message"),
+    [
+        ("pretrained={}/none", "none"),
+        ("pretrained={},nonsense=1", "unexpected keyword argument 'nonsense'"),
+        ("dtype=float32", "missing 1 required positional argument: 'pretrained'"),
+    ],
+)
+def test_wrong_arguments_of_the_model_are_one_line(embedded, tasks, capsys, monkeypatch, model_args, message):
+    words = ["run", "--model", "fusedalign", "--model_args", model_args.format(embedded), "--tasks", "local_texts"]
+    monkeypatch.setattr(sys, "argv", ["lm_eval", *words, "--device", "cpu", "--include_path", str(tasks)])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_module("fusedalign.harness", run_name="__main__")
+    assert stop.value.code == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("fusedalign: error: ")
+    assert message in last
