@@ -6,7 +6,6 @@ import pytest
 
 from fusedalign.cli import main
 from fusedalign.embedded import build_embedded_model, data_directory
-from fusedalign.trl.ref_cache import read_cache
 
 TRAINING = {
     "max_steps": 3, "per_device_train_batch_size": 4, "logging_steps": 1, "save_strategy": "no", "report_to": "none",
