@@ -27,7 +27,7 @@ from fusedalign.score.records import Answer, Example, Window
 
 WORD = "score"
 
-#: Beside this package's: what people write themselves, and the harness that they take instead.
+#: This package, the loop that people write themselves, and the harness that they take instead.
 SIDES = {
     "loop": "model(...).logits.log_softmax(-1).gather(...) on padded rows, the largest batch that fits",
     "lm-eval": "the `hf` model of the lm-evaluation-harness, batch_size=auto",
@@ -166,7 +166,7 @@ def table_line(measured: Measured) -> str:
 
 
 def comparison(results: Sequence[Measured]) -> Iterator[str]:
-    """This package beside each of the others."""
+    """This package compared with each of the others."""
     ours = next((x for x in results if x.side == "fusedalign" and x.seconds), None)
     for x in results:
         if ours is None or x is ours or x.seconds is None or ours.seconds is None:

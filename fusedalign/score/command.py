@@ -346,7 +346,7 @@ class _Names:
 
 
 def _embedded(name: str, out: Path) -> str:
-    """The folder of the embedded model, built beside `out` where it is not there; any other name as it is."""
+    """The folder of the embedded model, built in the folder of `out` where it is not there; any other name as it is."""
     if name != EMBEDDED_NAME:
         return name
     folder = out.absolute().parent / "embedded-model"

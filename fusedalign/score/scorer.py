@@ -13,7 +13,7 @@ from fusedalign.score.records import Example, Score, Window
 
 AUTO = "auto"
 
-#: What can be had of each token that counts, beside the sums.
+#: Values of each token that counts, in addition to the sums.
 PER_TOKEN = ("logps", "entropy", "ranks")
 
 #: Tokens a batch on a CPU, and the most that "auto" takes on a GPU, which is busy with fewer.
@@ -35,7 +35,7 @@ class _Unit(NamedTuple):
 
 
 class _Pending(NamedTuple):
-    """A batch whose results the device may still be computing."""
+    """A batch that the device may still be computing."""
 
     windows: list[Window]
     places: list[tuple[int, int, int]]

@@ -210,7 +210,7 @@ def _short(value: Any) -> str:
 
 
 def temporary_name(path: Path) -> Path:
-    """A name beside `path` that no other process takes."""
+    """A name in the folder of `path` that no other process takes."""
     return path.with_name(f"{path.name}.{os.urandom(6).hex()}.tmp")
 
 
