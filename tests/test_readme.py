@@ -43,6 +43,18 @@ def test_make_targets_and_commands_exist():
         assert (ROOT / recipe).is_file()
 
 
+def test_the_command_that_scores_runs(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("trl")
+    from fusedalign.cli import main
+
+    commands = set(re.findall(r"fusedalign (score --model_name_or_path \S+ --dataset_name \S+ --out \S+)", README))
+    assert len(commands) == 1
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    monkeypatch.chdir(tmp_path)
+    assert main(commands.pop().split()) == 0
+    assert "wrote runs/scores.parquet" in capsys.readouterr().out
+
+
 def test_the_table_of_impls_is_complete():
     from fusedalign.impls import MODULES
 
