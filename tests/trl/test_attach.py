@@ -244,7 +244,7 @@ def test_what_the_head_will_be_asked_is_checked(build, monkeypatch):
     for model, options in (("phi", {}), ("qwen3", {"bf16": True})):
         trainer = build("sft", "stock", model=model, **options)
         with monkeypatch.context() as context:
-            context.setattr(pytorch, "supports", lambda problem: seen.append(problem) or "it is asked too much")
+            context.setattr(pytorch.IMPL, "supports", lambda problem: seen.append(problem) or "it is asked too much")
             with pytest.raises(ValueError, match="cannot do this: it is asked too much"):
                 attach(trainer, impl="pytorch")
     phi, bf16 = seen[0], seen[-1]

@@ -307,7 +307,7 @@ def test_experts_with_a_loss_of_their_own(build, monkeypatch):
 def test_what_the_head_will_be_asked_is_checked_when_it_is_built(build, monkeypatch):
     """By an impl that cannot do a thing: all outputs, a bias, the dtype of mixed precision."""
     seen, asked = [], []
-    monkeypatch.setattr(pytorch, "supports", lambda problem: seen.append(problem) or "it is asked too much")
+    monkeypatch.setattr(pytorch.IMPL, "supports", lambda problem: seen.append(problem) or "it is asked too much")
     for kind, model, options in (("sft", "phi", {}), ("dpo", "gemma2", {}), ("orpo", "qwen3", {"bf16": True})):
         with pytest.raises(ValueError, match="cannot do this: it is asked too much"):
             build(kind, "fused", model=model, head=[("impl", "pytorch")], **options)

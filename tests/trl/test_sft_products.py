@@ -71,18 +71,18 @@ def test_no_step_makes_its_logits_again(build, stock_history, how, options, monk
     """Whatever the loss is divided by and added to; every metric as TRL's."""
     options = {"max_steps": 3} | options
     want = stock_history("sft", **options)
-    monkeypatch.setattr(pytorch, "two_pass_grads", None)
+    monkeypatch.setattr(pytorch.IMPL, "two_pass_grads", None)
     tiny.assert_same(tiny.history(build("sft", how, head=PYTORCH, **options)), want)
 
 
 def test_dpo_expects_nothing(build, monkeypatch):
     """Its weights come from whole sequences."""
-    monkeypatch.setattr(pytorch, "one_pass", None)
+    monkeypatch.setattr(pytorch.IMPL, "one_pass", None)
     for how in ("attach", "fused"):
         build("dpo", how, head=PYTORCH, max_steps=1).train()
 
 
 def test_an_evaluation_makes_no_gradient(build, monkeypatch):
-    monkeypatch.setattr(pytorch, "one_pass", None)
+    monkeypatch.setattr(pytorch.IMPL, "one_pass", None)
     for how in ("attach", "fused"):
         build("sft", how, head=PYTORCH).evaluate()
