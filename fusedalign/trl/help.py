@@ -56,6 +56,6 @@ def help_line(action: Any) -> str:
     """A flag with its meaning and default, on lines of 112 characters."""
     text = re.sub(r"\s+", " ", _WORDS.get(action.dest, action.help) or "").replace("%%", "%").replace("`", "")
     text = re.split(r"(?<=[a-z)\]])\. ", text)[0].rstrip(".")
-    default = "" if action.default in (None, "==SUPPRESS==") else f" [{action.default}]"
+    default = "" if action.default in (None, "==SUPPRESS==", []) else f" [{action.default}]"
     body = textwrap.shorten(text, 150, placeholder=" ...") + default
     return textwrap.fill(body, 112, initial_indent=f"  --{action.dest:<30} ", subsequent_indent=" " * 35)
