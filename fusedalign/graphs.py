@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fusedalign.compaction import Places, compact
-from fusedalign.impls import autograd, of_kind, resolve
+from fusedalign.impls import autograd, impl_names, resolve
 from fusedalign.impls.autograd import Grads, Needs, OwnGradients
 from fusedalign.impls.pytorch import IMPL as PYTORCH
 from fusedalign.losses.common import check_loss_type
@@ -21,7 +21,7 @@ from fusedalign.losses.sft import LOSS_TYPES, ScalarLoss, mean_over, token_losse
 from fusedalign.problem import OUTPUTS, Problem, Tiling, TokenLogps
 
 #: The names of impls that have operators here.
-NAMES = ("auto", *of_kind("own"))
+NAMES = ("auto", *impl_names("own"))
 
 
 class Options(NamedTuple):

@@ -52,7 +52,7 @@ def pytest_pyfunc_call(pyfuncitem):
     from fusedalign import impls
 
     impl = _params(pyfuncitem).get("impl")
-    if impl not in impls.of_kind("adapter"):
+    if impl not in impls.impl_names("adapter"):
         return (yield)
     caveats, adapter = set(), importlib.import_module(impls.MODULES[impl].module).IMPL
     supports = adapter.supports

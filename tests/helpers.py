@@ -13,16 +13,16 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fusedalign import explain, linear_cross_entropy, linear_logps
-from fusedalign.impls import of_kind
+from fusedalign.impls import impl_names
 from fusedalign.problem import OUTPUTS
 
 DIFFERENTIABLE = ("logps", "entropy", "lse")
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)] if torch.cuda.is_available() else ["cpu"]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 #: Adapters whose library is here. What such an impl refuses, and what it does not claim, tests/conftest.py skips.
-ADAPTED = [verdict.impl for verdict in explain() if verdict.impl in of_kind("adapter") and verdict.reason is None]
+ADAPTED = [verdict.impl for verdict in explain() if verdict.impl in impl_names("adapter") and verdict.reason is None]
 #: Where triton is not installed, tests/test_triton.py is the skip that says so.
-OURS = [name for name in sorted(of_kind("own", "oracle")) if name != "triton" or importlib.util.find_spec("triton")]
+OURS = [name for name in sorted(impl_names("own", "oracle")) if name != "triton" or importlib.util.find_spec("triton")]
 IMPLS = [*OURS, *ADAPTED]
 #: Triton's kernels run on the CPU where there is no CUDA device (tests/conftest.py asks for it), and slowly.
 INTERPRETED = not torch.cuda.is_available()

@@ -344,7 +344,7 @@ print([m for m in sys.modules if m in ("liger_kernel", "cut_cross_entropy")])
     assert done.stdout.strip() == "[]", done.stderr
 
 
-@pytest.mark.parametrize("impl", impls.of_kind("adapter"))
+@pytest.mark.parametrize("impl", impls.impl_names("adapter"))
 def test_a_library_broken_deep_inside_is_a_reason(monkeypatch, tmp_path, impl):
     module = {"liger": liger, "cce": cce}[impl]
     name = {"liger": "liger_kernel", "cce": "cut_cross_entropy"}[impl]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fusedalign.bench.data import Data
 from fusedalign.bench.tasks import TASKS
-from fusedalign.impls import of_kind
+from fusedalign.impls import impl_names
 from fusedalign.ops import linear_cross_entropy, linear_logps
 
 
@@ -47,7 +47,7 @@ class Implementation(NamedTuple):
 
 def implementations() -> dict[str, Implementation]:
     """Every row by its name, in order: our impls, then the peers."""
-    ours = [_ours(name) for name in of_kind("own")]
+    ours = [_ours(name) for name in impl_names("own")]
     return {x.name: x for x in (*ours, *PEERS)}
 
 

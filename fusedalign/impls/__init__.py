@@ -69,14 +69,14 @@ MODULES = {
 }
 
 
-def of_kind(*kinds: str) -> tuple[str, ...]:
+def impl_names(*kinds: str) -> tuple[str, ...]:
     """The names of the impls of these kinds, in their order."""
     return tuple(name for name, entry in MODULES.items() if entry.kind in kinds)
 
 
 def _considered() -> tuple[str, ...]:
     """What "auto" tries."""
-    return of_kind("own", "adapter")
+    return impl_names("own", "adapter")
 
 
 def check_name(name: str) -> None:

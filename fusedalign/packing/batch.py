@@ -25,6 +25,9 @@ from torch import Tensor
 from fusedalign.checks import check_plain
 from fusedalign.compaction import send
 
+#: Packed tokens come in multiples of this on a GPU, so that kernels meet fewer sizes.
+GPU_MULTIPLE = 64
+
 
 class Segment(NamedTuple):
     """A run of packed tokens, and the run before it that its queries see too."""

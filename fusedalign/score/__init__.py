@@ -84,9 +84,9 @@ def score(
     models = {POLICY: model} | ({} if ref_model is None else {REFERENCE: ref_model})
     loaders = {name: lambda each=each: Scorer(each, **scorer) for name, each in models.items()}
     settings = {
-        **{f"{name} weights": identity.of_model(each) for name, each in models.items() if out is not None},
-        "tokenizer": identity.of_tokenizer(tokenizer),
-        "dataset": None if out is None else identity.of_dataset(source.dataset),
+        **{f"{name} weights": identity.model_digest(each) for name, each in models.items() if out is not None},
+        "tokenizer": identity.tokenizer_digest(tokenizer),
+        "dataset": None if out is None else identity.dataset_digest(source.dataset),
         **dataclasses.asdict(rows),
         "beta": None if ref_model is None else beta,
         "per_token": list(per_token),

@@ -13,11 +13,9 @@ from fusedalign.ops import linear_logps
 from fusedalign.packing import LayoutError, enable, pack_padded
 from fusedalign.packing.attention import installed
 from fusedalign.packing.backbone import Selection, packed_output
+from fusedalign.packing.batch import GPU_MULTIPLE
 from fusedalign.problem import TokenLogps
 from fusedalign.sequence import shift_labels
-
-#: Packed tokens come in multiples of this on a GPU, so that kernels meet fewer sizes.
-_MULTIPLE = 64
 
 #: Bytes of the logits of a tile where ranks are counted.
 _RANK_TILE = 64 * 2**20
@@ -153,7 +151,7 @@ def select_logps(
     if packed:
         if not installed(model):
             enable(model)
-        multiple = _MULTIPLE if device.type == "cuda" else 1
+        multiple = GPU_MULTIPLE if device.type == "cuda" else 1
         batch = pack_padded(input_ids, attention_mask, groups=groups, multiple=multiple)
         selection = Selection(packed_output(model, batch).last_hidden_state[0], batch, targets)
         hidden, slots, counted = selection.hidden, selection.slots, selection.targets
@@ -194,12 +192,12 @@ def causal_lm(model: Any) -> Any:
     return model.get_base_model()
 
 
-def packing_refusal(model: Any) -> str | None:
-    """Why a causal LM cannot run packed rows; None: it can, and is ready to."""
+def packing_refusal(model: Any, *, training: bool = True) -> str | None:
+    """Why a causal LM cannot run packed rows; None: it can, and is ready to. `training` is as in `packing.enable`."""
     if installed(model):
         return None
     try:
-        enable(model)
+        enable(model, training=training)
     except LayoutError as error:
         return str(error)
     return None

@@ -15,7 +15,7 @@ _CHUNK = 2**24
 _ROWS = 1000
 
 
-def of_files(name: str, revision: str | None) -> str:
+def files_digest(name: str, revision: str | None) -> str:
     """The digest of the files of a model's or adapter's folder; of the Hub its name and revision."""
     folder = Path(name)
     if not folder.is_dir():
@@ -29,21 +29,21 @@ def of_files(name: str, revision: str | None) -> str:
     return digest.hexdigest()
 
 
-def of_model(model: Any) -> list[str]:
+def model_digest(model: Any) -> list[str]:
     """The digests of a model's weights, with the active adapter's, and of its configuration."""
-    from fusedalign.trl.digests import config_digest, weights_digest
+    from fusedalign.trl import digests
 
-    return [weights_digest(model), config_digest(model)]
+    return [digests.weights_digest(model), digests.config_digest(model)]
 
 
-def of_tokenizer(tokenizer: Any) -> list[str]:
+def tokenizer_digest(tokenizer: Any) -> list[str]:
     """The digests of how a tokenizer makes tokens, and of its chat template."""
-    from fusedalign.trl.digests import template_digest, tokenizer_digest
+    from fusedalign.trl import digests
 
-    return [tokenizer_digest(tokenizer), template_digest(tokenizer)]
+    return [digests.tokenizer_digest(tokenizer), digests.template_digest(tokenizer)]
 
 
-def of_dataset(dataset: Any) -> str:
+def dataset_digest(dataset: Any) -> str:
     """The digest of the rows of a `datasets.Dataset`, or of a sequence of mappings, in their order."""
     digest = hashlib.blake2b(digest_size=16)
     for start in range(0, len(dataset), _ROWS):

@@ -22,7 +22,6 @@ CPU_TOKENS, MOST_TOKENS = 4096, 32_768
 #: Tokens of the trial from which "auto" learns what a token takes, and the share of the free memory that it plans with.
 _TRIAL_TOKENS, _SHARE = 2048, 0.7
 
-
 #: Tokens of a prompt from which on examples that have the same one run together, and how many answers at most.
 _LEAST_SHARED, _MOST_SHARING = 8, 8
 
@@ -72,7 +71,7 @@ class Scorer:
         self.autocast = autocast
         if packed not in (AUTO, True, False):
             raise ValueError(f"packed must be 'auto', True or False, got {packed!r}")
-        self.refusal = "packed=False" if packed is False else packing_refusal(self.model)
+        self.refusal = "packed=False" if packed is False else packing_refusal(self.model, training=False)
         if packed is True and self.refusal is not None:
             raise ValueError(f"packed=True needs a model that can run packed: {self.refusal}")
         self.packed = self.refusal is None
@@ -115,12 +114,11 @@ class Scorer:
                     waiting += reversed(_halves(batch))
                     self.max_tokens = max(1, min(self.max_tokens, sum(map(_packed_tokens, batch)) // 2))
                 continue
-            for done in (pending, None if waiting else launched):
-                if done is not None:
-                    parts.update(self._collect(done))
-                    first = sum(place[1:] == (0, 0) for place in done.places)
-                    advance(first, sum(len(window.input_ids) for window in done.windows))
+            if pending is not None:
+                parts.update(self._collect(pending, advance))
             pending = launched
+        if pending is not None:
+            parts.update(self._collect(pending, advance))
         return [reasons.get(i) or _merged(i, example, parts) for i, example in enumerate(examples)]
 
     def _units(self, examples: Iterable[tuple[int, Example]]) -> Iterator[_Unit]:
@@ -170,8 +168,10 @@ class Scorer:
             return None
         return _Pending(windows, places, selected)
 
-    def _collect(self, pending: _Pending) -> Iterator[tuple[tuple[int, int, int], Score | str]]:
-        """The score of each window of a batch; waits for the device."""
+    def _collect(
+        self, pending: _Pending, advance: Callable[[int, int], object]
+    ) -> Iterator[tuple[tuple[int, int, int], Score | str]]:
+        """The score of each window of a batch; waits for the device, then tells `advance`."""
         tokens, ranks, _ = pending.selected
         assert tokens.is_top1 is not None
         columns = {"logps": tokens.logps.tolist(), "top1": tokens.is_top1.tolist()}
@@ -190,6 +190,8 @@ class Scorer:
             else:
                 yield place, f"the model's log-probability is {total}"
             start = stop
+        first = sum(place[1:] == (0, 0) for place in pending.places)
+        advance(first, sum(len(window.input_ids) for window in pending.windows))
 
     @torch.no_grad()
     def _fitting_tokens(self) -> int:

@@ -29,6 +29,7 @@ from fusedalign.packing import (
 )
 from fusedalign.packing.attention import Layout, install, installed
 from fusedalign.packing.backbone import packed_arguments, packed_output, unmasked_arguments
+from fusedalign.packing.batch import GPU_MULTIPLE
 from fusedalign.trl.refusals import unwrapped
 
 _logger = logging.getLogger(__name__)
@@ -37,9 +38,6 @@ PACKED, UNMASKED, MASKED = "packed", "right-padded without a mask", "padded with
 
 #: What the Fused trainers do where `packed` is not given.
 PACKED_DEFAULT = "auto"
-
-#: Packed tokens come in multiples of this on a GPU, so that kernels meet fewer sizes.
-_MULTIPLE = 64
 
 #: What a batch's layout is called, also as an argument of the model's forward.
 KEY = "layout"
@@ -273,7 +271,7 @@ def decide(
         if kind != PACKED and may_unmask:
             kind, reason = _unpacked(trainer, models, reason)
     layouts.kind, layouts.reason = kind, reason
-    layouts.multiple = _MULTIPLE if on_cuda else 1
+    layouts.multiple = GPU_MULTIPLE if on_cuda else 1
     if layouts.kind != MASKED and not _dispatches(trainer):
         trainer.data_collator = LayoutCollator(trainer.data_collator, layouts, lay_out)
     _logger.info("%s, %s", type(trainer).__name__, layouts)

@@ -219,11 +219,11 @@ def test_code_of_the_model_counts(folder, tmp_path):
     from fusedalign.score import identity
 
     shutil.copytree(folder, tmp_path / "m")
-    found = {identity.of_files(str(tmp_path / "m"), None)}
+    found = {identity.files_digest(str(tmp_path / "m"), None)}
     for name in ("modeling_own.py", "config.json", "model.safetensors"):
         with (tmp_path / "m" / name).open("a") as file:
             file.write(" ")
-        found.add(identity.of_files(str(tmp_path / "m"), None))
+        found.add(identity.files_digest(str(tmp_path / "m"), None))
     assert len(found) == 4
 
 

@@ -3,6 +3,7 @@
 import models
 import pytest
 import torch
+import transformers
 
 from fusedalign.score import scorer as scorer_module
 from fusedalign.score.records import Answer, Example, Window
@@ -204,3 +205,25 @@ def test_memory_that_runs_out_outside_of_the_allocator_halves_the_batch(monkeypa
     found = Scorer(model).scores(examples)
     assert max(sizes) > 4
     assert [[s.tokens for s in row] for row in found] == [[s.tokens for s in row] for row in want]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_failure_at_the_end_loses_no_result_before_it(monkeypatch, packed):
+    """The longer answer of the last pair never fits; the pair is refused by its name, and all before it are scored."""
+    g = torch.Generator().manual_seed(0)
+    one = Example(0, (Answer("text", (models.window(models.ids(3, g), models.ids(4, g)),)),))
+    prompt = models.ids(3, g)
+    answers = [
+        Answer(name, (models.window(prompt, models.ids(n, g)),)) for name, n in (("chosen", 9), ("rejected", 30))
+    ]
+    scorer = Scorer(models.build(), packed=packed, max_tokens=64)
+    fails_above(monkeypatch, 20)
+    scored, refused = scorer.scores([one, Example(1, tuple(answers))])
+    assert scored[0].tokens == 4
+    assert refused == "rejected: out of memory with this row's 33 tokens alone"
+
+
+def test_dropout_is_no_reason_to_pad_what_only_runs_forward():
+    config = transformers.GPT2Config(vocab_size=models.VOCAB, n_positions=64, n_embd=16, n_layer=1, n_head=2)
+    scorer = Scorer(transformers.GPT2LMHeadModel(config).eval())
+    assert scorer.packed, scorer.refusal
