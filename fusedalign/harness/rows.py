@@ -76,7 +76,7 @@ def unique_rows(requests: Iterable[tuple[Sequence[int], Sequence[int]]], max_len
 
 
 def shared_groups(rows: Iterable[Row]) -> list[Group]:
-    """Rows in groups, each of which shares the beginning of its first row: a question, or a few-shot prompt."""
+    """Rows in groups that share the beginning of their first row: a question, or a few-shot prompt."""
     ordered = sorted(rows, key=lambda row: row.input_ids)
     groups: list[Group] = []
     for index, row in enumerate(ordered):
