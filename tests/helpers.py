@@ -232,7 +232,10 @@ def _assert_each(case: Case, got: dict, exact: dict, eager: dict, roundings: flo
 
 
 class Allocations(TorchDispatchMode):
-    """Records the elements and dtype of every new storage that an operation makes, forward and backward."""
+    """Records the elements and dtype of every new storage that an operation makes, forward and backward.
+
+    Meta tensors, which the dry runs before compilation use, have no storage and are not counted.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -242,7 +245,7 @@ class Allocations(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         given = {_storage(x) for x in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
         for x in torch.utils._pytree.tree_leaves(out):
-            if isinstance(x, Tensor) and _storage(x) not in given:
+            if isinstance(x, Tensor) and not x.is_meta and _storage(x) not in given:
                 self.made.append((x.untyped_storage().nbytes() // x.element_size(), x.dtype))
         return out
 
