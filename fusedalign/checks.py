@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fusedalign.private import is_fake, is_transformed
+
 _LIMITS = torch.finfo(torch.float32)  # nothing is computed in less, and its range is enough for fp64 too
 _PLAIN = (Tensor, torch.nn.Parameter)
-
-
-# -------------------------------------------------------------------------------------------------------------- numbers
 
 
 def check_finite(**numbers: Any) -> None:
@@ -91,13 +90,13 @@ def has_values(x: Tensor) -> bool:
     """Whether a look at the values of `x` waits for no device and breaks no graph or transform."""
     if torch.compiler.is_compiling() or x.device.type != "cpu" or type(x) not in _PLAIN:
         return False
-    return not torch._C._functorch.is_functorch_wrapped_tensor(x)
+    return not is_transformed(x)
 
 
 def check_plain(**tensors: Any) -> None:
-    """Refuses tensors that are more, or less, than memory with strides; looks at nothing else.
+    """Refuse tensors that are more, or less, than memory with strides; check nothing else.
 
-    Our kernels and backwards take memory as it lies. Of a DTensor that is this rank's shard, and so gradients would be
+    Our kernels and backwards use the memory itself. A DTensor's memory is this rank's shard, so gradients would be
     those of a shard, or unwritten memory.
 
     Raises:
@@ -131,4 +130,4 @@ def _more_than_memory(name: str, x: Tensor) -> str | None:
 
 def is_ordinary(x: Tensor) -> bool:
     """Whether `x` is of PyTorch's own two classes, or a stand-in for one of them while a graph is traced."""
-    return type(x) in _PLAIN or type(x).__module__.startswith("torch._subclasses.")
+    return type(x) in _PLAIN or is_fake(x)

@@ -1,10 +1,8 @@
-"""From hidden states and an LM head to log-probabilities: check, choose an impl, compact, call, scatter back."""
+"""From hidden states and an LM head to log-probabilities: check, compact, choose an impl, call it, scatter back."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,10 +10,11 @@ from torch import Tensor
 
 from fusedalign import graphs
 from fusedalign.checks import check_finite, check_nonnegative, check_plain, check_positive
-from fusedalign.compaction import Places, compact
+from fusedalign.compaction import compact
 from fusedalign.impls import check_name, resolve
-from fusedalign.losses.sft import LOSS_TYPES, ScalarLoss, check_num_items
-from fusedalign.problem import OUTPUTS, Parts, Problem, Tiling, TokenLogps, beside, operand_dtype
+from fusedalign.losses.sft import LOSS_TYPES, SFTTokenLoss, check_num_items
+from fusedalign.private import is_compiler_loaded, is_mapped, transform_names
+from fusedalign.problem import OUTPUTS, MemoryOptions, NeedsGrad, Spec, SplitHead, TokenLogps, as_head, operand_dtype
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -92,30 +91,30 @@ def linear_logps(
         >>> out.logps.shape, round(out.entropy[0, 0].exp().item())
         (torch.Size([2, 3]), 50)
     """
-    head, options = _check(
+    head, call = _check(
         hidden,
         weight,
         targets,
         bias,
+        impl=impl,
+        ignore_index=ignore_index,
         scale=scale,
         softcap=softcap,
         temperature=temperature,
-        ignore_index=ignore_index,
         outputs=_check_outputs(outputs),
         filter_eps=filter_eps,
-        tiling=_check_tiling(keep_head, workspace=workspace, token_chunk=token_chunk, vocab_chunk=vocab_chunk),
-        impl=impl,
+        memory=_check_memory(keep_head, workspace=workspace, token_chunk=token_chunk, vocab_chunk=vocab_chunk),
     )
     if loss_hint is not None and loss_hint not in LOSS_TYPES:
         raise ValueError(f"loss_hint must be one of {', '.join(LOSS_TYPES)}, or None, got {loss_hint!r}")
     if torch.compiler.is_compiling() and impl in graphs.NAMES and isinstance(head, Tensor):
-        return graphs.linear_logps(hidden, head, targets.to(hidden.device), bias, options)
+        return graphs.linear_logps(hidden, head, targets.to(hidden.device), bias, call)
     with torch.autocast(hidden.device.type, enabled=False):
-        problem, places = _compact(hidden, head, targets, bias, options)
-        if loss_hint is not None:  # the mean, which is most often asked for: nothing is left to scale then
-            problem = replace(problem, expected_loss=ScalarLoss(loss_hint, 0.0, "mean", len(problem.targets)))
-        out = _outside_of_graphs(lambda: resolve(impl, problem).token_logps(problem))
-    return TokenLogps(*(None if x is None else places.scatter(x) for x in out))  # type: ignore[arg-type]
+        problem, token_index = compact(hidden, head, targets, bias, call.spec, ignore_index)
+        # Assume the mean: it is the usual reduction, and then the backward needs no scaling.
+        hint = None if loss_hint is None else SFTTokenLoss(loss_hint, 0.0, "mean", len(problem.targets))
+        out = _outside_of_graphs(lambda: resolve(impl, problem).token_logps(problem, hint))
+    return TokenLogps(**{name: token_index.scatter(x) for name, x in out._asdict().items() if x is not None})
 
 
 def linear_cross_entropy(
@@ -180,66 +179,68 @@ def linear_cross_entropy(
         raise ValueError(f"num_items must be None with reduction='sum', which divides by nothing, got {num_items}")
     check_nonnegative(z_loss=z_loss)
     num_items = None if num_items is None else check_num_items(num_items)
-    head, options = _check(
+    head, call = _check(
         hidden,
         weight,
         targets,
         bias,
+        impl=impl,
+        ignore_index=ignore_index,
         scale=scale,
         softcap=softcap,
         temperature=temperature,
-        ignore_index=ignore_index,
         outputs=frozenset(["lse"] if z_loss else []),
         filter_eps=filter_eps,
-        tiling=_check_tiling(keep_head, workspace=workspace, token_chunk=token_chunk, vocab_chunk=vocab_chunk),
-        impl=impl,
+        memory=_check_memory(keep_head, workspace=workspace, token_chunk=token_chunk, vocab_chunk=vocab_chunk),
     )
     if torch.compiler.is_compiling() and impl in graphs.NAMES and isinstance(head, Tensor):
-        how = loss_type, z_loss, reduction, num_items
-        return graphs.linear_cross_entropy(hidden, head, targets.to(hidden.device), bias, options, *how)
+        tensors, loss = (hidden, head, targets.to(hidden.device), bias), (loss_type, z_loss, reduction, num_items)
+        return graphs.linear_cross_entropy(*tensors, call, *loss)
     with torch.autocast(hidden.device.type, enabled=False):
-        problem, _ = _compact(hidden, head, targets, bias, options)
+        problem, _ = compact(hidden, head, targets, bias, call.spec, ignore_index)
         items = len(problem.targets) if num_items is None else num_items
-        share = ScalarLoss(loss_type, z_loss, reduction, items)
-        return _outside_of_graphs(lambda: resolve(impl, problem).token_loss_sum(problem, share))
+        token_loss = SFTTokenLoss(loss_type, z_loss, reduction, items)
+        return _outside_of_graphs(lambda: resolve(impl, problem).token_loss_sum(problem, token_loss))
 
 
 def _check(
-    hidden: Tensor, weight: Tensor | tuple[Tensor, ...], targets: Tensor, bias: Tensor | None, **options: Any
-) -> tuple[Tensor | Parts, graphs.Options]:
-    """The head, and everything of a call beside its tensors, once all fits together.
+    hidden: Tensor,
+    weight: Tensor | tuple[Tensor, ...],
+    targets: Tensor,
+    bias: Tensor | None,
+    *,
+    impl: str,
+    ignore_index: int,
+    **options: Any,
+) -> tuple[Tensor | SplitHead, graphs.Call]:
+    """The head and the record of a call, after a check of all arguments; targets are checked later, by `compact`.
 
-    Targets are looked at later, by `compact`.
+    `options` are the fields of `Spec` but operand_dtype.
     """
     parts = weight if isinstance(weight, tuple) else (weight,)
     _check_tensors(hidden, parts, targets, bias)
-    _check_head(options["scale"], options["softcap"], options["temperature"])
-    _check_options(options["ignore_index"], options["filter_eps"])
-    check_name(options["impl"])
-    on, dtype = torch.is_grad_enabled(), operand_dtype(hidden, parts[0])
-    head = beside(parts, dtype)
-    needs = tuple(on and x is not None and x.requires_grad for x in (hidden, head, bias))
-    _check_transforms(options["impl"], targets, any(needs))
+    dtype = operand_dtype(hidden, parts[0])
+    spec = Spec(dtype, **options)
+    _check_head(spec)
+    _check_options(ignore_index, spec.filter_eps)
+    check_name(impl)
+    head = as_head(parts, dtype)
+    needs = NeedsGrad(False, False, False)
+    if torch.is_grad_enabled():
+        needs = NeedsGrad(hidden.requires_grad, head.requires_grad, bias is not None and bias.requires_grad)
+    _check_transforms(impl, targets, any(needs))
     if torch.compiler.is_exporting():
-        _check_export(options["impl"], head)
-    return head, graphs.Options(operand_dtype=dtype, needs=needs, **options)  # type: ignore[arg-type]
-
-
-def _compact(
-    hidden: Tensor, weight: Tensor | Parts, targets: Tensor, bias: Tensor | None, options: graphs.Options
-) -> tuple[Problem, Places]:
-    fields = options._asdict()
-    del fields["impl"], fields["needs"]
-    return compact(hidden, weight, targets, bias=bias, **fields)
+        _check_export(impl, head)
+    return head, graphs.Call(spec, ignore_index, impl, needs)
 
 
 def _outside_of_graphs(function: Callable[[], Any]) -> Any:
-    """Call a function that `torch.compile` of the model around it must not look into.
+    """Call a function that `torch.compile` of the model around it must not trace.
 
-    It would unroll the loops over tiles into one graph and take minutes to compile that. Where nobody has loaded the
-    compiler there is nothing to keep out, and loading it costs a second.
+    It would unroll the loops over tiles into one graph and take minutes to compile that. A compiler that is not loaded
+    traces nothing, and loading it would cost a second.
     """
-    return torch.compiler.disable(function)() if "torch._dynamo" in sys.modules else function()
+    return torch.compiler.disable(function)() if is_compiler_loaded() else function()
 
 
 def _check_tensors(hidden: Tensor, parts: tuple[Tensor, ...], targets: Tensor, bias: Tensor | None) -> None:
@@ -275,7 +276,8 @@ def _check_tensors(hidden: Tensor, parts: tuple[Tensor, ...], targets: Tensor, b
         raise ValueError(f"bias must have shape ({v[0]},) to match weight, got {tuple(bias.shape)}")
 
 
-def _check_head(scale: float, softcap: float | None, temperature: float) -> None:
+def _check_head(spec: Spec) -> None:
+    scale, softcap, temperature = spec.scale, spec.softcap, spec.temperature
     check_finite(scale=scale, softcap=1.0 if softcap is None else softcap)
     check_positive(temperature=temperature)
     quotients = {"scale / temperature": (scale, temperature)}
@@ -298,34 +300,25 @@ def _check_options(ignore_index: int, filter_eps: float | None) -> None:
 
 
 def _check_transforms(impl: str, targets: Tensor, needs_gradient: bool) -> None:
-    """What `torch.func` may do around a call: the autograd functions of all impls but "reference" are opaque to it."""
-    if torch.compiler.is_compiling():  # it cannot trace what follows, and has its own way with transforms
+    """Refuse `torch.func` transforms over impls with autograd functions of their own: all but "reference"."""
+    if torch.compiler.is_compiling():  # it cannot trace this check, and handles transforms itself
         return
-    levels = [level.key().name for level in torch._C._functorch.get_interpreter_stack() or ()]
-    if levels and impl != "reference" and (needs_gradient or set(levels) != {"Jvp"}):
+    transforms = transform_names()
+    if transforms and impl != "reference" and (needs_gradient or set(transforms) != {"Jvp"}):
         raise ValueError(
             f"impl={impl!r} cannot do this: torch.func's transforms cannot look into its backward; impls that can: "
             "reference; or take gradients with torch.autograd, and give hidden leading dimensions instead of vmap"
         )
-    if "Vmap" in levels and _is_mapped(targets):
+    if "Vmap" in transforms and is_mapped(targets):
         raise ValueError("targets must be the same in all of vmap, got mapped ones: use leading dimensions instead")
 
 
-def _check_export(impl: str, head: Tensor | Parts) -> None:
-    """An exported graph is whole: it can neither leave a call out nor look at targets."""
+def _check_export(impl: str, head: Tensor | SplitHead) -> None:
+    """Refuse what an exported graph, which has no graph breaks, cannot contain."""
     if impl not in graphs.NAMES:
         raise ValueError(f"impl={impl!r} cannot do this: torch.export; impls that can: {', '.join(graphs.NAMES)}")
     if not isinstance(head, Tensor):
         raise ValueError("weight must be one tensor under torch.export, got several parts: merge the adapters first")
-
-
-def _is_mapped(x: Tensor) -> bool:
-    functorch = torch._C._functorch
-    while functorch.is_functorch_wrapped_tensor(x):
-        if functorch.is_batchedtensor(x):
-            return True
-        x = functorch.get_unwrapped(x)
-    return False
 
 
 def _check_outputs(outputs: Iterable[str]) -> frozenset[str]:
@@ -336,10 +329,10 @@ def _check_outputs(outputs: Iterable[str]) -> frozenset[str]:
     return frozenset(names)
 
 
-def _check_tiling(keep_head: bool, **wishes: int | None) -> Tiling:
+def _check_memory(keep_head: bool, **limits: int | None) -> MemoryOptions:
     if not isinstance(keep_head, bool):
         raise ValueError(f"keep_head must be True or False, got {keep_head!r}")
-    for name, value in wishes.items():
+    for name, value in limits.items():
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
             raise ValueError(f"{name} must be a positive integer or None, got {value!r}")
-    return Tiling(**wishes, keep_head=keep_head)
+    return MemoryOptions(**limits, keep_head=keep_head)

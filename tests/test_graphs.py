@@ -7,7 +7,7 @@ import torch
 from helpers import DEVICES, IMPLS
 
 from fusedalign import graphs, linear_cross_entropy, linear_logps
-from fusedalign.problem import OUTPUTS, Tiling
+from fusedalign.problem import OUTPUTS, MemoryOptions
 
 IN_GRAPHS = [impl for impl in IMPLS if impl in graphs.NAMES]
 NEEDS = [(1, 1, 1), (1, 0, 0), (0, 1, 0), (0, 0, 0)]
@@ -110,7 +110,7 @@ def options(impl, dtype, needs, outputs):
         operand_dtype=dtype,
         outputs=frozenset(outputs),
         filter_eps=None,
-        tiling=Tiling(),
+        memory=MemoryOptions(),
         impl=impl,
         needs=tuple(map(bool, needs)),
     )
@@ -118,10 +118,10 @@ def options(impl, dtype, needs, outputs):
 
 def test_options_survive_the_operators_schema():
     for tiling, filter_eps, softcap in itertools.product(
-        (Tiling(), Tiling(5, None, 7, keep_head=False)), (None, 0.1), (None, 2.0)
+        (MemoryOptions(), MemoryOptions(5, None, 7, keep_head=False)), (None, 0.1), (None, 2.0)
     ):
         before = options("auto", torch.bfloat16, (1, 0, 1), OUTPUTS[:2])
-        before = before._replace(tiling=tiling, filter_eps=filter_eps, softcap=softcap)
+        before = before._replace(memory=tiling, filter_eps=filter_eps, softcap=softcap)
         assert graphs._unpacked(*before.packed()) == before
 
 

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from fusedalign import linear_cross_entropy
 from fusedalign.impls import pytorch
 from fusedalign.impls.autograd import early_dtype
-from fusedalign.impls.rows import TokenGrads
+from fusedalign.impls.softmax import TokenGrads
 from fusedalign.problem import Problem
 
 HALF = [torch.bfloat16, torch.float16]

@@ -46,7 +46,7 @@ class PartsCase(Case):
         rest = {"hidden": self.hidden.grad, "bias": None if self.bias is None else self.bias.grad}
         return rest | {f"weight{i}": x.grad for i, x in enumerate(self.weight)}
 
-    def whole(self, dtype):
+    def as_tensor(self, dtype):
         """The same with one tensor."""
         return Case(self.hidden, torch.cat([x.to(dtype) for x in self.weight], 1), self.targets, self.bias, self.head)
 
