@@ -99,8 +99,8 @@ def stand_in(request, monkeypatch):
     module.__spec__ = importlib.machinery.ModuleSpec("cut_cross_entropy", None)
     module.linear_cross_entropy = request.param(calls)
     monkeypatch.setitem(sys.modules, "cut_cross_entropy", module)
-    monkeypatch.setattr(cce, "_find", adapter.finder("cut_cross_entropy", "", cce._load))
-    monkeypatch.setattr(cce, "_of_device", lambda device: None)
+    monkeypatch.setattr(cce, "_find", adapter.lazy_library("cut_cross_entropy", "", cce._load))
+    monkeypatch.setattr(cce, "_device_refusal", lambda device: None)
     return request.param, calls
 
 
@@ -215,13 +215,13 @@ needs_liger = pytest.mark.skipif("liger" not in ADAPTED, reason="liger-kernel is
 
 @pytest.mark.parametrize("name", LIGER_REFUSALS)
 def test_liger_refuses(name, monkeypatch):
-    monkeypatch.setattr(liger, "_find", lambda: adapter.Found(None, None))  # what it refuses, it refuses without a look
+    monkeypatch.setattr(liger, "_find", lambda: adapter.Library(None, None))  # what it refuses, it refuses without a look
     options, reason = LIGER_REFUSALS[name]
     assert reason in liger.IMPL.supports(problem(**options))
 
 
 def test_liger_has_no_entropy_with_a_bias_or_softcap(monkeypatch):
-    monkeypatch.setattr(liger, "_find", lambda: adapter.Found(None, None))
+    monkeypatch.setattr(liger, "_find", lambda: adapter.Library(None, None))
     monkeypatch.setattr(liger, "_runs_triton", lambda device: True)
     entropy = frozenset(["entropy"])
     assert liger.IMPL.supports(problem(outputs=entropy)) is None
@@ -232,7 +232,7 @@ def test_liger_has_no_entropy_with_a_bias_or_softcap(monkeypatch):
 
 
 def test_liger_says_what_it_rounds(monkeypatch):
-    monkeypatch.setattr(liger, "_find", lambda: adapter.Found(None, None))
+    monkeypatch.setattr(liger, "_find", lambda: adapter.Library(None, None))
     assert "512 tokens" in liger.IMPL.caveat(problem())
     monkeypatch.setattr(liger, "_runs_triton", lambda device: True)
     assert "logits are rounded" in liger.IMPL.caveat(problem())
@@ -355,8 +355,8 @@ def test_a_library_broken_deep_inside_is_a_reason(monkeypatch, tmp_path, impl):
     for loaded in [m for m in sys.modules if m.split(".")[0] == name]:
         monkeypatch.delitem(sys.modules, loaded)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(module, "_find", adapter.finder(name, "", module._load))
-    monkeypatch.setattr(cce, "_of_device", lambda device: None)
+    monkeypatch.setattr(module, "_find", adapter.lazy_library(name, "", module._load))
+    monkeypatch.setattr(cce, "_device_refusal", lambda device: None)
     reason = rf"{name} cannot be imported \(OSError: libcuda.so.1: cannot open\)"
     assert re.fullmatch(reason, next(v.reason for v in explain(problem()) if v.impl == impl))
     with pytest.raises(ValueError, match=f"impl='{impl}' cannot do this: {reason}"):
@@ -367,7 +367,7 @@ def test_a_library_broken_deep_inside_is_a_reason(monkeypatch, tmp_path, impl):
 
 
 def test_a_library_that_is_missing_says_how_to_get_it():
-    found = adapter.finder("a_package_that_nobody_has", "pip install it", lambda: None)()
+    found = adapter.lazy_library("a_package_that_nobody_has", "pip install it", lambda: None)()
     assert found.reason == "a_package_that_nobody_has is not installed: pip install it"
 
 

@@ -115,8 +115,9 @@ class CutCrossEntropy(Impl):
             return (
                 "this release rounds the target's logit, and sums gradients, in half precision; its git head does not"
             )
-        if not adapter.is_power_of_2(adapter.logit_scale(problem)):
-            return f"scale / temperature = {adapter.logit_scale(problem):g} is folded into the hidden states, which rounds them"
+        scale = adapter.logit_scale(problem)
+        if not adapter.is_power_of_2(scale):
+            return f"scale / temperature = {scale:g} is folded into the hidden states, which rounds them"
         return None
 
     def token_logps(self, problem: Problem, loss_hint: TokenLoss | None = None) -> TokenLogps:
