@@ -69,7 +69,7 @@ def _check_is_number(name: str, value: Any) -> None:
 
 
 def values_within(name: str, x: Tensor, least: float = -_LIMITS.max) -> Tensor:
-    """Floating-point `x`, of which no value is NaN, infinite or below `least`.
+    """Floating-point `x`, after a check that no value is NaN, infinite or below `least`.
 
     On the CPU such a value raises. On other devices, where a look at values would wait for the device, and in graphs it
     becomes NaN, so that no plausible number is made of it.

@@ -46,34 +46,36 @@ def linear_logps(
 
     Args:
         hidden: [..., D] fp64/fp32/bf16/fp16, the input of the LM head.
-        weight: [V, D], the head; may differ from `hidden` in dtype, the product then takes the wider one. Or a tuple
-            of tensors [V, D1], [V, D2], ... that stand side by side, D1 + D2 + ... = D: they are put together a tile
-            of rows at a time, and each takes its own gradient in its own dtype, or none. The first one's dtype decides
-            about the product's. `fusedalign.head` describes adapters so. `torch.compile` breaks its graph here.
+        weight: [V, D], the head; its dtype may differ from that of `hidden`, the product then takes the wider one. Or a
+            tuple of its column blocks [V, D1], [V, D2], ..., D1 + D2 + ... = D: they are concatenated a tile of rows
+            at a time, and each has a gradient of its own, in its own dtype, or none. The product's dtype depends on
+            the first one's. `fusedalign.head` describes adapters this way. `torch.compile` breaks its graph here.
         targets: [...] int64, aligned with `hidden`: `hidden[..., t, :]` predicts `targets[..., t]`. See
-            `fusedalign.sequence.shift_labels` for unshifted labels. On the device of `hidden`, or on the CPU: then
-            nobody waits for that device, which goes on with what it was given before.
+            `fusedalign.sequence.shift_labels` for unshifted labels. On the device of `hidden`, or on the CPU,
+            which avoids a device synchronisation.
         bias: [V] or None.
         scale: finite factor of the raw logits (Cohere's logit_scale, 1 / logits_scaling of Granite).
         softcap: > 0 or None (Gemma 2's final_logit_softcapping).
         temperature: > 0. These three, and their quotients, must be finite in fp32.
         ignore_index: targets of this value take no part; every output is exactly 0 there.
-        outputs: what to compute beside `logps`, among "entropy", "lse", "mean_logit", "log_sum_sq_probs", "is_top1".
+        outputs: further fields of `TokenLogps` to compute: "entropy", "lse", "mean_logit", "log_sum_sq_probs",
+            "is_top1".
         impl: "auto", or the name of one impl, which then serves or raises. See `fusedalign.explain`.
         filter_eps: None for exact gradients; gradients of probabilities below it may be dropped by an impl that can.
         workspace: bytes that the tiles may take beyond inputs, results and what the backward keeps; default 256 MiB.
         token_chunk: tokens a tile, instead of what `workspace` gives.
-        vocab_chunk: vocabulary columns a tile, likewise.
-        keep_head: False where many forwards wait for their backwards, as in pipeline parallelism: a forward then holds
-            nothing of the head's size until its backward, which makes the logits again. Where autograd would add the
-            head's gradient to a `.grad` that is there, the backward of "triton" and "pytorch" does so itself, outside
-            of `torch.compile`, without a tensor of the head's size for it. It changes no result beyond rounding.
+        vocab_chunk: vocabulary columns a tile; default: from the workspace.
+        keep_head: False where many forwards precede their backwards, as in pipeline parallelism: no memory of the
+            head's size is then held from a forward to its backward, which computes the logits again. Where autograd
+            would add the head's gradient to an existing `.grad`, the backward of "triton" and "pytorch" does so
+            itself, outside of `torch.compile`, without a tensor of the head's size. It changes no result beyond
+            rounding.
         loss_hint: "nll" or "dft" where the loss is likely to be that of `fusedalign.losses.sft_loss`, times any number.
-            The gradients of a trained head may then be made in the forward, in 3 products as in
-            `linear_cross_entropy`, with its needs of workspace, and are held until the backward. That looks at the
-            upstream gradient (one wait for the device) and makes them again where the loss is another one, so the hint
-            changes no result beyond rounding. None: nothing is known of the loss. Where it would gain nothing it is
-            ignored: with a frozen head, keep_head=False, a head in fp16, under torch.compile, by other impls than
+            The gradients of a trained head may then be computed in the forward, in 3 products as in
+            `linear_cross_entropy`, which takes the same workspace, and are held until the backward. That compares the
+            upstream gradient (one wait for the device) and computes them again if the loss is another one, so the hint
+            changes no result beyond rounding. None: nothing is known of the loss. It is ignored where it gains
+            nothing: with a frozen head, keep_head=False, a head in fp16, under torch.compile, by impls other than
             "pytorch".
 
     Returns:
@@ -81,7 +83,7 @@ def linear_logps(
         A gradient of a gradient raises RuntimeError, except with "reference", which has it.
 
     Raises:
-        ValueError: a shape, device, target, option or name that does not fit; one line with what was expected and came.
+        ValueError: a shape, device, target, option or name that does not fit; one line says what was expected.
         TypeError: a dtype that does not fit.
 
     Example:
@@ -138,7 +140,7 @@ def linear_cross_entropy(
     vocab_chunk: int | None = None,
     keep_head: bool = True,
 ) -> Tensor:
-    """The scalar training loss of an LM head, its gradients made in the forward where that is cheaper.
+    """The scalar training loss of an LM head; its gradients are computed in the forward where that is cheaper.
 
     Equal to `sft_loss` of `linear_logps`, plus z_loss * lse**2 for each token, in 3 products of the head's size instead
     of 4: nothing is recomputed in the backward, which only scales. With a bf16 or fp16 head that needs a gradient this
@@ -149,7 +151,7 @@ def linear_cross_entropy(
     Args:
         hidden, weight, targets, bias, scale, softcap, temperature, ignore_index, impl, filter_eps, workspace,
             token_chunk, vocab_chunk, keep_head: as in `linear_logps`; without keep_head the gradients of a trained head
-            are made in the backward, in 4 products.
+            are computed in the backward, in 4 products.
         loss_type: "nll" or "dft", see `fusedalign.losses.sft_loss`.
         z_loss: >= 0, weight of the squared log-sum-exp of each token.
         reduction: "mean" or "sum" over the tokens that are not ignored.
