@@ -119,13 +119,24 @@ def _more_than_memory(name: str, x: Tensor) -> str | None:
     if is_ordinary(x) or type(x).__torch_dispatch__ is Tensor.__torch_dispatch__:
         return None
     kind = type(x).__name__
-    if hasattr(x, "full_tensor"):
-        whole = f"{name}.full_tensor"
+    if is_dtensor(x):
+        gather = f"{name}.full_tensor"
         return (
-            f"a {kind} with placements {tuple(x.placements)}: pass {whole}() where all ranks hold the same tokens, "  # type: ignore[attr-defined]
-            f"{whole}(grad_placements=[Partial()]) where each holds its own, or attach() to TRL's trainer under FSDP2"
+            f"a {kind} with placements {tuple(getattr(x, 'placements', ()))}: pass {gather}() where all ranks hold the "
+            f"same tokens, {gather}(grad_placements=[Partial()]) where each holds its own, or attach() to TRL's "
+            "trainer under FSDP2"
         )
     return f"a {kind}, which brings its own arithmetic: pass the tensor that it stands for"
+
+
+def is_dtensor(x: Any) -> bool:
+    """Whether `x` is sharded or replicated over a device mesh."""
+    return isinstance(x, Tensor) and hasattr(x, "placements") and hasattr(x, "device_mesh")
+
+
+def is_row_sharded(x: Any) -> bool:
+    """Whether `x` is a DTensor with some of its rows on each rank of a mesh of one dimension."""
+    return is_dtensor(x) and x.device_mesh.ndim == 1 and x.placements[0].is_shard(0)
 
 
 def is_ordinary(x: Tensor) -> bool:

@@ -32,16 +32,24 @@ class TokenIndex:
 
 
 def compact(
-    hidden: Tensor, weight: Tensor | SplitHead, targets: Tensor, bias: Tensor | None, spec: Spec, ignore_index: int
+    hidden: Tensor,
+    weight: Tensor | SplitHead,
+    targets: Tensor,
+    bias: Tensor | None,
+    spec: Spec,
+    ignore_index: int,
+    *,
+    vocab_size: int | None = None,
 ) -> tuple[Problem, TokenIndex]:
     """The problem of the tokens that are not ignored, after a check that their targets are in range.
 
+    `vocab_size` is the range where `weight` has only some of the rows.
     Waits once for the device of `hidden`, or not at all with targets on the CPU.
 
     Raises:
         ValueError: a target out of range.
     """
-    index = _valid_positions(targets.reshape(-1).cpu(), weight.shape[0], ignore_index)
+    index = _valid_positions(targets.reshape(-1).cpu(), vocab_size or weight.shape[0], ignore_index)
     token_index = TokenIndex(targets.shape, None if index is None else send(index, hidden.device))
     targets = targets if targets.device == hidden.device else send(targets, hidden.device)
     hidden, targets = token_index.gather(hidden), token_index.gather(targets).contiguous()

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fusedalign.checks import check_plain, is_ordinary
+from fusedalign.checks import check_plain, is_ordinary, is_row_sharded
 from fusedalign.problem import operand_dtype
 
 #: Every configuration name of a transform of the logits, and the transform.
@@ -202,8 +202,14 @@ def _linear(head: Any, where: str) -> _Linear:
 
 
 def _check_tensor(tensor: Tensor, what: str) -> None:
-    check_plain(**{what: tensor})
-    if not is_ordinary(tensor) or tensor.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+    if not is_row_sharded(tensor):  # which `linear_logps` takes
+        check_plain(**{what: tensor})
+    if not (is_row_sharded(tensor) or is_ordinary(tensor)) or tensor.dtype not in (
+        torch.float64,
+        torch.float32,
+        torch.bfloat16,
+        torch.float16,
+    ):
         got = f"{type(tensor).__name__} of {tensor.dtype}"
         raise TypeError(f"expected the {what} to be a floating-point tensor, got {got}")
 

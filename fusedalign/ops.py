@@ -3,18 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import Tensor
 
 from fusedalign import graphs
 from fusedalign.checks import check_finite, check_nonnegative, check_plain, check_positive
-from fusedalign.compaction import compact
+from fusedalign.compaction import TokenIndex, compact
 from fusedalign.impls import check_name, resolve
+from fusedalign.impls.base import Impl
 from fusedalign.losses.sft import LOSS_TYPES, SFTTokenLoss, check_num_items
 from fusedalign.private import is_compiler_loaded, is_mapped, transform_names
-from fusedalign.problem import OUTPUTS, MemoryOptions, NeedsGrad, Spec, SplitHead, TokenLogps, as_head, operand_dtype
+from fusedalign.problem import (
+    OUTPUTS,
+    MemoryOptions,
+    NeedsGrad,
+    Problem,
+    Spec,
+    SplitHead,
+    TokenLogps,
+    as_head,
+    operand_dtype,
+)
+from fusedalign.sharding import local_part, parallel_problem, shared_failures
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -37,6 +52,7 @@ def linear_logps(
     vocab_chunk: int | None = None,
     keep_head: bool = True,
     loss_hint: str | None = None,
+    process_group: ProcessGroup | None = None,
 ) -> TokenLogps:
     """Per-token log-probabilities of `targets` under an LM head, without the `[tokens, vocab]` logits.
 
@@ -75,8 +91,12 @@ def linear_logps(
             `linear_cross_entropy`, which takes the same workspace, and are held until the backward. That compares the
             upstream gradient (one wait for the device) and computes them again if the loss is another one, so the hint
             changes no result beyond rounding. None: nothing is known of the loss. It is ignored where it gains
-            nothing: with a frozen head, keep_head=False, a head in fp16, under torch.compile, by impls other than
-            "pytorch".
+            nothing: with a frozen head, keep_head=False, a head in fp16, a sharded head, under torch.compile, by impls
+            other than "pytorch".
+        process_group: of the ranks that share a head: `weight` and `bias` are this rank's rows, consecutive in the
+            order of the ranks, of any number on each. All ranks have the same hidden states and targets, and compute
+            the same loss; the gradient of hidden is whole on each. Found by itself where `weight` is a DTensor sharded
+            on dimension 0. Waits once more for the device; "triton" and "pytorch" serve. See docs/distributed.md.
 
     Returns:
         `TokenLogps` of [...] tensors; `logps`, `entropy` and `lse` are differentiable (once) by hidden, weight, bias.
@@ -93,29 +113,32 @@ def linear_logps(
         >>> out.logps.shape, round(out.entropy[0, 0].exp().item())
         (torch.Size([2, 3]), 50)
     """
-    head, call = _check(
-        hidden,
-        weight,
-        targets,
-        bias,
-        impl=impl,
-        ignore_index=ignore_index,
-        scale=scale,
-        softcap=softcap,
-        temperature=temperature,
-        outputs=_check_outputs(outputs),
-        filter_eps=filter_eps,
-        memory=_check_memory(keep_head, workspace=workspace, token_chunk=token_chunk, vocab_chunk=vocab_chunk),
-    )
-    if loss_hint is not None and loss_hint not in LOSS_TYPES:
-        raise ValueError(f"loss_hint must be one of {', '.join(LOSS_TYPES)}, or None, got {loss_hint!r}")
-    if torch.compiler.is_compiling() and impl in graphs.NAMES and isinstance(head, Tensor):
+    weight, bias, group = local_part(weight, bias, process_group)
+    with shared_failures(group):
+        head, call = _check(
+            hidden,
+            weight,
+            targets,
+            bias,
+            impl=impl,
+            ignore_index=ignore_index,
+            scale=scale,
+            softcap=softcap,
+            temperature=temperature,
+            outputs=_check_outputs(outputs),
+            filter_eps=filter_eps,
+            memory=_check_memory(keep_head, workspace=workspace, token_chunk=token_chunk, vocab_chunk=vocab_chunk),
+            is_shard=group is not None,
+        )
+        if loss_hint is not None and loss_hint not in LOSS_TYPES:
+            raise ValueError(f"loss_hint must be one of {', '.join(LOSS_TYPES)}, or None, got {loss_hint!r}")
+    if group is None and _is_in_graph(head, impl):
         return graphs.linear_logps(hidden, head, targets.to(hidden.device), bias, call)
     with torch.autocast(hidden.device.type, enabled=False):
-        problem, token_index = compact(hidden, head, targets, bias, call.spec, ignore_index)
+        problem, token_index, chosen = _problem(hidden, head, targets, bias, call, group)
         # Assume the mean: it is the usual reduction, and then the backward needs no scaling.
         hint = None if loss_hint is None else SFTTokenLoss(loss_hint, 0.0, "mean", len(problem.targets))
-        out = _outside_of_graphs(lambda: resolve(impl, problem).token_logps(problem, hint))
+        out = _outside_of_graphs(lambda: chosen.token_logps(problem, hint))
     return TokenLogps(**{name: token_index.scatter(x) for name, x in out._asdict().items() if x is not None})
 
 
@@ -139,6 +162,7 @@ def linear_cross_entropy(
     token_chunk: int | None = None,
     vocab_chunk: int | None = None,
     keep_head: bool = True,
+    process_group: ProcessGroup | None = None,
 ) -> Tensor:
     """The scalar training loss of an LM head; its gradients are computed in the forward where that is cheaper.
 
@@ -150,8 +174,8 @@ def linear_cross_entropy(
 
     Args:
         hidden, weight, targets, bias, scale, softcap, temperature, ignore_index, impl, filter_eps, workspace,
-            token_chunk, vocab_chunk, keep_head: as in `linear_logps`; without keep_head the gradients of a trained head
-            are computed in the backward, in 4 products.
+            token_chunk, vocab_chunk, keep_head, process_group: as in `linear_logps`; without keep_head, and with a
+            process group, the gradients of a trained head are computed in the backward, in 4 products.
         loss_type: "nll" or "dft", see `fusedalign.losses.sft_loss`.
         z_loss: >= 0, weight of the squared log-sum-exp of each token.
         reduction: "mean" or "sum" over the tokens that are not ignored.
@@ -181,28 +205,52 @@ def linear_cross_entropy(
         raise ValueError(f"num_items must be None with reduction='sum', which divides by nothing, got {num_items}")
     check_nonnegative(z_loss=z_loss)
     num_items = None if num_items is None else check_num_items(num_items)
-    head, call = _check(
-        hidden,
-        weight,
-        targets,
-        bias,
-        impl=impl,
-        ignore_index=ignore_index,
-        scale=scale,
-        softcap=softcap,
-        temperature=temperature,
-        outputs=frozenset(["lse"] if z_loss else []),
-        filter_eps=filter_eps,
-        memory=_check_memory(keep_head, workspace=workspace, token_chunk=token_chunk, vocab_chunk=vocab_chunk),
-    )
-    if torch.compiler.is_compiling() and impl in graphs.NAMES and isinstance(head, Tensor):
+    weight, bias, group = local_part(weight, bias, process_group)
+    with shared_failures(group):
+        head, call = _check(
+            hidden,
+            weight,
+            targets,
+            bias,
+            impl=impl,
+            ignore_index=ignore_index,
+            scale=scale,
+            softcap=softcap,
+            temperature=temperature,
+            outputs=frozenset(["lse"] if z_loss else []),
+            filter_eps=filter_eps,
+            memory=_check_memory(keep_head, workspace=workspace, token_chunk=token_chunk, vocab_chunk=vocab_chunk),
+            is_shard=group is not None,
+        )
+    if group is None and _is_in_graph(head, impl):
         tensors, loss = (hidden, head, targets.to(hidden.device), bias), (loss_type, z_loss, reduction, num_items)
         return graphs.linear_cross_entropy(*tensors, call, *loss)
     with torch.autocast(hidden.device.type, enabled=False):
-        problem, _ = compact(hidden, head, targets, bias, call.spec, ignore_index)
+        problem, _, chosen = _problem(hidden, head, targets, bias, call, group)
         items = len(problem.targets) if num_items is None else num_items
         token_loss = SFTTokenLoss(loss_type, z_loss, reduction, items)
-        return _outside_of_graphs(lambda: resolve(impl, problem).token_loss_sum(problem, token_loss))
+        return _outside_of_graphs(lambda: chosen.token_loss_sum(problem, token_loss))
+
+
+def _problem(
+    hidden: Tensor,
+    head: Tensor | SplitHead,
+    targets: Tensor,
+    bias: Tensor | None,
+    call: graphs.Call,
+    group: ProcessGroup | None,
+) -> tuple[Problem, TokenIndex, Impl]:
+    """The problem of the tokens that are not ignored, and the impl that serves it."""
+    tensors = hidden, head, targets, bias, call.spec, call.ignore_index
+    if group is not None:
+        return parallel_problem(*tensors, impl=call.impl, needs=call.needs, group=group)
+    problem, token_index = compact(*tensors)
+    return problem, token_index, resolve(call.impl, problem)
+
+
+def _is_in_graph(head: Tensor | SplitHead, impl: str) -> TypeGuard[Tensor]:
+    """Whether `torch.compile` traces this call, and its operators serve it."""
+    return torch.compiler.is_compiling() and impl in graphs.NAMES and isinstance(head, Tensor)
 
 
 def _check(
@@ -213,6 +261,7 @@ def _check(
     *,
     impl: str,
     ignore_index: int,
+    is_shard: bool,
     **options: Any,
 ) -> tuple[Tensor | SplitHead, graphs.Call]:
     """The head and the record of a call, after a check of all arguments; targets are checked later, by `compact`.
@@ -220,7 +269,7 @@ def _check(
     `options` are the fields of `Spec` but operand_dtype.
     """
     parts = weight if isinstance(weight, tuple) else (weight,)
-    _check_tensors(hidden, parts, targets, bias)
+    _check_tensors(hidden, parts, targets, bias, is_shard)
     dtype = operand_dtype(hidden, parts[0])
     spec = Spec(dtype, **options)
     _check_head(spec)
@@ -245,7 +294,9 @@ def _outside_of_graphs(function: Callable[[], Any]) -> Any:
     return torch.compiler.disable(function)() if is_compiler_loaded() else function()
 
 
-def _check_tensors(hidden: Tensor, parts: tuple[Tensor, ...], targets: Tensor, bias: Tensor | None) -> None:
+def _check_tensors(
+    hidden: Tensor, parts: tuple[Tensor, ...], targets: Tensor, bias: Tensor | None, is_shard: bool
+) -> None:
     if not parts:
         raise ValueError("weight must have one part at least, got an empty tuple")
     names = ["weight"] if len(parts) == 1 else [f"weight[{i}]" for i in range(len(parts))]
@@ -267,7 +318,11 @@ def _check_tensors(hidden: Tensor, parts: tuple[Tensor, ...], targets: Tensor, b
         raise ValueError(f"hidden must have shape [..., D] with D > 0, got {tuple(hidden.shape)}")
     d, v = hidden.shape[-1], parts[0].shape[:1]
     shapes = [tuple(x.shape) for x in parts]
-    if any(x.ndim != 2 or x.shape[:1] != v for x in parts) or sum(shape[1] for shape in shapes) != d or v[0] == 0:
+    if (
+        any(x.ndim != 2 or x.shape[:1] != v for x in parts)
+        or sum(shape[1] for shape in shapes) != d
+        or (v[0] == 0 and not is_shard)
+    ):
         if len(parts) == 1:
             raise ValueError(f"weight must have shape [V, {d}] to match hidden, got {shapes[0]}")
         raise ValueError(f"weight must have parts [V, D1], [V, D2], ... of {d} columns to match hidden, got {shapes}")

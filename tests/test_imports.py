@@ -18,6 +18,7 @@ ROOMS = [
     "losses",
     "sequence",
     "compaction",
+    "sharding",
     "graphs",
     "ops",
     "modules",
@@ -33,7 +34,7 @@ ROOMS = [
     "cli",
 ]
 #: Shared by impls: records of tokens, tiles, the autograd around an impl's own arithmetic, the adapters' helpers.
-SHARED = ["base", "logits", "softmax", "head_grads", "tiles", "autograd", "adapter"]
+SHARED = ["base", "logits", "softmax", "head_grads", "tiles", "autograd", "adapter", "parallel"]
 TORCH_ONLY = ["checks", "losses", "sequence"]
 OPTIONAL = [
     *("triton", "transformers", "trl", "liger_kernel", "cut_cross_entropy", "datasets", "peft", "accelerate", "lm_eval")

@@ -315,7 +315,7 @@ def test_liger_makes_gradients_in_the_forward_unless_told_not_to(interpreted, ke
 
 def test_auto_passes_by_what_is_not_exact_and_says_so_once(monkeypatch, stand_in, caplog):
     impls._log_once.cache_clear()
-    monkeypatch.setattr(impls, "_considered", lambda: ("cce", "pytorch"))
+    monkeypatch.setattr(impls, "considered", lambda: ("cce", "pytorch"))
     with caplog.at_level(logging.INFO, logger="fusedalign"):
         for _ in range(3):
             linear_logps(HIDDEN, WEIGHT, TARGETS)

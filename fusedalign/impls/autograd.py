@@ -108,7 +108,7 @@ class OwnGradients(Impl):
     def sweep(self, problem: Problem, keep: KeepMode) -> tuple[SoftmaxStats, Jacobian | KeptExps | None]:
         """The softmax statistics of all tokens, and what is kept for the backward.
 
-        A Jacobian is kept wherever it is asked for; keeping exponentials is up to the impl.
+        `keep` says what would save most; what is kept is up to the impl.
         """
 
     @abstractmethod
@@ -120,10 +120,12 @@ class OwnGradients(Impl):
         *,
         kept: KeptExps | None = None,
         accumulators: Accumulators = (),
+        round_hidden: bool = True,
     ) -> Grads:
         """The gradients of any loss, from logits that are computed again where `kept` does not save that.
 
-        What `kept` holds is used up. The head's gradients are added to the `accumulators`, where there are any.
+        `kept` is used up. The head's gradients are added to the `accumulators`, where there are any. The gradient of
+        hidden has its dtype or, without `round_hidden`, the logit dtype.
         """
 
     @abstractmethod

@@ -154,6 +154,7 @@ class PyTorch(OwnGradients):
         *,
         kept: KeptExps | None = None,
         accumulators: Accumulators = (),
+        round_hidden: bool = True,
     ) -> Grads:
         """Gradients of hidden, weight, bias (None where not needed); a tile of dW is summed in full, written once."""
         plan, dtype = _plan(problem), problem.logit_dtype
@@ -181,7 +182,8 @@ class PyTorch(OwnGradients):
             if d_bias is not None and d_bias_tile is not None:
                 d_bias[vocab] = scaled_(d_bias_tile, undo)
         d_parts = in_head_order(problem, (g.memory for g in d_weight)) if needs.weight else None
-        return None if d_hidden is None else scaled_(d_hidden, undo).to(problem.hidden.dtype), d_parts, d_bias
+        d_hidden = None if d_hidden is None else scaled_(d_hidden, undo)
+        return d_hidden.to(problem.hidden.dtype) if d_hidden is not None and round_hidden else d_hidden, d_parts, d_bias
 
     def one_pass(
         self, problem: Problem, token_loss: TokenLoss, needs: NeedsGrad

@@ -25,8 +25,11 @@ class SoftmaxStats:
     for are None.
     """
 
+    #: Those with floating-point values.
+    FLOATS = ("max", "e", "target", "e_log_e", "e_sq", "logit")
+
     def __init__(self, problem: Problem) -> None:
-        outputs = problem.outputs
+        outputs, self.vocab_size = problem.outputs, problem.weight.shape[0]
         # All zeros at once: on a GPU these small launches come before the first large one.
         names = [name for name in SUMMED if name in outputs]
         zeros = problem.hidden.new_zeros((2 + len(names), len(problem.hidden)), dtype=problem.logit_dtype)
@@ -70,6 +73,20 @@ class SoftmaxStats:
         self.max[tokens] = new_max
         return e, shrink
 
+    def merge(self, shards: dict[str, Tensor]) -> None:
+        """Replace the statistics by those of several parts of the vocabulary, each [parts, N], by the names of FLOATS."""
+        maxima = shards["max"]
+        self.max = maxima.amax(0)
+        log_shrink = (maxima - self.max.masked_fill(self.max == -torch.inf, 0.0)).clamp_(min=LOG_ZERO)
+        shrink = log_shrink.exp()
+        self.e, self.target = (shrink * shards["e"]).sum(0), shards["target"].sum(0)
+        if "e_log_e" in shards:
+            self.e_log_e = (shrink * (shards["e_log_e"] + log_shrink * shards["e"])).sum(0)
+        if "e_sq" in shards:
+            self.e_sq = (shrink.square() * shards["e_sq"]).sum(0)
+        if "logit" in shards:
+            self.logit = shards["logit"].sum(0)
+
     def log_e(self, tokens: slice = slice(None)) -> Tensor:
         """log sum e; with `max` the two halves of the log-sum-exp, kept apart because their sum rounds more."""
         return self.e[tokens].log()
@@ -95,7 +112,7 @@ class SoftmaxStats:
             logps=logps.to(dtype),
             entropy=self.entropy().to(dtype) if "entropy" in outputs else None,
             lse=self.lse().to(dtype) if "lse" in outputs else None,
-            mean_logit=None if self.logit is None else (self.logit / problem.weight.shape[0]).to(dtype),
+            mean_logit=None if self.logit is None else (self.logit / self.vocab_size).to(dtype),
             log_sum_sq_probs=None if self.e_sq is None else (self.e_sq.log() - 2 * self.log_e()).to(dtype),
             is_top1=None if self.top is None else (self.top == problem.targets).logical_and_(~logps.isnan()),
         )
