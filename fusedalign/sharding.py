@@ -47,7 +47,7 @@ def local_part(
     """This rank's rows of a head of DTensors, and their process group; other heads as they are.
 
     Raises:
-        TypeError: a DTensor that is not sharded by rows on a mesh of one dimension.
+        TypeError: a DTensor that is not sharded by rows on a mesh of one dimension, or sharded and plain tensors.
         ValueError: another process group than that of a DTensor.
     """
     parts = weight if isinstance(weight, tuple) else (weight,)
@@ -64,6 +64,14 @@ def local_part(
                 f"a DTensor with placements {tuple(x.placements)}: pass {name}.full_tensor() where all ranks hold the "
                 f"same tokens, {name}.full_tensor(grad_placements=[Partial()]) where each holds its own"
             )
+    plain = [
+        name for name, x in zip([*names, "bias"], [*parts, bias], strict=True) if x is not None and name not in sharded
+    ]
+    if plain:
+        raise TypeError(
+            f"{plain[0]} must be a DTensor sharded on dimension 0, like {next(iter(sharded))}, got a plain tensor: "
+            "shard it over the same mesh, or pass each rank's rows of all of them with process_group"
+        )
     mesh_groups = {x.device_mesh.get_group() for x in sharded.values()}
     if len(mesh_groups | ({group} if group is not None else set())) > 1:
         raise ValueError("process_group must be that of the DTensors, and the same for all of them, got several groups")
