@@ -59,6 +59,10 @@ class Jacobian(NamedTuple):
             x *= power.neg_().exp2_()[:, None]
         self.rows[tokens] = x
 
+    def select(self, tokens: slice) -> Jacobian:
+        """The Jacobian of some tokens."""
+        return Jacobian(self.rows[tokens], None if self.scale is None else self.scale[tokens])
+
     def times(self, d_logps: Tensor, dtype: torch.dtype) -> Tensor:
         """The gradient of hidden in `dtype`, [N, D], from that of logps, [N]."""
         scale = d_logps if self.scale is None else d_logps * self.scale
@@ -136,6 +140,10 @@ class OwnGradients(Impl):
 
         The gradient of hidden has the dtype `early_dtype(hidden.dtype)`.
         """
+
+    def jacobian_grad(self, jacobian: Jacobian, d_logps: Tensor, dtype: torch.dtype) -> Tensor:
+        """The gradient of hidden in `dtype`, [N, D], from a kept Jacobian."""
+        return jacobian.times(d_logps, dtype)
 
     def scale_(self, x: Tensor, factor: Tensor) -> Tensor:
         """`x` times a scalar in place, skipped where the scalar is known to be 1."""
@@ -238,7 +246,7 @@ def backward(
     """The gradients of `forward` by hidden, weight and bias."""
     d_hidden = None
     if saved.jacobian is not None and upstream.logps is not None:
-        d_hidden = saved.jacobian.times(upstream.logps, problem.hidden.dtype)
+        d_hidden = impl.jacobian_grad(saved.jacobian, upstream.logps, problem.hidden.dtype)
         upstream = upstream._replace(logps=None)
     if all(x is None for x in upstream):
         return d_hidden, None, None
@@ -402,7 +410,9 @@ class _TokenLogps(torch.autograd.Function):
         upstream = Upstream.of(grads)
         if not inputs:
             assert saved.jacobian is not None
-            d_hidden = None if upstream.logps is None else saved.jacobian.times(upstream.logps, ctx.hidden_dtype)
+            d_hidden = None
+            if upstream.logps is not None:
+                d_hidden = ctx.impl.jacobian_grad(saved.jacobian, upstream.logps, ctx.hidden_dtype)
             return None, d_hidden, *(None for _ in ctx.needs_input_grad[2:])
         problem = _problem(ctx.spec, inputs)
         if private.graph_is_kept():  # one backward uses up what is kept: for more, the logits are made again

@@ -7,6 +7,8 @@ logits are exchanged. The same split as Megatron-LM's, Shoeybi et al. 2019, arXi
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -15,7 +17,9 @@ from torch import Tensor
 
 from fusedalign.impls.autograd import Grads, Jacobian, KeepMode, KeptExps, OwnGradients
 from fusedalign.impls.head_grads import Accumulators, grad_targets, in_head_order
+from fusedalign.impls.logits import slope
 from fusedalign.impls.softmax import SoftmaxStats, TokenGrads
+from fusedalign.impls.tiles import slices
 from fusedalign.problem import NeedsGrad, Problem, TokenLoss
 
 
@@ -32,8 +36,7 @@ class VocabShard(NamedTuple):
 class VocabParallel(OwnGradients):
     """The arithmetic of another impl on this rank's rows, with the exchange between ranks.
 
-    The targets of its problems count from the first of these rows, and may be outside of them. A frozen head has no
-    path of its own: the Jacobian of a softmax is known only once the statistics of all ranks are.
+    The targets of its problems count from the first of these rows, and may be outside of them.
     """
 
     about = "another impl on each rank's rows of the head"
@@ -46,13 +49,23 @@ class VocabParallel(OwnGradients):
         return self.impl.supports(problem)
 
     def sweep(self, problem: Problem, keep: KeepMode) -> tuple[SoftmaxStats, Jacobian | KeptExps | None]:
-        """The softmax statistics over all ranks' rows; exponentials of this rank's."""
-        stats, kept = SoftmaxStats(problem), None
+        """The softmax statistics over all ranks' rows; exponentials, or the part of a Jacobian, of this rank's."""
+        own, kept = SoftmaxStats(problem), None
+        clamped = problem
         if problem.weight.shape[0]:
+            if keep == "jacobian":  # an impl reads the head's row of the target
+                clamped = replace(problem, targets=problem.targets.clamp(0, problem.weight.shape[0] - 1))
             with torch.cuda.device_of(problem.hidden):
-                stats, kept = self.impl.sweep(problem, "exps" if keep == "exps" else "nothing")
+                own, kept = self.impl.sweep(clamped, keep)
+        elif keep == "jacobian":
+            kept = Jacobian.empty(problem)
+            kept.write(slice(None), torch.zeros_like(problem.hidden, dtype=problem.logit_dtype))
+        stats = copy.copy(own)
         if len(problem.targets):
+            stats.target = own.target.masked_fill(clamped.targets != problem.targets, 0)
             self._combine(stats)
+            if isinstance(kept, Jacobian) and problem.weight.shape[0]:
+                _make_partial(kept, clamped, clamped.targets == problem.targets, own, stats)
         stats.vocab_size = self.shard.vocab_size
         return stats, kept
 
@@ -96,6 +109,12 @@ class VocabParallel(OwnGradients):
             d_hidden = d_hidden.to(problem.hidden.dtype) if round_hidden else d_hidden
         return d_hidden, d_weight, d_bias
 
+    def jacobian_grad(self, jacobian: Jacobian, d_logps: Tensor, dtype: torch.dtype) -> Tensor:
+        """The sum over all ranks of the products with their parts of the Jacobian."""
+        d_hidden = jacobian.times(d_logps, torch.promote_types(dtype, torch.float32))
+        dist.all_reduce(d_hidden, group=self.shard.group)
+        return d_hidden.to(dtype)
+
     def one_pass(
         self, problem: Problem, token_loss: TokenLoss, needs: NeedsGrad
     ) -> tuple[SoftmaxStats, Tensor, Grads] | None:
@@ -105,3 +124,22 @@ class VocabParallel(OwnGradients):
     def scale_(self, x: Tensor, factor: Tensor) -> Tensor:
         """As the impl does."""
         return self.impl.scale_(x, factor)
+
+
+def _make_partial(jacobian: Jacobian, problem: Problem, owned: Tensor, own: SoftmaxStats, stats: SoftmaxStats) -> None:
+    """Turn the Jacobian of the softmax over this rank's rows into this rank's part of that over all rows, in place.
+
+    With w this rank's share of the probability, and W[t] the row of the target: J_own = W[t] - M_own for the mean row
+    M_own of this rank, and J = W[t] - sum of w M_own over ranks. So this rank's part is w J_own + (1 - w) W[t] where it
+    has the target, w J_own - w W[t] where t stands for a target of another rank.
+    """
+    log_share = own.max + own.log_e() - stats.max - stats.log_e()
+    share = log_share.exp()
+    row_scale = torch.where(owned, -log_share.expm1(), -share) * problem.logit_scale
+    cap_slope = slope(problem, own.target)
+    row_scale = row_scale if cap_slope is None else row_scale * cap_slope
+    for tokens in slices(len(share), 4096):
+        rows = problem.weight.index_select(0, problem.targets[tokens]).to(problem.operand_dtype)
+        own_part = jacobian.select(tokens).times(share[tokens], problem.logit_dtype)
+        x = own_part.where(share[tokens, None] > 0, 0)  # a share of 0 may stand for 0 times NaN
+        jacobian.write(tokens, x.addcmul_(rows.to(x.dtype), row_scale[tokens, None]))

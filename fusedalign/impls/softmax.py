@@ -74,7 +74,7 @@ class SoftmaxStats:
         return e, shrink
 
     def merge(self, shards: dict[str, Tensor]) -> None:
-        """Replace the statistics by those of several parts of the vocabulary, each [parts, N], by the names of FLOATS."""
+        """Replace the statistics by those of several parts of the vocabulary, by name, each [parts, N]."""
         maxima = shards["max"]
         self.max = maxima.amax(0)
         log_shrink = (maxima - self.max.masked_fill(self.max == -torch.inf, 0.0)).clamp_(min=LOG_ZERO)
