@@ -52,7 +52,7 @@ def added(monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("loss", LOSSES, ids=lambda f: f.__name__)
-def test_the_sum_is_the_same(monkeypatch, impl, device, loss, dtype):
+def test_in_place_accumulation_equals_autograd(monkeypatch, impl, device, loss, dtype):
     cases, count = micro_batches(device, dtype, softcap=8.0), added(monkeypatch)
     for case in cases:
         loss(case, impl=impl).backward()
@@ -67,7 +67,7 @@ def test_the_sum_is_the_same(monkeypatch, impl, device, loss, dtype):
         torch.testing.assert_close(got, x, rtol=0, atol=6 * torch.finfo(dtype).eps / 2 * largest + 1e-5 * largest)
 
 
-def test_bf16_is_at_least_as_near(monkeypatch, impl, device):
+def test_bf16_accumulation_is_at_least_as_exact(monkeypatch, impl, device):
     """As the sum of gradients that are rounded first: to that of fp64."""
     cases = micro_batches(device, torch.bfloat16)
     wide = [case.to(torch.float64) for case in cases]
@@ -85,7 +85,7 @@ def test_bf16_is_at_least_as_near(monkeypatch, impl, device):
 
 
 @pytest.mark.parametrize("parts", [False, True])
-def test_nothing_of_the_heads_size_is_made(impl, device, parts):
+def test_accumulation_allocates_nothing_of_head_size(impl, device, parts):
     n, v, d = 6, 301, 16
     case = make_case((n,), d, v, device=device, bias=False).leaves()
     weight = case.weight if not parts else (case.weight, torch.randn(v, 2, device=device).requires_grad_())
@@ -110,7 +110,7 @@ def test_nothing_of_the_heads_size_is_made(impl, device, parts):
 
 
 @pytest.mark.filterwarnings("ignore:grad and param do not obey the gradient layout contract")
-def test_where_somebody_would_notice(monkeypatch, impl, device):
+def test_observable_gradients_are_returned_to_autograd(monkeypatch, impl, device):
     """Results are as without: whoever asks for the gradient, or hooks on to it, gets it."""
     (case, *_), count = micro_batches(device), added(monkeypatch)
     weight = case.weight
@@ -147,7 +147,7 @@ def test_where_somebody_would_notice(monkeypatch, impl, device):
     assert count() == 2
 
 
-def test_a_head_that_is_no_leaf(monkeypatch, impl, device):
+def test_a_non_leaf_head_gets_an_ordinary_gradient(monkeypatch, impl, device):
     (case, *_), count = micro_batches(device), added(monkeypatch)
     for _ in range(2):
         copied = Case(case.hidden, case.weight * 1, case.targets, case.bias, case.head)
@@ -160,7 +160,7 @@ def test_a_head_that_is_no_leaf(monkeypatch, impl, device):
 
 
 @pytest.mark.parametrize("keep_head", [True, False])
-def test_a_tied_head_used_twice(impl, device, keep_head):
+def test_a_tied_head_used_twice_gets_both_gradients(impl, device, keep_head):
     """The embedding adds to the same gradient, and two losses of one graph do."""
     g = torch.Generator().manual_seed(0)
     weight = torch.randn(V, D, generator=g).to(device).requires_grad_()
@@ -185,7 +185,7 @@ def test_a_tied_head_used_twice(impl, device, keep_head):
     torch.testing.assert_close(*made, rtol=1e-4, atol=1e-5)
 
 
-def test_no_tokens(impl, device):
+def test_a_batch_without_tokens_leaves_the_gradient_unchanged(impl, device):
     (case, *_) = micro_batches(device)
     logps(case, impl=impl, keep_head=False).backward()
     before = case.weight.grad.clone()

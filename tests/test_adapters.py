@@ -151,7 +151,7 @@ PAIRS = [
 
 
 @pytest.mark.parametrize(("model", "config"), PAIRS)
-def test_as_the_models_own_forward(model, config):
+def test_adapted_heads_equal_the_models_own_forward(model, config):
     wrapped = adapted(model, CONFIGS[config])
     assert_same(wrapped)
     head = lm_head(wrapped)
@@ -167,19 +167,19 @@ def test_as_the_models_own_forward(model, config):
 
 
 @pytest.mark.parametrize("model", ["llama", "qwen3 tied"])
-def test_a_head_that_is_trained_beside_its_adapter(model):
+def test_a_head_trained_together_with_its_adapter_is_exact(model):
     wrapped = adapted(model, lora())
     wrapped.get_base_model().lm_head.base_layer.weight.requires_grad_()
     assert_same(wrapped)
 
 
-def test_a_head_that_is_trained_below_its_tokens():
+def test_a_trained_head_with_trainable_tokens_is_exact():
     wrapped = adapted("llama", CONFIGS["tokens"])
     wrapped.get_base_model().lm_head.token_adapter.base_layer.weight.requires_grad_()
     assert_same(wrapped)
 
 
-def test_dropout_is_of_the_present_mode():
+def test_dropout_follows_the_current_mode():
     wrapped = adapted("llama", lora(lora_dropout=0.5))
     with torch.no_grad():
         assert error(fused(wrapped), fused(wrapped)) > 0.01
@@ -188,13 +188,13 @@ def test_dropout_is_of_the_present_mode():
 
 
 @pytest.mark.parametrize("config", ["lora", "tokens"])
-def test_the_columns_come_in_the_dtype_of_the_product(config):
+def test_adapter_columns_have_the_product_dtype(config):
     """fp32 adapters of a bf16 head widen no hidden states."""
     head = lm_head(adapted("llama", CONFIGS[config], torch.bfloat16))
     assert head.expand(torch.randn(2, 3, D, dtype=torch.bfloat16)).dtype == torch.bfloat16
 
 
-def test_several_adapters_of_tokens():
+def test_several_token_adapters_combine():
     config = {"target_modules": ["lm_head"], "task_type": "CAUSAL_LM"}
     wrapped = peft.get_peft_model(build("llama"), peft.TrainableTokensConfig(token_indices=[4, 9], **config))
     wrapped.add_adapter("more", peft.TrainableTokensConfig(token_indices=[40, 8, 5], **config))
@@ -204,7 +204,7 @@ def test_several_adapters_of_tokens():
 
 
 @pytest.mark.parametrize("model", ["llama", "qwen3 tied"])
-def test_an_adapter_without_tokens_beside_one_with(model):
+def test_adapters_with_and_without_tokens_combine(model):
     config = CONFIGS["tokens" if model == "llama" else "tokens and lora"]
     wrapped = adapted(model, config)
     wrapped.add_adapter("elsewhere", lora(target_modules=["q_proj"]))
@@ -214,7 +214,7 @@ def test_an_adapter_without_tokens_beside_one_with(model):
         assert isinstance(lm_head(wrapped).weight, tuple) == (name == "default")
 
 
-def test_weights_tied_by_peft():
+def test_weights_tied_by_peft_are_exact():
     config = lora(target_modules=["q_proj"], modules_to_save=["lm_head"])
     config.ensure_weight_tying = True
     wrapped = adapted("qwen3 tied", config)
@@ -222,7 +222,7 @@ def test_weights_tied_by_peft():
     assert_same(wrapped)
 
 
-def test_lora_on_lora():
+def test_lora_on_lora_is_exact():
     """A PEFT model inside of a PEFT model."""
     inner = adapted("llama", lora(r=2))
     for p in inner.parameters():
@@ -236,7 +236,7 @@ def test_lora_on_lora():
     assert error(got, want) < 1e-7
 
 
-def test_several_adapters_and_none():
+def test_switching_and_disabling_adapters_is_followed():
     """A policy and a reference that are adapters of one model, or the model without any."""
     wrapped = peft.get_peft_model(build("llama"), lora(r=2), adapter_name="policy")
     wrapped.add_adapter("reference", lora(r=3, use_rslora=True))
@@ -272,7 +272,7 @@ def test_several_adapters_and_none():
         ("qwen3 tied", "trainable tokens alone"),
     ],
 )
-def test_merged_and_disabled(model, config):
+def test_merged_and_disabled_adapters_are_followed(model, config):
     wrapped = adapted(model, CONFIGS[config]).eval()
     with torch.no_grad():
         with wrapped.disable_adapter():
@@ -304,7 +304,7 @@ def head_alone(layer, hidden, targets):
 @pytest.mark.parametrize("config", ["lora", "rslora", "tokens"])
 @pytest.mark.parametrize("impl", [name for name in IMPLS if name != "reference"])
 @pytest.mark.parametrize("device", DEVICES)
-def test_bf16_with_adapters_in_fp32(config, autocast, impl, device):
+def test_fp32_adapters_on_a_bf16_head_are_within_budget(config, autocast, impl, device):
     """At most twice the error of the layer's own forward, whose logits are bf16: root mean squares over 8 batches.
 
     Of one batch alone the ratio of two such errors, each of a few numbers, is now and then above 2 by chance.
@@ -357,7 +357,7 @@ def test_logits_of_trained_tokens_are_not_rounded(autocast):
     assert error(got, want[:, 4]) < 2e-4
 
 
-def test_trained_tokens_are_rounded_as_when_they_are_merged():
+def test_trained_tokens_are_rounded_like_merged_ones():
     """Rows in fp32 of a head in bf16, with hidden states in fp32, in which the product is then."""
     wrapped = adapted("llama", CONFIGS["tokens"], torch.bfloat16)
     assert wrapped.get_base_model().lm_head.token_adapter.trainable_tokens_delta["default"].dtype == torch.float32
@@ -379,7 +379,7 @@ def layer_and_hidden(config, v=601, n=96):
 
 @pytest.mark.parametrize("f", [linear_logps, linear_cross_entropy])
 @pytest.mark.parametrize("config", ["lora", "tokens"])
-def test_nothing_of_the_heads_size_is_made(f, config):
+def test_nothing_of_head_size_is_allocated(f, config):
     wrapped, hidden, targets = layer_and_hidden(CONFIGS[config])
     with Allocations() as allocations:
         out = of(lm_head(wrapped), hidden, targets, f)
@@ -402,7 +402,7 @@ def test_nothing_of_the_heads_size_is_made(f, config):
     ],
     ids=lambda x: getattr(x, "__name__", "" if isinstance(x, peft.LoraConfig) else x),
 )
-def test_products(config, f, forward, backward, own):
+def test_adapters_take_the_documented_number_of_products(config, f, forward, backward, own):
     """In products of all tokens with the head and its further columns; the trained ones among these take one more."""
     wrapped, hidden, targets = layer_and_hidden(config)
     head = lm_head(wrapped)
@@ -451,7 +451,7 @@ def test_the_backward_never_touches_a_frozen_head(config, f):
     ],
     ids=["prompt tuning", "p-tuning", "prefix tuning"],
 )
-def test_prompt_learning(config):
+def test_prompt_learning_uses_the_models_own_head(config):
     """The head is the model's own; hidden states of virtual tokens stand before those of the labels."""
     wrapped = peft.get_peft_model(build("llama", torch.float32), config)
     ids, targets = batch()
@@ -531,7 +531,7 @@ def test_refuses_tokens_above_another_adapter():
     refused(TypeError, "plain nn.Linear below the trainable tokens of .*lm_head, got one with an adapter", wrapped)
 
 
-def test_refuses_layers_that_forward_otherwise():
+def test_refuses_layers_with_another_forward():
     wrapped = adapted("llama", lora(), torch.float32)
     layer = wrapped.get_base_model().lm_head
     layer.forward = lambda hidden: hidden
@@ -541,7 +541,7 @@ def test_refuses_layers_that_forward_otherwise():
     refused(TypeError, "plain nn.Linear, got .*Linear4bit", wrapped)
 
 
-def test_refuses_what_peft_itself_gets_wrong():
+def test_refuses_cases_that_peft_computes_wrongly():
     """Its forward loses a head's bias under trainable tokens, and a row that is given twice depends on the order."""
     config = lora(target_modules=["q_proj"], trainable_token_indices={"lm_head": [4]})
     refused(TypeError, "to have no bias below trainable tokens", adapted("phi", config))

@@ -60,30 +60,30 @@ def trace(path, impl, dtype=torch.bfloat16, device="cpu", n=N, v=V, **options) -
 
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_no_path_makes_the_logits(path, dtype):
+def test_no_path_allocates_the_logits(path, dtype):
     assert trace(path, "pytorch", dtype).largest() < N * V
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_no_path_makes_a_wide_copy_of_a_bf16_head_or_of_its_gradient(path):
+def test_no_path_allocates_an_fp32_copy_of_a_bf16_head_or_its_gradient(path):
     assert trace(path, "pytorch").largest(torch.float32, torch.float64) < V * D
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_the_reference_makes_both_so_these_tests_can_fail(path):
+def test_the_reference_allocates_logits_and_fp32_copies(path):
     allocations = trace(path, "reference")
     assert allocations.largest() >= N * V
     assert (V * D, torch.float32) in allocations.made
 
 
-def test_the_one_pass_gradient_of_a_bf16_head_is_two_halves_in_bf16():
+def test_one_pass_accumulates_a_bf16_head_gradient_in_two_bf16_halves():
     """The documented accumulator: beside the gradient itself one tensor of its size and dtype."""
     made = trace("one pass", "pytorch").made
     assert made.count((V * D, torch.bfloat16)) == 2
     assert trace("one pass", "pytorch", torch.float32).made.count((V * D, torch.float32)) == 1
 
 
-def test_a_small_workspace_takes_two_passes_instead():
+def test_a_small_workspace_selects_two_passes():
     """No room for the low half: the path of 4 products, without a second [V, D]."""
     made = trace("one pass", "pytorch", workspace=60_000).made
     assert made.count((V * D, torch.bfloat16)) == 1
@@ -91,7 +91,7 @@ def test_a_small_workspace_takes_two_passes_instead():
 
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("workspace", [30_000, 120_000])
-def test_tiles_keep_to_the_workspace(path, workspace):
+def test_tiles_fit_the_workspace(path, workspace):
     """No tile of logits, the largest thing made, is bigger than the workspace allows; gradients and results aside."""
     allocations = trace(path, "pytorch", workspace=workspace)
     results = {V * D, N * D, N, V, N * 1}
@@ -114,7 +114,7 @@ def test_tiles_keep_to_the_workspace(path, workspace):
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("ignored", [0.0, 0.5])
-def test_products(path, products, dtype, ignored):
+def test_each_path_takes_its_documented_number_of_products(path, products, dtype, ignored):
     """Multiply-adds in units of the product of the valid tokens with the head; ignored ones cost nothing."""
     f, needs = PATHS[path]
     case = make_case((N,), D, V, dtype=dtype, ignored=ignored).leaves(*needs)
@@ -123,7 +123,7 @@ def test_products(path, products, dtype, ignored):
     assert counter.get_total_flops() == products * 2 * int(case.valid.sum()) * D * V
 
 
-def test_a_frozen_head_is_not_touched_by_the_backward():
+def test_the_backward_does_not_read_a_frozen_head():
     """The kept Jacobian needs neither head nor hidden states."""
     case = make_case((N,), D, V, ignored=0.0).leaves(1, 0, 0)
     loss = case.logps().logps.sum()
@@ -151,7 +151,7 @@ def held(f, impl, **options) -> tuple[list[int], dict]:
 
 @pytest.mark.parametrize("impl", [impl for impl in IMPLS if impl in ("triton", "pytorch")])
 @pytest.mark.parametrize("loss", ["logps", "cross_entropy"])
-def test_without_keep_head_nothing_of_the_heads_size_waits_for_the_backward(impl, loss):
+def test_keep_head_false_saves_nothing_of_head_size_for_the_backward(impl, loss):
     """What a pipeline's last stage asks for: many of its forwards wait at once."""
 
     def f(case, **options):
@@ -222,7 +222,7 @@ def sizes_of_triton(device) -> tuple[int, int, int]:
 @each(triton)
 @pytest.mark.usefixtures("_as_on_a_gpu")
 @pytest.mark.parametrize("path", TRITON_PATHS)
-def test_triton_makes_no_logits_and_no_wide_head_beyond_the_workspace(impl, device, path):
+def test_triton_allocates_no_logits_or_fp32_head_beyond_the_workspace(impl, device, path):
     n, v, workspace = sizes_of_triton(device)
     allocations = trace(path, impl, device=device, n=n, v=v, workspace=workspace)
     assert n * v > v * D
@@ -235,7 +235,7 @@ def test_triton_makes_no_logits_and_no_wide_head_beyond_the_workspace(impl, devi
 @pytest.mark.usefixtures("_as_on_a_gpu")
 @pytest.mark.parametrize("path", [logps_alone, scalar], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("trained", [True, False])
-def test_triton_makes_nothing_of_the_size_of_a_frozen_part(impl, device, path, trained):
+def test_triton_allocates_nothing_of_the_size_of_a_frozen_part(impl, device, path, trained):
     """Beside a thin one, as an adapter is: no copy of it and no gradient, whole; nor the logits."""
     n, v, workspace = sizes_of_triton("cpu") if device == "cpu" else (600, 4001, 2**20)
     d, thin = (D, 4) if device == "cpu" else (512, 8)
@@ -263,7 +263,7 @@ NOT_WIDENED = [torch.float32] + [torch.bfloat16, torch.float16] * (not INTERPRET
 @pytest.mark.usefixtures("_as_on_a_gpu")
 @pytest.mark.parametrize("dtype", NOT_WIDENED)
 @pytest.mark.parametrize("path", TRITON_PATHS)
-def test_what_is_alive_at_once_stays_within_the_workspace(impl, device, path, dtype):
+def test_peak_memory_stays_within_the_workspace(impl, device, path, dtype):
     """Beside results and what the backward keeps; vectors of one number a token are not counted."""
     n, d, v, workspace = (24, 16, 600, 40_000) if device == "cpu" else (4096, 512, 32_000, 64 * 2**20)
     f, needs = PATHS[path]
@@ -291,7 +291,7 @@ def test_what_is_alive_at_once_stays_within_the_workspace(impl, device, path, dt
 @each(triton)
 @pytest.mark.usefixtures("_as_on_a_gpu")
 @pytest.mark.parametrize("path", ["two passes", "one pass"])
-def test_a_small_token_chunk_does_not_widen_the_tiles_of_gradients(impl, device, path):
+def test_a_small_token_chunk_does_not_widen_gradient_tiles(impl, device, path):
     """These have all tokens, so what is few tokens for others must not be taken for room for more columns."""
     n, v, workspace = sizes_of_triton(device)
     allocations = trace(path, impl, device=device, n=n, v=v, workspace=workspace, token_chunk=2)

@@ -44,7 +44,7 @@ def tokenizer(directory):
     return AutoTokenizer.from_pretrained(directory)
 
 
-def test_data_is_what_the_script_writes(tmp_path):
+def test_shipped_data_equal_the_script_output(tmp_path):
     script = data_directory() / "make_data.py"
     subprocess.run([sys.executable, str(script), "--out", str(tmp_path)], check=True, capture_output=True)
     written = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
@@ -92,7 +92,7 @@ def test_tokenizer_round_trips(tokenizer, text):
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
 
 
-def test_chat_template(tokenizer):
+def test_chat_template_renders_the_conversation(tokenizer):
     asked = tokenizer.apply_chat_template(QUESTION, tokenize=False, add_generation_prompt=True)
     assert asked == "<|im_start|>user\nWhat is 3 + 4?<|im_end|>\n<|im_start|>assistant\n"
     told = tokenizer.apply_chat_template(QUESTION + ANSWER, tokenize=False)
@@ -110,7 +110,7 @@ def test_assistant_mask_covers_the_answer_and_its_end(tokenizer):
     assert tokenizer.pad_token not in (None, tokenizer.eos_token)
 
 
-def test_model_reloads_and_generates(directory, tokenizer):
+def test_the_model_reloads_and_generates(directory, tokenizer):
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(directory).eval()
@@ -123,7 +123,7 @@ def test_model_reloads_and_generates(directory, tokenizer):
     assert inputs["input_ids"].shape[1] < out.shape[1] <= inputs["input_ids"].shape[1] + 4
 
 
-def test_same_seed_same_files_and_the_callers_random_state_stays(directory, tmp_path):
+def test_the_same_seed_gives_the_same_files_and_keeps_the_random_state(directory, tmp_path):
     from safetensors.torch import load_file
 
     state = torch.get_rng_state()

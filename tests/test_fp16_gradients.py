@@ -40,7 +40,7 @@ def steep_case(device, head=FP32) -> Case:
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("head", HEADS, ids=str)
 @pytest.mark.parametrize("needs", NEEDS)
-def test_gradients_that_are_small_before_the_factor(impl, device, head, needs):
+def test_gradients_that_underflow_before_the_factor_are_exact(impl, device, head, needs):
     for seed, (options, upstream) in enumerate(SMALL):
         case = fp16_case(device, head, seed=seed)
         got = run_loss(case, needs, upstream=upstream, impl=impl, **options)
@@ -51,7 +51,7 @@ def test_gradients_that_are_small_before_the_factor(impl, device, head, needs):
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("head", HEADS, ids=str)
 @pytest.mark.parametrize("needs", NEEDS)
-def test_gradients_that_are_large_before_the_factor(impl, device, head, needs):
+def test_gradients_that_overflow_before_the_factor_are_exact(impl, device, head, needs):
     for options, upstream in LARGE:
         case = steep_case(device, head)
         got = run_loss(case, needs, upstream=upstream, impl=impl, **options)
@@ -62,7 +62,7 @@ def test_gradients_that_are_large_before_the_factor(impl, device, head, needs):
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize("head", HEADS, ids=str)
 @pytest.mark.parametrize("needs", NEEDS[:2])
-def test_compiled(device, backend, head, needs):
+def test_compiled_gradients_are_exact(device, backend, head, needs):
     torch.compiler.reset()
     call = torch.compile(partial(linear_cross_entropy, impl="pytorch"), backend=backend, fullgraph=True)
     for options, upstream in (SMALL[1], LARGE[0], LARGE[1]):
@@ -73,7 +73,7 @@ def test_compiled(device, backend, head, needs):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("head", HEADS, ids=str)
-def test_the_module(device, head):
+def test_module_gradients_are_exact(device, head):
     options, upstream = SMALL[1]
     case = fp16_case(device, head)
     layer = torch.nn.Linear(16, 211, device=device, dtype=head)

@@ -25,7 +25,7 @@ def _inputs(needs, **head):
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("needs", NEEDS)
 @pytest.mark.parametrize("output", ["logps", "entropy", "lse", "all"])
-def test_linear_logps(impl, needs, output):
+def test_linear_logps_passes_gradcheck(impl, needs, output):
     case, tensors = _inputs(needs, scale=0.7, softcap=4.0, temperature=1.3)
 
     def f(hidden, weight, bias):
@@ -39,7 +39,7 @@ def test_linear_logps(impl, needs, output):
 @pytest.mark.parametrize(("impl", "token_chunk"), CHUNKS)
 @pytest.mark.parametrize("needs", NEEDS)
 @pytest.mark.parametrize("options", [{}, {"z_loss": 0.1}, {"reduction": "sum"}, {"num_items": 3, "z_loss": 0.2}])
-def test_linear_cross_entropy(impl, needs, options, token_chunk):
+def test_linear_cross_entropy_passes_gradcheck(impl, needs, options, token_chunk):
     """nll; "dft" has a constant factor that finite differences would move, its test is elsewhere."""
     case, tensors = _inputs(needs, scale=0.7, softcap=4.0)
 

@@ -50,7 +50,7 @@ def scalar(hidden, weight, bias, impl):
 @pytest.mark.parametrize("impl", IN_GRAPHS)
 @pytest.mark.parametrize("f", [all_outputs, logps_alone, scalar, scalar_without_keeping])
 @pytest.mark.parametrize("needs", NEEDS)
-def test_one_graph_gives_the_same_numbers(impl, device, f, needs):
+def test_fullgraph_compilation_gives_the_same_numbers(impl, device, f, needs):
     results = []
     for call in (f, torch.compile(f, fullgraph=True, backend="aot_eager")):
         torch._dynamo.reset()
@@ -82,7 +82,7 @@ def test_one_graph_gives_the_same_numbers(impl, device, f, needs):
     ],
     ids=lambda options: next(iter(options)),
 )
-def test_shapes_and_options_that_differ_between_calls(impl, dynamic, options):
+def test_one_compiled_function_takes_different_shapes_and_options(impl, dynamic, options):
     def f(hidden, weight, targets, **options):
         logps = linear_logps(hidden, weight, targets, impl=impl, **options).logps
         return linear_cross_entropy(hidden, weight, targets, impl=impl, **options) + logps.square().sum()
@@ -116,7 +116,7 @@ def options(impl, dtype, needs, outputs):
     )
 
 
-def test_options_survive_the_operators_schema():
+def test_options_survive_the_operator_schema():
     for tiling, filter_eps, softcap in itertools.product(
         (Tiling(), Tiling(5, None, 7, keep_head=False)), (None, 0.1), (None, 2.0)
     ):
@@ -129,7 +129,7 @@ def test_options_survive_the_operators_schema():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("needs", NEEDS)
 @pytest.mark.parametrize("outputs", [(), ("lse",), OUTPUTS])
-def test_fakes_have_the_shapes_and_dtypes_of_what_comes(impl, dtype, needs, outputs):
+def test_fake_outputs_have_the_real_shapes_and_dtypes(impl, dtype, needs, outputs):
     inputs = tensors("cpu", dtype, (0, 0, 0))
     packed = options(impl, dtype, needs, outputs).packed()
     hidden, weight, bias = inputs
@@ -139,7 +139,7 @@ def test_fakes_have_the_shapes_and_dtypes_of_what_comes(impl, dtype, needs, outp
 
 
 @pytest.mark.parametrize("needs", NEEDS[:2])
-def test_torch_finds_nothing_wrong_with_the_operators(needs):
+def test_operators_pass_opcheck(needs):
     """Schema, registration of autograd, and fakes, by PyTorch's own checks."""
     hidden, weight, bias = tensors("cpu", torch.float32, needs)
     arguments = hidden, weight, TARGETS, bias
@@ -149,7 +149,7 @@ def test_torch_finds_nothing_wrong_with_the_operators(needs):
     torch.library.opcheck(graphs._cross_entropy, (*arguments, None, 0.1, "nll mean", *packed), test_utils=checks)
 
 
-def test_a_target_out_of_range_raises_in_a_graph_too():
+def test_a_target_out_of_range_raises_in_a_graph():
     f = torch.compile(logps_alone, fullgraph=True, backend="aot_eager")
     hidden, weight, bias = tensors("cpu", torch.float32, (0, 0, 0))
     with pytest.raises(ValueError, match=r"targets must be in \[0, 50\)"):

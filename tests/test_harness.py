@@ -97,13 +97,13 @@ def assert_equal(got, want, tolerance=1e-4):
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, "auto"])
-def test_loglikelihood_is_that_of_hf(embedded, pairs, expected, batch_size):
+def test_loglikelihood_equals_hf(embedded, pairs, expected, batch_size):
     model = FusedLM(embedded, device="cpu", batch_size=batch_size)
     assert model._packs
     assert_equal(model.loglikelihood(instances(pairs), disable_tqdm=True), expected)
 
 
-def test_answers_stand_in_the_order_of_their_requests(ours, pairs, expected):
+def test_answers_follow_the_order_of_requests(ours, pairs, expected):
     order = list(range(len(pairs)))
     random.Random(1).shuffle(order)
     got = ours.loglikelihood(instances([pairs[i] for i in order]), disable_tqdm=True)
@@ -170,7 +170,7 @@ def token_requests(model, seed=0, vocab=419):
 
 
 @pytest.mark.parametrize("name", PACKED + PADDED)
-def test_families(tiny, name):
+def test_families_equal_hf(tiny, name):
     theirs, ours = both(tiny, name)
     requests = token_requests(theirs)
     want = theirs._loglikelihood_tokens(requests, disable_tqdm=True)
@@ -180,14 +180,14 @@ def test_families(tiny, name):
 
 
 @pytest.mark.parametrize("name", ["qwen3", "gemma2"])
-def test_half_precision(tiny, name):
+def test_half_precision_equals_hf(tiny, name):
     theirs, ours = both(tiny, name, torch.bfloat16, softmax_dtype="float32")
     requests = token_requests(theirs)
     got, want = (model._loglikelihood_tokens(requests, disable_tqdm=True) for model in (ours, theirs))
     assert [x for x, _ in got] == pytest.approx([x for x, _ in want], rel=2e-2)
 
 
-def test_mixed_precision_is_that_of_hf(tiny):
+def test_mixed_precision_equals_hf(tiny):
     theirs, ours = both(tiny, "qwen3", mixed_precision_dtype="bfloat16", softmax_dtype="float32")
     requests = token_requests(theirs)
     got, want = (model._loglikelihood_tokens(requests, disable_tqdm=True) for model in (ours, theirs))
@@ -197,7 +197,7 @@ def test_mixed_precision_is_that_of_hf(tiny):
     assert [x for x, _ in got] != pytest.approx([x for x, _ in in_fp32], rel=1e-5)  # autocast is on
 
 
-def test_a_text_that_is_split_at_several_places(tiny):
+def test_a_text_split_at_several_positions_equals_hf_without_reuse(tiny):
     """Where `hf` reuses logits for a shorter continuation it reads those of other tokens: without reuse it is right."""
     theirs, ours = both(tiny, "qwen3", logits_cache=False)
     requests = [(("", ""), [9, 8, 7], [6, 5]), (("", ""), [9, 8], [7, 6, 5]), (("", ""), [9], [8, 7, 6, 5])]
@@ -208,13 +208,13 @@ def test_a_text_that_is_split_at_several_places(tiny):
 
 
 @pytest.mark.parametrize(("context", "continuation"), [([], [5]), ([5], []), ([5], [6] * 49)])
-def test_requests_that_cannot_be_answered(tiny, context, continuation):
+def test_unanswerable_requests_raise(tiny, context, continuation):
     _, ours = both(tiny, "qwen3")
     with pytest.raises(ValueError, match=r"expected a context of 1 token or more .* in request 1$"):
         ours._loglikelihood_tokens([(("", ""), [5], [6]), (("", ""), context, continuation)], disable_tqdm=True)
 
 
-def test_rows_that_are_cut_are_counted(tiny, caplog):
+def test_truncated_rows_are_counted(tiny, caplog):
     _, ours = both(tiny, "qwen3")
     requests = [(("", ""), [5] * 60, [6]), (("", ""), [5] * 48, [6]), (("", ""), [5] * 49, [6])]
     with caplog.at_level(logging.WARNING, "fusedalign"):
@@ -226,7 +226,7 @@ def test_rows_that_are_cut_are_counted(tiny, caplog):
 
 
 @pytest.mark.parametrize("batch_size", [2, "auto"])
-def test_rolling_is_that_of_hf(embedded, theirs, monkeypatch, batch_size):
+def test_rolling_loglikelihood_equals_hf(embedded, theirs, monkeypatch, batch_size):
     generator = random.Random(2)
     texts = [(words(generator, count),) for count in (400, 2, 30, 700, 90)]
     want = theirs.loglikelihood_rolling(instances(texts), disable_tqdm=True)
@@ -263,7 +263,7 @@ def packed_tokens(monkeypatch, model, requests):
     return [batch.tokens for batch in sizes]
 
 
-def test_what_several_answers_begin_with_is_computed_once(tiny, monkeypatch):
+def test_shared_prefixes_are_computed_once(tiny, monkeypatch):
     _, ours = both(tiny, "qwen3")
     ours._rows_per_batch = "auto"
     shots = list(range(10, 30))
@@ -290,7 +290,7 @@ def random_rows(seed):
 
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("seed", range(4))
-def test_batches_hold_each_request_once_and_stay_within_the_budget(seed, padded):
+def test_batches_hold_each_request_once_and_fit_the_budget(seed, padded):
     requests = random_rows(seed)
     rows = unique_rows(requests, 40)
     groups = single_groups(rows) if padded else shared_groups(rows)
@@ -316,13 +316,13 @@ def test_batches_hold_each_request_once_and_stay_within_the_budget(seed, padded)
             assert list(row.input_ids[:end]) == [*context, *continuation][-41:][:-1]
 
 
-def test_a_row_that_is_larger_than_the_budget_is_a_batch():
+def test_a_row_larger_than_the_budget_is_its_own_batch():
     queue = deque(single_groups([Row((1,) * 50), Row((2,) * 40)]))
     assert [len(group[0]) for group in take_batch(queue, 10, padded=True)] == [50]
     assert len(queue) == 1
 
 
-def test_questions_of_different_length_form_groups_of_their_own():
+def test_questions_of_different_length_form_separate_groups():
     """A long question is worth more than the short instruction before all questions."""
     instruction = (1, 2, 3, 4, 5, 6)
     rows = [Row((*instruction, *(10 * q + i for i in range(30)), answer)) for q in (1, 2) for answer in (7, 8, 9)]
@@ -378,7 +378,7 @@ def test_encoder_decoders_are_refused(tiny):
         FusedLM(model, tokenizer=tiny.tokenizer())
 
 
-def test_heads_that_cannot_be_read_are_refused(tiny):
+def test_unreadable_heads_are_refused(tiny):
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=2, target_modules=["lm_head"], use_dora=True, task_type="CAUSAL_LM")
     model = peft.get_peft_model(tiny.MODELS["qwen3"](), config)
@@ -409,7 +409,7 @@ def test_the_entry_point_names_the_registered_class():
     assert name == f"{FusedLM.__module__}:{FusedLM.__name__}"
 
 
-def test_adapters_are_those_of_hf(embedded, tmp_path, theirs, pairs, expected):
+def test_adapters_equal_hf(embedded, tmp_path, theirs, pairs, expected):
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
     torch.manual_seed(1)
@@ -422,7 +422,7 @@ def test_adapters_are_those_of_hf(embedded, tmp_path, theirs, pairs, expected):
     assert want[0][0] != pytest.approx(expected[0][0], rel=1e-3)
 
 
-def test_adapters_on_the_head_are_those_of_hf(tiny):
+def test_adapters_on_the_head_equal_hf(tiny):
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=4, target_modules=["q_proj", "lm_head"], init_lora_weights=False, task_type="CAUSAL_LM")
     theirs, ours = both(tiny, "qwen3", adapter=config)
@@ -432,7 +432,7 @@ def test_adapters_on_the_head_are_those_of_hf(tiny):
     assert ours._packs
 
 
-def test_generation_is_that_of_hf(ours, theirs):
+def test_generation_equals_hf(ours, theirs):
     texts = [(words(random.Random(5), count), {"until": ["."], "max_gen_toks": 6}) for count in (3, 12)]
     want = theirs.generate_until(instances(texts), disable_tqdm=True)
     assert ours.loglikelihood(instances([("a", " b")]), disable_tqdm=True)
@@ -483,7 +483,7 @@ def tasks(tmp_path_factory):
     return folder
 
 
-def test_an_evaluation_gives_the_metrics_of_hf(embedded, tasks):
+def test_an_evaluation_equals_the_metrics_of_hf(embedded, tasks):
     manager = lm_eval.tasks.TaskManager(include_path=str(tasks), include_defaults=False)
     results = [
         lm_eval.simple_evaluate(
@@ -506,7 +506,7 @@ def test_an_evaluation_gives_the_metrics_of_hf(embedded, tasks):
         assert {key: got[task][key] for key in numbers} == pytest.approx(numbers, rel=1e-5)
 
 
-def test_the_command(embedded, tasks, tmp_path, monkeypatch):
+def test_the_command_registers_the_model_name(embedded, tasks, tmp_path, monkeypatch):
     """`python -m fusedalign.harness` is `lm_eval` with the name registered."""
     # The harness' own tasks are 15,000 files, and its table needs six more packages.
     manager = functools.partial(lm_eval.tasks.TaskManager, include_defaults=False)
@@ -528,7 +528,7 @@ def test_the_command(embedded, tasks, tmp_path, monkeypatch):
         ("dtype=float32", "missing 1 required positional argument: 'pretrained'"),
     ],
 )
-def test_wrong_arguments_of_the_model_are_one_line(embedded, tasks, capsys, monkeypatch, model_args, message):
+def test_wrong_model_arguments_are_one_line_errors(embedded, tasks, capsys, monkeypatch, model_args, message):
     words = ["run", "--model", "fusedalign", "--model_args", model_args.format(embedded), "--tasks", "local_texts"]
     monkeypatch.setattr(sys, "argv", ["lm_eval", *words, "--device", "cpu", "--include_path", str(tasks)])
     with pytest.raises(SystemExit) as stop:

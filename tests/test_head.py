@@ -161,7 +161,7 @@ def logits_of(hidden, head):
 
 
 @pytest.mark.parametrize(("name", "config", "expected"), FAMILIES, ids=IDS)
-def test_gives_the_models_own_logits_and_gradients(name, config, expected):
+def test_head_gives_the_models_own_logits_and_gradients(name, config, expected):
     model = build(name, config)
     head = lm_head(model)
     if expected is not None:
@@ -193,7 +193,7 @@ NOT_NEUTRAL = [
 
 
 @pytest.mark.parametrize(("family", "field"), NOT_NEUTRAL, ids=[f"{f[0]}-{field}" for f, field in NOT_NEUTRAL])
-def test_the_comparison_notices_a_head_without_its_transform(family, field):
+def test_the_comparison_detects_a_head_without_its_transform(family, field):
     name, config, _ = family
     model = build(name, config)
     hidden, logits = last_hidden_and_logits(model)
@@ -207,7 +207,7 @@ def test_tied_embeddings_give_the_shared_parameter():
     assert lm_head(model).weight is model.get_input_embeddings().weight
 
 
-def test_is_read_at_call_time():
+def test_the_head_is_read_at_call_time():
     model = build("Gemma2ForCausalLM", SMALL)
     model.config.final_logit_softcapping = 5.0
     assert lm_head(model).softcap == 5.0
@@ -215,7 +215,7 @@ def test_is_read_at_call_time():
     assert lm_head(model)[:2] == (model.lm_head.weight, model.lm_head.bias)
 
 
-def test_the_model_object_goes_before_the_configuration():
+def test_attributes_of_the_model_take_precedence_over_the_configuration():
     model = build("CohereForCausalLM", {**SMALL, "logit_scale": 0.3})
     model.config.logit_scale = 7.0  # the forward reads the copy that it took when it was built
     assert lm_head(model).scale == 0.3
@@ -223,7 +223,7 @@ def test_the_model_object_goes_before_the_configuration():
     assert lm_head(model).scale == 1.0
 
 
-def test_a_causal_lm_inside_of_another_model():
+def test_a_causal_lm_inside_another_model_is_found():
     config = vlm(OPT, VIT, qformer_config=QFORMER, num_query_tokens=2)
     model = build("Blip2ForConditionalGeneration", config)
     assert lm_head(model).weight is model.language_model.lm_head.weight
@@ -235,13 +235,13 @@ class Wrapper(nn.Module):
         self.module = module
 
 
-def test_wrappers():
+def test_wrapped_models_are_unwrapped():
     model = qwen3()
     for wrapped in (Wrapper(model), Wrapper(Wrapper(model)), torch.compile(model), Wrapper(torch.compile(model))):
         assert lm_head(wrapped).weight is model.lm_head.weight
 
 
-def test_forwards_wrapped_on_the_instance_and_by_inheritance():
+def test_wrapped_and_inherited_forwards_are_read():
     class Mine(transformers.Gemma2ForCausalLM):
         def forward(self, *args, **kwargs):
             return super().forward(*args, **kwargs)
@@ -252,7 +252,7 @@ def test_forwards_wrapped_on_the_instance_and_by_inheritance():
     assert lm_head(model).softcap == 1.7
 
 
-def test_hooks_of_accelerate_on_the_head():
+def test_accelerate_hooks_on_the_head_are_allowed():
     """They put a forward on the instance, and leave the product alone."""
     hooks = pytest.importorskip("accelerate.hooks")
     model = qwen3()
@@ -275,12 +275,12 @@ class Around(nn.Module):
         return self.inside(input_ids=input_ids).logits
 
 
-def test_a_model_around_a_causal_lm():
+def test_a_model_around_a_causal_lm_is_read():
     model = qwen3()
     assert lm_head(Around(model)) == lm_head(model)
 
 
-def test_a_backbone_that_holds_the_scale():
+def test_a_scale_on_the_backbone_is_used():
     """Asked after the model itself and before the configuration."""
     model = build("CohereForCausalLM", {**SMALL, "logit_scale": 0.3})
     del model.logit_scale
@@ -302,7 +302,7 @@ def refused(error, match, model):
 @pytest.mark.parametrize(
     "thing", [nn.Linear(2, 2), Wrapper(nn.Linear(2, 2)), "a name"], ids=["layer", "wrapped", "str"]
 )
-def test_refuses_what_is_no_causal_lm(thing):
+def test_refuses_models_that_are_not_causal_lms(thing):
     refused(TypeError, r"expected a causal LM with get_output_embeddings\(\), got", thing)
 
 
@@ -345,7 +345,7 @@ def test_refuses_models_without_a_head():
     ],
 )
 @pytest.mark.filterwarnings("ignore")
-def test_refuses_families_with_more_than_a_head(name, config, error, match):
+def test_refuses_families_with_more_than_one_head(name, config, error, match):
     with torch.device("meta"):
         cls = getattr(transformers, name)
         refused(error, match, cls(cls.config_class(**config)))
@@ -368,13 +368,13 @@ class Packed(torch.Tensor):
         (nn.Embedding(V, D), "plain nn.Linear, got .*Embedding"),
     ],
 )
-def test_refuses_heads_that_are_not_plain(head, match):
+def test_refuses_heads_that_are_not_plain_linear(head, match):
     model = qwen3()
     model.lm_head = head
     refused(TypeError, match, model)
 
 
-def test_refuses_a_bias_that_is_packed():
+def test_refuses_a_packed_bias():
     model = qwen3()
     model.lm_head.bias = nn.Parameter(torch.zeros(V, dtype=torch.int8), requires_grad=False)
     refused(TypeError, "bias of .* floating-point tensor, got Parameter of torch.int8", model)
@@ -528,7 +528,7 @@ def capped_by_a_known_name(self, input_ids):
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )
-def test_refuses_forwards_that_it_cannot_read(forward, config, error, match, monkeypatch):
+def test_refuses_unreadable_forwards(forward, config, error, match, monkeypatch):
     model = Odd(transformers.Qwen3Config(**SMALL))
     model.extra = nn.Linear(D, D)
     for name, value in config.items():
@@ -566,7 +566,7 @@ def scaled_by_the_text_configuration(self, input_ids):
 @pytest.mark.parametrize(
     ("forward", "expected"), [(scaled_by_a_known_name, 0.3), (scaled_by_the_text_configuration, 0.9)]
 )
-def test_the_configuration_that_the_forward_reads(forward, expected, monkeypatch):
+def test_the_configuration_that_the_forward_reads_is_checked(forward, expected, monkeypatch):
     """Its own or, of a model for images, that of the text, and both are searched for what is not known."""
     model = Odd(transformers.Qwen3Config(**SMALL))
     text = copy.deepcopy(model.config)
@@ -595,7 +595,7 @@ def test_refuses_a_bias_under_a_scale_of_the_hidden_states():
     refused(ValueError, "MiniCPM3ForCausalLM with logits_scaling=4", model)
 
 
-def test_refuses_logits_that_lose_columns():
+def test_refuses_truncated_logits():
     if not hasattr(transformers, "InklingForCausalLM"):
         pytest.skip("this transformers has no Inkling")
     config = transformers.InklingForCausalLM.config_class(**SMALL, logits_mup_width_multiplier=2.5)
@@ -615,7 +615,7 @@ def peft_model(model, adapter="default", **config):
     return peft.get_peft_model(model, peft.LoraConfig(**{**defaults, **config}), adapter_name=adapter)
 
 
-def test_peft_adapters_elsewhere():
+def test_peft_adapters_elsewhere_leave_the_head_unchanged():
     model = qwen3()
     wrapped = peft_model(model)
     assert lm_head(wrapped) == lm_head(Wrapper(wrapped)) == LMHead(model.lm_head.weight)
@@ -624,14 +624,14 @@ def test_peft_adapters_elsewhere():
     assert not lm_head(wrapped).weight.requires_grad
 
 
-def test_peft_prompt_learning():
+def test_peft_prompt_learning_leaves_the_head_unchanged():
     peft = pytest.importorskip("peft")
     model = qwen3()
     config = peft.PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")
     assert lm_head(peft.get_peft_model(model, config)).weight is model.lm_head.weight
 
 
-def test_peft_modules_to_save():
+def test_peft_modules_to_save_are_the_head():
     peft = pytest.importorskip("peft")
     model = qwen3(tie_word_embeddings=False)
     original = model.lm_head.weight

@@ -107,7 +107,7 @@ def stand_in(request, monkeypatch):
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("head", [{}, {"softcap": 5.0}, {"scale": 2.0, "softcap": 3.0, "temperature": 0.5}])
 @pytest.mark.parametrize("seed", [0, 1])
-def test_cce_gives_logps_and_gradients(stand_in, dtype, head, seed):
+def test_cce_gives_exact_logps_and_gradients(stand_in, dtype, head, seed):
     case = make_case((3, 17), 23, 252, dtype=dtype, seed=seed, bias=False, **head)
     assert_within_budget(case, run(case, ("logps",), outputs=(), impl="cce"), ("logps",))
     assert_loss_within_budget(case, run_loss(case, impl="cce"))
@@ -117,7 +117,7 @@ def test_cce_gives_logps_and_gradients(stand_in, dtype, head, seed):
         assert call["softcap"] == head["softcap"] / head.get("temperature", 1)
 
 
-def test_cce_folds_what_it_does_not_know_into_the_hidden_states(stand_in):
+def test_cce_folds_unsupported_scales_into_the_hidden_states(stand_in):
     """Rounded once: the same as with hidden states that the caller has multiplied."""
     case = make_case((3, 17), 23, 252, dtype=torch.bfloat16, bias=False, scale=0.3, temperature=0.7)
     folded = Case((case.hidden.float() * (0.3 / 0.7)).bfloat16(), case.weight, case.targets)
@@ -125,7 +125,7 @@ def test_cce_folds_what_it_does_not_know_into_the_hidden_states(stand_in):
     torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
 
 
-def test_cce_filters_only_when_asked(stand_in):
+def test_cce_filters_only_on_request(stand_in):
     version, calls = stand_in
     linear_logps(HIDDEN, WEIGHT, TARGETS, impl="cce")
     linear_logps(HIDDEN, WEIGHT, TARGETS, impl="cce", filter_eps=1e-4)
@@ -135,7 +135,7 @@ def test_cce_filters_only_when_asked(stand_in):
         assert [(call["impl"], call["filter_eps"]) for call in calls] == [("cce_exact", "auto"), ("cce", 1e-4)]
 
 
-def test_cce_has_bias_and_lse_where_the_features_are(stand_in):
+def test_cce_supports_bias_and_lse_in_versions_with_them(stand_in):
     case = make_case((3, 17), 23, 252, dtype=torch.bfloat16, temperature=0.5)
     options = {"outputs": ("lse",), "impl": "cce"}
     if stand_in[0] is released:
@@ -149,7 +149,7 @@ def test_cce_has_bias_and_lse_where_the_features_are(stand_in):
     assert_loss_within_budget(case, run_loss(case, impl="cce", z_loss=0.1), z_loss=0.1)
 
 
-def test_cce_under_autocast_takes_its_dtype(stand_in):
+def test_cce_uses_the_autocast_dtype(stand_in):
     hidden, weight = HIDDEN.float().requires_grad_(), WEIGHT.float().requires_grad_()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         linear_logps(hidden, weight, TARGETS, impl="cce").logps.sum().backward()
@@ -157,7 +157,7 @@ def test_cce_under_autocast_takes_its_dtype(stand_in):
     assert hidden.grad.dtype == weight.grad.dtype == torch.float32
 
 
-def test_cce_is_not_called_for_nothing(stand_in):
+def test_cce_is_not_called_without_tokens(stand_in):
     case = make_case((2, 5), 7, 11, dtype=torch.bfloat16, bias=False)
     got = run_loss(Case(case.hidden, case.weight, torch.full_like(case.targets, -100)), impl="cce")
     assert not any(x.any() for x in got.values())
@@ -165,7 +165,7 @@ def test_cce_is_not_called_for_nothing(stand_in):
     assert not stand_in[1]
 
 
-def test_cce_is_exact_only_where_it_is(stand_in):
+def test_cce_reports_a_caveat_if_it_is_not_exact(stand_in):
     exact = stand_in[0] is git_head
     for options, fits in (({}, True), ({"scale": 0.25}, True), ({"scale": 0.3}, False), ({"temperature": 3.0}, False)):
         row = next(v for v in explain(problem(**options)) if v.impl == "cce")
@@ -190,7 +190,7 @@ CCE_REFUSALS = {
 
 
 @pytest.mark.parametrize("name", CCE_REFUSALS)
-def test_cce_refuses(stand_in, name):
+def test_cce_refuses_unsupported_problems(stand_in, name):
     options, reason = CCE_REFUSALS[name]
     assert reason in cce.IMPL.supports(problem(**options))
 
@@ -214,7 +214,7 @@ needs_liger = pytest.mark.skipif("liger" not in ADAPTED, reason="liger-kernel is
 
 
 @pytest.mark.parametrize("name", LIGER_REFUSALS)
-def test_liger_refuses(name, monkeypatch):
+def test_liger_refuses_unsupported_problems(name, monkeypatch):
     monkeypatch.setattr(liger, "_find", lambda: adapter.Found(None, None))  # what it refuses, it refuses without a look
     options, reason = LIGER_REFUSALS[name]
     assert reason in liger.IMPL.supports(problem(**options))
@@ -231,7 +231,7 @@ def test_liger_has_no_entropy_with_a_bias_or_softcap(monkeypatch):
     assert "nvidia-cutlass-dsl" in liger.IMPL.supports(problem(outputs=entropy))
 
 
-def test_liger_says_what_it_rounds(monkeypatch):
+def test_liger_reports_its_rounding(monkeypatch):
     monkeypatch.setattr(liger, "_find", lambda: adapter.Found(None, None))
     assert "512 tokens" in liger.IMPL.caveat(problem())
     monkeypatch.setattr(liger, "_runs_triton", lambda device: True)
@@ -253,7 +253,7 @@ def test_liger_says_what_it_rounds(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
 @pytest.mark.parametrize("head", [{}, {"scale": 0.5, "temperature": 0.25}])
 @pytest.mark.parametrize("needs", [(1, 1, 1), (1, 0, 1), (0, 1, 1)])
-def test_liger_per_token(dtype, head, needs):
+def test_liger_per_token_logps_are_exact(dtype, head, needs):
     case = make_case((3, 17), 23, 252, dtype=dtype, bias=False, **head)
     assert_within_budget(case, run(case, ("logps",), needs, (), impl="liger"), ("logps",))
     names = ("logps", "entropy")
@@ -270,7 +270,7 @@ def interpreted(monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("needs", [(1, 1, 1), (1, 0, 0), (0, 1, 1), (0, 0, 1)])
-def test_liger_with_a_bias(interpreted, dtype, needs):
+def test_liger_with_a_bias_is_exact(interpreted, dtype, needs):
     case = make_case((3, 7), 23, 101, dtype=dtype, scale=0.5, temperature=0.25)
     got = run(case, ("logps",), needs, (), impl="liger")
     assert {k for k in got if k[0] == "d"} == {
@@ -281,14 +281,14 @@ def test_liger_with_a_bias(interpreted, dtype, needs):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("options", [{}, {"num_items": 5}, {"num_items": torch.tensor(7)}, {"loss_type": "dft"}])
-def test_liger_scalar(interpreted, dtype, options):
+def test_liger_scalar_loss_is_exact(interpreted, dtype, options):
     case = make_case((3, 7), 23, 101, dtype=dtype, temperature=0.7)
     for needs in ((1, 1, 1), (1, 0, 0), (0, 1, 1)):
         assert_loss_within_budget(case, run_loss(case, needs, impl="liger", **options), **options)
 
 
 @pytest.mark.parametrize("keep_head", [True, False])
-def test_liger_scalar_backward_twice(interpreted, keep_head):
+def test_liger_scalar_backward_twice_is_exact(interpreted, keep_head):
     """Liger's own backward scales what it has kept in place, and would be wrong the second time."""
     case = make_case((3, 7), 23, 101).leaves()
     loss = linear_cross_entropy(
@@ -302,7 +302,7 @@ def test_liger_scalar_backward_twice(interpreted, keep_head):
 
 
 @pytest.mark.parametrize("keep_head", [True, False])
-def test_liger_makes_gradients_in_the_forward_unless_told_not_to(interpreted, keep_head):
+def test_liger_computes_gradients_in_the_forward_unless_disabled(interpreted, keep_head):
     saved = []
     case = make_case((3, 7), 23, 101).leaves()
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.data_ptr()) or x, lambda x: x):
@@ -313,7 +313,7 @@ def test_liger_makes_gradients_in_the_forward_unless_told_not_to(interpreted, ke
 # ----------------------------------------------------------------------------------------------------------------- auto
 
 
-def test_auto_passes_by_what_is_not_exact_and_says_so_once(monkeypatch, stand_in, caplog):
+def test_auto_skips_inexact_impls_and_logs_it_once(monkeypatch, stand_in, caplog):
     impls._log_once.cache_clear()
     monkeypatch.setattr(impls, "_considered", lambda: ("cce", "pytorch"))
     with caplog.at_level(logging.INFO, logger="fusedalign"):
@@ -345,7 +345,7 @@ print([m for m in sys.modules if m in ("liger_kernel", "cut_cross_entropy")])
 
 
 @pytest.mark.parametrize("impl", impls.impl_names("adapter"))
-def test_a_library_broken_deep_inside_is_a_reason(monkeypatch, tmp_path, impl):
+def test_an_import_error_deep_inside_a_library_is_reported(monkeypatch, tmp_path, impl):
     module = {"liger": liger, "cce": cce}[impl]
     name = {"liger": "liger_kernel", "cce": "cut_cross_entropy"}[impl]
     (tmp_path / name).mkdir()
@@ -380,7 +380,7 @@ def test_a_library_that_is_missing_says_how_to_get_it():
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("shape", [((3, 17), 23, 252), ((2, 5, 13), 64, 1001), ((300,), 128, 5003)])
 @pytest.mark.parametrize("head", [{}, {"softcap": 5.0}, {"scale": 0.5, "temperature": 0.25}])
-def test_on_a_gpu(impl, dtype, shape, head):
+def test_libraries_on_a_gpu_are_within_budget(impl, dtype, shape, head):
     """Ragged shapes, several tokens ignored; within twice eager code's own error, and what a caveat says beyond."""
     case = make_case(*shape, dtype=dtype, device="cuda", bias=False, **head)
     flat = case.hidden.flatten(0, -2), case.weight, case.targets.clamp(min=0).flatten()

@@ -28,7 +28,7 @@ def relative_error(got, want):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("impl", [impl for impl in OURS if impl != "reference"])
 @pytest.mark.parametrize("tiles", [{}, {"vocab_chunk": 1}, {"token_chunk": 4}])
-def test_a_frozen_head(impl, device, tiles):
+def test_frozen_head_gradients_keep_1_minus_p_exact(impl, device, tiles):
     """A rounded p is off by half a unit in its last place, 3e-8, which is up to 5e-4 of 1 - p here."""
     case, exact = two_columns(torch.float32, device), two_columns(torch.float64, "cpu")
     frozen = {"needs": (True, False, False)}
@@ -39,7 +39,7 @@ def test_a_frozen_head(impl, device, tiles):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("path", ["frozen head", "one pass", "kept"])
-def test_triton_with_a_scalar_loss_and_with_kept_logits(device, path):
+def test_triton_keeps_1_minus_p_exact_in_scalar_loss_and_kept_logits(device, path):
     if "triton" not in OURS:
         pytest.skip("triton is not installed")
     case, exact = two_columns(torch.float32, device), two_columns(torch.float64, "cpu")

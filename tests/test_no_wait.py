@@ -26,7 +26,7 @@ def no_wait():
 @pytest.mark.parametrize("needs", [(False, False, False), (True, False, False), (True, True, True)])
 @pytest.mark.parametrize("ignored", [0.0, 0.3])
 @pytest.mark.parametrize("outputs", [(), ("entropy", "is_top1")])
-def test_forward_and_backward(impl, needs, ignored, outputs):
+def test_forward_and_backward_do_not_synchronise(impl, needs, ignored, outputs):
     case = make_case((3, 17), 64, 303, dtype=torch.bfloat16, device="cuda", ignored=ignored, bias=needs[2])
 
     def run(case):
@@ -44,7 +44,7 @@ def test_forward_and_backward(impl, needs, ignored, outputs):
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -1.0])
-def test_losses_look_at_no_value(bad):
+def test_losses_do_not_synchronise(bad):
     """Of numbers that come in tensors: one out of its range makes NaN."""
     x, desirable = -torch.rand(2, device="cuda"), torch.tensor([True, False], device="cuda")
     rows, mask = -torch.rand(2, 3, device="cuda"), torch.ones(2, 3, device="cuda")
@@ -65,7 +65,7 @@ def test_losses_look_at_no_value(bad):
         assert kto_loss(x, x, desirable, numbers[1]).losses.isnan().all()
 
 
-def test_the_forward_of_the_fused_trainers():
+def test_the_forward_of_the_fused_trainers_does_not_synchronise():
     """Although its labels are on the GPU: they are copied while the backbone has yet to run."""
     transformers, forward = pytest.importorskip("transformers"), pytest.importorskip("fusedalign.trl.forward")
     from fusedalign.trl.options import HeadOptions

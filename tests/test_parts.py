@@ -88,7 +88,7 @@ TILES = [{}, {"token_chunk": 7, "vocab_chunk": 40}]
 @pytest.mark.parametrize("dtypes", MIXES, ids=IDS)
 @pytest.mark.parametrize("trained", TRAINED)
 @pytest.mark.parametrize("head", [{}, {"scale": 0.7, "softcap": 4.0, "temperature": 1.3}])
-def test_values_and_gradients(impl, device, dtypes, trained, head):
+def test_values_and_gradients_equal_the_concatenated_head(impl, device, dtypes, trained, head):
     options = {"dtypes": dtypes, "trained": trained, "device": device, "bias": bool(head), "seed": len(head)}
     case = make_parts((2, 5), (19, 5, 3), 73, **options, **head)
     got = run(case, impl=impl, **TILES[bool(head)])
@@ -99,7 +99,7 @@ def test_values_and_gradients(impl, device, dtypes, trained, head):
 @pytest.mark.parametrize("dtypes", MIXES, ids=IDS)
 @pytest.mark.parametrize("trained", TRAINED)
 @pytest.mark.parametrize("tiles", TILES)
-def test_the_scalar_loss(impl, device, dtypes, trained, tiles):
+def test_the_scalar_loss_equals_the_concatenated_head(impl, device, dtypes, trained, tiles):
     options = {"dtypes": dtypes, "trained": trained, "device": device}
     case = make_parts((2, 6), (17, 4, 8), 71, **options, softcap=6.0)
     got = run_loss(case, z_loss=0.01, impl=impl, **tiles)
@@ -109,7 +109,7 @@ def test_the_scalar_loss(impl, device, dtypes, trained, tiles):
 @each
 @pytest.mark.parametrize("dtypes", MIXES, ids=IDS)
 @pytest.mark.parametrize("outputs", [(), ("entropy", "lse")])
-def test_all_parts_frozen(impl, device, dtypes, outputs):
+def test_all_frozen_parts_give_the_hidden_gradient(impl, device, dtypes, outputs):
     """The kept Jacobian answers, over all columns of hidden."""
     case = make_parts((2, 6), (16, 8, 5), 103, dtypes=dtypes, trained=(False,) * 3, device=device, softcap=3.0)
     names = ("logps", *outputs)
@@ -120,7 +120,7 @@ def test_all_parts_frozen(impl, device, dtypes, outputs):
 
 
 @each
-def test_hidden_and_bias_frozen(impl, device):
+def test_only_the_parts_get_gradients_when_hidden_and_bias_are_frozen(impl, device):
     dtype = finest(impl)
     case = make_parts((3, 7), (19, 5), 123, dtypes=(dtype, dtype), trained=(False, True), device=device)
     got = run(case, needs=(False, True, False), impl=impl)
@@ -129,7 +129,7 @@ def test_hidden_and_bias_frozen(impl, device):
 
 
 @each
-def test_no_token_counts(impl, device):
+def test_all_tokens_ignored_gives_zero_gradients(impl, device):
     case = make_parts((3, 4), (8, 3), 31, dtypes=(F32, F32), trained=(False, True), device=device).leaves()
     case.targets.fill_(-100)
     for loss in (case.logps(impl=impl).logps.sum(), linear_cross_entropy(*args(case), impl=impl)):
@@ -146,7 +146,7 @@ def args(case):
 
 
 @each
-def test_autocast_rounds_the_operands_and_nothing_else(impl, device):
+def test_autocast_rounds_only_the_operands(impl, device):
     case = make_parts((3, 9), (16, 8), 67, dtypes=(F32, F32), trained=(True, True), device=device, bias=False)
     rounded = Case(case.hidden.bfloat16().double(), case.whole(F32).weight.bfloat16().double(), case.targets)
     want = rounded.logps(impl="reference").logps
@@ -156,7 +156,7 @@ def test_autocast_rounds_the_operands_and_nothing_else(impl, device):
 
 
 @each
-def test_a_wide_part_beside_a_narrow_one_keeps_its_digits(impl, device):
+def test_an_fp32_part_next_to_a_bf16_part_is_not_rounded(impl, device):
     """Where hidden asks for fp32 products nothing is rounded, whatever the other parts are."""
     case = make_parts((3, 9), (16, 8, 4), 67, dtypes=(BF16, F32, BF16), trained=(False, True, True), device=device)
     case = replace(case, hidden=case.hidden.float() + 1e-3, bias=case.bias.float())
@@ -169,7 +169,7 @@ def test_a_wide_part_beside_a_narrow_one_keeps_its_digits(impl, device):
 
 
 @each
-def test_a_backward_twice_and_a_kept_graph(impl, device):
+def test_backward_runs_twice_on_a_retained_graph(impl, device):
     case = make_parts((3, 9), (16, 8), 67, dtypes=(F32, F32), trained=(True, True), device=device).leaves()
     for loss in (case.logps(impl=impl).logps.sum(), linear_cross_entropy(*args(case), impl=impl)):
         first, second = (torch.autograd.grad(loss, [case.hidden, *case.weight], retain_graph=True) for _ in range(2))
@@ -178,7 +178,7 @@ def test_a_backward_twice_and_a_kept_graph(impl, device):
 
 
 @each
-def test_strided_parts(impl, device):
+def test_strided_parts_equal_contiguous_ones(impl, device):
     """Views with gaps between their elements, on both sides."""
     case = make_parts((3, 7), (12, 4), 60, dtypes=(F32, F32), trained=(True, True), device=device)
     plain = run(case, impl=impl)
@@ -193,13 +193,13 @@ def test_strided_parts(impl, device):
     assert all(x.grad is not None and not x.grad[:, 1::2].any() and x.grad[:, ::2].any() for x in leaves)
 
 
-def test_one_part_is_the_plain_head():
+def test_a_single_part_equals_the_plain_head():
     case = make_case((3, 7), 16, 101).leaves()
     out = linear_logps(case.hidden, (case.weight,), case.targets, bias=case.bias, impl="pytorch")
     assert torch.equal(out.logps, case.logps(impl="pytorch").logps)
 
 
-def test_gradcheck():
+def test_gradcheck_passes():
     case = make_parts((2, 3), (4, 2), 11, dtypes=(F64, F64), trained=(True, True)).leaves()
 
     def f(hidden, first, second, bias):
@@ -210,7 +210,7 @@ def test_gradcheck():
 
 
 @pytest.mark.parametrize("function", ["linear_logps", "linear_cross_entropy"])
-def test_a_compiled_caller_breaks_its_graph_and_is_right(function):
+def test_a_compiled_caller_breaks_the_graph_and_gets_the_same_result(function):
     case = make_parts((3, 7), (16, 4), 101, dtypes=(F32, F32), trained=(False, True))
     f = {"linear_logps": lambda *a: linear_logps(*a).logps.sum(), "linear_cross_entropy": linear_cross_entropy}[
         function
@@ -244,6 +244,6 @@ H, W, T = torch.randn(2, 3, 8), torch.randn(5, 6), torch.zeros(2, 3, dtype=torch
         ([W, torch.randn(5, 2)], TypeError, "weight must be a torch.Tensor, got list"),
     ],
 )
-def test_errors(weight, error_type, match):
+def test_bad_parts_raise(weight, error_type, match):
     with pytest.raises(error_type, match=match):
         linear_logps(H, weight, T)

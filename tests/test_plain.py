@@ -82,7 +82,7 @@ def refused(call, name, bad):
     return str(caught.value)
 
 
-def test_every_public_function_with_tensors_is_here():
+def test_every_public_function_with_tensors_is_tested():
     public = {name for name in losses.__all__ if inspect.isfunction(getattr(losses, name))}
     public |= {n for n, f in vars(sequence).items() if inspect.isfunction(f) and f.__module__ == sequence.__name__}
     public |= {"linear_logps", "linear_cross_entropy"}
@@ -93,7 +93,7 @@ def test_every_public_function_with_tensors_is_here():
 
 
 @EACH
-def test_dtensors(mesh, call, name):
+def test_dtensors_are_refused(mesh, call, name):
     x = CALLS[call][1][name]
     for placement in (Replicate(), *([Shard(0)] if x.ndim else [])):
         message = refused(call, name, distribute_tensor(x, mesh, [placement]))
@@ -104,7 +104,7 @@ def test_dtensors(mesh, call, name):
 
 
 @EACH
-def test_nested_and_sparse_tensors(call, name):
+def test_nested_and_sparse_tensors_are_refused(call, name):
     x = CALLS[call][1][name]
     if not x.ndim:
         pytest.skip("one number")
@@ -129,20 +129,20 @@ class Wrapped(torch.Tensor):
 
 
 @EACH
-def test_tensors_with_their_own_arithmetic(call, name):
+def test_tensor_subclasses_with_own_arithmetic_are_refused(call, name):
     message = refused(call, name, Wrapped(CALLS[call][1][name]))
     assert message.startswith(f"{name} must be a plain tensor, got a Wrapped, which brings its own arithmetic")
 
 
 @pytest.mark.parametrize("position", [0, 1])
-def test_parts_of_the_head(mesh, position):
+def test_dtensor_parts_of_the_head_are_refused(mesh, position):
     parts = [W[:, :3], W[:, 3:]]
     parts[position] = distribute_tensor(parts[position].contiguous(), mesh, [Shard(0)])
     with pytest.raises(TypeError, match=rf"^weight\[{position}\] must be a plain tensor, got a DTensor"):
         linear_logps(H, tuple(parts), T)
 
 
-def test_heads_of_models(mesh):
+def test_dtensor_heads_of_models_are_refused(mesh):
     transformers = pytest.importorskip("transformers")
     sizes = {"vocab_size": 11, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
     heads = {"num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 8}
@@ -155,7 +155,7 @@ def test_heads_of_models(mesh):
 
 
 @pytest.mark.parametrize("which", ["weight", "bias"])
-def test_the_module(mesh, which):
+def test_the_module_refuses_dtensors(mesh, which):
     head = nn.Linear(4, 6)
     setattr(head, which, nn.Parameter(distribute_tensor(getattr(head, which).detach(), mesh, [Shard(0)])))
     for call in (lambda: LinearCrossEntropyLoss(head)(H, T), lambda: layer_head(head)):
@@ -166,7 +166,7 @@ def test_the_module(mesh, which):
         whole(distribute_tensor(H, mesh, [Shard(0)]), T)
 
 
-def test_the_remedy_gives_the_right_gradient(mesh):
+def test_the_suggested_fix_gives_the_right_gradient(mesh):
     """On one rank; over several, Partial() is what adds the gradients of each rank's tokens up."""
     want = W.clone().requires_grad_()
     linear_cross_entropy(H, want, T).backward()
@@ -176,14 +176,14 @@ def test_the_remedy_gives_the_right_gradient(mesh):
         torch.testing.assert_close(weight.grad.full_tensor(), want.grad)
 
 
-def test_stand_ins_of_a_traced_graph_are_served():
+def test_fake_tensors_of_a_traced_graph_are_accepted():
     with FakeTensorMode(allow_non_fake_inputs=True):
         x = torch.zeros(2)
         assert fusedalign.dpo_loss(x, x, x, x, pair_weights=x).losses.shape == (2,)
         assert fusedalign.sft_loss(x, x, num_items=x[0]).shape == ()
 
 
-def test_plain_subclasses_are_served():
+def test_subclasses_without_own_arithmetic_are_accepted():
     class Named(torch.Tensor):
         """Says nothing of its arithmetic."""
 
@@ -194,7 +194,7 @@ def test_plain_subclasses_are_served():
 
 
 @pytest.mark.parametrize("f", [linear_logps, linear_cross_entropy])
-def test_meta_tensors(f):
+def test_meta_tensors_are_refused(f):
     """Of a model that has been built without memory."""
     meta = [x.to("meta") for x in (H, W, T)]
     for args in (meta, [*meta[:2], T]):

@@ -73,7 +73,7 @@ def real_model(family, dtype):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_parameters_gradients_and_averages_are_those_of_a_model_that_trains(family):
+def test_parameters_gradients_and_optimizer_state_match_a_trained_model(family):
     model = real_model(family, "bfloat16")
     ids = torch.arange(TOKENS)[None] % 97
     model(input_ids=ids, labels=ids).loss.backward()
@@ -128,7 +128,7 @@ def saved_by_the_last_layer(model, tokens, keys):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_layer_keeps_what_autograd_saves_of_a_real_one(family, dtype):
+def test_layer_activations_match_what_autograd_saves(family, dtype):
     model = real_model(family, dtype)
     if dtype == "bfloat16" and any(isinstance(m, torch.nn.LayerNorm) for m in model.modules()):
         pytest.skip("a CPU has no LayerNorm of fp32 numbers with bf16 weights, which a GPU has")
@@ -148,7 +148,7 @@ def test_a_copied_prompt_costs_its_keys_and_values():
 @pytest.mark.parametrize("checkpointing", [True, False])
 @pytest.mark.parametrize("tokens", [16, 400])
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "qwen3_moe"])
-def test_the_moments_of_the_backbone_are_those_of_a_real_step(family, tokens, checkpointing):
+def test_backbone_memory_moments_match_a_real_step(family, tokens, checkpointing):
     """Real tensors on the CPU, from embeddings to the last gradient, with the gradient of a head beside them."""
     model = real_model(family, "bfloat16")
     if checkpointing:
@@ -168,27 +168,27 @@ def test_the_moments_of_the_backbone_are_those_of_a_real_step(family, tokens, ch
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_checkpoint_is_one_hidden_state_a_token(dtype):
+def test_a_checkpoint_stores_one_hidden_state_per_token(dtype):
     found = trace(build(config(), replace(dtype=dtype)), TOKENS)
     item = {"bfloat16": 2, "float32": 4}[dtype]
     assert [layer.checkpoint for layer in found.layers] == [TOKENS * 32 * item] * 3
     assert (found.width, found.item) == (32, item)
 
 
-def test_the_gradients_of_all_layers_are_those_of_the_model_without_its_ends():
+def test_layer_gradients_sum_to_those_of_the_model_without_embeddings_and_head():
     found = trace(build(config(), STEP), TOKENS)
     model = real_model("qwen3", "bfloat16")
     assert sum(layer.grads for layer in found.layers) == sum(p.nbytes for p in model.model.layers.parameters())
 
 
-def test_a_repeated_forward_takes_as_much_as_the_layer_does_without_checkpointing():
+def test_recomputation_takes_as_much_memory_as_the_layer_without_checkpointing():
     layer = trace(build(config(), STEP), TOKENS).layers[0]
     assert layer.checkpoint < layer.kept < layer.backward_peak
     assert layer.recompute_peak == pytest.approx(layer.backward_peak, rel=0.05)
     assert layer.forward_peak < layer.kept
 
 
-def test_layers_of_another_kind_are_run_by_themselves():
+def test_layers_of_different_kinds_are_traced_separately():
     more = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "mlp_only_layers": [1]}
     found = trace(build(config("qwen3_moe", **more), STEP), TOKENS)
     assert len(found.kinds) == 2
@@ -196,7 +196,7 @@ def test_layers_of_another_kind_are_run_by_themselves():
     assert found.layers[0].grads != found.layers[1].grads
 
 
-def test_of_a_model_that_sees_the_layers_that_read_are_run():
+def test_vision_models_are_traced_by_their_text_layers():
     text = SMALL | FAMILIES["gemma3_text"]
     vision = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
     both = transformers.Gemma3Config(text_config=text, vision_config=vision | {"image_size": 28, "patch_size": 14})
@@ -208,7 +208,7 @@ def test_of_a_model_that_sees_the_layers_that_read_are_run():
     assert trace(model, TOKENS) == alone
 
 
-def test_adapters_alone_have_gradients_and_the_layer_keeps_less():
+def test_with_lora_only_adapters_have_gradients_and_layers_save_less():
     peft = pytest.importorskip("peft")
     source, step = shapes(), replace(lora_r=4)
     model = real_model("qwen3", "bfloat16")
@@ -224,7 +224,7 @@ def test_adapters_alone_have_gradients_and_the_layer_keeps_less():
     assert parts["optimiser"] == 2 * parts["adapters"]
 
 
-def test_weights_in_fp32_are_copied_for_the_products():
+def test_fp32_weights_are_cast_for_the_products():
     layer = trace(build(config(), replace(dtype="float32")), TOKENS).layers[0]
     model = real_model("qwen3", "float32")
     linear = [m.weight for m in model.model.layers[0].modules() if isinstance(m, torch.nn.Linear)]
@@ -300,7 +300,7 @@ def peak_of(source):
     return peak
 
 
-def test_slots_of_a_step():
+def test_token_slots_of_a_step_are_counted():
     pairs = Step("dpo", batch=3, length=20, prompt=8)
     assert (pairs.rows, pairs.padded, pairs.packed, pairs.keys, pairs.scored) == (6, 120, 96, 120, 72)
     assert Step("orpo", batch=3, length=20, prompt=8).scored == 96
@@ -310,7 +310,7 @@ def test_slots_of_a_step():
     assert (known.padded, known.packed, known.keys, known.scored) == (120, 48, 60, 36)
 
 
-def test_moments_by_hand():
+def test_moments_equal_hand_computed_sums():
     step = Step("dpo", 1, 6, 1, dtype="bfloat16")
     found = {m.name: m.bytes for m in sizes.moments(MODEL, step, TRACE, 5000)}
     head, all_gradients = 50 * 4 * 2, 2000
@@ -339,7 +339,7 @@ def test_moments_by_hand():
     }
 
 
-def test_a_copy_of_the_weights_counts_until_the_forward_ends():
+def test_cast_weights_count_until_the_forward_ends():
     cast = replace(TRACE, kinds=(replace(LAYER, casts=11),))
     step = Step("sft", 1, 10)
     with_casts, without = ({m.name: m.bytes for m in sizes.moments(MODEL, step, x, 0)} for x in (cast, TRACE))
@@ -348,7 +348,7 @@ def test_a_copy_of_the_weights_counts_until_the_forward_ends():
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_the_loss_layer_by_hand(method):
+def test_the_loss_layer_equals_a_hand_computed_sum(method):
     """A head that is large enough for every tile to be full."""
     model, step = Model("m", 10**9, 2, 150_000, 2048), Step(method, 8, 2048, 0, dtype="bfloat16")
     n = step.rows * 2048
@@ -369,7 +369,7 @@ def test_the_loss_layer_by_hand(method):
     assert frozen["cce"] == picked + n * 2048 * 4
 
 
-def test_the_fused_head_of_trl_takes_what_was_measured():
+def test_the_fused_head_of_trl_matches_measured_memory():
     """docs/performance.md: extra of forward and backward, dW and dH included, in MiB."""
     measured = {(8192, 4096, 128_256): 3454, (4096, 2048, 151_936): 2086, (8192, 2304, 256_000): 3740}
     for (n, d, v), mib in measured.items():
@@ -391,7 +391,7 @@ def test_more_tokens_take_more_memory(qwen3, method, checkpointing):
         assert column == sorted(set(column))
 
 
-def test_every_formula_gives_its_number(qwen3):
+def test_every_formula_evaluates_to_its_bytes(qwen3):
     """What stands in a formula as factors and terms is the number of bytes beside it."""
     step = replace(batch=64, length=512, prompt=100)
     model = qwen3.model(step)
@@ -414,7 +414,7 @@ def evaluated(formula):
 # --------------------------------------------------------------------------------------------------------------- advice
 
 
-def test_the_best_change_is_that_of_what_takes_most():
+def test_the_best_change_reduces_the_largest_part():
     few = replace(batch=1, length=4, prompt=0)
     heavy_weights = ranked(few, peak_of(Made(parameters=10**9)))
     assert heavy_weights[0].about.startswith("LoRA")
@@ -426,7 +426,7 @@ def test_the_best_change_is_that_of_what_takes_most():
     assert ranked(with_lora, peak_of(Made(parameters=10**9)))[0].about == "weights in bf16, --dtype bfloat16"
 
 
-def test_changes_save_what_they_say_and_come_in_order():
+def test_changes_save_what_they_claim_and_are_sorted():
     peak, step = peak_of(Made(parameters=10**6)), replace(dtype="float32", checkpointing=False)
     found = ranked(step, peak)
     assert [x.saved for x in found] == sorted((x.saved for x in found), reverse=True)
@@ -436,19 +436,19 @@ def test_changes_save_what_they_say_and_come_in_order():
     assert reference.saved == 4 * 10**6
 
 
-def test_what_is_on_already_is_not_proposed():
+def test_settings_already_on_are_not_proposed():
     step = Step("dpo", 1, 8, dtype="bfloat16", lora_r=4, precomputed=True, optimiser="adamw_bnb_8bit")
     assert list(changes(step)) == []
     assert not [about for about, _ in changes(Step("sft", 4, 8)) if about.startswith("reference")]
 
 
 @pytest.mark.parametrize(("batch", "less"), [(8, (4, 2)), (3, (1, 3)), (9, (3, 3)), (5, (1, 5))])
-def test_a_smaller_micro_batch_leaves_the_rows_of_a_step(batch, less):
+def test_a_smaller_micro_batch_keeps_the_rows_per_step(batch, less):
     other = next(step for about, step in changes(replace(batch=batch)) if about.startswith("--batch"))
     assert (other.batch, other.accumulation) == less
 
 
-def test_changes_are_put_together_until_the_step_fits():
+def test_changes_are_combined_until_the_step_fits():
     peak, step = peak_of(Made(parameters=10**6)), replace(dtype="float32", checkpointing=False)
     assert together(step, peak, peak(step)) == []
     best = ranked(step, peak)[0]
@@ -462,7 +462,7 @@ def test_changes_are_put_together_until_the_step_fits():
     assert ranked(everything[-1].step, peak) == []
 
 
-def test_one_row_is_singular():
+def test_a_single_row_is_printed_in_the_singular():
     assert ", 1 pair of 20 tokens" in describe(replace(batch=1))
     assert ", 1 row of 20 tokens" in describe(replace(batch=1, method="sft"))
     assert ", 3 pairs of 20 tokens" in describe(STEP)
@@ -511,7 +511,7 @@ def test_the_command_gives_json(tmp_path, capsys, more):
     assert ours["bytes"] == sum(x["bytes"] for x in found["held"]) + sum(size for _, size in ours["moment"]["parts"])
 
 
-def test_a_quantised_model_is_planned_without_it_and_told_so(tmp_path, capsys):
+def test_a_quantised_model_is_planned_unquantised_with_a_note(tmp_path, capsys):
     quantised = config(quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
     words = [
         "plan",
@@ -556,7 +556,7 @@ def test_the_embedded_model_is_planned_without_being_built(capsys, monkeypatch):
         (["--colour", "red"], "unrecognized arguments: --colour red"),
     ],
 )
-def test_a_wrong_word_is_one_line(words, message, capsys):
+def test_a_wrong_argument_is_a_one_line_error(words, message, capsys):
     assert main(["plan", "--model_name_or_path", "embedded", *words]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
@@ -564,7 +564,7 @@ def test_a_wrong_word_is_one_line(words, message, capsys):
     assert captured.err.count("\n") == 1
 
 
-def test_a_wrong_model_is_one_line(tmp_path, capsys, monkeypatch):
+def test_a_wrong_model_is_a_one_line_error(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     t5 = transformers.T5Config(vocab_size=97, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2)
     (tmp_path / "broken").mkdir()

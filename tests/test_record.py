@@ -116,7 +116,7 @@ def stop_at(monkeypatch, step, what=KeyboardInterrupt):
 
 
 @pytest.mark.parametrize("word", ["last", "true", "True"])
-def test_a_resume_keeps_the_lines_before_it(model, done, word):
+def test_a_resume_keeps_earlier_metrics(model, done, word):
     before = (done / "metrics.jsonl").read_text().splitlines()
     assert main(["sft", *words(model, done, max_steps=6, resume_from_checkpoint=word)]) == 0
     after = (done / "metrics.jsonl").read_text().splitlines()
@@ -125,7 +125,7 @@ def test_a_resume_keeps_the_lines_before_it(model, done, word):
     assert [row["step"] for row in lines(done) if "train_runtime" in row] == [6]
 
 
-def test_a_resume_from_an_interruption_says_each_step_once(model, tmp_path, monkeypatch, capsys):
+def test_a_resume_after_an_interruption_logs_each_step_once(model, tmp_path, monkeypatch, capsys):
     """Step 3 was logged, then all was lost after checkpoint 2: it is trained, and logged, again."""
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
@@ -148,7 +148,7 @@ def test_a_resume_equals_a_run_without_an_interruption(model, done, finished, tm
         assert {**got, "num_tokens": 0} == pytest.approx({**want, "num_tokens": 0}, rel=1e-5)
 
 
-def test_resume_from_a_file_and_from_a_folder_elsewhere(model, done, tmp_path):
+def test_a_resume_accepts_a_file_and_a_folder_elsewhere(model, done, tmp_path):
     config = tmp_path / "mine.yaml"
     config.write_text("resume_from_checkpoint: true\n")
     assert main(["sft", "--config", str(config), *words(model, done, max_steps=5)]) == 0
@@ -159,7 +159,7 @@ def test_resume_from_a_file_and_from_a_folder_elsewhere(model, done, tmp_path):
     assert steps(other) == [1, 2, 3, 4]
 
 
-def test_a_checkpoint_cut_short_is_passed_over(model, done):
+def test_a_truncated_checkpoint_is_skipped(model, done):
     (done / "checkpoint-4" / "trainer_state.json").write_text('{"global_step": 4, "log_hist')
     assert main(["sft", *words(model, done, resume_from_checkpoint="last")]) == 0
     assert steps(done) == [1, 2, 3, 4]
@@ -167,7 +167,7 @@ def test_a_checkpoint_cut_short_is_passed_over(model, done):
 
 
 @pytest.mark.parametrize("word", ["false", "none"])
-def test_no_resume_in_words(model, tmp_path, word):
+def test_words_for_no_resume_start_a_new_run(model, tmp_path, word):
     out = tmp_path / "out"
     assert main(["sft", *words(model, out, resume_from_checkpoint=word, max_steps=1)]) == 0
     assert steps(out) == [1]
@@ -200,7 +200,7 @@ def test_a_folder_with_a_model_or_metrics_alone_is_refused(model, tmp_path, caps
         assert "resume" not in message  # there is no checkpoint
 
 
-def test_an_interrupted_run_is_not_begun_again_by_accident(model, tmp_path, monkeypatch, capsys):
+def test_an_interrupted_run_is_not_restarted_by_accident(model, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
         stop_at(patch, 3)
@@ -211,7 +211,7 @@ def test_an_interrupted_run_is_not_begun_again_by_accident(model, tmp_path, monk
 
 
 @pytest.mark.parametrize("flag", [["--overwrite_output_dir"], ["--overwrite_output_dir", "true"]])
-def test_overwrite_starts_anew(model, done, flag):
+def test_overwrite_starts_a_new_run(model, done, flag):
     (done / "adapter_config.json").write_text("{}")
     argv = words(model, done, max_steps=1, save_strategy="no")
     assert main(["sft", *argv, *flag]) == 0
@@ -221,7 +221,7 @@ def test_overwrite_starts_anew(model, done, flag):
     assert (done / "model.safetensors").is_file()
 
 
-def test_overwrite_keeps_all_until_the_training_begins(model, done, capsys):
+def test_overwrite_keeps_all_files_until_training_begins(model, done, capsys):
     argv = words(model, done, dataset_name="nowhere.jsonl")
     assert main(["sft", *argv, "--overwrite_output_dir"]) == 2
     assert "nowhere.jsonl" in error(capsys)
@@ -237,7 +237,7 @@ def test_overwrite_does_not_remove_the_model_it_starts_from(done, model, capsys,
     assert (done / "model.safetensors").is_file()
 
 
-def test_going_on_from_an_earlier_checkpoint_drops_the_later_ones_only_when_told(model, done, capsys):
+def test_resuming_an_earlier_checkpoint_drops_later_ones_only_on_request(model, done, capsys):
     argv = words(model, done, max_steps=3, resume_from_checkpoint=done / "checkpoint-2")
     assert main(["sft", *argv]) == 2
     assert "no checkpoint later than the one to go on from" in error(capsys)
@@ -248,14 +248,14 @@ def test_going_on_from_an_earlier_checkpoint_drops_the_later_ones_only_when_told
 
 
 @pytest.mark.parametrize("value", ["last", "true"])
-def test_no_checkpoint_to_go_on_from(model, tmp_path, capsys, value):
+def test_a_missing_checkpoint_is_an_error(model, tmp_path, capsys, value):
     assert main(["sft", *words(model, tmp_path / "out", resume_from_checkpoint=value)]) == 2
     message = error(capsys)
     assert f"resume_from_checkpoint={value} must find a checkpoint in output_dir" in message
     assert "--save_strategy" in message
 
 
-def test_a_checkpoint_that_is_none(model, done, tmp_path, capsys):
+def test_a_folder_that_is_not_a_checkpoint_is_an_error(model, done, tmp_path, capsys):
     for value in (tmp_path / "nowhere", model):
         assert main(["sft", *words(model, tmp_path / "out", resume_from_checkpoint=value)]) == 2
         assert error(capsys).endswith(f"a trainer_state.json, got {value} (--debug shows the traceback)")
@@ -263,7 +263,7 @@ def test_a_checkpoint_that_is_none(model, done, tmp_path, capsys):
     assert f"got {done}; the last one in there is {done / 'checkpoint-4'}" in error(capsys)
 
 
-def test_a_checkpoint_of_another_model(model, done, tmp_path, capsys):
+def test_a_checkpoint_of_another_model_is_an_error(model, done, tmp_path, capsys):
     weights = transformers.LlamaConfig.from_pretrained(model)
     weights.hidden_size = 16
     transformers.LlamaForCausalLM(weights).save_pretrained(done / "checkpoint-4")
@@ -280,7 +280,7 @@ def holder(pid, host=None, started=None):
     return json.dumps({"pid": pid, "host": host or socket.gethostname(), "started": started})
 
 
-def test_one_run_at_a_time(model, tmp_path, capsys):
+def test_a_running_lock_refuses_a_second_run(model, tmp_path, capsys):
     """The one that runs is named; nothing of it is touched."""
     out = tmp_path / "out"
     out.mkdir()
@@ -293,7 +293,7 @@ def test_one_run_at_a_time(model, tmp_path, capsys):
     assert (out / "run.lock").exists()
 
 
-def test_two_runs_at_once(model, tmp_path, monkeypatch, capsys):
+def test_a_second_run_during_training_is_refused(model, tmp_path, monkeypatch, capsys):
     """A second one that starts while the first one trains."""
     from types import SimpleNamespace
 
@@ -342,7 +342,7 @@ def test_a_lock_that_cannot_be_checked_is_left_alone(model, tmp_path, capsys, ki
     assert (out / "run.lock").read_text() == lock
 
 
-def test_two_that_took_over_the_same_lock(tmp_path):
+def test_a_lock_taken_over_by_another_process_is_an_error(tmp_path):
     from fusedalign.trl.lock import locked
 
     with locked(tmp_path) as lock:
@@ -353,7 +353,7 @@ def test_two_that_took_over_the_same_lock(tmp_path):
     assert (tmp_path / "run.lock").exists()  # the other one's
 
 
-def test_an_output_directory_that_is_a_file(model, tmp_path, capsys):
+def test_an_output_directory_that_is_a_file_is_an_error(model, tmp_path, capsys):
     (tmp_path / "out").write_text("")
     assert main(["sft", *words(model, tmp_path / "out")]) == 2
     assert f"output_dir must be a folder that can be written to, got {tmp_path / 'out'}" in error(capsys)
@@ -362,7 +362,7 @@ def test_an_output_directory_that_is_a_file(model, tmp_path, capsys):
 # ---------------------------------------------------------------------------------------------------------- valid lines
 
 
-def test_nan_is_null(model, tmp_path, monkeypatch):
+def test_nan_is_written_as_null(model, tmp_path, monkeypatch):
     """Also in a checkpoint, from which a resume takes the earlier lines."""
     import trl
 
@@ -379,7 +379,7 @@ def test_nan_is_null(model, tmp_path, monkeypatch):
     assert all(row["loss"] > 0 for row in lines(out)[:3])
 
 
-def test_numbers_of_torch_and_numpy_are_numbers():
+def test_torch_and_numpy_scalars_are_written_as_numbers():
     import numpy as np
 
     from fusedalign.reports import to_json
@@ -411,7 +411,7 @@ def test_numbers_of_torch_and_numpy_are_numbers():
 # ----------------------------------------------------------------------------------------------------------- full disks
 
 
-def test_a_disk_that_fills_while_metrics_are_written(model, tmp_path, monkeypatch, capsys):
+def test_a_disk_that_fills_up_warns_once_and_training_continues(model, tmp_path, monkeypatch, capsys):
     """One warning, the training goes on, and the lines follow once there is room."""
     from fusedalign.trl.record import MetricsFile
 
@@ -433,7 +433,7 @@ def test_a_disk_that_fills_while_metrics_are_written(model, tmp_path, monkeypatc
     assert told[0].startswith("fusedalign: warning: ")
 
 
-def test_a_disk_that_stays_full(model, tmp_path, monkeypatch, capsys):
+def test_a_disk_that_stays_full_warns_and_saves_the_model(model, tmp_path, monkeypatch, capsys):
     from fusedalign.trl.record import MetricsFile
 
     def full(self, text):
@@ -479,7 +479,7 @@ def broken_library(monkeypatch):
         (broken_library, "IndexError"),
     ],
 )
-def test_the_plot_is_extra(model, tmp_path, monkeypatch, capsys, breaks, said):
+def test_a_failed_plot_does_not_fail_the_run(model, tmp_path, monkeypatch, capsys, breaks, said):
     breaks(monkeypatch)
     out = tmp_path / "out"
     assert main(["sft", *words(model, out, max_steps=1)]) == 0
@@ -493,7 +493,7 @@ def test_the_plot_is_extra(model, tmp_path, monkeypatch, capsys, breaks, said):
     assert not (out / "metrics.png").exists()
 
 
-def test_the_demo_twice_and_without_matplotlib(model, tmp_path, monkeypatch, capsys):
+def test_the_demo_runs_twice_and_without_matplotlib(model, tmp_path, monkeypatch, capsys):
     """Its own folders it overwrites; with recipes of one step and this small model."""
     from fusedalign import demo
 
@@ -527,7 +527,7 @@ def test_the_demo_twice_and_without_matplotlib(model, tmp_path, monkeypatch, cap
 # --------------------------------------------------------------------------------------------------------------- Ctrl-C
 
 
-def test_ctrl_c_says_what_is_kept_and_how_to_go_on(model, tmp_path, monkeypatch, capsys):
+def test_ctrl_c_reports_what_is_kept_and_how_to_resume(model, tmp_path, monkeypatch, capsys):
     out = tmp_path / "a run"
     argv = [*words(model, out), "--overwrite_output_dir"]
     with monkeypatch.context() as patch:
@@ -548,7 +548,7 @@ def test_ctrl_c_says_what_is_kept_and_how_to_go_on(model, tmp_path, monkeypatch,
     assert capsys.readouterr().err.count("resume_from_checkpoint") == 1
 
 
-def test_ctrl_c_without_a_checkpoint(model, tmp_path, monkeypatch, capsys):
+def test_ctrl_c_without_a_checkpoint_says_so(model, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
         stop_at(patch, 3)
@@ -559,7 +559,7 @@ def test_ctrl_c_without_a_checkpoint(model, tmp_path, monkeypatch, capsys):
     assert again.endswith("--overwrite_output_dir")
 
 
-def test_ctrl_c_before_the_training(model, done, monkeypatch, capsys):
+def test_ctrl_c_before_training_keeps_the_folder(model, done, monkeypatch, capsys):
     from fusedalign.trl import train
 
     def stop(*_):
@@ -574,7 +574,7 @@ def test_ctrl_c_before_the_training(model, done, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_kill_and_ctrl_c_for_real(model, tmp_path):
+def test_killed_and_interrupted_processes_resume(model, tmp_path):
     """A run that is killed leaves a lock that the next one takes over; that one is interrupted, and the third ends."""
     out = tmp_path / "out"
     argv = words(model, out, max_steps=100_000, save_steps=20)

@@ -90,7 +90,7 @@ def test_a_compiled_gradient_penalty_raises(backend, needs_weight, call):
 
 
 @pytest.mark.parametrize("impl", OURS)
-def test_a_gradient_is_differentiable_elsewhere(impl):
+def test_a_gradient_penalty_outside_the_head_is_right(impl):
     """A penalty on a gradient that does not pass through the head is right, beside one that is refused."""
     case = make_case((2, 3), 16, 13, dtype=finest(impl), ignored=0.0, bias=False).leaves()
     extra = torch.ones(3, dtype=case.hidden.dtype, requires_grad=True)
@@ -102,7 +102,7 @@ def test_a_gradient_is_differentiable_elsewhere(impl):
 
 
 @pytest.mark.parametrize("call", ["cross entropy", "frozen head"])
-def test_hidden_states_are_released_as_before(call):
+def test_the_double_backward_check_holds_no_hidden_states(call):
     """What makes a second gradient raise holds no memory of the hidden states that the backward does not need."""
     case = make_case((2, 3), 16, 13, ignored=0.0, bias=False).leaves(True, call == "cross entropy", False)
     function = linear_cross_entropy if call == "cross entropy" else linear_logps

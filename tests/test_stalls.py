@@ -21,7 +21,7 @@ MOST = {"sums_kernel": 4, "grads_kernel": 2, "kept_grads_kernel": 2}
 
 
 @pytest.mark.parametrize("gpu", ["H100", "A100"])
-def test_no_signature_follows_the_number_of_tokens(gpu):
+def test_no_signature_depends_on_the_number_of_tokens(gpu):
     """What two dry runs launch has all signatures of 50 ragged numbers of tokens."""
     script = Path(__file__).parent / "signatures.py"
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
@@ -100,7 +100,7 @@ def test_nothing_is_compiled_after_the_second_call(path, v):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_what_is_prepared_is_there_at_the_first_call():
+def test_prepared_kernels_are_loaded_at_the_first_call():
     from fusedalign.impls import triton as impl
     from fusedalign.impls.triton import ahead
     from fusedalign.problem import Problem

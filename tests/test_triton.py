@@ -89,7 +89,7 @@ def test_dropped_gradients_are_refused(f):
         f(*args, impl="triton", filter_eps=1e-4)
 
 
-def test_the_cpu_is_refused_where_nobody_asked_for_the_interpreter():
+def test_the_cpu_is_refused_without_the_interpreter():
     script = """
 import torch, fusedalign
 args = torch.randn(3, 4), torch.randn(5, 4), torch.zeros(3, dtype=torch.int64)
@@ -119,7 +119,7 @@ def test_gpus_before_ampere_are_refused(monkeypatch, capability):
 
 
 @devices
-def test_auto_never_takes_the_interpreter(device):
+def test_auto_never_selects_the_interpreter(device):
     """Which can do everything, so only the table can keep "auto" away from it."""
     problem = problem_of(make_case((3,), 8, 11, device=device))
     assert resolve("triton", problem) is impl.IMPL
@@ -176,7 +176,7 @@ EXTREMES = {
 @devices
 @dtypes
 @pytest.mark.parametrize("name", EXTREMES)
-def test_frozen_head_at_extreme_logits(recomputed, device, dtype, name):
+def test_frozen_head_gradients_are_exact_at_extreme_logits(recomputed, device, dtype, name):
     logits, offset = EXTREMES[name]
     case = one_hot_case(logits(), [0, 20, 33, 60, 69], dtype, device)
     case.bias = torch.full_like(case.weight[:, 0], offset)
@@ -190,7 +190,7 @@ def test_frozen_head_at_extreme_logits(recomputed, device, dtype, name):
 @devices
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 @pytest.mark.parametrize("layout", ["plain", "everything", "columns contiguous"])
-def test_frozen_head_where_most_targets_are_far_from_likely(recomputed, device, dtype, layout):
+def test_frozen_head_gradients_are_exact_for_unlikely_targets(recomputed, device, dtype, layout):
     """Several blocks of columns and of D, ragged; with bias, scale and softcap, and a head that is not contiguous."""
     head = {"softcap": 90.0, "scale": 1.3, "temperature": 0.6} if layout == "everything" else {}
     columns = 4 if INTERPRETED else 11
@@ -208,7 +208,7 @@ def test_frozen_head_where_most_targets_are_far_from_likely(recomputed, device, 
 
 @devices
 @dtypes
-def test_frozen_parts_where_most_targets_are_far_from_likely(device, dtype):
+def test_frozen_part_gradients_are_exact_for_unlikely_targets(device, dtype):
     case = make_case((3, 11), 24, 103, dtype=dtype, device=device, bias=False)
     case.hidden *= torch.linspace(4, 25, 33, device=device).reshape(3, 11, 1)
     exact = run(case.to(torch.float64), ("logps",), FROZEN, (), impl="reference")
@@ -221,7 +221,7 @@ def test_frozen_parts_where_most_targets_are_far_from_likely(device, dtype):
 
 @devices
 @dtypes
-def test_frozen_head_with_several_tiles_of_tokens(device, dtype):
+def test_frozen_head_gradients_are_exact_over_several_token_tiles(device, dtype):
     case = make_case((3, 13), 24, 103, dtype=dtype, device=device, softcap=6.0, scale=0.7)
     for tiles in ({"token_chunk": 20}, {"workspace": 30_000}):
         got = run(case, ("logps",), FROZEN, (), impl="triton", **tiles)
@@ -236,7 +236,7 @@ def test_frozen_head_with_several_tiles_of_tokens(device, dtype):
 @devices
 @pytest.mark.parametrize("kind", list(itertools.product(DTYPES, [None, 30.0])), ids=str)
 @pytest.mark.parametrize("path", ["two passes", "frozen head", "one pass", "one pass, frozen head"])
-def test_gradient_of_a_confident_target(device, kind, path):
+def test_the_gradient_of_a_confident_target_is_exact(device, kind, path):
     """A weight of the target that is rounded once too often turns 1 - p = 0.001 into noise."""
     dtype, softcap = kind
     logits = torch.randn(3, 40, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -306,7 +306,7 @@ def many_tokens(device, dtype, head, seed=0) -> Case:
 @devices
 @early_dtypes
 @pytest.mark.parametrize("name", ONE_PASS)
-def test_one_pass_with_tokens_kept_in_every_place(stores, device, dtype, name):
+def test_one_pass_is_exact_with_every_kind_of_token_store(stores, device, dtype, name):
     options = dict(ONE_PASS[name])
     loss = {k: options.pop(k) for k in ("z_loss", "loss_type") if k in options}
     case = many_tokens(device, dtype, options)
@@ -320,7 +320,7 @@ def test_one_pass_with_tokens_kept_in_every_place(stores, device, dtype, name):
 @devices
 @dtypes
 @pytest.mark.parametrize("name", ONE_PASS)
-def test_any_loss_with_tokens_kept_in_the_gradients_memory(stores, device, dtype, name):
+def test_any_loss_is_exact_with_tokens_stored_in_gradient_memory(stores, device, dtype, name):
     """Those that find no room there are computed again; upstream gradients differ by token."""
     options = {k: x for k, x in ONE_PASS[name].items() if k not in ("z_loss", "loss_type")}
     case = many_tokens(device, dtype, options)
@@ -332,7 +332,7 @@ def test_any_loss_with_tokens_kept_in_the_gradients_memory(stores, device, dtype
 
 @devices
 @dtypes
-def test_what_is_kept_serves_one_backward_and_the_others_are_right_too(device, dtype):
+def test_repeated_backwards_are_exact_after_the_store_is_used_up(device, dtype):
     case = many_tokens(device, dtype, {"softcap": 6.0})
     leaves = case.leaves()
     loss = leaves.logps(impl="triton").logps.sum()
@@ -348,7 +348,7 @@ def test_what_is_kept_serves_one_backward_and_the_others_are_right_too(device, d
 
 @devices
 @early_dtypes
-def test_where_tokens_are_kept_does_not_matter(stores, device, dtype):
+def test_the_token_store_does_not_change_the_error(stores, device, dtype):
     """To the gradients' error: each place is as near to fp64 as the others, up to a tenth."""
     case = many_tokens(device, dtype, {"softcap": 6.0})
     want = run_loss_exact(case, z_loss=0.01)
@@ -371,7 +371,7 @@ MIXTURES += [(torch.float32, torch.bfloat16, torch.bfloat16), (torch.bfloat16, t
 
 @devices
 @pytest.mark.parametrize("dtypes", MIXTURES, ids=str)
-def test_mixed_dtypes_and_autocast(device, dtypes):
+def test_mixed_dtypes_and_autocast_are_within_budget(device, dtypes):
     """Every path; the head has an odd number of elements, so that of its bytes not every dtype's are a whole number."""
     hidden_dtype, weight_dtype, autocast = dtypes
     case = make_case((3, 13), 7, 101, device=device)
@@ -424,7 +424,7 @@ def assert_path_within_budget(path: str, case: Case, got: dict[str, torch.Tensor
 @dtypes
 @paths
 @pytest.mark.parametrize("d", [7, 16, 24, 40])
-def test_both_ways_of_reading_operands(monkeypatch, device, dtype, path, d):
+def test_descriptors_and_pointers_read_the_same_operands(monkeypatch, device, dtype, path, d):
     """Tensor descriptors take rows whose length in bytes is a multiple of 16; the others are read by pointers."""
     sources, original = set(), launch.Rows.launch
     record = lambda *args: (out := original(*args), sources.add(out[0]["SOURCE"]))[0]  # noqa: E731
@@ -449,7 +449,7 @@ BLOCKS = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @paths
 @pytest.mark.parametrize("name", BLOCKS)
-def test_block_shapes_of_other_gpus(monkeypatch, dtype, path, name):
+def test_block_shapes_of_other_gpus_give_the_same_result(monkeypatch, dtype, path, name):
     chosen = launch.Blocks(16, 32, 16, **{"warps": 4, "stages": 2, "programs": 3, "descriptor": True} | BLOCKS[name])
     for module in (launch, impl):
         monkeypatch.setattr(module, "blocks_for", lambda device, **_: chosen)
@@ -458,7 +458,7 @@ def test_block_shapes_of_other_gpus(monkeypatch, dtype, path, name):
 
 
 @pytest.mark.parametrize("programs", [None, 132])
-def test_the_number_of_tokens_is_no_constant_of_a_kernel(programs):
+def test_the_number_of_tokens_is_not_a_kernel_constant(programs):
     """Else every batch of another size would wait for a compiler."""
     blocks, constants = launch.Blocks(16, 32, 16, warps=4, stages=2, programs=programs), []
     for n in (20, 3000):
@@ -483,7 +483,7 @@ def test_two_runs_agree_bitwise(device, dtype, path):
 @dtypes
 @paths
 @pytest.mark.parametrize(("n", "v"), [(0, 5), (1, 1), (1, 2), (1, 33), (17, 2)])
-def test_tiny(device, dtype, path, n, v):
+def test_tiny_shapes_work(device, dtype, path, n, v):
     case = make_case((n + 1,), 8, v, dtype=dtype, device=device, ignored=0.0)
     case.targets[0] = -100
     got = PATHS[path](case)
@@ -499,7 +499,7 @@ def test_tiny(device, dtype, path, n, v):
 @dtypes
 @paths
 @pytest.mark.parametrize("layout", ["columns contiguous", "rows apart", "every second column"])
-def test_a_head_that_is_not_contiguous(device, dtype, path, layout):
+def test_a_non_contiguous_head_gives_the_same_result(device, dtype, path, layout):
     case = make_case((3, 7), 16, 101, dtype=dtype, device=device)
     v, d = case.weight.shape
     if layout == "columns contiguous":
@@ -531,7 +531,7 @@ def nan_options(path) -> dict:
 @dtypes
 @paths
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-def test_nan_and_inf_stay_in_their_token(device, dtype, path, bad):
+def test_nan_and_inf_affect_only_their_token(device, dtype, path, bad):
     case = make_case((33,), 16, 101, dtype=dtype, device=device, ignored=0.0)
     clean = PATHS[path](case, **nan_options(path))
     case.hidden[5, 3] = bad
@@ -566,7 +566,7 @@ WHOLE = {"vocab_chunk": 60_000, "token_chunk": 40_000, "workspace": 16 * 2**30}
 
 @on_gpu
 @pytest.mark.parametrize("tiles", [{}, WHOLE], ids=["tiles", "one tile"])
-def test_more_than_2_to_the_31_logits(tiles):
+def test_more_than_2_to_the_31_logits_work(tiles):
     """Positions within a tile, within what is kept and within the vocabulary leave 32 bits."""
     n, d, v = 40_000, 64, 60_000
     assert n * v > 2**31
@@ -632,7 +632,7 @@ def _logps_sum(case, lse):
 @on_gpu
 @pytest.mark.parametrize("path", [name for name in PATHS if name != "no grad"])
 @pytest.mark.parametrize(("n", "d", "v"), [(70_001, 32, 300), (2_200_000, 8, 40)])
-def test_more_tokens_than_a_grid_has(path, n, d, v):
+def test_more_tokens_than_a_grid_dimension_work(path, n, d, v):
     """65,535 programs, and 65,535 blocks of 32 tokens."""
     case = make_case((n,), d, v, dtype=torch.bfloat16, device="cuda", softcap=9.0, ignored=0.0)
     assert_path_within_budget(path, case, PATHS[path](case))
@@ -661,14 +661,14 @@ def check_random_problem(seed: int, device: str, v: int) -> None:
 
 @on_gpu
 @pytest.mark.parametrize("first", range(0, 1000, 50))
-def test_1000_random_problems(first):
+def test_1000_random_problems_are_within_budget(first):
     for seed in range(first, first + 50):
         check_random_problem(seed, "cuda", 3000)
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="on a GPU there are a thousand")
 @pytest.mark.parametrize("seed", range(10))
-def test_random_problems(seed):
+def test_random_problems_are_within_budget(seed):
     check_random_problem(seed, "cpu", 100)
 
 
@@ -747,7 +747,7 @@ def our_loss(hidden, weight, bias, targets):
 @pytest.mark.parametrize(
     ("ours", "theirs"), [(with_entropy(our_fields), with_entropy), (our_loss, with_z_loss)], ids=["entropy", "z-loss"]
 )
-def test_200_steps_end_where_fp32_logits_end(ours, theirs):
+def test_200_training_steps_match_fp32_logits(ours, theirs):
     """At most twice as far from there as bf16 logits end, which bias training although one step looks fine."""
     want, eager, got = (train(f, "cuda") for f in (theirs(reference_fields), theirs(eager_fields), ours))
     assert want[0] < 3 < math.log(1000)  # it did learn

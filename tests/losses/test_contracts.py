@@ -80,7 +80,7 @@ def inputs(n, b, dtype=torch.float64, seed=0):
 
 @EACH
 @pytest.mark.parametrize("b", [1, 2, 7])
-def test_gradcheck(name, b):
+def test_every_gradients_are_exact_and_dft_weights_constant(name, b):
     n, make = PAIRWISE[name]
     assert torch.autograd.gradcheck(lambda *x: make(b)(*x).losses, [x.requires_grad_() for x in inputs(n, b)])
 
@@ -116,21 +116,21 @@ SEPARABLE = [name for name in PAIRWISE if not any(x in name for x in ("aot", "sf
 
 
 @pytest.mark.parametrize("name", SEPARABLE)
-def test_each_pair_by_itself(name):
+def test_losses_do_not_depend_on_the_other_pairs(name):
     n, make = PAIRWISE[name]
     order, xs = torch.tensor([4, 2, 0, 1, 3]), inputs(n, 5)
     torch.testing.assert_close(make(5)(*(x[order] for x in xs)).losses, make(5)(*xs).losses[order])
 
 
 @pytest.mark.parametrize("loss_type", ["aot", "aot_unpaired"])
-def test_aot_depends_on_the_set_of_pairs_alone(loss_type):
+def test_aot_does_not_depend_on_the_order_of_pairs(loss_type):
     order, xs = torch.tensor([4, 2, 0, 1, 3]), inputs(4, 5)
     f = functools.partial(dpo_loss, loss_type=loss_type)
     torch.testing.assert_close(f(*(x[order] for x in xs)).losses, f(*xs).losses)
 
 
 @pytest.mark.parametrize("loss_type", ["ipo", "sigmoid_norm"])
-def test_lengths_belong_to_their_pair(loss_type):
+def test_each_pair_uses_its_own_lengths(loss_type):
     order, xs = torch.tensor([2, 0, 1]), inputs(4, 3)
     lengths = [torch.tensor([1, 5, 2]), torch.tensor([4, 3, 7])]
 
@@ -164,7 +164,7 @@ def test_the_first_step_is_log_2(loss_type, b):
 
 
 @pytest.mark.parametrize("x", [-1e-38, -1e-9, -1e-4, -0.5, -math.log(2), -0.7, -5.0, -100.0, -1e5])
-def test_log1mexp(x):
+def test_log1mexp_is_exact(x):
     exact = math.log(-math.expm1(x)) if x > -1 else math.log1p(-math.exp(x))
     value = torch.tensor(x, dtype=torch.float64, requires_grad=True)
     out = log1mexp(value)
@@ -183,7 +183,7 @@ def test_orpo_near_zero_has_the_right_gradient():
 
 
 @pytest.mark.parametrize("side", [True, False])
-def test_kto_with_one_side_absent(side):
+def test_kto_works_with_one_side_absent(side):
     x = torch.tensor([-1.0, -2.0, -3.0], requires_grad=True)
     out = kto_loss(x, torch.zeros(3), torch.full((3,), side), 0.5)
     assert [len(out.chosen_rewards), len(out.rejected_rewards)] == ([3, 0] if side else [0, 3])
@@ -192,7 +192,7 @@ def test_kto_with_one_side_absent(side):
 
 
 @pytest.mark.parametrize(("tau", "d"), [(2.0, -200.0), (2.0, -1e4), (5.0, -1e5)])
-def test_discopops_exponent_is_held(tau, d):
+def test_discopop_exponent_is_clamped(tau, d):
     """With tau > 1 the product m exp(-x) grows as exp(-x (1 - 1 / tau)) below 0; free, it overflows fp32 near -178."""
     c = torch.tensor([d, 0.5], requires_grad=True)
     zero = torch.zeros(2)
@@ -221,7 +221,7 @@ def test_pair_weights_are_constants(loss_type):
 
 
 @pytest.mark.parametrize("coef", [1 - 1e-12, 1 + 1e-12, 1.0])
-def test_alpha_divergence_near_reverse_kl(coef):
+def test_alpha_divergence_is_exact_near_reverse_kl(coef):
     """(exp((al - 1) x) - 1) / (al - 1): 1 less a rounded exponential would leave three digits."""
     xs = inputs(4, 5)
     got = dpo_loss(*xs, f_divergence_type="alpha_divergence", f_alpha_divergence_coef=coef).losses
@@ -235,7 +235,7 @@ def test_kto_weights_do_not_enter_the_denominator():
 
 
 @EACH
-def test_nothing_broadcasts(name):
+def test_shapes_do_not_broadcast(name):
     n, make = PAIRWISE[name]
     for bad in (torch.zeros(3, 1), torch.zeros(1), torch.zeros(())):
         for i in range(n):
@@ -335,13 +335,13 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_out_of_range(name):
+def test_out_of_range_options_raise(name):
     call, message = BAD[name]
     with pytest.raises(ValueError, match=re.escape(message)):
         call()
 
 
-def test_sft_may_stand_beside_a_divergence():
+def test_sft_combines_with_a_divergence():
     lengths = {"chosen_lengths": X + 1, "rejected_lengths": X + 1}
     options = {"f_divergence_type": "forward_kl", **lengths}
     both = dpo_loss(X - 1, X - 2, X, X, loss_type=["sigmoid", "sft"], **options).losses
@@ -369,7 +369,7 @@ WRONG_TYPES = {
 
 
 @pytest.mark.parametrize("name", WRONG_TYPES)
-def test_wrong_types(name):
+def test_wrong_types_raise(name):
     call, message = WRONG_TYPES[name]
     with pytest.raises(TypeError, match=re.escape(message)):
         call()

@@ -14,7 +14,7 @@ def four(b=3, dtype=torch.float32, seed=0):
     return [-20 * torch.rand(b, generator=g).to(dtype) for _ in range(4)]
 
 
-def test_by_hand():
+def test_loss_equals_hand_computed_values():
     # a = -10 - -12 = 2, b = -15 - -14 = -1, beta (a - b) = 0.1 * 3 = 0.3, -log sigmoid(0.3) = log(1 + e^-0.3)
     out = dpo_loss(*(torch.tensor([x]) for x in (-10.0, -15.0, -12.0, -14.0)))
     assert out.losses.item() == pytest.approx(math.log(1 + math.exp(-0.3)))
@@ -31,7 +31,7 @@ def test_the_first_step_is_log_2(dtype):
 
 
 @pytest.mark.parametrize("b", [1, 2, 7])
-def test_gradients_and_their_closed_form(b):
+def test_gradients_equal_the_closed_form(b):
     c, r, rc, rr = four(b, torch.float64)
     assert torch.autograd.gradcheck(
         lambda *x: dpo_loss(*x, beta=0.3).losses, [x.requires_grad_() for x in (c, r, rc, rr)]
@@ -56,7 +56,7 @@ def test_swapping_chosen_and_rejected_flips_the_margin():
     torch.testing.assert_close(back.losses - forth.losses, margin)  # -log s(-m) + log s(m) = m
 
 
-def test_each_pair_by_itself():
+def test_losses_do_not_depend_on_the_other_pairs():
     order = torch.tensor([2, 0, 1])
     args = four()
     torch.testing.assert_close(dpo_loss(*(x[order] for x in args)).losses, dpo_loss(*args).losses[order])
@@ -72,7 +72,7 @@ def test_extreme_margins_stay_finite(margin):
     assert out.losses[0].item() == pytest.approx(max(-margin, 0))
 
 
-def test_an_empty_batch():
+def test_an_empty_batch_gives_empty_losses():
     assert dpo_loss(*torch.zeros(4, 0)).losses.shape == (0,)
 
 
@@ -101,6 +101,6 @@ BAD = [
 
 
 @pytest.mark.parametrize(("args", "options", "kind", "message"), BAD)
-def test_bad_input(args, options, kind, message):
+def test_bad_input_raises(args, options, kind, message):
     with pytest.raises(kind, match=re.escape(message)):
         dpo_loss(*args, **options)

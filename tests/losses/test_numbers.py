@@ -79,21 +79,21 @@ def with_lengths(f):
 
 
 @EACH_NUMBER
-def test_every_number_is_finite_in_fp32(name, f):
+def test_numbers_not_finite_in_fp32_are_refused(name, f):
     for bad in (math.nan, math.inf, -math.inf, np.float32("nan"), np.float64("inf"), 1e39, 10**40):
         with pytest.raises(ValueError, match=rf"^{name} must be .*, got {re.escape(str(bad))}$"):
             with_lengths(f)(**{name: bad})
 
 
 @EACH_NUMBER
-def test_every_number_is_one(name, f):
+def test_values_that_are_not_numbers_are_refused(name, f):
     for bad in ("1", 1j, [1.0], np.ones(2), *([] if name in ("num_items", "kl") else [ONES, torch.tensor(0.5)])):
         with pytest.raises(TypeError, match=rf"^{name} must be a number, got {type(bad).__name__}$"):
             with_lengths(f)(**{name: bad})
 
 
 @EACH_NUMBER
-def test_neither_a_truth_value_nor_an_array_is_a_number(name, f):
+def test_bools_and_0d_arrays_are_refused(name, f):
     """Of True and of an array without dimensions arithmetic with tensors makes errors of its own, or other types."""
     for bad in (True, np.array(0.5)):
         with pytest.raises(TypeError, match=rf"^{name} must be a number, got {type(bad).__name__}$"):
@@ -102,7 +102,7 @@ def test_neither_a_truth_value_nor_an_array_is_a_number(name, f):
 
 @pytest.mark.parametrize("name", ["beta", "discopop_tau", "softcap", "temperature", "num_items"])
 @pytest.mark.parametrize("bad", [5e-324, 1e-310, 1e-39])
-def test_what_divides_has_a_finite_reciprocal(name, bad):
+def test_divisors_without_a_finite_reciprocal_are_refused(name, bad):
     """1 / 5e-324 is inf in fp64 already, 1 / 1e-39 in fp32."""
     for f in NUMBERS[name]:
         with pytest.raises(ValueError, match=f"^{name} must be at least 1.2e-38, .*, got {bad}$"):
@@ -111,7 +111,7 @@ def test_what_divides_has_a_finite_reciprocal(name, bad):
 
 @pytest.mark.parametrize("name", ["beta", "discopop_tau", "softcap", "temperature"])
 @pytest.mark.parametrize("bad", [0, 0.0, -1])
-def test_what_divides_is_positive(name, bad):
+def test_divisors_that_are_not_positive_are_refused(name, bad):
     for f in NUMBERS[name]:
         with pytest.raises(ValueError, match=f"^{name} must be > 0(| or None), got {bad}$"):
             with_lengths(f)(**{name: bad})
@@ -126,7 +126,7 @@ def test_what_divides_is_positive(name, bad):
     ],
 )
 @pytest.mark.parametrize("f", [linear_logps, linear_cross_entropy])
-def test_the_quotients_that_logits_are_made_with_are_finite(f, options, quotient):
+def test_infinite_quotients_in_the_logits_are_refused(f, options, quotient):
     with pytest.raises(ValueError, match=quotient):
         f(HIDDEN, WEIGHT, TARGETS, **options)
 
@@ -196,14 +196,14 @@ def spoilt(name, bad, dtype):
 
 
 @EACH_TENSOR
-def test_values_on_the_cpu_raise(name, bad, dtype):
+def test_bad_cpu_tensor_values_raise(name, bad, dtype):
     f, x = spoilt(name, bad, dtype)
     with pytest.raises(ValueError, match=rf"^{name.partition(' ')[0]} must be finite(| and >= 0), got {bad}$"):
         f(x)
 
 
 @EACH_TENSOR
-def test_values_that_are_not_looked_at_make_nan(monkeypatch, name, bad, dtype):
+def test_bad_values_in_unread_tensors_give_nan(monkeypatch, name, bad, dtype):
     """As on a GPU, where a look would wait, and in graphs: never a plausible number."""
     monkeypatch.setattr(fusedalign.checks, "has_values", lambda x: False)
     f, x = spoilt(name, bad, dtype)
@@ -215,7 +215,7 @@ def test_values_that_are_not_looked_at_make_nan(monkeypatch, name, bad, dtype):
         assert torch.isfinite(out[0]), "the other pair has nothing to do with it"
 
 
-def test_values_in_a_graph_make_nan():
+def test_bad_tensor_values_in_a_graph_give_nan():
     @functools.partial(torch.compile, backend="eager", fullgraph=True)
     def f(kl, lengths):
         losses = kto_loss(C, R, GOOD, kl).losses
@@ -228,7 +228,7 @@ def test_values_in_a_graph_make_nan():
 
 @pytest.mark.parametrize("f", NUMBERS["num_items"])
 @pytest.mark.parametrize("items", [0.25, 3, 1e-3, np.float32(0.5), np.int64(7)])
-def test_num_items_divides_as_given(f, items):
+def test_num_items_divides_without_rounding(f, items):
     """A part of an item too: the mean over ranks of a count may be one."""
     whole = f(num_items=1)
     for given in (items, torch.tensor(float(items)), torch.tensor([float(items)], dtype=torch.float64)):
@@ -238,12 +238,12 @@ def test_num_items_divides_as_given(f, items):
 
 
 @pytest.mark.parametrize("f", NUMBERS["num_items"])
-def test_no_items_divide_by_nothing(f):
+def test_num_items_of_zero_divides_by_one(f):
     for none in (0, 0.0, torch.tensor(0), torch.tensor(0.0)):
         assert torch.equal(f(num_items=none), f(num_items=1))
 
 
-def test_num_items_in_a_graph():
+def test_num_items_works_in_a_graph():
     hidden = HIDDEN.clone().requires_grad_()
     compiled = torch.compile(linear_cross_entropy, backend="eager", fullgraph=True)
     for items in (0.5, 3, torch.tensor(0.5), torch.tensor(4)):
@@ -293,7 +293,7 @@ def losses_of(f, xs):
 
 
 @pytest.mark.parametrize("name", others())
-def test_fp64_is_exact_whatever_the_default_dtype(name, request):
+def test_fp64_is_exact_under_any_default_dtype(name, request):
     loss = others()[name]
     want = loss()
     request.getfixturevalue("default_bf16")
@@ -312,7 +312,7 @@ def test_kto_weights_and_kl_enter_in_fp64():
 
 @pytest.mark.parametrize("impl", ["pytorch", "reference"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_the_head_is_exact_whatever_the_default_dtype(request, impl, dtype):
+def test_the_head_is_exact_under_any_default_dtype(request, impl, dtype):
     hidden, weight = HIDDEN.to(dtype).requires_grad_(), WEIGHT.to(dtype).requires_grad_()
     bias = torch.randn(5, dtype=dtype)
 

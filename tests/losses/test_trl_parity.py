@@ -238,7 +238,7 @@ def named(name, **options):
     *(named(name, use_weighting=True) for name in WEIGHTED),
     *SEVERAL,
 )
-def test_dpo(options, b, seed):
+def test_dpo_equals_trl(options, b, seed):
     ours, theirs, tokens, metrics = dpo_both(BETAS[seed] | options, b, seed)
     same(ours.losses.mean(), theirs, tokens)
     same_rewards(ours, metrics)
@@ -252,7 +252,7 @@ def test_dpo(options, b, seed):
     {"loss_type": "apo_zero_unpaired"},
     {"loss_type": "apo_zero_unpaired", "desirable_weight": 0.0, "undesirable_weight": 2.5},
 )
-def test_kto(options, labels, b, seed):
+def test_kto_equals_trl(options, labels, b, seed):
     options = options | BETAS[seed]
     batch, (policy, reference) = make_batch(b, seed, empty=b == 7), models(seed)
     mismatched = make_batch(b, 50 + seed)  # the mean is above 0 for some of the seeds and below it for others
@@ -311,7 +311,7 @@ def same_pairs(ours, theirs, *inputs):
 @BATCHES
 @pytest.mark.parametrize(("alpha", "dtype"), ALPHAS)
 @cases(*CPO)
-def test_cpo_and_alphapo_of_each_pair(options, alpha, dtype, b, seed):
+def test_cpo_and_alphapo_of_each_pair_equal_trl(options, alpha, dtype, b, seed):
     options = {"alpha": alpha} | (BETAS[seed] or {"beta": 2.5}) | options
     averaged = alpha or options["loss_type"] in ("ipo", "simpo")
     inputs = pair(b, seed, 2 if averaged else 40, dtype)
@@ -320,7 +320,7 @@ def test_cpo_and_alphapo_of_each_pair(options, alpha, dtype, b, seed):
 
 @BATCHES
 @pytest.mark.parametrize("beta", [0.1, 1.0])
-def test_orpo_of_each_pair(beta, b, seed):
+def test_orpo_of_each_pair_equals_trl(beta, b, seed):
     inputs = pair(b, seed, 3)
     negated, *rewards = stub(ORPOTrainer, ORPOConfig, None, beta=beta).odds_ratio_loss(*inputs)
     same_pairs(losses.orpo_loss(*inputs, beta=beta), (-negated, *rewards), *inputs)
@@ -341,7 +341,7 @@ def separate(batch):
     {"loss_type": "sigmoid", "cpo_alpha": 0.3},
     {"loss_type": "orpo"},
 )
-def test_cpo_and_orpo_with_their_nll(options, b, seed):
+def test_cpo_and_orpo_with_nll_equal_trl(options, b, seed):
     options = options | BETAS[seed]
     batch, (policy, _) = make_batch(2 * b, seed), models(seed)
     logps, mask = token_logps(policy, batch), completion(batch)
@@ -370,7 +370,7 @@ def test_cpo_and_orpo_with_their_nll(options, b, seed):
     {"loss_type": "tpo-l"},
     {"loss_type": "tpo-l", "label_smoothing": 0.2, "tpo_l_gamma": 1.2},
 )
-def test_tpo(options, tpo_alpha, b, seed):
+def test_tpo_equals_trl(options, tpo_alpha, b, seed):
     options = options | BETAS[seed]
     batch, (policy, _) = make_batch((3 if tpo_alpha else 2) * b, seed, empty=b == 7), models(seed)
     trainer = stub(TPOTrainer, TPOConfig, policy, **options, tpo_alpha=tpo_alpha)
@@ -387,7 +387,7 @@ def test_tpo(options, tpo_alpha, b, seed):
 @BATCHES
 @pytest.mark.parametrize("num_items", [None, torch.tensor(50)])
 @cases({"loss_type": "nll"}, {"loss_type": "dft"}, {"loss_type": "nll", "label_smoothing": 0.1})
-def test_sft(options, num_items, b, seed):
+def test_sft_equals_trl(options, num_items, b, seed):
     batch, (policy, _) = make_batch(b, seed, empty=b == 7), models(seed)
     smoothing = options.get("label_smoothing", 0.0)
     smoother = LabelSmoother(epsilon=smoothing) if smoothing else None  # as transformers' Trainer makes it
@@ -401,7 +401,7 @@ def test_sft(options, num_items, b, seed):
     same(ours, theirs, policy.weight)
 
 
-def test_a_wrong_beta_is_caught():
+def test_the_comparison_detects_a_wrong_beta():
     ours, theirs, tokens, metrics = dpo_both({"loss_type": "sigmoid", "beta": 0.1}, 2, 0, beta=0.1001)
     grads = [torch.autograd.grad(x, tokens, retain_graph=True)[0] for x in (ours.losses.mean(), theirs)]
     for check in (

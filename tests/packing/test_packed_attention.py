@@ -103,7 +103,7 @@ def attend(request, monkeypatch):
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize("groups", [1, 2, 3])
-def test_packed_rows(attend, groups, heads, window):
+def test_packed_attention_equals_dense_attention(attend, groups, heads, window):
     batch = pack_rows(ROWS, groups=groups, multiple=11)
     assert (batch.shared is None) == (groups == 1)
     real = int((batch.row_counts > 0).sum())
@@ -121,7 +121,7 @@ def test_packed_rows(attend, groups, heads, window):
 
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("heads", HEADS)
-def test_right_padded_rows(heads, window):
+def test_right_padded_attention_equals_dense_attention(heads, window):
     made = operands(pack_rows([range(1, 10)]), heads, (8, 5))
     got = values_and_grads(lambda q, k, v: _causal(q, k, v, 0.7, window), made, 9)
     repeats = heads[0] // heads[1]
@@ -134,7 +134,7 @@ def test_right_padded_rows(heads, window):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
-def test_gradients_of_shared_keys():
+def test_gradients_of_shared_keys_are_summed():
     batch = pack_rows(ROWS, groups=3)
     keys, values = (torch.randn(batch.tokens, 2, dtype=torch.float64, requires_grad=True) for _ in range(2))
     assert batch.shared is not None
@@ -170,7 +170,7 @@ def padded_sdpa(query, key, value, batch, scale, window):
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (8, 1)], ids=str)
 @pytest.mark.parametrize("window", [None, 1, 37])
-def test_the_kernel(dtype, sizes, heads, window):
+def test_the_kernel_error_is_at_most_twice_that_of_sdpa(dtype, sizes, heads, window):
     """Its error against fp64 is at most twice that of SDPA on padded rows, and half a unit in the last place."""
     g = torch.Generator().manual_seed(0)
     rows = []
@@ -198,7 +198,7 @@ def test_the_kernel(dtype, sizes, heads, window):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_layout_on_the_gpu_comes_from_there(tmp_path):
+def test_a_layout_copied_to_the_gpu_is_used_from_the_gpu(tmp_path):
     ids = torch.tensor([[5, 6, 7, 0], [5, 6, 8, 9]], device="cuda")
     batch = pack_padded(ids, (ids > 0).long(), groups=2)
     assert batch.input_ids.device.type == "cpu"

@@ -68,7 +68,7 @@ def test_packed_equals_padded(family, name):
 
 
 @pytest.mark.parametrize("name", families.PACKABLE)
-def test_right_padded_rows_without_a_mask(family, name):
+def test_right_padded_rows_without_a_mask_equal_masked_rows(family, name):
     model = family(name)
     enable_unmasked(model)
     for seed in range(2):
@@ -77,7 +77,7 @@ def test_right_padded_rows_without_a_mask(family, name):
 
 
 @pytest.mark.parametrize("name", ["qwen3", "gemma3"])
-def test_rows_that_are_padded_on_the_left(family, name):
+def test_left_padded_rows_equal_masked_rows(family, name):
     model, (ids, mask) = family(name), families.padded_pairs(0)
     flipped = torch.cat([torch.full((len(ids), 2), 7), ids], 1).flip(1), torch.cat([mask[:, :2] * 0, mask], 1).flip(1)
     positions = (flipped[1].cumsum(1) - 1).clamp(min=0)
@@ -93,7 +93,7 @@ def test_rows_that_are_padded_on_the_left(family, name):
 
 @pytest.mark.parametrize("name", ["qwen3", "gemma3", "phi", "deepseek_v3"])
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_gradient_checkpointing(family, name, reentrant):
+def test_packed_gradient_checkpointing_equals_padded(family, name, reentrant):
     model, (ids, mask) = copy.deepcopy(family(name)), families.padded_pairs(1)
     want = run(family(name), ids, mask)
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
@@ -103,7 +103,7 @@ def test_gradient_checkpointing(family, name, reentrant):
 
 
 @pytest.mark.parametrize("name", ["qwen3", "granite", "phi", "gpt_neox"])
-def test_log_probabilities(family, name):
+def test_packed_logps_equal_fp64_full_logits(family, name):
     """Against fp64's of the full logits; of all tokens and of a completion's."""
     model, (ids, mask) = family(name), families.padded_pairs(2)
     exact = copy.deepcopy(model).double().eval()
@@ -123,7 +123,7 @@ def test_log_probabilities(family, name):
     assert counted.any()
 
 
-def test_labels_that_do_not_belong_are_refused(family):
+def test_mismatched_labels_are_refused(family):
     model, batch = (
         family("qwen3"),
         pack_padded(torch.tensor([[5, 6, 7], [5, 6, 0]]), torch.tensor([[1, 1, 1], [1, 1, 0]])),
@@ -136,7 +136,7 @@ def test_labels_that_do_not_belong_are_refused(family):
 
 
 @pytest.mark.parametrize("name", ["qwen3", "gemma3", "gpt_neox"])
-def test_half_precision(name):
+def test_half_precision_error_is_at_most_twice_the_padded_one(name):
     """The error against fp32 is at most twice the padded run's own, over a few batches."""
     wide = families.build(*families.PACKABLE[name])
     half = families.build(*families.PACKABLE[name], dtype=torch.bfloat16)
@@ -154,7 +154,7 @@ def test_half_precision(name):
         assert x <= 2 * error["padded", key], (how, key)
 
 
-def test_a_first_call_proves_the_model():
+def test_the_first_call_proves_the_model():
     model, batch = families.build("qwen3", {"head_dim": 8}), pack_padded(torch.tensor([[5, 6]]), torch.ones(1, 2))
     assert packed_hidden(model, batch).shape == (2, 32)
     refused = families.build(*families.REFUSED["stablelm"][:2])

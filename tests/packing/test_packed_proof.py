@@ -57,7 +57,7 @@ def assert_no_trace(model, check, **changed):
 
 
 @pytest.mark.parametrize("name", families.REFUSED)
-def test_what_is_refused(name):
+def test_unpackable_models_are_refused_with_the_reason(name):
     architecture, options, reason = families.REFUSED[name]
     model = families.build(architecture, options, attention=None)
 
@@ -69,7 +69,7 @@ def test_what_is_refused(name):
 
 
 @pytest.mark.parametrize("name", ["falcon_h1", "qwen3_next", "lfm2", "falcon", "stablelm", "llama4", "gpt2"])
-def test_what_is_refused_without_a_mask(name):
+def test_unsafe_models_without_a_mask_are_refused_with_the_reason(name):
     architecture, options, reason = families.REFUSED[name]
     model = families.build(architecture, options, attention=None)
 
@@ -94,7 +94,7 @@ def test_dropout_is_found_before_training(prove):
         ("qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration takes more than text"),
     ],
 )
-def test_models_that_are_no_text_decoders(name, reason, monkeypatch):
+def test_models_other_than_text_decoders_are_refused(name, reason, monkeypatch):
     pytest.importorskip("trl")
     monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "trl"))
     import tiny
@@ -110,7 +110,7 @@ def test_models_that_are_no_text_decoders(name, reason, monkeypatch):
 
 
 @pytest.mark.parametrize("prove", [enable, enable_unmasked])
-def test_what_is_proven_leaves_its_attention_alone(prove):
+def test_the_proof_changes_only_the_attention_name(prove):
     model = families.build(*families.PACKABLE["gemma3"])
     for parameter in list(model.parameters())[::3]:
         parameter.requires_grad_(False)
@@ -126,7 +126,7 @@ def test_frozen_and_quantised_models_are_proven_by_hidden_states():
     assert 0 < proof.difference <= proof.allowed
 
 
-def test_a_model_that_only_runs_forward_may_have_dropout():
+def test_a_forward_only_model_may_have_dropout():
     model = families.build(*families.PACKABLE["qwen3"])
     for module in model.modules():
         if hasattr(module, "attention_dropout"):
@@ -139,21 +139,21 @@ def test_a_model_that_only_runs_forward_may_have_dropout():
     assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
 
 
-def test_a_model_that_is_not_in_memory():
+def test_a_model_on_the_meta_device_is_refused():
     with torch.device("meta"):
         model = families.build(*families.PACKABLE["qwen3"])
     with pytest.raises(LayoutError, match="Qwen3ForCausalLM has weights that are not in memory"):
         enable(model)
 
 
-def test_attention_that_is_not_sdpa_keeps_its_mask():
+def test_attention_other_than_sdpa_keeps_its_mask():
     model = families.build(*families.PACKABLE["qwen3"], attention="eager")
     with pytest.raises(LayoutError, match="eager attention has its own way with masks"):
         enable_unmasked(model)
     enable(model)
 
 
-def test_errors_of_a_model_say_what_went_wrong():
+def test_errors_raised_by_a_model_are_reported():
     model = families.build(*families.PACKABLE["qwen3"])
 
     def broken(*_, **__):
@@ -340,7 +340,7 @@ CASES = [(fault, name, torch.float32) for fault in FAULTS for name in ("qwen3", 
 
 
 @pytest.mark.parametrize(("fault", "name", "dtype"), CASES)
-def test_a_fault_is_found(fault, name, dtype, monkeypatch):
+def test_the_proof_detects_every_injected_fault(fault, name, dtype, monkeypatch):
     model = families.build(*families.PACKABLE[name], dtype=dtype)
     FAULTS[fault](monkeypatch)
     with pytest.raises(LayoutMismatchError, match="does not come out as in the padded layout"):
@@ -353,7 +353,7 @@ def test_a_fault_is_found(fault, name, dtype, monkeypatch):
 @pytest.mark.parametrize("name", ["mistral", "gemma3"])
 @pytest.mark.parametrize("prove", [enable, enable_unmasked])
 @pytest.mark.parametrize("fault", WINDOW_FAULTS)
-def test_a_fault_of_windows_is_found(fault, prove, name, window, dtype, monkeypatch):
+def test_the_proof_detects_window_faults(fault, prove, name, window, dtype, monkeypatch):
     """Also where windows are wider than the rows of the proof are long."""
     architecture, options = families.PACKABLE[name]
     model = families.build(architecture, options | {"sliding_window": window}, dtype=dtype)
@@ -363,7 +363,7 @@ def test_a_fault_of_windows_is_found(fault, prove, name, window, dtype, monkeypa
     assert model.config.sliding_window == window
 
 
-def test_layers_that_ask_for_another_window_are_refused():
+def test_layers_with_a_different_window_are_refused():
     model = families.build(*families.PACKABLE["gemma3"])
     for layer in model.base_model.layers:
         if layer.self_attn.sliding_window:
@@ -386,7 +386,7 @@ def test_a_compiled_model_stays_one_graph(name, attention):
         torch.testing.assert_close(got.last_hidden_state, want.last_hidden_state, rtol=1e-5, atol=1e-5)
 
 
-def test_layers_that_are_compiled_already():
+def test_layers_compiled_beforehand_pass_the_proof():
     model = families.build(*families.PACKABLE["gemma3"])
     for layer in model.base_model.layers:
         layer.compile(backend="eager")
@@ -412,7 +412,7 @@ def test_layers_that_change_their_mask_are_refused(prove):
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_pickled_models_have_the_attention_that_they_had(attention):
+def test_pickled_models_keep_their_original_attention(attention):
     """Another process knows no other."""
     of = lambda x: pickle.loads(pickle.dumps(x))  # noqa: E731
     model = families.build(*families.PACKABLE["gemma3"], attention=attention).eval()

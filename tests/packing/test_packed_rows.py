@@ -25,7 +25,7 @@ def width_of(rows):
 
 @few
 @given(batches, options)
-def test_rows(batch, options):
+def test_pack_rows_equals_the_plain_loop(batch, options):
     groups, rows = batch
     made = pack_rows(rows, groups=groups, **options)
     oracles.assert_is(made, oracles.packed(rows, groups, **options))
@@ -34,7 +34,7 @@ def test_rows(batch, options):
 
 @few
 @given(st.integers(1, 4).flatmap(lambda n: st.tuples(rows_of(n), st.lists(rows_of(n), max_size=3))), options)
-def test_answers(batch, options):
+def test_pack_answers_equals_the_plain_loop(batch, options):
     prompts, answers = batch
     rows = [prompt + answer for each in answers for prompt, answer in zip(prompts, each, strict=True)]
     made = pack_answers(prompts, *answers, **options)
@@ -44,7 +44,7 @@ def test_answers(batch, options):
 
 @few
 @given(batches, options, st.data())
-def test_padded_rows(batch, options, data):
+def test_pack_padded_equals_the_plain_loop(batch, options, data):
     """On the left, on the right, on both sides; what stands on padding does not matter."""
     groups, rows = batch
     width = width_of(rows) + data.draw(st.integers(0, 3))
@@ -61,7 +61,7 @@ def test_padded_rows(batch, options, data):
 
 @few
 @given(st.integers(1, 3), st.integers(1, 8), st.sampled_from([1, 4]), st.data())
-def test_documents(count, width, multiple, data):
+def test_pack_documents_equals_the_plain_loop(count, width, multiple, data):
     """A row of documents begins one, whatever its first position says (`wrapped` cuts them)."""
     ids, positions, documents = torch.randint(1, 9, (count, width)), [], []
     for row in ids.tolist():
@@ -85,7 +85,7 @@ def test_documents(count, width, multiple, data):
     assert torch.equal(made.input_ids[0, made.token_index], ids)
 
 
-def test_64_pairs():
+def test_64_pairs_are_packed_like_the_plain_loop():
     g = torch.Generator().manual_seed(0)
     lengths = torch.randint(0, 40, (3, 64), generator=g).tolist()
     prompts, chosen, rejected = ([torch.randint(1, 50, (n,), generator=g).tolist() for n in row] for row in lengths)
@@ -108,7 +108,7 @@ def test_64_pairs():
         ([], [], [0]),  # a layout is never without a token
     ],
 )
-def test_one_pair(chosen, rejected, expected):
+def test_a_pair_shares_its_common_prefix(chosen, rejected, expected):
     made = pack_rows([chosen, rejected], groups=2)
     assert made.input_ids.tolist() == [expected]
     oracles.assert_padded(made, [chosen, rejected], [0, 0], max(len(chosen), len(rejected)))
@@ -122,7 +122,7 @@ def test_rows_may_be_tensors():
 
 @few
 @given(batches, st.sampled_from([torch.float64, torch.bfloat16]), st.sampled_from([(), (3,)]))
-def test_means_of_rows(batch, dtype, trailing):
+def test_row_means_equal_means_of_each_row(batch, dtype, trailing):
     groups, rows = batch
     made = pack_rows(rows, groups=groups, multiple=4)
     values = torch.randn(made.tokens, *trailing).to(dtype)
@@ -136,7 +136,7 @@ def test_means_of_rows(batch, dtype, trailing):
 
 @few
 @given(batches, st.integers(0, 2**31))
-def test_spread(batch, seed):
+def test_spread_returns_values_to_their_rows(batch, seed):
     groups, rows = batch
     made = pack_rows(rows, groups=groups, multiple=4)
     g = torch.Generator().manual_seed(seed)
@@ -149,7 +149,7 @@ def test_spread(batch, seed):
     torch.testing.assert_close(*(torch.zeros_like(values) if x is None else x for x in grads))
 
 
-def test_spread_of_other_values():
+def test_spread_passes_gradcheck_and_takes_integers():
     made = pack_rows([[5, 6, 7], [5, 6, 8, 9], [5], [5]], groups=2)
     flat = torch.randn(made.tokens, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(made.spread, (flat,))
@@ -166,7 +166,7 @@ MADE = {
 
 @pytest.mark.parametrize("name", MADE)
 @pytest.mark.parametrize("move", [lambda x: pickle.loads(pickle.dumps(x)), lambda x: x.to("cpu", non_blocking=True)])
-def test_copies(name, move):
+def test_pickled_and_moved_layouts_are_equal(name, move):
     made = MADE[name]()
     copy = move(made)
     for field in (*MODEL_TENSORS, "token_index", "valid"):
@@ -178,7 +178,7 @@ def test_copies(name, move):
 
 
 @pytest.mark.parametrize("name", MADE)
-def test_what_moves(name):
+def test_only_model_tensors_move_to_the_device(name):
     """To the model's device all that it needs, and no more."""
     moved = MADE[name]().to("meta")
     theirs = [getattr(moved, field) for field in MODEL_TENSORS] + list(moved.shared or ())
@@ -186,7 +186,7 @@ def test_what_moves(name):
     assert {moved.token_index.device.type, moved.valid.device.type} == {"cpu"}
 
 
-def test_pinned(monkeypatch):
+def test_pin_memory_pins_the_layout(monkeypatch):
     """Collators' batches are pinned by their method."""
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: x + 1)
     from torch.utils.data._utils.pin_memory import pin_memory
@@ -198,7 +198,7 @@ def test_pinned(monkeypatch):
     assert torch.equal(pinned.token_index, made.token_index)
 
 
-def test_right_padded_rows_hold_nothing():
+def test_right_padded_layouts_move_and_pickle():
     layout = RightPadded()
     assert layout.to("meta") is layout
     assert isinstance(pickle.loads(pickle.dumps(layout)), RightPadded)
@@ -233,7 +233,7 @@ class _Sharded(torch.Tensor):
         ),
     ],
 )
-def test_errors(make, message):
+def test_bad_rows_raise(make, message):
     with pytest.raises(ValueError, match=message):
         make()
 
@@ -249,12 +249,12 @@ def test_tensors_that_are_not_plain_are_refused(pack):
 
 @pytest.mark.parametrize("pack", [lambda x: pack_rows([x]), lambda x: pack_padded(x[None], torch.ones(1, 2))])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bool])
-def test_token_ids_are_integers(pack, dtype):
+def test_token_ids_that_are_not_integers_are_refused(pack, dtype):
     with pytest.raises(TypeError, match="token ids must be integers, got torch"):
         pack(torch.ones(2, dtype=dtype))
 
 
 @pytest.mark.parametrize("multiple", [0, -64])
-def test_multiple_is_positive(multiple):
+def test_a_multiple_below_1_is_refused(multiple):
     with pytest.raises(ValueError, match=f"multiple must be at least 1, got {multiple}"):
         pack_rows([[1, 2]], multiple=multiple)

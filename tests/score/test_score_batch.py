@@ -42,7 +42,7 @@ def exact(model, ids, mask, labels):
 @pytest.mark.parametrize("packed", [False, "auto"])
 @pytest.mark.parametrize("family", models.FAMILIES)
 @torch.no_grad()
-def test_are_those_of_full_logits(family, packed, left):
+def test_scores_equal_full_logits(family, packed, left):
     model = models.build(family)
     for seed in range(2):
         ids, mask = batch(5, left, seed)
@@ -71,7 +71,7 @@ def test_without_labels_each_token_but_the_first_counts(left):
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_is_differentiable(packed):
+def test_gradients_equal_full_logits(packed):
     model = models.build()
     ids, mask = batch(4)
     sequence_logps(model, ids, attention_mask=mask, packed=packed).logps.sum().backward()
@@ -87,7 +87,7 @@ def test_is_differentiable(packed):
 
 
 @torch.no_grad()
-def test_prompts_are_shared():
+def test_groups_share_their_prompts():
     model, widths = models.build(), []
     examples = models.pairs(3)
     rows = [a.windows[0].input_ids for k in (0, 1) for a in [e.answers[k] for e in examples]]
@@ -102,7 +102,7 @@ def test_prompts_are_shared():
 
 
 @torch.no_grad()
-def test_adapters_count():
+def test_adapters_are_applied():
     model = models.build()
     ids, mask = batch(3)
     plain = sequence_logps(model, ids, attention_mask=mask).logps
@@ -120,7 +120,7 @@ def test_adapters_count():
     assert torch.equal((adapted.ranks[:, :-1] == 0)[counted], (logits.argmax(-1) == ids[:, 1:])[counted])
 
 
-def test_refusals():
+def test_bad_arguments_are_refused():
     model = models.build("gemma2")
     ids, mask = batch(2)
     with pytest.raises(LayoutError, match="softcap"):
@@ -139,7 +139,7 @@ def test_refusals():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_ranks_go_over_tiles(monkeypatch, dtype):
+def test_ranks_are_exact_over_several_tiles(monkeypatch, dtype):
     g = torch.Generator().manual_seed(0)
     hidden, weight = torch.randn(9, 8, generator=g).to(dtype), torch.randn(50, 8, generator=g).to(dtype)
     bias, targets = torch.randn(50, generator=g), torch.randint(0, 50, (9,), generator=g)
@@ -161,6 +161,6 @@ def test_a_label_on_padding_is_refused(packed, place):
         sequence_logps(models.build(), ids, labels, attention_mask=mask, packed=packed)
 
 
-def test_another_word_for_packed_is_refused():
+def test_unknown_values_of_packed_are_refused():
     with pytest.raises(ValueError, match="packed must be 'auto', True or False, got 'true'"):
         sequence_logps(models.build(), torch.tensor([[9, 10]]), packed="true")

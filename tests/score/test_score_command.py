@@ -70,7 +70,7 @@ def answer_logps(model, tokenizer, prompt, answer):
     return [logits[t - 1, ids[t]].item() for t in range(len(start), len(ids))]
 
 
-def test_pairs(run, model, tokenizer):
+def test_pairs_are_scored_like_full_logits(run, model, tokenizer):
     rows, printed = run(PAIRS, "--per_token", "logps", "ranks")
     assert [row["row"] for row in rows] == list(range(9))
     for row, pair in zip(rows, PAIRS, strict=True):
@@ -88,7 +88,7 @@ def test_pairs(run, model, tokenizer):
     assert max(map(len, printed.out.splitlines())) <= 100 or "/" in printed.out
 
 
-def test_files(run, tmp_path):
+def test_a_run_writes_only_the_scores_and_the_plot(run, tmp_path):
     _, printed = run(PAIRS)
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"data.jsonl", "scores.parquet", "scores.png"}
@@ -96,7 +96,7 @@ def test_files(run, tmp_path):
     assert f"wrote {tmp_path / 'scores.parquet'}" in printed.out
 
 
-def test_a_reference(run, other, folder):
+def test_a_reference_model_adds_rewards(run, other, folder):
     rows, printed = run(PAIRS, "--ref_model", other, "--beta", "0.5")
     for row in rows:
         reward = {side: 0.5 * (row[f"{side}_logps"] - row[f"ref_{side}_logps"]) for side in ("chosen", "rejected")}
@@ -109,7 +109,7 @@ def test_a_reference(run, other, folder):
 
 
 @pytest.mark.parametrize("stride", [None, 5, 15])
-def test_plain_text_in_windows(run, model, tokenizer, stride):
+def test_plain_text_is_scored_in_windows(run, model, tokenizer, stride):
     """Each token but the first counts once, with max_length - stride tokens before it or all there are."""
     words = ["--max_length", "16", *(["--stride", str(stride)] if stride else [])]
     rows, _ = run(TEXTS, *words)
@@ -130,7 +130,7 @@ def test_plain_text_in_windows(run, model, tokenizer, stride):
         assert row["bits_per_byte"] == pytest.approx(-total / math.log(2) / row["num_bytes"], rel=1e-4)
 
 
-def test_rows_that_cannot_be_scored(run, tmp_path):
+def test_unscorable_rows_are_listed(run, tmp_path):
     broken = [*PAIRS[:2], {"prompt": "x", "chosen": "", "rejected": "y"}, *PAIRS[2:4]]
     rows, printed = run(broken)
     assert [row["row"] for row in rows] == [0, 1, 3, 4]
@@ -178,7 +178,7 @@ def test_a_setting_that_differs_is_named(run, words, name):
     assert printed.err.count("\n") == 1
 
 
-def test_flags_and_columns_without_influence(run):
+def test_irrelevant_flags_and_columns_do_not_change_the_run(run):
     rows = [row | {"id": i} for i, row in enumerate(PAIRS)]
     given, _ = run(rows, "--per_token", "ranks", "logps")
     same = [row | {"id": -i} for i, row in enumerate(PAIRS)]
@@ -186,13 +186,13 @@ def test_flags_and_columns_without_influence(run):
     assert run(same, *words)[0] == given
 
 
-def test_what_fails_at_once_blocks_no_other_settings(run, tmp_path):
+def test_a_run_that_fails_at_once_leaves_no_files(run, tmp_path):
     run(PAIRS, "--fused_impl", "nonsense", status=2)
     assert {path.name for path in tmp_path.iterdir()} == {"data.jsonl"}
     run(PAIRS)
 
 
-def test_a_full_disk_is_one_line_with_the_remedy(run, tmp_path, monkeypatch):
+def test_a_full_disk_is_a_one_line_error_with_the_remedy(run, tmp_path, monkeypatch):
     import errno
     import os
 
@@ -213,7 +213,7 @@ def test_a_full_disk_is_one_line_with_the_remedy(run, tmp_path, monkeypatch):
     run(PAIRS)
 
 
-def test_code_of_the_model_counts(folder, tmp_path):
+def test_the_model_digest_includes_its_code(folder, tmp_path):
     import shutil
 
     from fusedalign.score import identity
@@ -227,7 +227,7 @@ def test_code_of_the_model_counts(folder, tmp_path):
     assert len(found) == 4
 
 
-def test_yaml_and_flags(run, tmp_path):
+def test_yaml_fields_and_flags_are_accepted(run, tmp_path):
     (tmp_path / "score.yaml").write_text("per_token: [entropy]\nmax_tokens_per_batch: 64\n")
     rows, _ = run(PAIRS, "--config", str(tmp_path / "score.yaml"))
     assert len(rows[0]["chosen_token_entropies"]) == rows[0]["chosen_num_tokens"]
@@ -236,7 +236,7 @@ def test_yaml_and_flags(run, tmp_path):
     assert "did you mean --per_token?" in printed.err
 
 
-def test_an_adapter_is_a_model(run, folder, tmp_path):
+def test_an_adapter_folder_is_accepted_as_a_model(run, folder, tmp_path):
     import peft
 
     base = transformers.AutoModelForCausalLM.from_pretrained(folder)
@@ -277,13 +277,13 @@ def test_an_adapter_is_a_model(run, folder, tmp_path):
         (["--fused_impl", "cuda"], "impl must be one of"),
     ],
 )
-def test_errors_of_one_line(run, words, message):
+def test_bad_arguments_are_one_line_errors(run, words, message):
     _, printed = run(PAIRS, *words, status=2, out="new.parquet")
     assert message in printed.err
     assert len(printed.err.strip().splitlines()) == 1
 
 
-def test_no_row_at_all(run, tmp_path):
+def test_no_scorable_row_is_reported(run, tmp_path):
     for words, status in (([], 0), (["--strict"], 3)):  # the second reads the finished file
         rows, printed = run([{"prompt": "a", "chosen": "", "rejected": "b"}] * 3, *words, status=status)
         assert rows == []
@@ -296,7 +296,7 @@ def test_no_row_at_all(run, tmp_path):
     assert "question" in printed.err
 
 
-def test_help(capsys):
+def test_help_names_the_main_options(capsys):
     assert main(["score", "--help"]) == 0
     text = capsys.readouterr().out
     for word in ("--out", "--ref_model", "--max_tokens_per_batch", "--ref_cache", "--strict"):
@@ -321,7 +321,7 @@ def test_two_processes_write_the_same_file(run, folder, tmp_path, launcher):
 # ---------------------------------------------------------------------------------------------------------- in Python
 
 
-def test_score_in_python(model, tokenizer, tmp_path):
+def test_score_returns_a_data_set_in_python(model, tokenizer, tmp_path):
     model.train()
     found = score(model, tokenizer, Dataset.from_list(PAIRS))
     assert model.training
@@ -340,14 +340,14 @@ def test_score_in_python(model, tokenizer, tmp_path):
         score(changed, tokenizer, Dataset.from_list(PAIRS), out=out)
 
 
-def test_rewards_in_python(model, tokenizer, other):
+def test_rewards_are_returned_in_python(model, tokenizer, other):
     reference = transformers.AutoModelForCausalLM.from_pretrained(other)
     found = score(model, tokenizer, Dataset.from_list(PAIRS), ref_model=reference, beta=0.2)
     row = found[0]
     assert row["chosen_reward"] == pytest.approx(0.2 * (row["chosen_logps"] - row["ref_chosen_logps"]), abs=1e-6)
 
 
-def test_python_takes_rows_as_they_are(model, tokenizer, tmp_path):
+def test_python_accepts_lists_of_mappings_with_arrays(model, tokenizer, tmp_path):
     """A list of mappings, arrays in it; an array is known by all of its values."""
     import numpy as np
 
@@ -369,12 +369,12 @@ def test_python_takes_rows_as_they_are(model, tokenizer, tmp_path):
         ({"max_tokens_per_batch": 0}, "max_tokens must be 'auto' or a number of tokens above 0, got 0"),
     ],
 )
-def test_errors_in_python(model, tokenizer, options, message):
+def test_bad_options_raise_in_python(model, tokenizer, options, message):
     with pytest.raises(ValueError, match=message):
         score(model, tokenizer, Dataset.from_list(PAIRS), **options)
 
 
-def test_no_row_in_python(model, tokenizer):
+def test_no_scorable_row_raises_in_python(model, tokenizer):
     with pytest.raises(ValueError, match="expected a row that can be scored, got 2 that cannot, the first for: chosen"):
         score(model, tokenizer, Dataset.from_list([PAIRS[0] | {"chosen": ""}] * 2))
     with pytest.raises(ValueError, match="the data set must have at least one row, got none"):

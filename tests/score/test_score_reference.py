@@ -90,14 +90,14 @@ def test_prompts_are_computed_once(config, tmp_path, capsys, monkeypatch):
         (["--learning_rte", "1"], "did you mean --learning_rate?"),
     ],
 )
-def test_errors_of_one_line(config, tmp_path, capsys, words, message):
+def test_bad_arguments_are_one_line_errors(config, tmp_path, capsys, words, message):
     assert main(["score", "--ref_cache", str(tmp_path / "r.parquet"), "--config", config, *words]) == 2
     err = capsys.readouterr().err.strip()
     assert message in err.splitlines()[-1]
 
 
 @pytest.mark.parametrize("content", [None, "a file of the user"])
-def test_what_is_no_cache_is_not_written_over(config, tmp_path, capsys, monkeypatch, content):
+def test_a_file_that_is_not_a_cache_is_not_overwritten(config, tmp_path, capsys, monkeypatch, content):
     from fusedalign.trl import train
 
     monkeypatch.setattr(train, "find_model", None)  # told before anything is loaded
@@ -108,7 +108,7 @@ def test_what_is_no_cache_is_not_written_over(config, tmp_path, capsys, monkeypa
     assert taken.is_dir() if content is None else taken.read_text() == content
 
 
-def test_an_interrupted_run_goes_on_with_the_same_words_alone(config, tmp_path, capsys, monkeypatch):
+def test_an_interrupted_run_resumes_only_with_the_same_arguments(config, tmp_path, capsys, monkeypatch):
     from fusedalign.trl import ref_cache
 
     words = ["score", "--ref_cache", str(tmp_path / "ref.parquet"), "--config", config]
@@ -137,7 +137,7 @@ def test_another_truncation_is_refused(config, tmp_path, capsys):
     assert "ref_logps must be a cache made with max_length=48" in capsys.readouterr().err
 
 
-def test_what_is_there_is_used_or_refused(config, tmp_path, capsys, monkeypatch):
+def test_an_existing_cache_is_used_or_refused(config, tmp_path, capsys, monkeypatch):
     cache = tmp_path / "ref.parquet"
     words = ["score", "--ref_cache", str(cache), "--config", config]
     cache.write_text("my notes")

@@ -126,7 +126,7 @@ def steps(action):
     return lambda: count
 
 
-def test_killed_at_any_step_it_goes_on_and_ends_the_same(tmp_path, whole):
+def test_a_run_killed_at_any_step_resumes_to_the_same_file(tmp_path, whole):
     def count(body_out):
         total = steps(lambda n: None)
         score_run(make(body_out))
@@ -149,7 +149,7 @@ def test_killed_at_any_step_it_goes_on_and_ends_the_same(tmp_path, whole):
         assert not list(tmp_path.glob(f"{k}.parquet.*"))  # neither shards nor temporary files of the finished run
 
 
-def test_what_is_there_is_not_made_again(tmp_path):
+def test_finished_shards_are_not_recomputed(tmp_path):
     out, log = tmp_path / "scores.parquet", []
     store = make(out).store
 
@@ -176,7 +176,7 @@ def test_what_is_there_is_not_made_again(tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["data", "shorter", "note", "lost"])
-def test_a_damaged_shard_is_made_again(tmp_path, whole, damage):
+def test_a_damaged_shard_is_recomputed(tmp_path, whole, damage):
     out, log = tmp_path / "scores.parquet", []
     run = make(out, log=log)
     store = run.store
@@ -199,7 +199,7 @@ def test_a_damaged_shard_is_made_again(tmp_path, whole, damage):
     assert content(out) == whole
 
 
-def test_a_full_disk_leaves_what_was_finished(tmp_path, whole, monkeypatch):
+def test_a_full_disk_keeps_finished_shards(tmp_path, whole, monkeypatch):
     out, original, count = tmp_path / "scores.parquet", os.fsync, []
 
     def fsync(descriptor):
@@ -218,7 +218,7 @@ def test_a_full_disk_leaves_what_was_finished(tmp_path, whole, monkeypatch):
     assert content(out) == whole
 
 
-def test_a_small_disk(tmp_path, whole):
+def test_a_full_tmpfs_keeps_finished_shards(tmp_path, whole):
     disk = tmp_path / "disk"
     disk.mkdir()
     made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24k", "tmpfs", str(disk)], capture_output=True)
@@ -237,7 +237,7 @@ def test_a_small_disk(tmp_path, whole):
 
 
 @pytest.mark.parametrize("source", ["number", "model", "run"])
-def test_a_shard_in_the_place_of_another_is_made_again(tmp_path, whole, source):
+def test_a_shard_of_another_run_is_recomputed(tmp_path, whole, source):
     """A whole shard with the right checksum, copied from elsewhere."""
     out = tmp_path / "scores.parquet"
     run, other = make(out), make(tmp_path / "other.parquet", model="b")
@@ -255,7 +255,7 @@ def test_a_shard_in_the_place_of_another_is_made_again(tmp_path, whole, source):
 
 
 @pytest.mark.parametrize("damage", [b"", b"{", b"[]", b"\xff"])
-def test_damaged_settings_are_written_again(tmp_path, whole, damage):
+def test_damaged_settings_are_rewritten(tmp_path, whole, damage):
     out = tmp_path / "scores.parquet"
     run = make(out)
     run.store.claim(POLICY, {"max_tokens": 10})
@@ -264,7 +264,7 @@ def test_damaged_settings_are_written_again(tmp_path, whole, damage):
     assert content(out) == whole
 
 
-def test_a_file_system_without_links(tmp_path, whole, monkeypatch):
+def test_a_file_system_without_hard_links_works(tmp_path, whole, monkeypatch):
     def link(own, path):
         raise PermissionError(errno.EPERM, "Operation not permitted")
 
@@ -273,7 +273,7 @@ def test_a_file_system_without_links(tmp_path, whole, monkeypatch):
     assert content(tmp_path / "scores.parquet") == whole
 
 
-def test_the_finished_file_is_on_the_disk_before_the_shards_go(tmp_path, monkeypatch):
+def test_the_finished_file_is_synced_before_shards_are_deleted(tmp_path, monkeypatch):
     out, log = tmp_path / "scores.parquet", []
     fsync, replace, remove = os.fsync, os.replace, ShardStore.remove
 
@@ -295,7 +295,7 @@ def test_the_finished_file_is_on_the_disk_before_the_shards_go(tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("processes", [2, 4])
-def test_processes_that_know_nothing_of_each_other(tmp_path, whole, processes):
+def test_uncoordinated_processes_write_the_same_file(tmp_path, whole, processes):
     """The same command twice at once, without torchrun: each is rank 0, and neither fails nor damages the file."""
     for attempt in range(3):
         out = tmp_path / str(attempt) / "scores.parquet"
@@ -315,7 +315,7 @@ def test_processes_that_know_nothing_of_each_other(tmp_path, whole, processes):
         assert sorted(p.name for p in out.parent.iterdir()) == ["scores.parquet", "scores.refused.jsonl"]
 
 
-def test_a_rank_stops_where_the_run_was_finished_without_it(tmp_path):
+def test_a_rank_stops_if_the_run_is_already_finished(tmp_path):
     """Also where the finished file has been taken away since, as that of a reference cache."""
     out, log = tmp_path / "scores.parquet", []
 
@@ -350,7 +350,7 @@ def test_ranks_share_the_work_and_write_the_same_file(tmp_path, whole, ranks):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["scores.parquet", "scores.refused.jsonl"]
 
 
-def test_the_shards_of_a_dead_rank_are_made_by_the_others(tmp_path, whole):
+def test_other_ranks_compute_the_shards_of_a_dead_rank(tmp_path, whole):
     """Rank 0 alone of four writes the whole file."""
     out = tmp_path / "scores.parquet"
     score_run(make(out, 0, 4))
@@ -358,7 +358,7 @@ def test_the_shards_of_a_dead_rank_are_made_by_the_others(tmp_path, whole):
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 5])
-def test_each_rank_looks_at_every_shard_its_own_first(ranks):
+def test_each_rank_visits_its_own_shards_first_then_all(ranks):
     for rank in range(ranks):
         order = list(shard_order(11, rank, ranks))
         assert sorted(order) == list(range(11))
@@ -381,7 +381,7 @@ def test_other_settings_are_refused(tmp_path, finished):
 
 
 @pytest.mark.parametrize("what", ["text", "parquet"])
-def test_files_of_others_are_left_alone(tmp_path, what):
+def test_unrelated_files_are_not_touched(tmp_path, what):
     out = tmp_path / "scores.parquet"
     if what == "text":
         out.write_text("my notes")
@@ -394,7 +394,7 @@ def test_files_of_others_are_left_alone(tmp_path, what):
 
 
 @pytest.mark.parametrize("part", [0.1, 0.4, 0.9])
-def test_damage_of_the_finished_file_is_found(tmp_path, part):
+def test_damage_to_the_finished_file_is_detected(tmp_path, part):
     out = tmp_path / "scores.parquet"
     score_run(make(out))
     table = pyarrow.parquet.ParquetFile(out).metadata.row_group(3).column(2)
@@ -407,7 +407,7 @@ def test_damage_of_the_finished_file_is_found(tmp_path, part):
 
 
 @pytest.mark.parametrize("damage", [None, "", "{}\n", "{"])
-def test_a_lost_list_of_refused_rows_is_found(tmp_path, damage):
+def test_a_missing_list_of_refused_rows_is_detected(tmp_path, damage):
     run = make(tmp_path / "scores.parquet")
     score_run(run)
     if damage is None:
@@ -418,7 +418,7 @@ def test_a_lost_list_of_refused_rows_is_found(tmp_path, damage):
         score_run(run)
 
 
-def test_a_budget_of_an_earlier_process_is_kept(tmp_path):
+def test_a_resumed_run_keeps_the_earlier_budget(tmp_path):
     """So that a run that goes on has the batches of an uninterrupted one."""
     out, seen = tmp_path / "scores.parquet", []
     run = make(out, reference=False)
@@ -456,7 +456,7 @@ def test_a_terminal_shows_rows_tokens_and_the_time_left(tmp_path, monkeypatch):
     assert "reference" not in shown
 
 
-def test_a_log_has_a_line_from_time_to_time(capsys, monkeypatch):
+def test_a_log_gets_periodic_lines(capsys, monkeypatch):
     for seconds, is_shown in ((30, False), (0.01, True)):
         monkeypatch.setattr(run_module, "_LOG_SECONDS", seconds)
         with run_module._progress("scoring, policy", 10, 0, rank=0) as advance:
@@ -466,7 +466,7 @@ def test_a_log_has_a_line_from_time_to_time(capsys, monkeypatch):
         assert ("tokens/s" in capsys.readouterr().err) == is_shown
 
 
-def test_no_row_that_can_be_scored(tmp_path):
+def test_a_run_without_scorable_rows_finishes(tmp_path):
     class Nothing(Pairs):
         def examples(self, start, stop):
             return [], [RefusedRow(row, "it is empty") for row in range(start, stop)]
@@ -480,7 +480,7 @@ def test_no_row_that_can_be_scored(tmp_path):
     assert [json.loads(line) for line in lines] == [{"row": i, "reason": "it is empty"} for i in range(ROWS)]
 
 
-def test_shards_hold_every_bit(tmp_path):
+def test_shards_store_values_bitwise(tmp_path):
     store = ShardStore(tmp_path, 4, {})
     store.claim(POLICY, {})
     score = Score(-1 / 3, 2, True, {"logps": [-0.1, -1e-300], "ranks": [0, 5]})

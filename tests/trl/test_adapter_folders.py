@@ -97,7 +97,7 @@ def whole(folder, name):
     return peft.PeftModel.from_pretrained(base, folder / name)
 
 
-def test_sft_with_lora_then_dpo_on_that_folder(folder, tmp_path):
+def test_dpo_trains_further_on_a_folder_of_sft_with_lora(folder, tmp_path):
     """The reference is the model after SFT, and what DPO saves loads again, for more DPO too."""
     train("sft", folder, folder / "qwen3", tmp_path / "sft", "--use_peft", "--lora_target_modules", "q_proj")
     first = train("dpo", folder, tmp_path / "sft", tmp_path / "dpo", "--max_steps", "3")
@@ -140,7 +140,7 @@ def chosen_logps(model, folder):
 
 
 @pytest.mark.parametrize("name", ["lora", "tied head", "embedding", "tokens", "ia3", "vera"])
-def test_the_reference_is_base_and_adapter(folder, tmp_path, name):
+def test_the_reference_is_the_base_model_with_its_adapter(folder, tmp_path, name):
     """Also of adapters that TRL copies in part: trained tokens, LoRA on embeddings, IA3, VeRA."""
     start = train("dpo", folder, folder / name, tmp_path / "out")[0]
     assert start["loss"] == pytest.approx(math.log(2), abs=1e-6)
@@ -148,7 +148,7 @@ def test_the_reference_is_base_and_adapter(folder, tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ["lora", "embedding"])
-def test_the_reference_of_kto(folder, tmp_path, name):
+def test_the_reference_of_kto_is_the_base_model_with_its_adapter(folder, tmp_path, name):
     assert train("kto", folder, folder / name, tmp_path / "out")[0]["loss"] == pytest.approx(0.5, abs=1e-6)
 
 
@@ -164,7 +164,7 @@ def test_every_method_trains_an_adapter_further(folder, tmp_path, method):
 
 
 @pytest.mark.parametrize("more", [["--merge_adapter", "true"], ["--use_peft", "--lora_target_modules", "k_proj"]])
-def test_merged_on_request_and_under_a_new_adapter(folder, tmp_path, more):
+def test_adapters_are_merged_on_request_and_under_a_new_adapter(folder, tmp_path, more):
     """The reference is the merged model, which is kept where the new adapter says that its base model is."""
     start = train("dpo", folder, folder / "lora", tmp_path / "out", *more)[0]
     assert start["loss"] == pytest.approx(math.log(2), abs=1e-6)
@@ -178,7 +178,7 @@ def test_merged_on_request_and_under_a_new_adapter(folder, tmp_path, more):
         assert not torch.equal(logits(trained), logits(whole(folder, "lora")))
 
 
-def test_added_tokens_come_with_the_adapter(folder, tmp_path):
+def test_added_tokens_are_loaded_with_the_adapter(folder, tmp_path):
     """A vocabulary that training has enlarged: base model, head and tokenizer follow."""
     tokenizer, base = tiny.tokenizer(), transformers.AutoModelForCausalLM.from_pretrained(folder / "qwen3")
     tokenizer.add_tokens(["<call>", "<answer>"])
@@ -200,7 +200,7 @@ def test_added_tokens_come_with_the_adapter(folder, tmp_path):
     torch.testing.assert_close(logits(merged), logits(model), rtol=1e-4, atol=1e-5)
 
 
-def test_the_embedded_base_model(folder, tmp_path, monkeypatch, capsys):
+def test_an_adapter_of_the_embedded_model_can_move_with_it(folder, tmp_path, monkeypatch, capsys):
     """It lies in the output directory of the first training: both may move, and one line says where it is gone."""
     monkeypatch.chdir(tmp_path)
     peft_words = ["--use_peft", "--lora_target_modules", "q_proj", "v_proj"]
@@ -215,7 +215,7 @@ def test_the_embedded_base_model(folder, tmp_path, monkeypatch, capsys):
     assert str(tmp_path / "first" / "embedded-model") in error
 
 
-def test_what_cannot_be_merged(folder, tmp_path, capsys):
+def test_unmergeable_adapters_are_refused(folder, tmp_path, capsys):
     model = transformers.AutoModelForCausalLM.from_pretrained(folder / "qwen3")
     prompt = peft.get_peft_model(model, peft.PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"))
     prompt.save_pretrained(tmp_path / "prompt")
@@ -240,7 +240,7 @@ def test_what_cannot_be_merged(folder, tmp_path, capsys):
     assert not (tmp_path / "out").exists() or not any((tmp_path / "out").iterdir())
 
 
-def test_adapters_that_are_no_model(folder, tmp_path, capsys):
+def test_invalid_adapter_folders_are_refused(folder, tmp_path, capsys):
     """Each of these would train something other than what the folder says."""
 
     def changed(name, **config):

@@ -16,14 +16,14 @@ from fusedalign.trl import attach, detach
 from fusedalign.trl import attachment as attach_module
 
 
-def test_the_expert_balancing_loss_is_in_the_total(build):
+def test_the_expert_balancing_loss_is_part_of_the_total(build):
     trainer = build("sft", "attach", model="qwen3_moe", max_steps=1)
     trainer.train()
     assert trainer.state.log_history[0]["aux_loss"] > 0.5  # and part of "loss", which the matrix compares
 
 
 @pytest.mark.parametrize("kind", ["sft", "dpo"])
-def test_a_model_that_takes_no_loss_arguments(build, kind):
+def test_a_model_without_loss_arguments_trains_like_stock(build, kind):
     """Then the Trainer, and not the loss, divides by the number of accumulation steps."""
 
     def without(trainer):
@@ -35,7 +35,7 @@ def test_a_model_that_takes_no_loss_arguments(build, kind):
     tiny.assert_same(got, want)
 
 
-def test_no_step_makes_the_logits(build):
+def test_no_step_allocates_the_logits(build):
     def largest(how):
         trainer = build("dpo", how, per_device_train_batch_size=12)
         batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
@@ -50,7 +50,7 @@ def test_no_step_makes_the_logits(build):
     assert made >= logits  # the check can fail
 
 
-def test_only_the_attached_trainer_is_served(build, monkeypatch):
+def test_only_the_attached_trainer_is_fused(build, monkeypatch):
     calls = []
     original = attach_module.linear_logps
     monkeypatch.setattr(attach_module, "linear_logps", lambda *a, **k: calls.append(k["impl"]) or original(*a, **k))
@@ -84,7 +84,7 @@ def _reward(completions, **_):
 
 
 @pytest.mark.parametrize("kind", EVERY)
-def test_every_call_of_the_head_is_served(build, monkeypatch, kind):
+def test_every_call_of_the_head_is_fused(build, monkeypatch, kind):
     """Of the policy and of the reference, in training and in evaluation: none reaches TRL's own function."""
 
     def apply(*_):
@@ -104,7 +104,7 @@ def test_every_call_of_the_head_is_served(build, monkeypatch, kind):
 
 
 @pytest.mark.parametrize("model", ["cohere", "gemma2", "phi"])
-def test_another_trainer_gets_trls_own_head(build, model):
+def test_other_trainers_keep_the_head_of_trl(build, model):
     """While one is attached: its scale, softcap or bias, its outputs, and TRL's way with ignored tokens."""
     use_triton = getattr(trl_utils, "_use_triton", None)
     other, attached = build("sft", "stock", model=model).model.eval(), build("sft", "attach")
@@ -122,7 +122,7 @@ def test_another_trainer_gets_trls_own_head(build, model):
     detach(attached)
 
 
-def test_an_attach_that_fails_leaves_the_one_before(build, monkeypatch):
+def test_a_failed_attach_keeps_the_previous_one(build, monkeypatch):
     calls = []
     original = attach_module.linear_logps
     monkeypatch.setattr(attach_module, "linear_logps", lambda *a, **k: calls.append(k["impl"]) or original(*a, **k))
@@ -134,7 +134,7 @@ def test_an_attach_that_fails_leaves_the_one_before(build, monkeypatch):
     assert set(calls) == {"reference"}
 
 
-def test_trainers_that_share_a_model(build, monkeypatch):
+def test_trainers_sharing_a_model_keep_their_own_heads(build, monkeypatch):
     """SFT, then DPO of the model that came out: each is served as it was attached, or not at all."""
     calls = []
     original = attach_module.linear_logps
@@ -162,7 +162,7 @@ def test_trainers_that_share_a_model(build, monkeypatch):
     assert not calls
 
 
-def test_a_copy_of_an_attached_model_is_nobodys(build):
+def test_copies_of_an_attached_model_are_not_attached(build):
     trainer = build("sft", "attach", max_steps=1)
     file = io.BytesIO()
     torch.save(trainer.model, file)
@@ -189,7 +189,7 @@ def test_detach_leaves_no_trace(build, stock_history):
     tiny.assert_same(tiny.history(trainer), stock_history("dpo"))
 
 
-def test_detach_gives_an_instances_own_methods_back(build):
+def test_detach_restores_the_methods_of_an_instance(build):
     """Those that a user has put on this trainer: before attach(), under it, and over it."""
     trainer, calls = build("sft", "stock", max_steps=1), []
     original = trainer.compute_loss
@@ -218,7 +218,7 @@ def test_detach_gives_an_instances_own_methods_back(build):
     assert calls == ["own", "own"]
 
 
-def test_generate_save_and_reload(build, tmp_path):
+def test_attached_models_generate_save_and_reload(build, tmp_path):
     trainer = build("sft", "attach")
     trainer.train()
     ids = torch.tensor([[1, 5, 6, 7]])
@@ -230,7 +230,7 @@ def test_generate_save_and_reload(build, tmp_path):
     assert torch.equal(reloaded.generate(ids, max_new_tokens=5, do_sample=False), answer)
 
 
-def test_a_forward_that_raises_does_not_stay_active(build):
+def test_a_forward_that_raises_is_deactivated(build):
     trainer = build("sft", "attach")
     with pytest.raises(Exception):  # noqa: B017, PT011
         trainer.compute_loss(trainer.model, {"input_ids": "not a tensor", "labels": torch.zeros(1, 2)})
@@ -238,7 +238,7 @@ def test_a_forward_that_raises_does_not_stay_active(build):
     assert attach_module._stepping.get() is None
 
 
-def test_what_the_head_will_be_asked_is_checked(build, monkeypatch):
+def test_attach_checks_that_the_impl_supports_the_head(build, monkeypatch):
     """By an impl that cannot do a thing: a bias, the dtype of mixed precision."""
     seen = []
     for model, options in (("phi", {}), ("qwen3", {"bf16": True})):
@@ -262,7 +262,7 @@ def test_a_head_that_trl_cannot_read_is_refused(build):
         attach(trainer)
 
 
-def test_what_cannot_be_attached_is_refused(build, monkeypatch):
+def test_unsupported_trainers_are_refused(build, monkeypatch):
     with pytest.raises(
         TypeError,
         match="trainer must be one of TRL's SFTTrainer, DPOTrainer, KTOTrainer, GRPOTrainer, RLOOTrainer, got str",

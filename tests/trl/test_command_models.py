@@ -57,7 +57,7 @@ def error_of(capsys, argv):
 
 
 @pytest.mark.parametrize("method", ["sft", "dpo", "kto", "orpo"])
-def test_a_tokenizer_without_an_end(folder, tmp_path, capsys, method):
+def test_a_tokenizer_without_eos_is_an_error(folder, tmp_path, capsys, method):
     error = error_of(capsys, [method, *words(folder, tmp_path, "no ends")])
     path = folder / "no ends"
     assert f"the tokenizer of {path} must have an eos_token, got none and no pad_token: set it in its" in error
@@ -65,7 +65,7 @@ def test_a_tokenizer_without_an_end(folder, tmp_path, capsys, method):
     assert f"the tokenizer of {folder / 'no eos'} must have an eos_token, got none: set it in its" in error
 
 
-def test_a_tokenizer_that_needs_no_end(folder, tmp_path, capsys):
+def test_a_tokenizer_trains_without_tokens_it_does_not_need(folder, tmp_path, capsys):
     """EOS pads where there is no padding token; conversations end as their template says."""
     assert main(["dpo", *words(folder, tmp_path, "no pad")]) == 0, capsys.readouterr().err
     template = tmp_path / "template.jinja"
@@ -75,7 +75,7 @@ def test_a_tokenizer_that_needs_no_end(folder, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("method", ["sft", "dpo", "orpo"])
-def test_a_model_without_a_tokenizer(folder, tmp_path, capsys, method):
+def test_a_model_without_a_tokenizer_is_an_error(folder, tmp_path, capsys, method):
     """transformers makes one that knows no word, and training on nothing would end well."""
     error = error_of(capsys, [method, *words(folder, tmp_path, "bare")])
     assert f"the model must come with a tokenizer, got {folder / 'bare'} without one" in error
@@ -91,7 +91,7 @@ def test_a_model_without_a_tokenizer(folder, tmp_path, capsys, method):
     ],
     ids=lambda options: " ".join(options.values()),
 )
-def test_what_needs_an_evaluation(folder, tmp_path, capsys, method, options):
+def test_options_that_need_an_evaluation_are_errors_without_one(folder, tmp_path, capsys, method, options):
     """The one split leaves nothing to evaluate on."""
     error = error_of(capsys, [method, *words(folder, tmp_path, **options)])
     name = next(iter(options))
@@ -99,7 +99,7 @@ def test_what_needs_an_evaluation(folder, tmp_path, capsys, method, options):
     assert "needs an evaluation, got data without a split for it: add the split test, or leave" in error
 
 
-def test_a_chat_template_that_is_not_there(folder, tmp_path, capsys):
+def test_a_missing_chat_template_is_an_error(folder, tmp_path, capsys):
     error = error_of(capsys, ["sft", *words(folder, tmp_path, chat_template_path="runs/nowhere")])
     assert "chat_template_path must name a .jinja file or a tokenizer's folder, got runs/nowhere" in error
 
@@ -117,7 +117,7 @@ def test_without_bf16_a_command_trains_on_a_cpu(folder, tmp_path, monkeypatch, c
 
 
 @pytest.mark.parametrize("method", ["sft", "dpo", "kto", "orpo"])
-def test_conversations_for_a_tokenizer_without_a_template(folder, tmp_path, capsys, method):
+def test_conversations_without_a_template_are_an_error(folder, tmp_path, capsys, method):
     pair = _pair("a good")
     file = tmp_path / "pairs.jsonl"
     file.write_text(json.dumps(pair) + "\n")
@@ -126,7 +126,7 @@ def test_conversations_for_a_tokenizer_without_a_template(folder, tmp_path, caps
 
 
 @pytest.mark.parametrize("method", ["sft", "dpo", "kto", "orpo"])
-def test_a_conversation_that_the_template_refuses(folder, tmp_path, capsys, method):
+def test_a_conversation_rejected_by_the_template_is_an_error(folder, tmp_path, capsys, method):
     model = tmp_path / "model"
     shutil.copytree(folder / "whole", model)
     template = (

@@ -132,7 +132,7 @@ def told(row, want):
 
 @pytest.mark.parametrize("stream", [False, True], ids=["", "stream"])
 @pytest.mark.parametrize(("method", "kind"), EVERY)
-def test_every_shape_as_the_trainer_takes_it(method, kind, stream):
+def test_every_shape_is_converted_to_the_trainers_format(method, kind, stream):
     row, want = example(method, kind)
     dataset = Dataset.from_list([row] * 3)
     got = served(dataset.to_iterable_dataset() if stream else dataset, method, "mine.jsonl")
@@ -169,7 +169,7 @@ def write(path, rows):
 
 
 @pytest.mark.parametrize(("method", "kind"), TOKENS)
-def test_every_shape_is_tokenised_as_its_plain_form(method, kind, tmp_path, embedded_folder):
+def test_every_shape_is_tokenised_like_its_plain_form(method, kind, tmp_path, embedded_folder):
     found = []
     for name, row in zip(("mine", "plain"), example(method, kind), strict=True):
         file = write(tmp_path / f"{name}.jsonl", [row] * 2)
@@ -195,7 +195,7 @@ def test_conversations_train(kind, stream, tmp_path, embedded_folder, capsys):
 
 
 @pytest.mark.parametrize("row", [{"body": "The sky is blue."}, {"prompt": "x", "text": "y", "answer": "blue"}])
-def test_another_text_field(row, tmp_path, embedded_folder):
+def test_dataset_text_field_selects_the_text(row, tmp_path, embedded_folder):
     field = list(row)[-1]
     file = write(tmp_path / "mine.jsonl", [row] * 4)
     options = flags(tmp_path, embedded_folder, dataset_name=file, dataset_text_field=field)
@@ -204,7 +204,7 @@ def test_another_text_field(row, tmp_path, embedded_folder):
     assert decoded == row[field] + trainer.processing_class.eos_token
 
 
-def test_a_text_field_that_is_not_there(tmp_path, embedded_folder, capsys):
+def test_a_missing_text_field_is_an_error(tmp_path, embedded_folder, capsys):
     file = write(tmp_path / "mine.jsonl", [{"body": "x"}])
     assert main(["sft", *flags(tmp_path, embedded_folder, dataset_name=file, dataset_text_field="story")]) == 2
     assert "or conversations or story or chosen, got" in capsys.readouterr().err
@@ -221,7 +221,7 @@ def test_a_text_field_that_is_not_there(tmp_path, embedded_folder, capsys):
         (["yes", "no"], [True, False]),
     ],
 )
-def test_labels_of_kto_as_words_and_numbers(labels, want):
+def test_kto_labels_may_be_words_and_numbers(labels, want):
     rows = [{"prompt": "a", "completion": "b", "label": label} for label in labels]
     got = served(Dataset.from_list(rows), "kto", "mine.jsonl")
     assert [row["label"] for row in got] == want
@@ -284,7 +284,7 @@ def test_a_bad_row_is_named(name, stream, tmp_path, embedded_folder, capsys):
     assert len(errors[0]) < 400
 
 
-def test_messages_with_tool_calls_and_parts_are_let_through():
+def test_messages_with_tool_calls_and_parts_are_accepted():
     call = {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": {"name": "f"}}]}
     rows = [{"messages": [USER, call]}, {"messages": say([{"type": "text", "text": "a"}])}]
     for row in rows:
@@ -359,13 +359,13 @@ SERVED = {
 
 
 @pytest.mark.parametrize("name", SERVED)
-def test_files_that_are_served(name, tmp_path, embedded_folder):
+def test_unusual_files_are_read(name, tmp_path, embedded_folder):
     (tmp_path / name).write_bytes(SERVED[name])
     trainer = build("dpo", parse("dpo", flags(tmp_path, embedded_folder, dataset_name=tmp_path / name)))
     assert trainer.processing_class.decode(trainer.train_dataset[1]["chosen_ids"]) == " Hello.<|im_end|>"
 
 
-def test_folders(tmp_path, embedded_folder, capsys):
+def test_folders_of_splits_are_read_or_refused(tmp_path, embedded_folder, capsys):
     data = tmp_path / "data"
     data.mkdir()
     options = flags(tmp_path, embedded_folder, dataset_name=data)
@@ -381,7 +381,7 @@ def test_folders(tmp_path, embedded_folder, capsys):
     assert f"{data / 'test.jsonl'}, line 2: must be one JSON object" in capsys.readouterr().err
 
 
-def test_a_bad_row_of_the_test_split(tmp_path, embedded_folder, capsys):
+def test_a_bad_row_of_the_test_split_is_named(tmp_path, embedded_folder, capsys):
     data = tmp_path / "data"
     data.mkdir()
     write(data / "train.jsonl", [TEXT] * 2)

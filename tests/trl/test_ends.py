@@ -83,7 +83,7 @@ def _pairs(method, data):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_the_recipes_own_data_has_one_end(method, sequences, tokenizer):
+def test_answers_of_the_recipes_have_one_end(method, sequences, tokenizer):
     rows = recipe_rows()
     found = sequences(method, rows, tokenizer)
     for (prompt, answer), text in zip(found, [row[side] for side in SIDES for row in rows], strict=True):
@@ -120,7 +120,7 @@ TOKENIZERS = {
 
 @pytest.mark.parametrize("rows", [recipe_rows(3), plain_rows(3)], ids=["messages", "text"])
 @pytest.mark.parametrize("kind", TOKENIZERS)
-def test_all_methods_have_the_tokens_of_dpo(kind, rows, sequences, tokenizer):
+def test_all_methods_tokenise_like_dpo(kind, rows, sequences, tokenizer):
     tokenizer = TOKENIZERS[kind](tokenizer)
     want = sequences("dpo", rows, tokenizer)
     text = isinstance(rows[0]["prompt"], str)
@@ -139,14 +139,14 @@ BOS = {True: ("adds bos", "adds both"), False: ("begins with bos",)}
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("written", [END, END + "\n", f"{END}\n\n"])
-def test_text_that_has_its_end_gets_no_second_one(method, written, sequences, tokenizer):
+def test_text_with_an_end_gets_no_second_one(method, written, sequences, tokenizer):
     rows = [row | {side: row[side] + written for side in SIDES} for row in plain_rows(3)]
     for _, answer in sequences(method, rows, tokenizer):
         assert answer.count(tokenizer.eos_token_id) == 1
         assert tokenizer.decode(answer).endswith(written)
 
 
-def test_a_template_without_an_end_is_told(tokenizer, caplog):
+def test_a_template_without_an_end_is_warned_about(tokenizer, caplog):
     """TRL's DPO and SFT put no end there, and so nothing is learnt of where to stop."""
     tokenizer.chat_template = template("\n")
     for row in recipe_rows(2):
@@ -161,7 +161,7 @@ def test_a_template_without_an_end_is_told(tokenizer, caplog):
 TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}
 
 
-def test_tools_and_options_of_the_template_as_in_dpo(sequences, tokenizer):
+def test_tools_and_template_options_are_used_like_in_dpo(sequences, tokenizer):
     tokenizer.chat_template = "{{ shout }}{% if tools %}{{ tools | tojson }}{% endif %}" + tokenizer.chat_template
     rows = [r | {"tools": json.dumps([TOOL]), "chat_template_kwargs": {"shout": "Hi!"}} for r in recipe_rows(3)]
     want = sequences("dpo", rows, tokenizer)
@@ -169,7 +169,7 @@ def test_tools_and_options_of_the_template_as_in_dpo(sequences, tokenizer):
     assert sequences("orpo", rows, tokenizer) == want == sequences("cpo", rows, tokenizer)
 
 
-def test_multi_turn_and_system_prompt_as_in_dpo(sequences, tokenizer):
+def test_multi_turn_and_system_prompts_are_used_like_in_dpo(sequences, tokenizer):
     rows = []
     for a, b in zip(recipe_rows(4), recipe_rows(4)[1:], strict=False):
         system = [{"role": "system", "content": "Be short."}]
@@ -183,7 +183,7 @@ def test_multi_turn_and_system_prompt_as_in_dpo(sequences, tokenizer):
     assert sft == want
 
 
-def test_answers_are_cut_as_stock_cpo_cuts_them(sequences, tokenizer):
+def test_answers_are_truncated_like_stock_cpo(sequences, tokenizer):
     rows = plain_rows(4)
     whole, cut = sequences("orpo", rows, tokenizer), sequences("orpo", rows, tokenizer, max_length=16)
     assert any(len(p + a) > 16 for p, a in whole)

@@ -32,7 +32,7 @@ def batch(ignored=0.3):
     return ids, ids.masked_fill(torch.rand(3, 7, generator=g) < ignored, -100)
 
 
-def test_the_loss_is_a_mean_over_what_is_said():
+def test_the_loss_divides_by_num_items_or_the_counted_tokens():
     model, (ids, labels) = fused(), batch()
     count = int((labels[:, 1:] != -100).sum())
     mean = model(ids, labels=labels, fused_lm_head=True).loss
@@ -44,7 +44,7 @@ def test_the_loss_is_a_mean_over_what_is_said():
     nothing.backward()
 
 
-def test_aligned_labels_go_before_others():
+def test_shift_labels_take_precedence_over_labels():
     model, (ids, labels) = fused(), batch()
     want = model(ids, shift_labels=labels.roll(-3, 1), fused_lm_head=True)
     got = model(ids, labels=labels, shift_labels=labels.roll(-3, 1), fused_lm_head=True)
@@ -54,7 +54,7 @@ def test_aligned_labels_go_before_others():
 
 
 @pytest.mark.parametrize("name", ["entropy", "log_probs"])
-def test_what_has_a_gradient(name):
+def test_logps_and_entropy_have_gradients_and_means_do_not(name):
     """Entropy too, which some losses reward; not the means that are logged."""
     model, (ids, labels) = fused(mean_positions=slice(None)), batch()
     out = model(ids, labels=labels, fused_lm_head=True)
@@ -73,7 +73,7 @@ def test_what_has_a_gradient(name):
 
 @pytest.mark.parametrize("name", ["qwen3", "phi", "gemma2", "cohere"])
 @pytest.mark.parametrize("positions", [slice(None), slice(None, -1)])
-def test_the_mean_logit_of_rows(name, positions):
+def test_row_mean_logits_equal_those_of_full_logits(name, positions):
     """With a bias, a softcap, a scale."""
     model, (ids, labels) = fused(name, mean_positions=positions), batch()
     got = model(ids, labels=labels, fused_lm_head=True).row_mean_logits
@@ -81,7 +81,7 @@ def test_the_mean_logit_of_rows(name, positions):
 
 
 @pytest.mark.parametrize("autocast", [True, False])
-def test_the_mean_logit_of_rows_is_not_rounded_on_its_way(autocast):
+def test_row_mean_logits_are_not_rounded_to_bf16(autocast):
     """A mean is far smaller than what is averaged: in bf16 it would be noise."""
     kept, (ids, labels) = [], batch()
     model = fused(mean_positions=slice(None))
@@ -98,7 +98,7 @@ def test_the_mean_logit_of_rows_is_not_rounded_on_its_way(autocast):
 # ------------------------------------------------------------------------------------------------- without the argument
 
 
-def test_without_the_argument_the_model_is_as_it_was():
+def test_without_fused_lm_head_the_model_is_unchanged():
     """Whatever it is asked: labels, aligned labels, the number of items, or nothing."""
     ids, labels = batch()
     model = fused()
@@ -116,7 +116,7 @@ def test_without_the_argument_the_model_is_as_it_was():
     )
 
 
-def test_a_forward_that_stands_on_the_instance_stays_below():
+def test_a_forward_set_on_the_instance_is_still_called():
     """As accelerate and others put one there."""
     torch.manual_seed(0)
     model, (ids, labels), calls = tiny.MODELS["qwen3"](), batch(), []
@@ -134,7 +134,7 @@ def test_a_forward_that_stands_on_the_instance_stays_below():
     assert calls == [[], ["labels"]]
 
 
-def test_the_signature_is_the_models_own():
+def test_the_signature_equals_the_models_own():
     """`generate` and the Trainer ask it what the model takes."""
     model = fused()
     own = inspect.signature(type(model).forward).parameters
@@ -143,7 +143,7 @@ def test_the_signature_is_the_models_own():
         model.generate(batch()[0], max_new_tokens=2, nonsense=3)
 
 
-def test_a_forward_that_takes_little_is_given_little():
+def test_a_forward_with_few_arguments_gets_only_those():
     class Little(transformers.Qwen3ForCausalLM):
         def forward(self, input_ids):
             return self.lm_head(self.model(input_ids).last_hidden_state)
@@ -182,7 +182,7 @@ def test_a_model_that_is_its_own_backbone_is_refused():
 
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
-def test_the_loss_that_balances_experts(name):
+def test_the_expert_balancing_loss_equals_the_models_own(name):
     """The model's own one, of the tokens that are no padding, where the configuration or the caller asks for it."""
     model, (ids, labels) = fused(name), batch()
     mask = torch.ones_like(ids).index_fill(1, torch.tensor([0, 1]), 0)
@@ -199,7 +199,7 @@ def test_the_loss_that_balances_experts(name):
     torch.testing.assert_close(asked.loss, want.loss)
 
 
-def test_experts_that_the_configuration_counts_by_another_name():
+def test_expert_counts_under_another_name_are_found():
     """A name that holds nothing counts for nothing."""
     model, (ids, labels) = fused("mixtral"), batch()
     want = model(ids, labels=labels, fused_lm_head=True).aux_loss
@@ -208,7 +208,7 @@ def test_experts_that_the_configuration_counts_by_another_name():
     torch.testing.assert_close(model(ids, labels=labels, fused_lm_head=True).aux_loss, want)
 
 
-def test_experts_of_a_model_that_keeps_its_text_configuration_inside():
+def test_experts_of_a_nested_text_configuration_are_found():
     """As those for images do; without a coefficient the term is logged and not part of the loss."""
     model, (ids, labels) = fused("mixtral"), batch()
     want = model(ids, labels=labels, fused_lm_head=True)
@@ -227,7 +227,7 @@ def test_experts_of_a_model_that_keeps_its_text_configuration_inside():
 # -------------------------------------------------------------------------------------------------- whose forward it is
 
 
-def test_whose_forward_it_is():
+def test_fused_by_names_the_library_of_the_forward():
     """Told by where a function was written, also below the wrappers of mixed precision."""
     model = fused()
     assert fused_by(model) == "fusedalign"

@@ -57,14 +57,14 @@ def one_each(adapter, kind):
 
 
 @pytest.mark.parametrize(("kind", "adapter"), cases(KINDS, list(ADAPTERS)[:-1], one_each))
-def test_as_with_logits(build, kind, adapter):
-    """DPO's and KTO's reference is the model with the adapter disabled. A head to save: test_options, stock TRL."""
+def test_head_adapters_train_like_full_logits(build, kind, adapter):
+    """DPO and KTO use the model with disabled adapters as reference. "head to save": see test_trainer_settings."""
     assert_as_with_logits(build, *options(kind, adapter))
 
 
 @pytest.mark.parametrize("kind", ["cpo", "orpo", "tpo"])
-def test_virtual_tokens_of_prompt_tuning(build, kind):
-    """Stock TRL ends in mismatched shapes; of the other trainers it is the oracle, see test_options."""
+def test_prompt_tuning_trains_like_full_logits(build, kind):
+    """Stock TRL fails with mismatched shapes here; test_trainer_settings compares the other trainers with it."""
     config = [("peft_config", lambda: peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))]
     assert_as_with_logits(build, kind, {"arguments": config})
 
@@ -72,7 +72,7 @@ def test_virtual_tokens_of_prompt_tuning(build, kind):
 @pytest.mark.parametrize(
     ("kind", "adapter"), cases(["dpo", "kto"], ADAPTERS, lambda a, k: (k == "dpo") == (a in ("lora", "tokens, tied")))
 )
-def test_a_precomputed_reference(build, kind, adapter):
+def test_a_precomputed_reference_equals_full_logits(build, kind, adapter):
     assert_as_with_logits(build, *options(kind, adapter, precompute_ref_log_probs=True))
 
 
@@ -80,7 +80,7 @@ def test_a_precomputed_reference(build, kind, adapter):
     ("kind", "adapter"),
     cases(["dpo", "kto"], ["lora", "tokens, tied"], lambda a, k: (k == "dpo") == (a == "lora")),
 )
-def test_an_adapter_that_is_trained_further(build, kind, adapter):
+def test_an_adapter_trained_further_equals_full_logits(build, kind, adapter):
     """Its reference is a copy, the adapter "ref", to which TRL switches."""
     model, config = ADAPTERS[adapter]
 
@@ -96,7 +96,7 @@ def test_an_adapter_that_is_trained_further(build, kind, adapter):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_no_step_makes_logits_or_anything_of_the_heads_size(build, kind):
+def test_no_step_allocates_logits_or_anything_of_head_size(build, kind):
     """LoRA on the head, a whole training of one step, the optimiser's included: [V, D] is 6704, N*V is more."""
 
     def largest(how):

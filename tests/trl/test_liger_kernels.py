@@ -98,7 +98,7 @@ def _models(trainer):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_model_of_a_trainer_and_no_loss(build, liger, kind):
+def test_every_model_of_a_trainer_gets_kernels_without_losses(build, liger, kind):
     trainer = build(kind, "fused", max_steps=1, **LIGER)
     models = _models(trainer)
     assert len(models) == (2 if kind in ("dpo", "kto") else 1)
@@ -119,14 +119,14 @@ def test_off_by_default(build, liger, kind):
 
 
 @pytest.mark.parametrize("kind", ["sft", "dpo", "orpo"])
-def test_a_model_by_its_name(build, liger, tiny_folder, kind):
+def test_a_named_model_gets_kernels(build, liger, tiny_folder, kind):
     trainer = build(kind, "fused", arguments=[("model", lambda: str(tiny_folder("qwen3")))], **LIGER)
     assert liger.models == _models(trainer)
 
 
 @pytest.mark.parametrize("kind", ["sft", "dpo", "cpo"])
 @pytest.mark.parametrize("given", ["configuration", "PeftModel"])
-def test_adapters(build, liger, kind, given):
+def test_adapted_models_get_kernels(build, liger, kind, given):
     """The reference is the same model: its adapters are disabled, or others."""
     options = {"prepare": lambda model: peft.get_peft_model(model, tiny.lora())}
     if given == "configuration":
@@ -137,20 +137,20 @@ def test_adapters(build, liger, kind, given):
     assert liger.ran_in(trainer.model)
 
 
-def test_a_reference_of_ones_own(build, liger, tiny_folder):
+def test_a_passed_reference_gets_kernels(build, liger, tiny_folder):
     own = AutoModelForCausalLM.from_pretrained(tiny_folder("qwen3"), attn_implementation="eager")
     trainer = build("dpo", "fused", arguments=[("ref_model", lambda: own)], **LIGER)
     assert liger.models == [trainer.model, own]
 
 
-def test_a_precomputed_reference(build, liger):
+def test_a_precomputed_reference_runs_with_kernels(build, liger):
     """It is computed while the trainer is built."""
     trainer = build("dpo", "fused", precompute_ref_log_probs=True, **LIGER)
     assert "ref_chosen_logps" in trainer.train_dataset.column_names
     assert liger.ran_in(trainer.model)
 
 
-def test_a_second_trainer_of_the_same_instance(build, liger):
+def test_a_second_trainer_of_the_same_model_runs_its_own_layers(build, liger):
     """Its reference is a copy of a model with kernels, and must run its own layers."""
     first = build("dpo", "fused", max_steps=1, **LIGER)
     second = build("dpo", "fused", max_steps=1, arguments=[("model", lambda: first.model)], **LIGER)
@@ -162,13 +162,13 @@ def test_a_second_trainer_of_the_same_instance(build, liger):
 
 
 @pytest.mark.parametrize("kind", ["sft", "dpo"])
-def test_the_metrics_are_those_without(build, stock_history, liger, kind):
+def test_kernels_do_not_change_the_metrics(build, stock_history, liger, kind):
     """The stand-in computes what the layers compute."""
     tiny.assert_same(tiny.history(build(kind, "fused", **LIGER)), stock_history(kind))
     assert liger.forwards
 
 
-def test_the_key_of_a_precomputed_reference(build, liger):
+def test_the_key_of_a_precomputed_reference_depends_on_kernels(build, liger):
     """Also where the kernels have come otherwise: it is asked what runs."""
     trainer = build("dpo", "fused")
     without = reference_key(trainer)
@@ -184,7 +184,7 @@ def test_the_key_of_a_precomputed_reference(build, liger):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_no_liger_kernel(build, monkeypatch, kind):
+def test_a_missing_liger_kernel_is_refused(build, monkeypatch, kind):
     _environment(monkeypatch, TRITON_INTERPRET="1")
     reason = "liger_kernel is not installed: pip install 'liger-kernel>=0.8.5'"
     monkeypatch.setattr(kernels, "_find", lambda: Found(None, reason))
@@ -192,20 +192,20 @@ def test_no_liger_kernel(build, monkeypatch, kind):
         build(kind, "fused", **LIGER)
 
 
-def test_what_is_not_installed_is_named(monkeypatch):
+def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert kernels._find.__wrapped__().reason == "liger_kernel is not installed: pip install 'liger-kernel>=0.8.5'"
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_no_gpu(build, liger, monkeypatch, kind):
+def test_a_cpu_is_refused(build, liger, monkeypatch, kind):
     _environment(monkeypatch)
     with pytest.raises(ValueError, match="needs a GPU, where Liger's Triton kernels run, got the device cpu: leave it"):
         build(kind, "fused", **LIGER)
     assert liger.models == []
 
 
-def test_no_gpu_and_no_configuration(liger, monkeypatch):
+def test_a_cpu_is_refused_without_a_configuration(liger, monkeypatch):
     """TRL makes one then, on whatever device there is."""
     _environment(monkeypatch)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: None)
@@ -216,7 +216,7 @@ def test_no_gpu_and_no_configuration(liger, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_both_ways_at_once(build, liger, kind):
+def test_use_liger_kernel_at_the_same_time_is_refused(build, liger, kind):
     message = rf"Fused{kind.upper()}Trainer needs use_liger_kernel=False with liger_kernels=True, got both: leave out"
     with pytest.raises(ValueError, match=message):
         build(kind, "fused", use_liger_kernel=True, **LIGER)
@@ -228,14 +228,14 @@ def test_both_ways_at_once(build, liger, kind):
     ("cpo", "mixtral", "MixtralForCausalLM with model_type 'mixtral'"),
     ("orpo", "t5", "T5ForConditionalGeneration with model_type 't5'"),
 ])  # fmt: skip
-def test_an_architecture_without_kernels(build, liger, kind, model, named):
+def test_an_architecture_without_kernels_is_refused(build, liger, kind, model, named):
     options = {"max_completion_length": 16} if model == "t5" else {}
     with pytest.raises(ValueError, match=f"has kernels for, got {named}: leave it out; there are qwen3$"):
         build(kind, "fused", model=model, **options, **LIGER)
     assert liger.models == []
 
 
-def test_remote_code_that_goes_by_the_name_of_an_architecture(liger):
+def test_remote_code_with_a_known_model_type_is_refused(liger):
     class Remote(torch.nn.Module):
         config = types.SimpleNamespace(model_type="qwen3")
 
@@ -243,7 +243,7 @@ def test_remote_code_that_goes_by_the_name_of_an_architecture(liger):
         add_liger_kernels(Remote())
 
 
-def test_a_model_on_several_devices(liger):
+def test_a_model_on_several_devices_is_refused(liger):
     model = tiny.MODELS["qwen3"]()
     model.hf_device_map = {"model.layers.0": 0, "model.layers.1": 1, "lm_head": 0}
     with pytest.raises(ValueError, match="needs a model on one device, got one on 0, 1: pass device_map=None"):
@@ -253,7 +253,7 @@ def test_a_model_on_several_devices(liger):
 
 
 @pytest.mark.parametrize("what", ["raises", "changes nothing"])
-def test_a_function_that_does_not_fit_the_model(build, monkeypatch, liger, what):
+def test_a_kernel_function_that_does_not_fit_is_refused(build, monkeypatch, liger, what):
     def apply_liger_kernel_to_qwen3(model=None):
         if what == "raises":
             raise ImportError("cannot import name\n'Norm'")
@@ -269,7 +269,7 @@ def test_a_function_that_does_not_fit_the_model(build, monkeypatch, liger, what)
 
 @pytest.mark.parametrize("act", ["gelu", "relu", "gelu_pytorch_tanh"])
 @pytest.mark.parametrize("liger_class", ["LigerSwiGLUMLP", "LigerGEGLUMLP"])
-def test_another_activation_than_ligers(monkeypatch, liger, act, liger_class):
+def test_other_activations_than_those_of_liger_are_refused(monkeypatch, liger, act, liger_class):
     """Liger's layers have one activation, whatever the configuration says, and a model that exists is not asked."""
 
     def apply(model):
@@ -290,12 +290,12 @@ def test_another_activation_than_ligers(monkeypatch, liger, act, liger_class):
 
 
 @pytest.mark.parametrize("value", ["true", 1, None, {"rope": True}])
-def test_a_value_that_is_no_bool(build, liger, value):
+def test_values_that_are_not_bool_are_refused(build, liger, value):
     with pytest.raises(TypeError, match="liger_kernels must be True or False, got "):
         build("sft", "fused", head=[("liger_kernels", value)])
 
 
-def test_attach_does_not_take_it(build):
+def test_attach_has_no_liger_kernels_option(build):
     with pytest.raises(TypeError, match=r"options must be among impl, .*, got liger_kernels"):
         attach(build("sft", "stock"), liger_kernels=True)
 
@@ -304,7 +304,7 @@ def test_attach_does_not_take_it(build):
 
 
 @pytest.mark.parametrize("method", ["sft", "dpo", "kto", "cpo", "simpo", "orpo"])
-def test_flag_file_and_help(tmp_path, capsys, method):
+def test_liger_kernels_is_a_flag_and_a_field_with_help(tmp_path, capsys, method):
     out = ["--output_dir", str(tmp_path)]
     assert not parse(method, out).fused.liger_kernels
     assert parse(method, [*out, "--liger_kernels"]).fused.liger_kernels
@@ -318,7 +318,7 @@ def test_flag_file_and_help(tmp_path, capsys, method):
 WORDS = ["--config", "recipes/dpo.yaml", "--max_steps", "1", "--eval_strategy", "no", "--use_cpu", "--liger_kernels"]
 
 
-def test_the_command_trains_with_them(tmp_path, liger, capsys):
+def test_the_command_trains_with_kernels(tmp_path, liger, capsys):
     assert main(["dpo", *WORDS, "--output_dir", str(tmp_path / "out"), "--per_device_train_batch_size", "2"]) == 0
     assert len(liger.models) == 2
     assert all(liger.ran_in(model) for model in liger.models)
@@ -375,7 +375,7 @@ def _loss_and_gradients(trainer):
 @pytest.mark.parametrize(
     ("kind", "model"), [("sft", "qwen3"), ("dpo", "qwen3"), ("orpo", "granite"), ("cpo", "gemma2")]
 )
-def test_a_step_is_as_near_to_fp64_as_without(build, interpreted, kind, model):
+def test_a_step_is_as_close_to_fp64_as_without_kernels(build, interpreted, kind, model):
     options = {"model": model, "rows": 2, "per_device_train_batch_size": 2, "max_length": 8}
     if kind == "dpo":  # which begins with a loss that depends on nothing
         options["prepare"] = _moved
@@ -412,7 +412,7 @@ ACTIVATIONS = {
 
 @needs_liger
 @pytest.mark.parametrize("name", ACTIVATIONS)
-def test_the_activations_of_ligers_own_layers(name):
+def test_the_activations_of_liger_layers_are_known(name):
     config, cls, *activations = ACTIVATIONS[name]
     more = {**tiny.EXPERTS, "num_experts": 4, "moe_intermediate_size": 16} if name == "qwen3_moe" else {}
     own, other = (cls(config(**tiny.SMALL, **more, hidden_act=activation)) for activation in activations)
@@ -425,7 +425,7 @@ def test_the_activations_of_ligers_own_layers(name):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("kind", KINDS)
-def test_on_a_gpu_the_metrics_are_as_near_to_fp32_as_without(build, kind):
+def test_metrics_on_a_gpu_are_as_close_to_fp32_as_without_kernels(build, kind):
     """With a learning rate of 0: weights that move drift apart in bf16 whatever runs, and hide that."""
 
     def history(**options):
@@ -452,6 +452,6 @@ def test_on_a_gpu_the_metrics_are_as_near_to_fp32_as_without(build, kind):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("kind", ["sft", "dpo"])
-def test_on_a_gpu_in_fp32(build, kind):
+def test_fp32_training_on_a_gpu_equals_that_without_kernels(build, kind):
     without = tiny.history(build(kind, "fused", use_cpu=False, max_steps=2))
     tiny.assert_same(tiny.history(build(kind, "fused", use_cpu=False, max_steps=2, **LIGER)), without, 1e-4)

@@ -81,7 +81,7 @@ def twice(name):
 
 
 @pytest.mark.parametrize("name", cases(CASES, costly))
-def test_fused_trainers(build, stock_history, name):
+def test_fused_trainers_log_the_metrics_of_stock_trl(build, stock_history, name):
     kind, options = CASES[name]
     got = tiny.history(build(kind, "fused", **options))
     tiny.assert_same(got, stock_history(kind, **options))
@@ -89,6 +89,6 @@ def test_fused_trainers(build, stock_history, name):
 
 
 @pytest.mark.parametrize("name", cases((name for name, (kind, _) in CASES.items() if kind in ATTACHABLE), twice))
-def test_attach(build, stock_history, name):
+def test_attached_trainers_log_the_metrics_of_stock_trl(build, stock_history, name):
     kind, options = CASES[name]
     tiny.assert_same(tiny.history(build(kind, "attach", **options)), stock_history(kind, **options))

@@ -94,7 +94,7 @@ def without_mean_logits(kind, rows):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_metrics_are_those_of_padded_rows(build, stock_history, name):
+def test_packed_metrics_equal_those_of_padded_rows(build, stock_history, name):
     kind, options = CASES[name]
     trainer = build(kind, "fused", head=PACK, **options)
     assert trainer.layouts.kind == PACKED
@@ -106,7 +106,7 @@ def test_metrics_are_those_of_padded_rows(build, stock_history, name):
 
 @pytest.mark.parametrize("kind", ["cpo", "orpo"])
 @pytest.mark.parametrize("model", ["phi", "gemma3"])
-def test_mean_logits_are_those_of_tokens(build, tiny_folder, kind, model):
+def test_packed_mean_logits_are_means_over_tokens(build, tiny_folder, kind, model):
     """A model with a bias in its head, and one with a softcap."""
     arguments = [("model", sdpa(model, tiny_folder))]
     trainer = build(kind, "fused", head=PACK, arguments=arguments, max_steps=1)
@@ -123,7 +123,7 @@ def test_mean_logits_are_those_of_tokens(build, tiny_folder, kind, model):
 
 
 @pytest.mark.parametrize("kind", ["cpo", "orpo"])
-def test_padded_rows_keep_their_mask_where_means_of_padding_are_logged(build, kind):
+def test_padded_rows_keep_their_mask_if_mean_logits_include_padding(build, kind):
     """Hidden states of padding, which TRL's mean logits count, depend on it."""
     assert build(kind, "fused", max_steps=1).layouts.kind == MASKED
 
@@ -153,7 +153,7 @@ def head_adapters():
 
 @pytest.mark.parametrize("kind", ["sft", "dpo", "kto", "cpo", "orpo", "tpo"])
 @pytest.mark.parametrize("adapters", [None, tiny.lora, head_adapters], ids=["all weights", "lora", "lora on the head"])
-def test_gradients_are_those_of_padded_rows(build, kind, adapters):
+def test_packed_gradients_equal_those_of_padded_rows(build, kind, adapters):
     arguments = [] if adapters is None else [("peft_config", adapters)]
     if adapters is not None and kind in ("cpo", "orpo"):
         arguments = [("peft_config", adapters)]
@@ -182,7 +182,7 @@ def test_accumulation_changes_nothing(build):
 
 
 @pytest.mark.parametrize("options", [{"precompute_ref_log_probs": True}, {}])
-def test_lora_reference(build, options):
+def test_packed_lora_reference_equals_the_padded_one(build, options):
     """Adapters are disabled for the reference."""
     arguments = [("peft_config", tiny.lora)]
     options = {"arguments": arguments, "max_steps": 3, **options}
@@ -195,7 +195,7 @@ def test_lora_reference(build, options):
 
 @pytest.mark.parametrize("prompts", ["short", "long"])
 @pytest.mark.parametrize("precomputed", [False, True])
-def test_matched_and_mismatched_rows_run_together_where_that_is_less_work(build, prompts, precomputed):
+def test_kto_rows_run_together_if_that_takes_fewer_tokens(build, prompts, precomputed):
     options = {"precompute_ref_log_probs": precomputed, "max_steps": 3}
     if prompts == "long":
         options["data"] = long_prompts("kto")
@@ -273,7 +273,7 @@ def test_every_call_is_packed(build, monkeypatch):
     assert set(shapes) == {(1, PackedBatch)}
 
 
-def test_streams(build):
+def test_streams_are_packed_in_the_step(build):
     """One process joins the batches of all, so that the layout is made in the step."""
     options = {"max_steps": 3, "eval_strategy": "no"}
     data = tiny.data("dpo", 12)
@@ -293,7 +293,7 @@ def test_streams(build):
     assert len(losses[0]) > len(want)
 
 
-def test_workers_and_several_evaluation_sets(build):
+def test_dataloader_workers_and_several_evaluation_sets_pack(build):
     def sets():
         return {"a": tiny.data("dpo", 4), "b": tiny.data("dpo", 6)}
 
@@ -307,7 +307,7 @@ def test_workers_and_several_evaluation_sets(build):
 
 
 @pytest.mark.parametrize("packed", [True, pytest.param("auto", marks=pytest.mark.slow)])
-def test_a_compiled_model(build, tiny_folder, packed):
+def test_a_compiled_model_packs(build, tiny_folder, packed):
     options = {"max_steps": 2, "arguments": [("model", sdpa("qwen3", tiny_folder))]}
     want = tiny.history(build("dpo", "fused", head=[("packed", False)], **options), evaluate=False)
     options |= {"torch_compile": True, "torch_compile_backend": "eager"}
@@ -324,7 +324,7 @@ class Generating(TrainerCallback):
             self.answers.append(model.generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=0))
 
 
-def test_generation_between_steps(build):
+def test_generation_between_steps_is_unchanged(build):
     runs = []
     for packed in (True, False):
         callback = Generating()
@@ -336,7 +336,7 @@ def test_generation_between_steps(build):
 
 
 @pytest.mark.parametrize("adapters", [False, True])
-def test_saved_models_know_nothing_of_it(build, tmp_path, adapters):
+def test_saved_models_show_no_trace_of_packing(build, tmp_path, adapters):
     arguments = [("peft_config", tiny.lora)] if adapters else []
     trainer = build("dpo", "fused", head=PACK, max_steps=1, arguments=arguments)
     trainer.train()
@@ -352,7 +352,7 @@ def test_saved_models_know_nothing_of_it(build, tmp_path, adapters):
     torch.testing.assert_close(reloaded.eval()(ids).logits, trainer.model.eval()(ids).logits, rtol=1e-5, atol=1e-5)
 
 
-def test_trainers_one_after_another_on_one_model(build):
+def test_consecutive_trainers_on_one_model_do_not_interfere(build):
     """SFT packed, then DPO not, then stock DPO, each as with a model of its own."""
 
     def runs(own):
@@ -385,7 +385,7 @@ def test_trainers_one_after_another_on_one_model(build):
 @pytest.mark.parametrize(
     ("kind", "model"), [("sft", "qwen3"), ("sft", "qwen3_moe"), ("dpo", "qwen3"), ("kto", "qwen3")]
 )
-def test_attached(build, stock_history, kind, model):
+def test_attached_trainers_pack(build, stock_history, kind, model):
     options = {"loss_type": ["sigmoid"]} if kind == "dpo" else {}
     options |= {} if model == "qwen3" else {"model": model}
     trainer = build(kind, "stock", **options)
@@ -415,7 +415,7 @@ def test_attach_refuses_trainers_without_packing(build):
         attach(trainer, packed=True)
 
 
-def test_attach_that_refuses_leaves_no_trace(build):
+def test_a_refused_attach_leaves_no_trace(build):
     trainer = build("dpo", "stock", model="gemma2")
     collator = trainer.data_collator
     with pytest.raises(ValueError, match="softcap"):
@@ -425,7 +425,7 @@ def test_attach_that_refuses_leaves_no_trace(build):
     assert not trainer.model.config._attn_implementation.startswith(PREFIX)
 
 
-def test_an_attached_trainer_is_collected(build):
+def test_an_attached_trainer_is_garbage_collected(build):
     trainer = attach(build("sft", "stock"), packed=True)
     reference = weakref.ref(trainer)
     del trainer
@@ -437,7 +437,7 @@ def test_an_attached_trainer_is_collected(build):
 
 
 @pytest.mark.parametrize("packed", ["auto", True])
-def test_attention_with_dropout(build, packed):
+def test_attention_dropout_is_refused_or_padded(build, packed):
     """Of GPT-2 as its configuration comes: refused when the trainer is built, and padded where nothing was asked."""
     config = transformers.GPT2Config(vocab_size=419, n_embd=16, n_layer=2, n_head=2, n_positions=64)
     options = {"arguments": [("model", lambda: transformers.GPT2LMHeadModel(config))], "max_steps": 1}
@@ -451,7 +451,7 @@ def test_attention_with_dropout(build, packed):
 
 
 @pytest.mark.parametrize("value", ["maybe", 1, None, "true"])
-def test_words_that_are_none(build, value):
+def test_unknown_values_of_packed_are_refused(build, value):
     with pytest.raises(ValueError, match="packed must be 'auto', True or False, got"):
         build("sft", "fused", head=[("packed", value)])
 
@@ -464,19 +464,19 @@ def test_words_that_are_none(build, value):
         ("t5", "orpo", "T5ForConditionalGeneration is an encoder-decoder"),
     ],
 )
-def test_models_that_cannot(build, model, kind, reason):
+def test_unpackable_models_are_refused(build, model, kind, reason):
     with pytest.raises(ValueError, match=reason):
         build(kind, "fused", model=model, head=PACK)
 
 
-def test_virtual_tokens(build):
+def test_virtual_tokens_are_refused_or_padded(build):
     config = lambda: peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)  # noqa: E731
     with pytest.raises(ValueError, match="PROMPT_TUNING puts virtual tokens before each row"):
         build("sft", "fused", head=PACK, arguments=[("peft_config", config)])
     assert build("sft", "fused", arguments=[("peft_config", config)]).layouts.kind == MASKED
 
 
-def test_auto_on_a_cpu(build, tiny_folder, caplog):
+def test_auto_on_a_cpu_pads_and_logs_it(build, tiny_folder, caplog):
     caplog.set_level(logging.INFO, "fusedalign")
     expected = {
         "sdpa": (UNMASKED, "FusedSFTTrainer, batches: right-padded without a mask (packed='auto' packs on CUDA)"),
@@ -536,7 +536,7 @@ def with_collator(tiny_folder, make):
 
 
 @pytest.mark.parametrize("packed", [True, "auto"])
-def test_left_padded_rows(build, tiny_folder, packed):
+def test_left_padded_rows_train_like_padded_ones(build, tiny_folder, packed):
     options = with_collator(tiny_folder, LeftPadding)
     trainer = build("sft", "fused", head=[("packed", packed)], **options)
     seen = layouts_seen(trainer)
@@ -573,7 +573,7 @@ def _square(mask):
     return (seen & mask.bool()[:, None, None]) | torch.eye(mask.shape[1], dtype=torch.bool)
 
 
-def test_a_layout_of_other_rows_is_made_anew(tiny_folder):
+def test_a_layout_of_other_rows_is_rebuilt(tiny_folder):
     model = sdpa("qwen3", tiny_folder)()
     ids = torch.tensor([[5, 6, 7], [5, 6, 8]])
     layouts = trl_layouts.Layouts(groups=2, kind=PACKED)
@@ -585,7 +585,7 @@ def test_a_layout_of_other_rows_is_made_anew(tiny_folder):
 
 
 @pytest.mark.parametrize("name", UNPACKABLE)
-def test_batches_that_stay_padded(build, tiny_folder, name):
+def test_unpackable_batches_stay_padded(build, tiny_folder, name):
     collator, message = UNPACKABLE[name]
     options = with_collator(tiny_folder, collator)
     with pytest.raises(ValueError, match=message):
@@ -648,7 +648,7 @@ def test_the_command_packs(embedded_folder, tmp_path, capsys, how):
     ],
 )
 @pytest.mark.parametrize("kind", ["sft", "dpo"])
-def test_what_goes_by_padded_rows(build, tiny_folder, kind, options, adapters, reason):
+def test_options_that_depend_on_padded_rows_are_refused_or_padded(build, tiny_folder, kind, options, adapters, reason):
     """Is refused packed; without a mask rows stay where they are."""
     arguments = [("model", sdpa("qwen3", tiny_folder))]
     if adapters == "alora":
@@ -669,7 +669,7 @@ def activated_lora():
 
 @pytest.mark.parametrize("packed", [True, "auto"])
 @pytest.mark.parametrize("how", ["fused", "attach"])
-def test_attention_that_is_set_after_the_trainer_is_built(build, tiny_folder, packed, how):
+def test_attention_set_after_construction_trains_like_stock(build, tiny_folder, packed, how):
     """It serves where there is no layout; batches are laid out as before."""
 
     def run(how):
@@ -692,7 +692,7 @@ class OtherTypes(LeftPadding):
         return transformers.BatchEncoding({**integers, "attention_mask": mask.bool(), "position_ids": positions})
 
 
-def test_batches_of_other_types(build, tiny_folder):
+def test_batches_of_other_types_are_packed(build, tiny_folder):
     options = with_collator(tiny_folder, OtherTypes)
     trainer = build("sft", "fused", head=PACK, **options)
     seen = layouts_seen(trainer)
@@ -702,7 +702,7 @@ def test_batches_of_other_types(build, tiny_folder):
 
 
 @pytest.mark.parametrize("kind", ["sft", "dpo", "kto", "cpo"])
-def test_a_stream_for_evaluation_alone(build, kind):
+def test_an_evaluation_stream_is_packed_in_the_step(build, kind):
     """Other processes get tensors alone; the layout is made in the step."""
     trainer = build(kind, "fused", head=PACK, max_steps=1)
     stream = trainer.eval_dataset.to_iterable_dataset()

@@ -33,7 +33,7 @@ def runs(build, folder, kind, packed, bf16):
 
 @pytest.mark.parametrize("model", ["qwen3", "gemma3"])
 @pytest.mark.parametrize("kind", ["sft", "dpo", "kto", "cpo", "orpo", "tpo"])
-def test_as_near_to_fp32_as_padded_rows(build, tiny_folder, kind, model):
+def test_packed_error_is_at_most_twice_the_padded_one(build, tiny_folder, kind, model):
     """Over all steps the error of each family of metrics in bf16 is at most twice the padded run's, and rounding.
 
     One metric alone has too few figures: the means of chosen and rejected rows, in training and evaluation, are pooled.
@@ -56,7 +56,7 @@ def test_as_near_to_fp32_as_padded_rows(build, tiny_folder, kind, model):
         assert errors[0] <= 2 * errors[1] + rounding, (family, errors)
 
 
-def test_auto_packs_and_says_so(build, tiny_folder, caplog):
+def test_auto_packs_and_logs_it(build, tiny_folder, caplog):
     caplog.set_level(logging.INFO, "fusedalign")
     trainer, rows = runs(build, tiny_folder("qwen3"), "dpo", "auto", True)
     assert trainer.layouts.kind == PACKED
@@ -66,13 +66,13 @@ def test_auto_packs_and_says_so(build, tiny_folder, caplog):
     assert all(row["grad_norm"] > 0 for row in rows if "grad_norm" in row)
 
 
-def test_auto_packs_in_fp32_too(build, tiny_folder):
+def test_auto_packs_in_fp32(build, tiny_folder):
     trainer, _ = runs(build, tiny_folder("qwen3"), "dpo", "auto", False)
     assert trainer.layouts.kind == PACKED
     assert trainer.layouts.reason.endswith("attention takes one segment at a time")
 
 
-def test_no_wait(tiny_folder):
+def test_packed_steps_do_not_synchronise(tiny_folder):
     """A forward of pairs and its backward, with the layout of the collator: nothing makes the CPU wait."""
     g = torch.Generator().manual_seed(0)
     rows = [[torch.randint(3, 40, (n + i,), generator=g).tolist() for i in range(4)] for n in (5, 9, 7)]

@@ -35,7 +35,7 @@ def test_the_backward_never_touches_a_frozen_head(build, kind, how):
 
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize(("kind", "how"), [case for case in BOTH if case[0] in ("dpo", "kto")])
-def test_at_step_0_policy_is_reference(build, kind, how, bf16):
+def test_the_policy_equals_the_reference_at_step_0(build, kind, how, bf16):
     trainer = build(kind, how, max_steps=1, bf16=bf16)
     # TRL 1.15 loads the reference with another attention than the policy's, which rounds otherwise in bf16.
     trainer.ref_model.set_attn_implementation(trainer.model.config._attn_implementation)
@@ -68,7 +68,7 @@ def test_accumulation_1x8_equals_8x1(build, kind, how, losses_take_arguments):
 
 
 @pytest.mark.parametrize("kind", ["orpo", "tpo"])
-def test_accumulation_as_in_trl(build, stock_history, kind):
+def test_accumulation_equals_trl(build, stock_history, kind):
     """Their NLL is a mean over the tokens of each batch, so 1x8 and 8x1 are two losses."""
     options = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8, "max_steps": 2}
     tiny.assert_same(tiny.history(build(kind, "fused", **options)), stock_history(kind, **options))
@@ -99,13 +99,13 @@ def test_packing_equals_padding(build, how, loss_type):
     assert free == pytest.approx(padded, rel=1e-5)
 
 
-def test_kto_with_one_side_alone(build, stock_history):
+def test_kto_trains_with_one_side_only(build, stock_history):
     options = {"per_device_train_batch_size": 1, "loss_type": "apo_zero_unpaired"}
     tiny.assert_same(tiny.history(build("kto", "fused", **options)), stock_history("kto", **options))
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_batch_without_any_token_that_counts(build, kind):
+def test_a_batch_without_counted_tokens_has_a_finite_loss(build, kind):
     """Finite, and connected to the graph."""
     trainer = build(kind, "fused", per_device_train_batch_size=2)
     batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
@@ -121,7 +121,7 @@ def test_a_batch_without_any_token_that_counts(build, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_generate_save_and_reload(build, kind, tmp_path):
+def test_trained_models_generate_save_and_reload(build, kind, tmp_path):
     trainer = build(kind, "fused", max_steps=1)
     trainer.train()
     ids = torch.tensor([[3, 5, 6, 7]])
@@ -135,7 +135,7 @@ def test_generate_save_and_reload(build, kind, tmp_path):
 @pytest.mark.parametrize(
     ("kind", "more"), [("sft", {"target_modules": ["lm_head"]}), ("dpo", {"trainable_token_indices": [3, 5]})]
 )
-def test_save_and_reload_adapters_of_the_head(build, kind, more, tiny_folder, tmp_path):
+def test_head_adapters_save_and_reload(build, kind, more, tiny_folder, tmp_path):
     config = {"r": 4, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM", **more}
     name = "qwen3" if kind == "sft" else "tied"
     arguments = [("peft_config", lambda: peft.LoraConfig(**config))]

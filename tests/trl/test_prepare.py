@@ -22,7 +22,7 @@ def prepared(monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["dpo", "sft"])
-def test_policy_and_reference_are_prepared(prepared, build, kind):
+def test_policy_and_reference_problems_are_prepared(prepared, build, kind):
     trainer = build(kind, "fused")
     policy, *reference = prepared
     head = trainer.model.get_output_embeddings().weight

@@ -77,7 +77,7 @@ def _lora_config(**options):
         ("kto", {"loss_type": "apo_zero_unpaired"}),
     ],
 )
-def test_every_metric_is_that_of_the_live_and_of_the_precomputed_reference(build, cache, kind, options):
+def test_metrics_equal_those_of_live_and_precomputed_references(build, cache, kind, options):
     head = {"packed": options.pop("packed", False)}
     scored = {name: x for name, x in options.items() if name in ("max_length", "truncation_mode", "loss_type")}
     trainer = build(kind, "fused", **options, **_with(cache(kind, **scored), **head))
@@ -112,7 +112,7 @@ def test_a_new_adapter_has_the_base_model_as_its_reference(build, cache, loaded,
         lambda: peft.IA3Config(target_modules=["k_proj"], feedforward_modules=[], init_ia3_weights=False),
     ],
 )
-def test_an_adapter_that_is_trained_further_is_the_reference(build, cache, loaded, config):
+def test_an_adapter_trained_further_is_its_own_reference(build, cache, loaded, config):
     torch.manual_seed(3)
     model = peft.get_peft_model(loaded, config())
     for name, parameter in model.named_parameters():
@@ -129,7 +129,7 @@ def test_an_adapter_that_is_trained_further_is_the_reference(build, cache, loade
         build("dpo", "fused", arguments=[("model", lambda: model.get_base_model())], **_with(path))
 
 
-def test_an_adapter_by_prompts_is_trained_further(build, cache, loaded):
+def test_a_prompt_tuning_adapter_is_trained_further(build, cache, loaded):
     torch.manual_seed(3)
     config = peft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
     model = peft.get_peft_model(loaded, config)
@@ -139,7 +139,7 @@ def test_an_adapter_by_prompts_is_trained_further(build, cache, loaded):
     tiny.assert_same(tiny.history(trainer), tiny.history(build("dpo", "fused", arguments=given)))
 
 
-def test_a_named_model_and_a_dictionary_of_evaluations(build, cache, tiny_folder):
+def test_a_named_model_and_several_evaluation_sets_work(build, cache, tiny_folder):
     """The weights that TRL loads are those that are looked at."""
     evaluations = {"first": tiny.data("dpo", 4), "second": tiny.data("dpo", 6)}
     arguments = [("model", lambda: str(tiny_folder("qwen3"))), ("eval_dataset", lambda: evaluations)]
@@ -148,7 +148,7 @@ def test_a_named_model_and_a_dictionary_of_evaluations(build, cache, tiny_folder
     tiny.assert_same(tiny.history(trainer), tiny.history(build("dpo", "fused", data=data, arguments=arguments)))
 
 
-def test_other_data_are_evaluated_after_a_step_too(build, cache):
+def test_other_cached_data_are_evaluated_after_training(build, cache):
     """Where TRL has no reference model any more."""
     other, train = tiny.data("dpo", 9), tiny.data("dpo", 12)
     trainer = build("dpo", "fused", **_with(cache("dpo", datasets=[other, train])), max_steps=2)
@@ -163,7 +163,7 @@ def test_other_data_are_evaluated_after_a_step_too(build, cache):
 
 
 @pytest.mark.parametrize("kind", ["dpo", "kto"])
-def test_a_resumed_training_goes_on_with_the_cache(build, cache, kind, tmp_path):
+def test_a_resumed_training_uses_the_cache(build, cache, kind, tmp_path):
     options = {"output_dir": str(tmp_path / "out"), "save_strategy": "steps", "save_steps": 2, **_with(cache(kind))}
     whole = tiny.history(build(kind, "fused", **options), evaluate=False)
     trainer = build(kind, "fused", **options)
@@ -180,7 +180,7 @@ def test_a_resumed_training_goes_on_with_the_cache(build, cache, kind, tmp_path)
     assert not any("ref_logps" in text or "parquet" in text for text in files)
 
 
-def test_without_a_configuration(build, cache, tiny_folder, monkeypatch, tmp_path):
+def test_the_cache_works_without_a_configuration(build, cache, tiny_folder, monkeypatch, tmp_path):
     """TRL makes one by itself."""
     monkeypatch.chdir(tmp_path)
     path = cache("dpo", max_length=trl.DPOConfig("x", bf16=False).max_length)
@@ -264,7 +264,7 @@ ROW = "every row of the train data set, got .* without the"
         ("kto", {}, {"data": tiny.data("kto", 12).add_column("image", [None] * 12)}, "with the column image: leave"),
     ],
 )
-def test_a_cache_of_anything_else_is_refused(build, cache, tiny_folder, kind, scored, trained, message):
+def test_a_cache_of_other_settings_is_refused(build, cache, tiny_folder, kind, scored, trained, message):
     trained, arguments = dict(trained), {}
     if trained.pop("ref_model", False):
         arguments["ref_model"] = lambda: _load(tiny_folder)
@@ -288,7 +288,7 @@ def test_a_named_model_with_other_weights_is_refused(build, cache, tiny_folder, 
         build("dpo", "fused", data=Dataset.from_list([{"nothing": 1}]), arguments=[model], **_with(path))
 
 
-def test_a_cache_of_an_adapter_is_refused_for_another(build, cache, loaded):
+def test_a_cache_of_another_adapter_is_refused(build, cache, loaded):
     """Doubled, moved, or none at all; a new one that changes nothing is the base model."""
     torch.manual_seed(3)
     given = peft.get_peft_model(loaded, _lora_config(init_lora_weights=False))
@@ -384,7 +384,7 @@ def test_a_damaged_file_is_refused(cache, damage, message):
     assert str(path) in str(caught.value)
 
 
-def test_any_damaged_byte_is_found(cache):
+def test_any_damaged_byte_is_detected(cache):
     path = cache("dpo", datasets=[tiny.data("dpo", 2)])
     whole, before, found = path.read_bytes(), read_cache(path), []
     for place in range(0, len(whole), max(len(whole) // 60, 1)):
@@ -399,7 +399,7 @@ def test_any_damaged_byte_is_found(cache):
     assert all(text.startswith("ref_logps must be") and "\n" not in text for text in found)
 
 
-def test_what_is_no_file(tmp_path):
+def test_a_path_that_is_not_a_file_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"ref_logps must name a file .*, got .*absent.parquet \(no such file"):
         read_cache(tmp_path / "absent.parquet")
     with pytest.raises(FileNotFoundError, match=r"got .* \(a folder"):
@@ -413,7 +413,7 @@ def test_what_is_no_file(tmp_path):
 ABOUT = About(64, "keep_start", None, "t", "c", "float32", "f", "w", "the-model", {"trl": "1"})
 
 
-def test_a_file_that_is_read_is_what_was_written(tmp_path):
+def test_a_written_cache_is_read_back_unchanged(tmp_path):
     path = tmp_path / "cache.parquet"
     write_cache(path, ABOUT, ["a", "b", "a"], [-1.5, torch.tensor(-0.1), -1.5])
     cache = read_cache(str(path))
@@ -422,7 +422,7 @@ def test_a_file_that_is_read_is_what_was_written(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["cache.parquet"]
 
 
-def test_a_write_that_fails_keeps_the_file_that_is_there(tmp_path, monkeypatch):
+def test_a_failed_write_keeps_the_existing_file(tmp_path, monkeypatch):
     path = tmp_path / "cache.parquet"
     write_cache(path, ABOUT, ["a"], [-1.0])
 
@@ -437,7 +437,7 @@ def test_a_write_that_fails_keeps_the_file_that_is_there(tmp_path, monkeypatch):
     assert [file.name for file in tmp_path.iterdir()] == ["cache.parquet"]
 
 
-def test_what_cannot_be_written(tmp_path):
+def test_unwritable_values_are_refused(tmp_path):
     with pytest.raises(ValueError, match="expected finite log-probabilities, got nan for the sequence b"):
         write_cache(tmp_path / "x", ABOUT, ["a", "b"], [-1.0, float("nan")])
     with pytest.raises(ValueError, match="shorter"):
@@ -445,7 +445,7 @@ def test_what_cannot_be_written(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_key_is_of_the_tokens_and_of_where_the_completion_begins():
+def test_a_key_depends_on_the_tokens_and_the_completion_start():
     keys = [
         row_key([1, 2, 3], [-100, 2, 3]),
         row_key([1, 2, 3], [-100, -100, 3]),
@@ -471,7 +471,7 @@ def test_a_key_is_of_the_tokens_and_of_where_the_completion_begins():
         ("kto", {"max_length": 7, "loss_type": "apo_zero_unpaired"}),
     ],
 )
-def test_the_sequences_are_those_that_stock_trl_scores(build, kind, options, tmp_path):
+def test_the_sequences_equal_those_scored_by_stock_trl(build, kind, options, tmp_path):
     """What TRL reads of a trainer while it tokenises, and its collators, are as they are expected."""
     trainer = build(kind, "stock", rows=21, **options)
     want = set()
@@ -494,7 +494,7 @@ def test_the_sequences_are_those_that_stock_trl_scores(build, kind, options, tmp
 
 
 @pytest.mark.parametrize("kind", ["dpo", "kto"])
-def test_conversations_as_pairs(build, cache, kind):
+def test_conversations_in_pairs_are_cached(build, cache, kind):
     """KTO takes them apart; the prompt is what both begin with."""
     tokenizer = tiny.tokenizer()
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] + ' ' }}{% endfor %}</s>"
@@ -516,7 +516,7 @@ def test_conversations_as_pairs(build, cache, kind):
     assert first["rewards/chosen"] == pytest.approx(0, abs=1e-5)
 
 
-def test_methods_and_data_without_a_cache(tmp_path):
+def test_streams_and_methods_without_a_reference_are_refused(tmp_path):
     args = _args("dpo", tmp_path)
     with pytest.raises(ValueError, match="a method with a reference model, dpo or kto, got orpo"):
         reference_examples("orpo", tiny.data("dpo", 2), tiny.tokenizer(), args)
@@ -524,7 +524,7 @@ def test_methods_and_data_without_a_cache(tmp_path):
         reference_examples("dpo", tiny.data("dpo", 2).to_iterable_dataset(), tiny.tokenizer(), args, "eval")
 
 
-def test_the_weights_count_and_not_what_runs_them(build, tiny_folder, loaded, tmp_path):
+def test_the_digest_depends_on_weights_not_on_their_execution(build, tiny_folder, loaded, tmp_path):
     want, config = weights_digest(loaded), config_digest(loaded)
     build("sft", "fused", arguments=[("model", lambda: loaded)], head=[("packed", True)])
     assert weights_digest(loaded) == want
@@ -544,7 +544,7 @@ def test_the_weights_count_and_not_what_runs_them(build, tiny_folder, loaded, tm
         weights_digest(loaded)
 
 
-def test_adapters_that_are_not_active_do_not_count_whatever_their_names(loaded):
+def test_inactive_adapters_do_not_change_the_digest(loaded):
     plain = weights_digest(loaded)
     model = peft.get_peft_model(loaded, _lora_config(init_lora_weights=False))
     want = weights_digest(model)
@@ -554,7 +554,7 @@ def test_adapters_that_are_not_active_do_not_count_whatever_their_names(loaded):
     assert weights_digest(model) != want
 
 
-def test_weights_in_every_dtype_and_in_chunks(monkeypatch):
+def test_digests_work_in_every_dtype_and_chunk_size(monkeypatch):
     from fusedalign.trl import digests
 
     class Config:
@@ -574,7 +574,7 @@ def test_weights_in_every_dtype_and_in_chunks(monkeypatch):
     assert weights_digest(module) != whole
 
 
-def test_a_tokenizer_is_known_by_what_it_makes_of_text(tmp_path):
+def test_tokenizers_are_identified_by_their_output(tmp_path):
     tokenizer = tiny.tokenizer()
     want = tokenizer_digest(tokenizer)
     tokenizer("a good answer", padding="max_length", truncation=True, max_length=3)
@@ -625,7 +625,7 @@ def _error(capsys, argv):
 
 
 @pytest.mark.parametrize("kind", ["dpo", "kto"])
-def test_a_command_with_a_cache(cache, words, tmp_path, kind, capsys):
+def test_a_command_trains_with_a_cache(cache, words, tmp_path, kind, capsys):
     config = tmp_path / "config.yaml"
     config.write_text(f"ref_logps: {cache(kind)}\n")
     rows = []
@@ -639,7 +639,7 @@ def test_a_command_with_a_cache(cache, words, tmp_path, kind, capsys):
             assert got.get(name, 0) == pytest.approx(want.get(name, 0), abs=1e-5, rel=1e-5)
 
 
-def test_errors_of_the_commands(cache, words, tmp_path, capsys):
+def test_bad_caches_are_one_line_errors_of_the_commands(cache, words, tmp_path, capsys):
     path = cache("dpo", max_length=32)
     line = _error(capsys, ["dpo", *words("dpo", ref_logps=path)])
     assert re.search("with max_length=64, got .* made with max_length=32: set max_length=32", line)

@@ -125,19 +125,19 @@ def _assert_starts_at_its_reference(build, kind, model, **options):
         ("kto", _ia3, {}),
     ],
 )
-def test_the_reference_is_the_model_as_it_was_given(build, loaded, kind, change, options):
+def test_the_reference_equals_the_model_passed_in(build, loaded, kind, change, options):
     _assert_starts_at_its_reference(build, kind, change(loaded), **options)
 
 
 @pytest.mark.parametrize("kind", ["dpo", "kto"])
-def test_the_reference_of_a_named_model(build, tiny_folder, kind):
+def test_the_reference_of_a_named_model_has_its_weights(build, tiny_folder, kind):
     trainer = build(kind, "fused", arguments=[("model", lambda: str(tiny_folder("qwen3")))])
     own, reference = trainer.model.state_dict(), trainer.ref_model.state_dict()
     assert all(torch.equal(own[name], reference[name]) for name in own)
 
 
 @pytest.mark.parametrize("earlier", ["stock", "fused"])
-def test_a_model_that_another_trainer_has_trained(build, loaded, earlier):
+def test_a_model_trained_by_another_trainer_is_its_own_reference(build, loaded, earlier):
     """Its forward is that trainer's, bound to the model: a plain copy of it would run the policy as the reference."""
     sft = build("sft", earlier, arguments=[("model", lambda: loaded)], max_steps=1, bf16=True)
     sft.train()
@@ -148,7 +148,7 @@ def test_a_model_that_another_trainer_has_trained(build, loaded, earlier):
     assert not trainer.ref_model.training
 
 
-def test_a_copy_is_without_gradients_and_dropout_and_keeps_ties(loaded):
+def test_a_reference_copy_is_in_eval_mode_and_keeps_ties(loaded):
     loaded.train()
     loaded.lm_head.weight = loaded.model.embed_tokens.weight
     copied = reference_copy(loaded)
@@ -191,7 +191,7 @@ def test_a_model_that_cannot_be_copied_is_refused(loaded, change, message):
         reference_copy(loaded)
 
 
-def test_a_forward_that_takes_the_model_is_copied(loaded):
+def test_a_bound_forward_is_rebound_in_the_copy(loaded):
     forward = type(loaded.model).forward
     loaded.model.forward = types.MethodType(lambda self, *a, **k: forward(self, *a, **k), loaded.model)
     copied, ids = reference_copy(loaded), torch.tensor([[3, 5, 6]])
@@ -200,7 +200,7 @@ def test_a_forward_that_takes_the_model_is_copied(loaded):
     assert torch.equal(copied(ids).logits, want)
 
 
-def test_a_reference_that_is_passed_stays(build, loaded):
+def test_a_passed_reference_is_used_unchanged(build, loaded):
     reference = _moved(copy.deepcopy(loaded))
     arguments = [("model", lambda: loaded), ("ref_model", lambda: reference)]
     trainer = build("dpo", "fused", arguments=arguments)
@@ -240,13 +240,13 @@ def _own_ref(model):
         ("dpo", lambda model: _lora(model, init_lora_weights="pissa"), "got init_lora_weights='pissa', which changes"),
     ],
 )
-def test_adapters_of_which_trl_makes_another_reference(build, loaded, kind, change, message):
+def test_adapters_with_a_different_reference_in_trl_are_refused(build, loaded, kind, change, message):
     with pytest.raises(ValueError, match=message) as caught:
         build(kind, "fused", arguments=[("model", lambda: change(loaded))])
     assert "\n" not in str(caught.value)
 
 
-def test_an_initialisation_that_changes_the_reference(build, loaded):
+def test_an_initialisation_that_changes_the_base_weights_is_refused(build, loaded):
     config = _lora_config(init_lora_weights="olora", task_type="CAUSAL_LM")
     with pytest.raises(
         ValueError, match="got init_lora_weights='olora', which changes them: pass ref_model, merge the adapter first"
@@ -286,7 +286,7 @@ def on_disk(tmp_path):
 PRECOMPUTED = {"precompute_ref_log_probs": True, "truncation_mode": "keep_end", "max_steps": 1}
 
 
-def test_a_precomputed_reference_is_that_of_these_settings(build, on_disk, precomputations):
+def test_a_precomputed_reference_depends_on_the_settings(build, on_disk, precomputations):
     """The first step starts at ln 2, however long the sequences were the last time."""
 
     def first_loss(**options):
@@ -311,7 +311,7 @@ def test_a_precomputed_reference_is_that_of_these_settings(build, on_disk, preco
     assert not computed  # what has no influence is no reason to compute it again
 
 
-def test_kto_and_its_kl(build, on_disk, precomputations):
+def test_kto_precomputes_its_kl_term(build, on_disk, precomputations):
     options = {"precompute_ref_log_probs": True, "max_length": None, "max_steps": 1, "data": on_disk("kto")}
     for bf16 in (False, True):
         before = len(precomputations)
@@ -323,7 +323,7 @@ def test_kto_and_its_kl(build, on_disk, precomputations):
         assert row["rewards/chosen"] == pytest.approx(0, abs=1e-6)
 
 
-def test_what_the_key_depends_on(build, loaded):
+def test_the_key_depends_on_all_relevant_settings(build, loaded):
     trainer = build("dpo", "fused", arguments=[("model", lambda: loaded)])
     keys = [reference_key(trainer)]
 
@@ -364,7 +364,7 @@ def test_what_the_key_depends_on(build, loaded):
     assert reference_key(trainer) == keys[0]
 
 
-def test_adapters_are_in_the_key(build, loaded):
+def test_the_key_depends_on_adapters(build, loaded):
     """With alpha doubled no weight differs, only what they are multiplied by."""
     keys = []
     for alpha in (8, 16):
@@ -373,7 +373,7 @@ def test_adapters_are_in_the_key(build, loaded):
     assert keys[0] != keys[1]
 
 
-def test_the_template_of_the_tokenizer_is_in_the_data(build, tmp_path, precomputations):
+def test_a_new_chat_template_recomputes_the_reference(build, tmp_path, precomputations):
     """What it makes of the data is in the data's own hash, which TRL has always had in the key."""
     rows = [
         {side: [{"role": "user", "content": "a good"}, {"role": "assistant", "content": text}] for side, text in row}
@@ -396,7 +396,7 @@ def test_the_template_of_the_tokenizer_is_in_the_data(build, tmp_path, precomput
     assert computed == [True, True]
 
 
-def test_precomputed_without_dropout(build, tiny_folder):
+def test_the_precomputed_reference_runs_without_dropout(build, tiny_folder):
     """Of a model that is passed in training mode, where the dropout is wanted for training."""
     model = AutoModelForCausalLM.from_pretrained(
         tiny_folder("qwen3"), attn_implementation="eager", attention_dropout=0.5

@@ -46,7 +46,7 @@ def pretend(monkeypatch):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_fused_classes_under_fsdp(build, pretend, kind):
+def test_fused_classes_refuse_fsdp(build, pretend, kind):
     pretend("fsdp")
     instead = r"attach\(\) to TRL's own trainer, whose forward gathers it, or use DDP"
     with pytest.raises(ValueError, match=rf"Trainer needs a head that is whole on each rank, got FSDP: {instead}"):
@@ -54,14 +54,14 @@ def test_fused_classes_under_fsdp(build, pretend, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_fused_classes_under_zero_3(build, pretend, kind):
+def test_fused_classes_refuse_zero_3(build, pretend, kind):
     pretend("zero", 3)
     with pytest.raises(ValueError, match="whole on each rank, got DeepSpeed ZeRO-3: use stage 2 or stock TRL"):
         build(kind, "fused", arguments=[("peft_config", tiny.lora)])
 
 
 @pytest.mark.parametrize("kind", ["sft", "dpo", "kto"])
-def test_attach_under_zero_3(build, pretend, kind):
+def test_attach_refuses_zero_3(build, pretend, kind):
     pretend("zero", 3)
     trainer = build(kind, "stock", arguments=[("peft_config", tiny.lora)])
     with pytest.raises(ValueError, match="whole on each rank, got DeepSpeed ZeRO-3: use stage 2 or stock TRL"):
@@ -96,7 +96,7 @@ def liger(monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["cpo", "orpo", "tpo"])
-def test_ligers_other_kernels_leave_the_head_alone(build, liger, kind):
+def test_other_liger_kernels_leave_the_head_unchanged(build, liger, kind):
     """In SFT, DPO and KTO TRL sees to it."""
     trainer = build(kind, "fused", use_liger_kernel=True, liger_kernel_config={"rope": True}, max_steps=1)
     trainer.train()
@@ -105,13 +105,13 @@ def test_ligers_other_kernels_leave_the_head_alone(build, liger, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_ligers_head_is_refused(build, liger, kind):
+def test_the_liger_head_is_refused(build, liger, kind):
     with pytest.raises(ValueError, match=rf"Fused{kind.upper()}Trainer needs liger_kernel_config without fused_linear"):
         build(kind, "fused", use_liger_kernel=True, liger_kernel_config={"fused_linear_cross_entropy": True})
 
 
 @pytest.mark.parametrize("kind", ["sft", "dpo", "kto"])
-def test_ligers_forward_is_named_by_attach(build, kind):
+def test_attach_names_a_liger_forward(build, kind):
     """Of a trainer whose model it has patched since: what attach() would serve is no longer there."""
     trainer = build(kind, "stock", arguments=[("peft_config", tiny.lora)])
 
@@ -133,7 +133,7 @@ def test_ligers_forward_is_named_by_attach(build, kind):
 
 
 @pytest.mark.parametrize("kind", ["cpo", "orpo"])
-def test_model_init(build, kind):
+def test_model_init_is_refused(build, kind):
     """Those of TRL's trainers that take one."""
     for name in KINDS:
         assert ("model_init" in inspect.signature(tiny.classes(name)[0].__init__).parameters) == (
@@ -147,7 +147,7 @@ def test_model_init(build, kind):
 
 
 @pytest.mark.parametrize("how", ["attach", "fused"])
-def test_label_smoothing_of_sft(build, how):
+def test_label_smoothing_of_sft_is_refused(build, how):
     """fusedalign.sft_loss has it; DFT leaves it out, as in TRL, and so is not refused."""
     instead = r"which takes the logits: in a loop of your own fusedalign\.sft_loss has label_smoothing"
     with pytest.raises(ValueError, match=rf"needs label_smoothing_factor=0, got 0\.1, {instead}"):
@@ -191,7 +191,7 @@ BAD_NUMBERS = {
 
 
 @pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind, numbers in BAD_NUMBERS.items() for name in numbers])
-def test_numbers_that_no_loss_trains_with(build, kind, name):
+def test_invalid_loss_numbers_are_refused(build, kind, name):
     for bad in BAD_NUMBERS[kind][name]:
         for how in ("fused", "attach") if kind in ("sft", "dpo", "kto") and bad is NAN else ("fused",):
             with pytest.raises(ValueError, match=rf"^{name} must be .*, got {bad}$"):
@@ -211,7 +211,7 @@ def test_every_number_of_a_loss_is_checked():
         assert numbers.keys() <= own.keys()
 
 
-def test_loss_weights_and_the_type_of_numbers(build):
+def test_invalid_loss_weights_and_number_types_are_refused(build):
     weights = {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, NAN]}
     with pytest.raises(ValueError, match=r"^loss_weights\[1\] must be finite, got nan$"):
         build("dpo", "fused", **weights)
@@ -236,12 +236,12 @@ def test_loss_weights_and_the_type_of_numbers(build):
         ("tpo", {"tpo_alpha": 0.0, "tpo_l_gamma": 0.0}),
     ],
 )
-def test_numbers_that_trl_trains_with(build, kind, options):
+def test_valid_loss_numbers_are_accepted(build, kind, options):
     build(kind, "fused", **options)
 
 
 @pytest.mark.parametrize("kind", ["grpo", "rloo"])
-def test_a_reinforcement_learner_may_have_no_kl_term(kind):
+def test_online_trainers_accept_beta_0(kind):
     """Their rewards make them slow to build; attach() asks this of them."""
     config = tiny.classes(kind)[2]
     for beta in (0.0, 0.04):
@@ -252,7 +252,7 @@ def test_a_reinforcement_learner_may_have_no_kl_term(kind):
 
 
 @pytest.mark.parametrize("value", ["-1", "nan", "inf"])
-def test_on_the_command_line(capsys, tiny_folder, tmp_path, value):
+def test_the_command_refuses_invalid_numbers(capsys, tiny_folder, tmp_path, value):
     data = tmp_path / "data.jsonl"
     data.write_text(json.dumps({"prompt": "a good", "chosen": " answer", "rejected": " boats"}) + "\n")
     model = tiny_folder("qwen3")
@@ -268,7 +268,7 @@ def test_on_the_command_line(capsys, tiny_folder, tmp_path, value):
     assert not (tmp_path / "out" / "metrics.jsonl").exists()
 
 
-def test_label_smoothing_in_arguments_that_trl_makes_its_own_of(tmp_path):
+def test_label_smoothing_in_training_arguments_is_refused(tmp_path):
     """Of transformers, without a loss_type."""
     args = transformers.TrainingArguments(str(tmp_path), label_smoothing_factor=0.1, use_cpu=True, report_to="none")
     data, tokenizer = tiny.data("sft", 4), tiny.tokenizer()
@@ -277,13 +277,13 @@ def test_label_smoothing_in_arguments_that_trl_makes_its_own_of(tmp_path):
 
 
 @pytest.mark.parametrize(("kind", "how"), [("sft", "fused"), ("sft", "attach"), ("orpo", "fused")])
-def test_adapters_that_want_the_logits(build, kind, how):
+def test_adapters_that_need_logits_are_refused(build, kind, how):
     cpt = {"cpt_token_ids": [3, 4], "cpt_mask": [1, 1], "cpt_tokens_type_mask": [1, 2], "task_type": "CAUSAL_LM"}
     with pytest.raises(ValueError, match="has no way for CPT, whose model calls the forward with logits"):
         build(kind, how, arguments=[("peft_config", lambda: peft.CPTConfig(**cpt))])
 
 
-def test_trainers_of_trls_whose_loss_takes_the_logits(build):
+def test_trl_trainers_with_a_loss_on_logits_are_refused(build):
     class GKDTrainer(trl.SFTTrainer):
         __module__ = "trl.experimental.gkd"
 
@@ -291,20 +291,20 @@ def test_trainers_of_trls_whose_loss_takes_the_logits(build):
         build("sft", "attach", cls=GKDTrainer)
 
 
-def test_experts_that_trl_cannot_count(build):
+def test_attach_refuses_experts_that_trl_cannot_count(build):
     with pytest.raises(
         ValueError, match=r"with one of num_experts in the configuration, got Phimoe.*: use FusedSFTTrain"
     ):
         build("sft", "attach", model="phimoe")
 
 
-def test_experts_with_a_loss_of_their_own(build, monkeypatch):
+def test_experts_with_their_own_balancing_loss_are_refused(build, monkeypatch):
     monkeypatch.setattr(modeling_phimoe, "load_balancing_loss_func", lambda router_logits, keys: None)
     with pytest.raises(ValueError, match=r"got PhimoeForCausalLM: set its router_aux_loss_coef to 0"):
         build("sft", "fused", model="phimoe")
 
 
-def test_what_the_head_will_be_asked_is_checked_when_it_is_built(build, monkeypatch):
+def test_construction_checks_that_the_impl_supports_the_head(build, monkeypatch):
     """By an impl that cannot do a thing: all outputs, a bias, the dtype of mixed precision."""
     seen, asked = [], []
     monkeypatch.setattr(pytorch.IMPL, "supports", lambda problem: seen.append(problem) or "it is asked too much")
@@ -322,7 +322,7 @@ def test_what_the_head_will_be_asked_is_checked_when_it_is_built(build, monkeypa
 
 
 @pytest.mark.parametrize("how", ["attach", "fused"])
-def test_compute_loss_func(build, how):
+def test_compute_loss_func_is_refused(build, how):
     instead = "it is given the logits; override compute_loss of a subclass instead"
     with pytest.raises(ValueError, match=f"needs compute_loss_func=None, got a function: {instead}"):
         build("sft", how, arguments=[("compute_loss_func", lambda: lambda *a, **k: None)])

@@ -51,7 +51,7 @@ class _Fused(_Weighted, FusedSFTTrainer):
 
 
 @pytest.mark.parametrize("how", ["attach", "fused"])
-def test_of_a_loss_of_ones_own_nothing_is_expected(build, how):
+def test_a_custom_loss_gets_no_hint(build, how):
     """Its gradients would be made twice."""
     assert products(build("sft", how, cls=_Fused if how == "fused" else _Stock, head=PYTORCH)) == 4
 
@@ -67,7 +67,7 @@ def test_of_a_loss_of_ones_own_nothing_is_expected(build, how):
     ],
     ids=str,
 )
-def test_no_step_makes_its_logits_again(build, stock_history, how, options, monkeypatch):
+def test_no_step_recomputes_its_logits(build, stock_history, how, options, monkeypatch):
     """Whatever the loss is divided by and added to; every metric as TRL's."""
     options = {"max_steps": 3} | options
     want = stock_history("sft", **options)
@@ -75,14 +75,14 @@ def test_no_step_makes_its_logits_again(build, stock_history, how, options, monk
     tiny.assert_same(tiny.history(build("sft", how, head=PYTORCH, **options)), want)
 
 
-def test_dpo_expects_nothing(build, monkeypatch):
+def test_dpo_gives_no_hint(build, monkeypatch):
     """Its weights come from whole sequences."""
     monkeypatch.setattr(pytorch.IMPL, "one_pass", None)
     for how in ("attach", "fused"):
         build("dpo", how, head=PYTORCH, max_steps=1).train()
 
 
-def test_an_evaluation_makes_no_gradient(build, monkeypatch):
+def test_an_evaluation_computes_no_gradient(build, monkeypatch):
     monkeypatch.setattr(pytorch.IMPL, "one_pass", None)
     for how in ("attach", "fused"):
         build("sft", how, head=PYTORCH).evaluate()

@@ -30,7 +30,7 @@ def _together(*functions):
         return [future.result(timeout=60) for future in [pool.submit(function) for function in functions]]
 
 
-def test_trainers_built_at_once(build, monkeypatch):
+def test_trainers_built_concurrently_get_their_own_heads(build, monkeypatch):
     """All of them are in their constructors at once, and leave them in an order that mixes both kinds."""
     inside, prepare = threading.Barrier(4), trl.SFTTrainer._prepare_dataset
     first = threading.local()
@@ -78,7 +78,7 @@ def test_a_stock_trainer_is_built_while_a_fused_one_is_under_construction(build,
     assert _globals() == before
 
 
-def test_a_replaced_object_is_so_in_its_thread_alone():
+def test_an_object_is_replaced_only_in_its_thread():
     module = types.ModuleType("module_of_a_test")
     loud, quiet = types.SimpleNamespace(level="all"), types.SimpleNamespace(level="none")
     module.logger = loud
@@ -101,7 +101,7 @@ class _Building(transformers.TrainerCallback):
 
 
 @pytest.mark.parametrize("inner", ["fused", "stock"])
-def test_a_trainer_built_within_the_construction_of_another(build, monkeypatch, inner):
+def test_a_trainer_built_during_another_construction_gets_its_own_head(build, monkeypatch, inner):
     given, built, original = [], [], trainers.add_lm_head
     monkeypatch.setattr(
         trainers,
@@ -115,7 +115,7 @@ def test_a_trainer_built_within_the_construction_of_another(build, monkeypatch, 
     assert given == (["pytorch"] if inner == "stock" else ["reference", "pytorch"])
 
 
-def test_a_construction_that_fails_leaves_trl_as_it_was(build):
+def test_a_failed_construction_restores_trl(build):
     before = _globals()
     with pytest.raises(ValueError, match="filter_eps"):
         build("sft", "fused", head=[("impl", "reference"), ("filter_eps", 1e-3)])
@@ -123,7 +123,7 @@ def test_a_construction_that_fails_leaves_trl_as_it_was(build):
     assert fused_by(build("sft", "stock").model) == "trl"
 
 
-def test_what_another_library_has_put_there_stays(build, monkeypatch):
+def test_patches_of_another_library_stay(build, monkeypatch):
     """Before the construction and within it: it serves stock trainers, and never the Fused ones."""
     module, served = sys.modules["trl.trainer.sft_trainer"], []
     original = module.add_fused_lm_head
@@ -154,7 +154,7 @@ def test_what_another_library_has_put_there_stays(build, monkeypatch):
     assert module.add_fused_lm_head is original
 
 
-def test_a_trl_without_that_name_is_noticed(build, monkeypatch):
+def test_a_trl_version_without_the_patched_name_raises(build, monkeypatch):
     """The trainer would have TRL's head, and nothing would say so."""
     module = sys.modules["trl.trainer.sft_trainer"]
     monkeypatch.setattr(trl.SFTTrainer, "__init__", _with_globals(trl.SFTTrainer.__init__, vars(module)))
@@ -176,7 +176,7 @@ def _with_globals(function, names):
 # ------------------------------------------------------------------------------------------------------------ attach()
 
 
-def test_the_last_is_detached_while_another_is_attached(build):
+def test_detach_and_attach_may_run_concurrently(build):
     leaving, coming = build("sft", "attach"), build("sft", "stock")
     threads = []
 
@@ -197,7 +197,7 @@ def test_the_last_is_detached_while_another_is_attached(build):
     assert not isinstance(trl_utils._ChunkedLogProbFunction, attach_module._Switch)
 
 
-def test_two_threads_step_one_trainer(build, monkeypatch):
+def test_two_threads_may_step_one_trainer(build, monkeypatch):
     """One has left its step when the other's forward begins; then both are within the forward."""
     calls, original = [], attach_module.linear_logps
     monkeypatch.setattr(attach_module, "linear_logps", lambda *a, **k: calls.append(k["impl"]) or original(*a, **k))
@@ -228,7 +228,7 @@ def test_two_threads_step_one_trainer(build, monkeypatch):
     detach(trainer)
 
 
-def test_two_threads_in_the_forward_of_one_model(build, monkeypatch):
+def test_two_threads_may_run_the_forward_of_one_model(build, monkeypatch):
     """SFT and DPO of one model at once: each is served as it was attached."""
     calls, original = [], attach_module.linear_logps
     monkeypatch.setattr(attach_module, "linear_logps", lambda *a, **k: calls.append(k["impl"]) or original(*a, **k))

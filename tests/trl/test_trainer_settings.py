@@ -28,19 +28,19 @@ PEFT = {
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["lora", "head to save"])
-def test_adapters(build, stock_history, kind, name):
+def test_adapters_train_like_stock(build, stock_history, kind, name):
     options = {"arguments": [("peft_config", PEFT[name])]}
     tiny.assert_same(tiny.history(build(kind, "fused", **options)), stock_history(kind, **options))
 
 
 @pytest.mark.parametrize("kind", ["sft", "dpo", "kto"])
-def test_virtual_tokens_of_prompt_tuning(build, stock_history, kind):
+def test_prompt_tuning_trains_like_stock(build, stock_history, kind):
     options = {"arguments": [("peft_config", PEFT["prompt tuning"])]}
     tiny.assert_same(tiny.history(build(kind, "fused", **options)), stock_history(kind, **options))
 
 
 @pytest.mark.parametrize("how", ["attach", "fused"])
-def test_the_reference_of_an_adapter_that_is_trained_further(build, stock_history, how):
+def test_an_adapter_trained_further_is_its_own_reference(build, stock_history, how):
     """TRL copies it as an adapter "ref" and switches to that."""
     options = {"prepare": _with_adapter}
     tiny.assert_same(tiny.history(build("dpo", how, **options)), stock_history("dpo", **options))
@@ -66,7 +66,7 @@ LOW = [
 
 @pytest.mark.parametrize("low", LOW)
 @pytest.mark.parametrize("kind", KINDS)
-def test_mixed_precision_is_as_near_to_fp32_as_stock(build, stock_history, kind, low):
+def test_mixed_precision_is_as_close_to_fp32_as_stock(build, stock_history, kind, low):
     """With a learning rate of 0: weights that move drift apart in bf16 whatever the head does, and hide that."""
     device = {name: x for name, x in low.items() if name == "use_cpu"}
     fp32, stock = (stock_history(kind, learning_rate=0.0, **options) for options in (device, low))
@@ -88,7 +88,7 @@ def test_mixed_precision_is_as_near_to_fp32_as_stock(build, stock_history, kind,
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("mode", ["train", "eval"])
-def test_no_step_makes_the_logits(build, kind, mode):
+def test_no_step_allocates_the_logits(build, kind, mode):
     """N the tokens that count, V large; stock TRL's step shows that the check can fail."""
 
     def largest(how):
@@ -111,20 +111,20 @@ def test_no_step_makes_the_logits(build, kind, mode):
 
 
 @pytest.mark.parametrize("kind", ["cpo", "orpo"])
-def test_an_encoder_decoder_keeps_trls_path(build, stock_history, kind, caplog):
+def test_encoder_decoders_keep_the_path_of_trl(build, stock_history, kind, caplog):
     options = {"model": "t5", "max_completion_length": 16}
     trainer = build(kind, "fused", **options)
     assert "keeps TRL's own path, with logits" in caplog.text
     tiny.assert_same(tiny.history(trainer), stock_history(kind, **options))
 
 
-def test_padding_value_of_orpo(build, stock_history):
+def test_orpo_uses_padding_value(build, stock_history):
     got = tiny.history(build("orpo", "fused", padding_value=7))
     tiny.assert_same(got, stock_history("orpo", padding_value=7))
 
 
 @pytest.mark.parametrize("how", ["fused", "attach"])
-def test_a_collator_that_gives_fewer_bits(build, stock_history, how):
+def test_int32_labels_of_a_collator_are_accepted(build, stock_history, how):
     trainer = build("sft", how)
     collate = trainer.data_collator
 
@@ -136,7 +136,7 @@ def test_a_collator_that_gives_fewer_bits(build, stock_history, how):
     tiny.assert_same(tiny.history(trainer), stock_history("sft"))
 
 
-def test_a_copy_of_the_model_calls_its_own_weights(build):
+def test_a_copied_model_uses_its_own_weights(build):
     model, ids = build("orpo", "fused").model, torch.tensor([[1, 5, 6, 7]])
     before, copied = model(ids).logits, copy.deepcopy(model)
     with torch.no_grad():
@@ -146,14 +146,14 @@ def test_a_copy_of_the_model_calls_its_own_weights(build):
     assert not model(ids).logits.any()
 
 
-def test_a_mixture_whose_configuration_has_another_name_for_its_experts(build, stock_history):
+def test_experts_under_another_configuration_name_train_like_stock(build, stock_history):
     """TRL's fused head fails there; ORPO and CPO are its trainers that make the logits."""
     trainer = build("orpo", "fused", model="phimoe")
     tiny.assert_same(tiny.history(trainer), stock_history("orpo", model="phimoe"))
 
 
 @pytest.mark.parametrize("kind", ["dpo", "sft"])
-def test_a_vision_model_on_text(build, stock_history, kind):
+def test_a_vision_model_trains_on_text_like_stock(build, stock_history, kind):
     options = {"model": "qwen2_5_vl"}
     tiny.assert_same(tiny.history(build(kind, "fused", **options)), stock_history(kind, **options))
 
@@ -196,7 +196,7 @@ def test_aligned_labels_are_not_shifted_again(tiny_folder):
 
 
 @pytest.mark.parametrize("kind", ["sft", "dpo", "tpo"])
-def test_compute_metrics_is_given_the_logits(build, stock_history, kind):
+def test_compute_metrics_receives_the_logits(build, stock_history, kind):
     """The user asks for them: an evaluation makes them in a forward of its own, a training step does not."""
     options = {"arguments": [("compute_metrics", lambda: _mean_logit)]}
     got = tiny.history(build(kind, "fused", **options))
@@ -214,7 +214,7 @@ def _reward(completions, **_):
 
 @pytest.mark.parametrize("kind", ["grpo", "rloo"])
 @pytest.mark.parametrize("more", [{}, {"beta": 0.1, "temperature": 0.7}])
-def test_attach_to_online_trainers(build, stock_history, kind, more):
+def test_attached_online_trainers_train_like_stock(build, stock_history, kind, more):
     options = {
         "arguments": [("reward_funcs", lambda: _reward)],
         "max_steps": 2,
@@ -232,7 +232,7 @@ def test_attach_to_online_trainers(build, stock_history, kind, more):
     assert any(row.get("grad_norm", 0) > 0 for row in got)
 
 
-def test_attach_to_grpo_with_a_head_in_fp32_and_an_entropy_bonus(build):
+def test_attached_grpo_with_an_fp32_head_trains_like_stock(build):
     options = {
         "arguments": [("reward_funcs", lambda: _reward)],
         "max_steps": 1,
@@ -245,7 +245,7 @@ def test_attach_to_grpo_with_a_head_in_fp32_and_an_entropy_bonus(build):
     tiny.assert_same(got, want, tolerance=1e-2)
 
 
-def test_trl_is_as_it_was_after_the_construction_even_if_that_fails(build):
+def test_trl_is_restored_after_construction_and_after_a_failure(build):
     before = dpo_trainer.add_fused_lm_head, dpo_trainer.BaseTunerLayer
     assert fused_by(build("dpo", "fused").model) == "fusedalign"
     assert fused_by(build("dpo", "stock").model) == "trl"
@@ -254,7 +254,7 @@ def test_trl_is_as_it_was_after_the_construction_even_if_that_fails(build):
     assert (dpo_trainer.add_fused_lm_head, dpo_trainer.BaseTunerLayer) == before
 
 
-def test_a_subclass(build, stock_history):
+def test_a_subclass_trains_like_stock(build, stock_history):
     class Mine(FusedDPOTrainer):
         pass
 
@@ -274,7 +274,7 @@ def test_options_are_checked_at_construction(build, kind):
     assert trainer.head_options == HeadOptions("reference", None, 10**6)
 
 
-def test_the_options_of_attach(build):
+def test_attach_checks_its_options(build):
     trainer = build("sft", "stock")
     with pytest.raises(TypeError, match="options must be among impl, filter_eps, workspace, got chunk"):
         attach(trainer, chunk=3)
@@ -301,14 +301,15 @@ def test_a_head_that_cannot_be_read_is_refused_at_construction(build):
             build(kind, "fused", prepare=tanh)
 
 
-def test_another_librarys_forward_is_named(build):
+def test_attach_names_the_library_of_a_foreign_forward(build):
     trainer = build("sft", "stock")
 
     def lce_forward(*args, **kwargs):
         return None
 
     trainer.model.forward = lce_forward
-    with pytest.raises(RuntimeError, match=r"expected TRL's own fused forward, got .*test_options\.lce_forward in its"):
+    name = r"test_trainer_settings\.lce_forward"
+    with pytest.raises(RuntimeError, match=rf"expected TRL's own fused forward, got .*{name} in its"):
         attach(trainer)
 
 
@@ -319,7 +320,7 @@ def test_attach_to_a_fused_trainer_is_refused(build):
         attach(build("orpo", "stock"))
 
 
-def test_the_classes_are_trls():
+def test_the_fused_classes_extend_those_of_trl():
     assert issubclass(FusedSFTTrainer, trl.SFTTrainer)
     assert FusedCPOTrainer.__name__ == "FusedCPOTrainer"
     assert hasattr(trl_utils, "add_fused_lm_head")
@@ -328,7 +329,7 @@ def test_the_classes_are_trls():
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["attach", "fused"])
 @pytest.mark.parametrize("kind", ["sft", "dpo", "orpo"])
-def test_torch_compile(build, stock_history, kind, how):
+def test_torch_compile_trains_like_stock(build, stock_history, kind, how):
     if how == "attach" and kind == "orpo":
         pytest.skip("attach serves other trainers")
     got = tiny.history(build(kind, how, torch_compile=True, max_steps=2))
