@@ -1,4 +1,4 @@
-"""What every test has: no network, no silent use of uninitialised memory, and Triton's kernels also without a GPU."""
+"""Set up every test: no network, NaN in uninitialised memory, and Triton's interpreter if there is no GPU."""
 
 import importlib
 import itertools
@@ -12,17 +12,17 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 import pytest
 import torch
 
-if not torch.cuda.is_available():  # read when triton is imported, which neither torch nor fusedalign do by themselves
+if not torch.cuda.is_available():  # triton reads it when imported; torch and fusedalign import triton lazily
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-torch.set_num_threads(1)  # tiny tensors: a second thread costs more than it brings
+torch.set_num_threads(1)  # the tensors are tiny: a second thread costs more than it saves
 
 
 def pytest_collection_modifyitems(config, items):
-    """Leave out what triton refuses, and of what its interpreter can do keep a part that covers everything.
+    """Deselect cases that triton refuses, and mark redundant interpreter cases slow.
 
-    It is a thousand times slower than a GPU. So of each test's cases only as many stay in `make test` as it takes to
-    have each value of each parameter together with each of every other one; the rest is marked slow.
+    The interpreter is a thousand times slower than a GPU. `make test` keeps enough cases of each test to cover every
+    pair of parameter values; the remaining cases are marked slow.
     """
     theirs = [item for item in items if _params(item).get("impl") == "triton" or item.path.name == "test_triton.py"]
     refused = [item for item in theirs if _is_refused(_params(item))]
@@ -82,16 +82,16 @@ def _params(item) -> dict:
 
 
 def _is_refused(params) -> bool:
-    """tests/test_triton.py holds that it is."""
+    """Whether triton refuses these parameters; tests/test_triton.py checks that it does."""
     return torch.float64 in params.values() or (params.get("device") == "cpu" and torch.cuda.is_available())
 
 
 def _covering(items) -> list:
-    """Of a test's cases the fewest, or nearly, in which every pair of parameters' values occurs."""
+    """A nearly minimal subset of a test's cases that contains every pair of parameter values (greedy set cover)."""
     pairs = {}
     for item in items:
         values = ["", *(f"{name}={value!r}" for name, value in sorted(_params(item).items()))]
-        pairs[item] = set(itertools.combinations_with_replacement(values, 2))  # and each by itself
+        pairs[item] = set(itertools.combinations_with_replacement(values, 2))  # and each value alone
     missing, chosen = set().union(*pairs.values()), []
     while missing:
         chosen.append(max(items, key=lambda item: len(pairs[item] & missing)))
@@ -101,7 +101,7 @@ def _covering(items) -> list:
 
 @pytest.fixture(autouse=True)
 def _poison_empty():
-    """`torch.empty` and its kin come filled with NaN, so that an element which nobody writes shows."""
+    """Fill uninitialised tensors (`torch.empty` etc.) with NaN, so that unwritten elements show up."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True

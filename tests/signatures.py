@@ -1,6 +1,6 @@
-"""Prints as JSON what the launcher has Triton compile: in a process without the interpreter and without a GPU.
+"""Print, as JSON, the kernel signatures that the launcher makes Triton compile, without interpreter or GPU.
 
-Tensors have no memory (device "meta"), block shapes are those of a GPU, and a launch is only bound to its signature.
+Tensors are on the meta device, block shapes are those of a GPU, and launches are bound but not run.
 """
 
 import functools
@@ -24,7 +24,7 @@ GPUS = {
     "A100": launch.Blocks(128, 256, 32, warps=8, stages=3),
 }
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-#: name -> D of each part, V, dtypes of hidden, of the head and of operands, bias, softcap.
+#: name -> (D of each part, V, dtype of hidden, of the head and of operands, bias, softcap).
 HEADS = {
     "Qwen3": ([1024], 151936, BF16, BF16, BF16, False, None),
     "one column more than whole blocks": ([256], 128257, BF16, BF16, BF16, False, None),
@@ -121,7 +121,7 @@ def main(gpu):
     for path, head, trained, outputs in cases():
         p = problem(head, 0, trained, outputs)
         first = variants(path, head, trained, outputs, tokens_of_dry_runs(p))
-        if len(table) < 3:  # a head as most have it, trained or not: not even what the compiler is made of
+        if len(table) < 3:  # a common head must not even import the symbolic shapes of the compiler
             assert "torch.fx.experimental.symbolic_shapes" not in sys.modules, path
         more = 45 if head == "Qwen3" else 5
         numbers = [1, 15, 16, 17, 4096, *(draw.randint(1, 4 * p.hidden.shape[1] + 3000) for _ in range(more))]

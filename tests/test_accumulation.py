@@ -1,4 +1,4 @@
-"""keep_head=False under accumulation: the backward adds to `.grad` of the head itself, unless somebody would notice."""
+"""keep_head=False under accumulation: the backward adds to the head's `.grad` in place, unless that is observable."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ pytestmark = [pytest.mark.parametrize("impl", OURS), pytest.mark.parametrize("de
 
 
 def logps(case, **options):
-    """Some loss of single log-probabilities."""
+    """A loss of per-token log-probabilities."""
     return -(case.logps(**options).logps * torch.linspace(0.5, 1, 14, device=case.hidden.device).view(2, 7)).sum()
 
 
@@ -31,7 +31,7 @@ LOSSES = [logps, entropy, scalar]
 
 
 def micro_batches(device, dtype=torch.float32, **head):
-    """Three, with one head."""
+    """Three micro-batches with a common head."""
     cases = [make_case((2, 7), D, V, dtype=dtype, device=device, seed=seed, **head).leaves() for seed in range(3)]
     return [Case(c.hidden, cases[0].weight, c.targets, cases[0].bias, c.head) for c in cases]
 
@@ -44,7 +44,7 @@ def grads(cases):
 
 
 def added(monkeypatch):
-    """How many gradients of the head the backwards have added themselves, so far."""
+    """count() -> number of in-place additions to the head's gradient so far."""
     counted, original = [], autograd._grad_so_far
     monkeypatch.setattr(autograd, "_grad_so_far", lambda x: (counted.append(original(x)), counted[-1])[1])
     return lambda: sum(x is not None for x in counted)
@@ -61,14 +61,14 @@ def test_in_place_accumulation_equals_autograd(monkeypatch, impl, device, loss, 
     waiting = [loss(case, impl=impl, keep_head=False) for case in cases]
     for x in waiting:
         x.backward()
-    assert count() == 2  # the first makes `.grad`
+    assert count() == 2  # the first backward creates `.grad`
     for got, x in zip(grads(cases), want, strict=True):  # three terms, each sum and each term rounded at most once
         largest = x.abs().max().item()
         torch.testing.assert_close(got, x, rtol=0, atol=6 * torch.finfo(dtype).eps / 2 * largest + 1e-5 * largest)
 
 
 def test_bf16_accumulation_is_at_least_as_exact(monkeypatch, impl, device):
-    """As the sum of gradients that are rounded first: to that of fp64."""
+    """The error against fp64 is at most that of summing rounded gradients."""
     cases = micro_batches(device, torch.bfloat16)
     wide = [case.to(torch.float64) for case in cases]
     weight, bias = wide[0].weight.detach().requires_grad_(), wide[0].bias.detach().requires_grad_()
@@ -111,7 +111,7 @@ def test_accumulation_allocates_nothing_of_head_size(impl, device, parts):
 
 @pytest.mark.filterwarnings("ignore:grad and param do not obey the gradient layout contract")
 def test_observable_gradients_are_returned_to_autograd(monkeypatch, impl, device):
-    """Results are as without: whoever asks for the gradient, or hooks on to it, gets it."""
+    """autograd.grad and hooks receive the gradient as without accumulation."""
     (case, *_), count = micro_batches(device), added(monkeypatch)
     weight = case.weight
     loss = lambda: logps(case, impl=impl, keep_head=False)  # noqa: E731
@@ -136,12 +136,12 @@ def test_observable_gradients_are_returned_to_autograd(monkeypatch, impl, device
     kept.backward(retain_graph=True)
     kept.backward()
     torch.testing.assert_close(weight.grad, 5 * first)
-    assert count() == 1  # the last backward, of a graph that nobody needs any more
+    assert count() == 1  # the last backward of a retained graph
     loss().backward(inputs=[weight])
     torch.testing.assert_close(weight.grad, 6 * first)
     assert count() == 2
 
-    weight.grad = first.t().contiguous().t()  # an odd layout stays autograd's business
+    weight.grad = first.t().contiguous().t()  # a gradient with another layout is left to autograd
     loss().backward()
     torch.testing.assert_close(weight.grad, 2 * first)
     assert count() == 2
@@ -161,7 +161,7 @@ def test_a_non_leaf_head_gets_an_ordinary_gradient(monkeypatch, impl, device):
 
 @pytest.mark.parametrize("keep_head", [True, False])
 def test_a_tied_head_used_twice_gets_both_gradients(impl, device, keep_head):
-    """The embedding adds to the same gradient, and two losses of one graph do."""
+    """The embedding and two losses of one graph add to the same gradient."""
     g = torch.Generator().manual_seed(0)
     weight = torch.randn(V, D, generator=g).to(device).requires_grad_()
     ids = torch.randint(0, V, (2, 9), generator=g).to(device)

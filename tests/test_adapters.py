@@ -1,4 +1,4 @@
-"""Adapters on the head of real PEFT models: logits, losses and every gradient as the models' own forward gives them."""
+"""Adapters on the head of real PEFT models against the models' own forward: logits, losses and all gradients."""
 
 import collections
 import contextlib
@@ -35,7 +35,7 @@ MODELS = {
     "qwen3 tied": ("Qwen3ForCausalLM", {"tie_word_embeddings": True}),
     "gemma2 tied": ("Gemma2ForCausalLM", {"tie_word_embeddings": True, "final_logit_softcapping": 1.7}),
     "cohere": ("CohereForCausalLM", {"tie_word_embeddings": False, "logit_scale": 0.3}),
-    "phi": ("PhiForCausalLM", {}),  # whose head has a bias
+    "phi": ("PhiForCausalLM", {}),  # its head has a bias
 }
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
@@ -57,7 +57,7 @@ def lora(r=4, **options):
 
 
 def trained(model, seed=0):
-    """As after some steps: no adapter is neutral any more."""
+    """Randomise adapters that start neutral, as if after some training steps."""
     g = torch.Generator().manual_seed(seed)
     for p in model.parameters():
         if p.requires_grad:
@@ -100,7 +100,7 @@ def fused_loss(model):
 
 
 def grads(model, f, weights=None):
-    """What f gives, and the gradients of all parameters that need one; dropout drawn alike."""
+    """The result of `f` and the gradients of all trained parameters, with a fixed dropout seed."""
     model.zero_grad()
     torch.manual_seed(1)
     out = f(model)
@@ -109,7 +109,7 @@ def grads(model, f, weights=None):
 
 
 def assert_same(model):
-    """Log-probabilities, the scalar loss, and each with every gradient."""
+    """Assert equal log-probabilities and scalar loss, each with all gradients."""
     weights = torch.randn(3, 7, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     want = grads(model, plain, weights)
     assert all(g is not None for g in want.values())
@@ -118,7 +118,7 @@ def assert_same(model):
     close(grads(model, lambda m: -fused_loss(m)), want | {"out": want["out"].sum()})
 
 
-def close(got, want, tolerance=1e-7):  # the models' own norms are fp32 inside
+def close(got, want, tolerance=1e-7):  # the models' norms compute in fp32
     assert got.keys() == want.keys()
     for name, x in want.items():
         size = x.abs().max()
@@ -139,7 +139,7 @@ CONFIGS = {
     ),
     "modules to save": lora(target_modules=["q_proj"], modules_to_save=["lm_head"]),
 }
-#: A head of its own has tokens of its own, where they are named; one that is tied has those of the embedding.
+#: An untied head has the trainable tokens named for it; a tied head has those of the embedding.
 PAIRS = [
     (model, name)
     for model in MODELS
@@ -163,7 +163,7 @@ def test_adapted_heads_equal_the_models_own_forward(model, config):
     elif config != "modules to save":
         of_the_head = "tied" in model or config in ("tokens", "trainable tokens of the head alone")
         assert isinstance(head.weight, tuple) == of_the_head
-        assert not any(x.requires_grad for x in head.weight)  # what is trained sits in the columns of hidden
+        assert not any(x.requires_grad for x in head.weight)  # trained parameters enter as columns of hidden
 
 
 @pytest.mark.parametrize("model", ["llama", "qwen3 tied"])
@@ -189,7 +189,7 @@ def test_dropout_follows_the_current_mode():
 
 @pytest.mark.parametrize("config", ["lora", "tokens"])
 def test_adapter_columns_have_the_product_dtype(config):
-    """fp32 adapters of a bf16 head widen no hidden states."""
+    """fp32 adapters on a bf16 head do not widen the hidden states."""
     head = lm_head(adapted("llama", CONFIGS[config], torch.bfloat16))
     assert head.expand(torch.randn(2, 3, D, dtype=torch.bfloat16)).dtype == torch.bfloat16
 
@@ -223,7 +223,7 @@ def test_weights_tied_by_peft_are_exact():
 
 
 def test_lora_on_lora_is_exact():
-    """A PEFT model inside of a PEFT model."""
+    """A PEFT model inside a PEFT model."""
     inner = adapted("llama", lora(r=2))
     for p in inner.parameters():
         p.requires_grad_(False)
@@ -237,7 +237,7 @@ def test_lora_on_lora_is_exact():
 
 
 def test_switching_and_disabling_adapters_is_followed():
-    """A policy and a reference that are adapters of one model, or the model without any."""
+    """Policy and reference are adapters of one model, or the model without adapters."""
     wrapped = peft.get_peft_model(build("llama"), lora(r=2), adapter_name="policy")
     wrapped.add_adapter("reference", lora(r=3, use_rslora=True))
     wrapped.add_adapter("elsewhere", lora(target_modules=["q_proj"]))
@@ -283,7 +283,7 @@ def test_merged_and_disabled_adapters_are_followed(model, config):
         wrapped.merge_adapter()
         assert isinstance(lm_head(wrapped).weight, torch.Tensor)
         assert error(fused(wrapped), want) < 1e-7
-        with wrapped.disable_adapter():  # where PEFT's own layers take what is merged out again
+        with wrapped.disable_adapter():  # PEFT's layers unmerge here
             assert error(fused(wrapped), bare) < 1e-7
         assert error(fused(wrapped), want) < 1e-7
 
@@ -305,9 +305,9 @@ def head_alone(layer, hidden, targets):
 @pytest.mark.parametrize("impl", [name for name in IMPLS if name != "reference"])
 @pytest.mark.parametrize("device", DEVICES)
 def test_fp32_adapters_on_a_bf16_head_are_within_budget(config, autocast, impl, device):
-    """At most twice the error of the layer's own forward, whose logits are bf16: root mean squares over 8 batches.
+    """At most twice the error of the layer's own forward with bf16 logits, as root mean squares over 8 batches.
 
-    Of one batch alone the ratio of two such errors, each of a few numbers, is now and then above 2 by chance.
+    For a single batch of few numbers the ratio of the errors exceeds 2 by chance now and then.
     """
     wrapped = adapted("llama", CONFIGS[config], torch.float32 if autocast else torch.bfloat16)
     layer = wrapped.to(device).get_base_model().lm_head
@@ -340,7 +340,7 @@ def test_fp32_adapters_on_a_bf16_head_are_within_budget(config, autocast, impl, 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["bf16 base", "autocast"])
 def test_logits_of_trained_tokens_are_not_rounded(autocast):
-    """A row far from where it began, so that its logit in bf16 would be off by 0.05; only operands are rounded."""
+    """The row is far from its start, so its logit in bf16 would be off by 0.05; only operands are rounded."""
     wrapped = adapted("llama", CONFIGS["tokens"], torch.float32 if autocast else torch.bfloat16)
     layer = wrapped.get_base_model().lm_head
     hidden = torch.randn(50, D).bfloat16()
@@ -358,7 +358,7 @@ def test_logits_of_trained_tokens_are_not_rounded(autocast):
 
 
 def test_trained_tokens_are_rounded_like_merged_ones():
-    """Rows in fp32 of a head in bf16, with hidden states in fp32, in which the product is then."""
+    """fp32 token rows of a bf16 head with fp32 hidden states: the product is in fp32."""
     wrapped = adapted("llama", CONFIGS["tokens"], torch.bfloat16)
     assert wrapped.get_base_model().lm_head.token_adapter.trainable_tokens_delta["default"].dtype == torch.float32
     hidden, targets = torch.randn(50, D), torch.full((50,), 4)
@@ -403,7 +403,7 @@ def test_nothing_of_head_size_is_allocated(f, config):
     ids=lambda x: getattr(x, "__name__", "" if isinstance(x, peft.LoraConfig) else x),
 )
 def test_adapters_take_the_documented_number_of_products(config, f, forward, backward, own):
-    """In products of all tokens with the head and its further columns; the trained ones among these take one more."""
+    """In units of the product of all tokens with the head and its extra columns; trained columns take one more."""
     wrapped, hidden, targets = layer_and_hidden(config)
     head = lm_head(wrapped)
     wide = head.expand(hidden).detach().requires_grad_()
@@ -452,7 +452,7 @@ def test_the_backward_never_touches_a_frozen_head(config, f):
     ids=["prompt tuning", "p-tuning", "prefix tuning"],
 )
 def test_prompt_learning_uses_the_models_own_head(config):
-    """The head is the model's own; hidden states of virtual tokens stand before those of the labels."""
+    """The head is the model's own; hidden states of virtual tokens precede those of the labels."""
     wrapped = peft.get_peft_model(build("llama", torch.float32), config)
     ids, targets = batch()
     kept = []
@@ -525,7 +525,7 @@ def test_refuses_adapters_that_are_quantised():
 
 
 def test_refuses_tokens_above_another_adapter():
-    """A PEFT model inside of a PEFT model: the rows that the tokens replace are the sum of the weight and LoRA."""
+    """A PEFT model inside a PEFT model: the replaced rows are the sum of the weight and LoRA."""
     config = peft.TrainableTokensConfig(token_indices=[4], **HEAD)
     wrapped = peft.get_peft_model(adapted("llama", lora(), torch.float32), config, adapter_name="outer")
     refused(TypeError, "plain nn.Linear below the trainable tokens of .*lm_head, got one with an adapter", wrapped)
@@ -542,7 +542,7 @@ def test_refuses_layers_with_another_forward():
 
 
 def test_refuses_cases_that_peft_computes_wrongly():
-    """Its forward loses a head's bias under trainable tokens, and a row that is given twice depends on the order."""
+    """PEFT's forward drops a head's bias under trainable tokens, and with a duplicate row it depends on the order."""
     config = lora(target_modules=["q_proj"], trainable_token_indices={"lm_head": [4]})
     refused(TypeError, "to have no bias below trainable tokens", adapted("phi", config))
     config = lora(target_modules=["q_proj"], trainable_token_indices={"lm_head": [4, 5, 4]})

@@ -1,4 +1,4 @@
-"""`fusedalign bench`: the data, the exact answer, the rows and what they may claim, and the command."""
+"""`fusedalign bench`: data, exact results, rows with their claims, and the command."""
 
 import dataclasses
 import json
@@ -44,7 +44,7 @@ def test_trained_data_resemble_a_trained_model():
 
 
 def test_targets_of_trained_data_are_sampled_from_the_model():
-    """Their mean negative log-probability is the mean entropy, up to the noise of a sample."""
+    """The mean negative log-probability equals the mean entropy, up to sampling noise."""
     case = Case("many tokens", 4096, 64, 1000, softcap=20.0)
     data = make_data("trained", case, dtype=torch.float32, device="cpu", seed=0)
     nll = reference(TASKS["sft"], data, seed=0).loss
@@ -65,7 +65,7 @@ def test_data_depend_on_the_seed_only(kind):
 def test_statistics_equal_hand_computed_values():
     """One-hot hidden states pick rows of log-probabilities as their logits."""
     p = torch.full((4, 512), 2.0**-20)
-    p[:, 0] = 0.75 - 510 * 2.0**-20  # every token likes column 0
+    p[:, 0] = 0.75 - 510 * 2.0**-20  # column 0 is likely for every token
     p[:, 1] = 0.25
     data = make_data("random", Case("", 4, 4, 512), dtype=torch.float32, device="cpu", seed=0)
     s = statistics(data._replace(hidden=torch.eye(4), weight=p.log().T.contiguous()))
@@ -76,7 +76,7 @@ def test_statistics_equal_hand_computed_values():
 
 
 def test_statistics_are_means_over_tokens():
-    """Also where the last of the chunks in which they are made is a short one."""
+    """Also if the last chunk is shorter than the others."""
     data = make_data("random", Case("", 130, 16, 512), dtype=torch.float32, device="cpu", seed=0)
     logps = (data.hidden.double() @ data.weight.double().T).log_softmax(-1)
     assert statistics(data).entropy == pytest.approx(-(logps.exp() * logps).sum(-1).mean().item(), rel=1e-5)
@@ -119,7 +119,7 @@ def test_relative_error_equals_hand_computed_values():
 
 
 def test_peak_counts_simultaneous_allocations():
-    """Two tensors one after the other count once, two at a time twice."""
+    """Two tensors allocated in turn count once, two at the same time count twice."""
 
     def after():
         torch.ones(2**18)
@@ -167,7 +167,7 @@ def test_bf16_logits_exceed_the_budget_and_our_impls_do_not():
 
 
 class Scaled(torch.autograd.Function):
-    """The identity, with a gradient that is off by a factor."""
+    """The identity with a gradient scaled by a wrong factor."""
 
     @staticmethod
     def forward(ctx, x, factor):
@@ -180,7 +180,7 @@ class Scaled(torch.autograd.Function):
 
 
 def wrong(factor):
-    """Eager code with a wrong gradient of the hidden states; without a factor, it raises."""
+    """Eager code with a wrong gradient of the hidden states; raises without a factor."""
 
     def logps(d):
         if factor is None:
@@ -314,7 +314,7 @@ def test_covered_time_merges_overlaps():
 
 
 def test_microbatches_prints_what_the_forwards_hold(tmp_path, capsys):
-    """What the forwards hold counts as often as there are micro-batches, unless they are told to hold nothing."""
+    """Saved tensors count once per micro-batch, unless keep_head=False saves nothing."""
     argv = ["bench", "microbatches", "--count", "4", "--out", str(tmp_path / "new")]
     names = ["full logits", "chunked loss on the logits", "cce", "pytorch"]
     assert main([*argv, "--rows", ";".join(names)]) == 0, capsys.readouterr().err
@@ -427,13 +427,13 @@ def test_a_failed_plot_keeps_all_rows(monkeypatch, capsys, tmp_path):
 
 
 def tables(folder):
-    """Of the one case in bench.json, read by a parser that knows the standard alone."""
+    """The tables of the only case in bench.json, read by a strict JSON parser."""
     (case,) = json.loads((folder / "bench.json").read_text(), parse_constant=pytest.fail)["cases"]
     return case["tables"]
 
 
 def test_writes_that_fail_on_a_full_disk_are_retried(monkeypatch, capsys, tmp_path):
-    """All tables are printed; what could not be written is written with the next, or is an error in the end."""
+    """All tables are printed; a failed write is retried with the next table, or is an error at the end."""
     from fusedalign.bench import table
 
     write, full = table.replace_text, [True]
@@ -503,7 +503,7 @@ def test_a_task_without_any_impl_is_refused(capsys, words, tasks):
 
 
 def test_a_failed_case_or_table_does_not_stop_the_others(monkeypatch, capsys, tmp_path):
-    """Data that do not fit, or an exact answer that does not."""
+    """Data or exact results that do not fit in memory."""
     from fusedalign.bench import runner
 
     make, answer = runner.inputs, runner.reference

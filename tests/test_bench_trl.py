@@ -102,7 +102,7 @@ def test_tokens_are_counted_as_the_trainer_sees_them(training, columns, tmp_path
 
 
 def test_a_row_has_the_times_tokens_slots_and_losses_of_its_steps(monkeypatch, tmp_path):
-    """By the program that a new process runs."""
+    """Measured by the program that each new process runs."""
     job, path = Job("sft", "tiny", "chat", "trl", steps=2), tmp_path / "measured.json"
     monkeypatch.setattr(sys, "argv", ["program", json.dumps(dataclasses.asdict(job)), str(path)])
     runpy.run_module(processes.PROGRAM, run_name="__main__")
@@ -121,14 +121,14 @@ def test_a_row_has_the_times_tokens_slots_and_losses_of_its_steps(monkeypatch, t
 
 @pytest.mark.parametrize("training", ["kto", pytest.param("dpo", marks=pytest.mark.slow)])
 def test_a_precomputed_reference_is_timed_before_the_first_step(monkeypatch, training):
-    """Without Liger's kernels, which need a GPU, and by TRL's own class."""
+    """With TRL's own class, without Liger kernels (which need a GPU)."""
     monkeypatch.setitem(SIDES, "stored", dataclasses.replace(SIDES["trl"], precomputed=True))
     live, stored = (measure(Job(training, "tiny", "chat", side, steps=1)) for side in ("trl", "stored"))
     assert (live.reason, stored.reason) == ("", "")
     assert live.precompute_seconds is None
     assert stored.precompute_seconds > 0
     assert stored.tokens == live.tokens
-    assert [2 * slots for slots in stored.slots] == list(live.slots)  # the reference's
+    assert [2 * slots for slots in stored.slots] == list(live.slots)  # of the reference
     assert difference(live.losses, stored.losses) < 1e-5
 
 
@@ -216,7 +216,7 @@ FIGURES = {
 
 @pytest.fixture
 def figures(monkeypatch):
-    """What each side takes, instead of a measurement; jobs in the order in which they ran."""
+    """Replace measurements by fixed figures per side; "jobs" records the jobs in order."""
     jobs: list[Job] = []
     by_side = dict(FIGURES)
 
@@ -318,7 +318,7 @@ def test_a_note_reports_the_time_of_the_reference(figures, capsys, monkeypatch):
     assert "* precomputed: the reference took 12.3 s for the 112 rows of all steps, before the first one" in out
     figures["jobs"].clear()
     assert run_command("sft", "--mixes", "chat") == 0
-    assert [job.side for job in figures["jobs"]] == ["trl"]  # there is no reference
+    assert [job.side for job in figures["jobs"]] == ["trl"]  # no reference model
 
 
 def test_out_holds_the_printed_tables_all_figures_and_bars(figures, capsys, tmp_path):

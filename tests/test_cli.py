@@ -1,4 +1,4 @@
-"""The command as a user meets it: it trains a folder and a file it has never seen, and its errors are one line."""
+"""The command line from end to end: training on new folders and files, and one-line errors."""
 
 import contextlib
 import json
@@ -53,7 +53,7 @@ def test_bad_commands_exit_2(capsys, argv, message):
 
 @contextlib.contextmanager
 def closed_pipe(monkeypatch):
-    """Standard output into a pipe that has no reader any more, as after `| head`."""
+    """Redirect standard output into a pipe whose reading end is closed, as after `| head`."""
     reader, writer = os.pipe()
     os.close(reader)
     with os.fdopen(writer, "w") as stream, monkeypatch.context() as patch:
@@ -63,14 +63,14 @@ def closed_pipe(monkeypatch):
 
 @pytest.mark.parametrize("argv", [["env"], ["--help"], ["bench", "--help"], []])
 def test_a_closed_pipe_prints_no_error(capsys, monkeypatch, argv):
-    """The status is that of a program which SIGPIPE ends."""
+    """The exit status is that of a program ended by SIGPIPE."""
     with closed_pipe(monkeypatch):
         assert main(argv) == 141
     assert capsys.readouterr().err == ""
 
 
 def test_a_pipe_closed_halfway_prints_no_error(capsys, monkeypatch):
-    """More than fits the buffer: the command itself meets the closed pipe."""
+    """The output exceeds the buffer, so the command itself writes to the closed pipe."""
     monkeypatch.setitem(COMMANDS, "env", lambda argv: [print("one line more") for _ in range(1000)])
     with closed_pipe(monkeypatch):
         assert main(["env"]) == 141
@@ -87,7 +87,7 @@ def test_a_broken_pipe_other_than_stdout_is_an_error(capsys, monkeypatch):
 
 
 def test_env_piped_into_head_prints_no_error():
-    """In a process of its own, where the interpreter flushes what is left when it ends."""
+    """In a separate process, where the interpreter flushes the rest of the output at exit."""
     command = f"{shlex.quote(sys.executable)} -m fusedalign env | head -n 1"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
     assert done.stdout.startswith("python")
@@ -99,7 +99,7 @@ trl = pytest.importorskip("trl")
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory):
-    """A model folder that the project knows nothing of: another family, another tokenizer, no chat template."""
+    """A model folder unlike the shipped one: another family, another tokenizer, no chat template."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel, PreTrainedTokenizerFast
 
@@ -240,7 +240,7 @@ def test_a_mixture_of_data_sets_trains(tmp_path, llama, capsys):
 
 
 def test_accelerate_config_relaunches_the_command(tmp_path, llama, monkeypatch, capsys):
-    """From a flag, or from the file; what is started has `accelerate launch`'s environment and trains."""
+    """From a flag or a file; the launched process has the environment of `accelerate launch` and trains."""
     from fusedalign.trl import launch as module
 
     calls = []
@@ -394,7 +394,7 @@ def test_a_folder_without_a_model_or_head_is_an_error(tmp_path, llama, capsys, n
 
 
 def test_tracebacks_are_printed_only_on_request(tmp_path, capsys):
-    """Also of the installed command itself, in a process of its own."""
+    """Also by the installed command in a separate process."""
     words = ["dpo", "--bata", "1"]
     command = shutil.which("fusedalign", path=os.path.dirname(sys.executable)) or "fusedalign"
     plain = subprocess.run([command, *words], capture_output=True, text=True, cwd=tmp_path)

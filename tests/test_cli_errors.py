@@ -1,4 +1,4 @@
-"""Wrong words on the command line: each ends in one line that says what was expected, with exit code 2."""
+"""Wrong arguments end with one line that says what was expected, and exit code 2."""
 
 import json
 import re
@@ -126,7 +126,7 @@ def test_every_command_takes_both_forms_of_a_flag(tmp_path, method):
 
 
 def test_valid_values_in_a_file_are_accepted(tmp_path):
-    """Lists, mappings, numbers for text, nothing for what may be nothing, and text for numbers."""
+    """Lists, mappings, numbers as text, null for optional fields, and text as numbers."""
     from fusedalign.trl.arguments import parse
 
     file = tmp_path / "mine.yaml"
@@ -146,7 +146,7 @@ def test_valid_values_in_a_file_are_accepted(tmp_path):
 
 @pytest.mark.parametrize("words", ["q_proj", "q_proj v_proj", "all-linear"])
 def test_target_modules_accept_names(words):
-    """TRL makes a pattern of a single name, which matches no module."""
+    """TRL turns a single name into a pattern that matches no module."""
     from fusedalign.trl.arguments import parse
 
     modules = parse("sft", ["--lora_target_modules", *words.split()]).model.lora_target_modules
@@ -165,7 +165,7 @@ def test_bf16_is_off_where_no_accelerator_has_it(monkeypatch, capsys, method):
         error = error_of(capsys, [method, flag, "true"])
         assert error.startswith("bf16 must be false where no accelerator has it, got true")
     monkeypatch.setattr(arguments, "is_torch_bf16_gpu_available", lambda: True)
-    assert arguments.read_words(arguments.method_parser(method), []).values.bf16 is None  # TRL's own default follows
+    assert arguments.read_words(arguments.method_parser(method), []).values.bf16 is None  # TRL's default
 
 
 def test_long_messages_are_truncated(monkeypatch, capsys):

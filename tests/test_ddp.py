@@ -1,4 +1,4 @@
-"""Two ranks with gloo: equal parameters afterwards, equal to one process, also where one rank has nothing to learn."""
+"""Two gloo ranks end with equal parameters, equal to one process, even if one rank has no targets."""
 
 import contextlib
 import os
@@ -28,7 +28,7 @@ def batches():
 
 
 class Loss(torch.nn.Module):
-    """The sum over this rank's tokens divided by the mean number of tokens a rank, since DDP averages gradients."""
+    """The sum over this rank's tokens divided by the mean number of tokens per rank: DDP averages gradients."""
 
     def __init__(self, layers, how):
         super().__init__()
@@ -43,7 +43,7 @@ class Loss(torch.nn.Module):
 
 
 def train(how, ranks, wrap=lambda module: module):
-    """The weights at the end; "accumulated": a row at a time, whose backwards add to the head's gradient themselves."""
+    """The final weights; "accumulated": one row at a time, with in-place accumulation of the head's gradient."""
     module = wrap(Loss(model(), how))
     optimizer = torch.optim.SGD(module.parameters(), lr=0.5)
     no_sync = getattr(module, "no_sync", contextlib.nullcontext)
@@ -66,9 +66,9 @@ def rank_main(rank, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     weights = {how: train(how, [rank], torch.nn.parallel.DistributedDataParallel) for how in HOWS}
     torch.save(weights, f"{folder}/{rank}.pt")
-    dist.barrier()  # a rank that leaves early takes the other's connections along
+    dist.barrier()  # a rank that exits early closes the connections of the other
     dist.destroy_process_group()
-    os._exit(0)  # ending the interpreter now and then aborts in PyTorch's threads ("terminate called ...")
+    os._exit(0)  # interpreter shutdown occasionally aborts in PyTorch's threads ("terminate called ...")
 
 
 def test_two_ranks_equal_one(tmp_path):

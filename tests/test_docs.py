@@ -1,4 +1,4 @@
-"""The pages under docs/: their Python runs, no loss is missing, links lead somewhere, the figure draws."""
+"""The pages under docs/: Python blocks run, every loss is described, links resolve, the figure can be drawn."""
 
 import re
 import subprocess
@@ -20,7 +20,7 @@ def test_python_blocks_of_the_losses_page_run():
     blocks = re.findall(r"```python\n(.*?)```", PAGE, flags=re.S)
     assert len(blocks) >= 2
     names: dict = {}
-    for block in blocks:  # in order, as one program
+    for block in blocks:  # the blocks run in order as one program
         exec(compile(block, "docs/losses.md", "exec"), names)
     for name in ("loss", "ipo", "simpo", "ld", "wpo", "mpo", "alphapo", "orpo", "kto"):
         assert names[name].shape == ()

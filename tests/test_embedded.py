@@ -1,4 +1,4 @@
-"""The shipped data is what its script writes, and the embedded model is what the recipes and the demo need."""
+"""The shipped data equal the output of their script, and the embedded model serves the recipes and the demo."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_chat_template_renders_the_conversation(tokenizer):
     assert asked == "<|im_start|>user\nWhat is 3 + 4?<|im_end|>\n<|im_start|>assistant\n"
     told = tokenizer.apply_chat_template(QUESTION + ANSWER, tokenize=False)
     assert told == asked + "3 + 4 is 7.<|im_end|>\n"
-    # What the trainers rely on: the prompt's tokens are a prefix of the conversation's.
+    # The trainers rely on it: the prompt's tokens are a prefix of the conversation's.
     prefix = tokenizer(asked)["input_ids"]
     assert tokenizer(told)["input_ids"][: len(prefix)] == prefix
 

@@ -1,4 +1,4 @@
-"""Wrong input: one line that says what was expected and what came."""
+"""Wrong input raises one line that names what was expected and what was passed."""
 
 import importlib
 import re
@@ -85,7 +85,7 @@ def test_bad_loss_options_raise(options, message):
 
 @pytest.mark.parametrize("impl", ["pytorch", "reference", "auto"])
 def test_impls_refuse_unsupported_problems(impl):
-    """There is no silent fallback, neither to another impl nor to exact gradients."""
+    """No silent fallback to another impl or to exact gradients."""
     with pytest.raises(ValueError, match=r"filter_eps must be None"):
         linear_logps(H, W, T, impl=impl, filter_eps=1e-4)
 
@@ -103,7 +103,7 @@ def test_a_broken_impl_is_reported_not_raised(monkeypatch, tmp_path):
     (tmp_path / "broken_impl.py").write_text("import a_package_that_nobody_has")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(impls, "MODULES", {"broken": impls.Entry("broken_impl", "own"), **impls.MODULES})
-    assert linear_logps(H, W, T).logps.shape == (4, 6)  # auto goes on to the next
+    assert linear_logps(H, W, T).logps.shape == (4, 6)  # auto takes the next impl
     with pytest.raises(
         ValueError, match=r"impl='broken' cannot do this: .*a_package_that_nobody_has.*pytorch, reference"
     ):

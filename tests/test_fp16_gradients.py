@@ -1,6 +1,6 @@
-"""fp16 gradients of a scalar loss: as exact as eager code's, whatever factor a GradScaler or the user puts on the loss.
+"""fp16 gradients of a scalar loss are as exact as eager code's, whatever factor scales the loss.
 
-A gradient that is made before that factor is known must not be stored in fp16, whose range is 6e-8 to 65504.
+A gradient computed before that factor is known must not be stored in fp16, whose range is 6e-8 to 65504.
 """
 
 from dataclasses import replace
@@ -15,7 +15,7 @@ from fusedalign import LinearCrossEntropyLoss, linear_cross_entropy
 FP16, FP32 = torch.float16, torch.float32
 HEADS = [FP32, FP16]
 NEEDS = [(1, 1, 1), (1, 0, 0), (0, 1, 0), (1, 0, 1)]
-#: (options of the loss, factor on it): gradients that underflow fp16 before the factor, and that overflow it.
+#: (loss options, factor): gradients that underflow fp16 before the factor is applied, and that overflow it.
 SMALL = [
     ({"num_items": 2**18}, 65536.0),
     ({"num_items": 2**20}, 65536.0),
@@ -30,7 +30,7 @@ def fp16_case(device, head=FP32, *, seed=0) -> Case:
 
 
 def steep_case(device, head=FP32) -> Case:
-    """An lse of 8000 nats at every token, by one column's bias: gradients summed over tokens leave fp16's range."""
+    """One column's bias makes the lse 8000 nats at every token, so gradients summed over tokens exceed fp16's range."""
     case = fp16_case(device, head)
     case.bias[7] = 8000
     return case

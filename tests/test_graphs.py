@@ -1,4 +1,4 @@
-"""`torch.compile(fullgraph=True)`: the operators give what the functions give, and their fakes tell the truth."""
+"""`torch.compile(fullgraph=True)`: operators equal the functions, and fake outputs match the real ones."""
 
 import itertools
 
@@ -65,8 +65,8 @@ def test_fullgraph_compilation_gives_the_same_numbers(impl, device, f, needs):
             torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-5)
 
 
-#: What is traced is the same of every impl: its name is one more constant of an operator. So others than the first
-#: are asked once, with the call that makes everything symbolic.
+#: The traced graph does not depend on the impl, which is a constant argument of the operator. So impls after the first
+#: are tested with one call, where all sizes are symbolic.
 @pytest.mark.parametrize(
     ("impl", "dynamic"),
     [(impl, dynamic) for impl in IN_GRAPHS for dynamic in (None, True) if dynamic or impl == IN_GRAPHS[0]],
@@ -140,7 +140,7 @@ def test_fake_outputs_have_the_real_shapes_and_dtypes(impl, dtype, needs, output
 
 @pytest.mark.parametrize("needs", NEEDS[:2])
 def test_operators_pass_opcheck(needs):
-    """Schema, registration of autograd, and fakes, by PyTorch's own checks."""
+    """PyTorch's `opcheck`: schema, autograd registration and fake outputs."""
     hidden, weight, bias = tensors("cpu", torch.float32, needs)
     arguments = hidden, weight, TARGETS, bias
     packed = options("pytorch", torch.float32, needs, ("lse",)).packed()

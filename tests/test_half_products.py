@@ -1,8 +1,8 @@
 """The CUDA path of half-precision products, on a machine without CUDA.
 
-There a product takes bf16 or fp16 operands and gives fp32. Here that is emulated: the operands are rounded to the half
-precision and multiplied in fp32, which is what the hardware does up to the order of its sums. Shapes and dtypes of the
-true calls are checked with meta tensors.
+On CUDA a product takes bf16 or fp16 operands and returns fp32. Here it is emulated: operands are rounded to half
+precision and multiplied in fp32, as the hardware does up to the order of sums. Shapes and dtypes of the real calls are
+checked with meta tensors.
 """
 
 import pytest
@@ -75,7 +75,7 @@ def test_fp16_gradients_of_logits_neither_overflow_nor_vanish(half_products, ups
 
 @pytest.mark.parametrize("dtype", HALF)
 def test_mm_calls_have_valid_shapes_and_dtypes_on_meta_tensors(monkeypatch, dtype):
-    """Meta tensors run PyTorch's own rules for every call, `torch.mm(..., out_dtype=)` among them, without numbers."""
+    """Meta tensors check every call, including `torch.mm(..., out_dtype=)`, without computing values."""
     monkeypatch.setattr(pytorch, "_half_products", lambda problem: True)
     hidden = torch.empty(48, 32, dtype=dtype, device="meta")
     weight = torch.empty(200, 32, dtype=dtype, device="meta", requires_grad=True)

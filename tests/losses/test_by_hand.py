@@ -1,4 +1,4 @@
-"""Every loss on numbers small enough to work out by hand; the arithmetic stands beside each."""
+"""Every loss against hand-computed values; the arithmetic is in the comments."""
 
 import math
 
@@ -73,7 +73,7 @@ def test_aot_sorts_the_batch():
     assert losses.tolist() == pytest.approx([-ls(-2), -ls(5)])
 
 
-# With beta 0.5 and scores in the place of a = 2, b = -1:
+# With beta 0.5 and scores instead of a = 2, b = -1:
 DIVERGENCES = {
     "reverse_kl": ({}, 2 - -1),
     "forward_kl": ({}, (1 - math.exp(-2)) - (1 - math.exp(1))),

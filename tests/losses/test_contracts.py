@@ -1,4 +1,4 @@
-"""What every loss keeps to: gradients, finite extremes, fp32 at least, no broadcasting, no ignored options."""
+"""Contracts of every loss: gradients, finite extremes, at least fp32, no broadcasting, no ignored options."""
 
 import functools
 import math
@@ -32,12 +32,12 @@ def dpo_options(loss_type, b):
     if loss_type in SMOOTHED:
         options["label_smoothing"] = 0.1
     if loss_type in ("ipo", "sigmoid_norm", "sft"):
-        options |= {"chosen_lengths": torch.arange(b), "rejected_lengths": torch.arange(b).flip(0)}  # 0 among them
+        options |= {"chosen_lengths": torch.arange(b), "rejected_lengths": torch.arange(b).flip(0)}  # includes 0
     return options
 
 
 def pairwise():
-    """name -> (the number of [B] inputs, b -> the loss as a function of them)."""
+    """The pairwise losses: name -> (number of [B] inputs, batch size -> loss function of the inputs)."""
     table = {
         f"dpo {name}": (4, lambda b, name=name: functools.partial(dpo_loss, **dpo_options(name, b)))
         for name in dpo.LOSS_TYPES
@@ -111,7 +111,7 @@ def test_extremes_stay_finite_in_value_and_gradient(name, dtype):
             assert grad is None or torch.isfinite(grad).all()
 
 
-#: Those whose other arguments belong to their row, or that look at the whole batch, have tests of their own.
+#: Losses with further per-row arguments, or that depend on the whole batch, have separate tests.
 SEPARABLE = [name for name in PAIRWISE if not any(x in name for x in ("aot", "sft", "kto", "dpo ipo", "norm"))]
 
 
@@ -174,7 +174,7 @@ def test_log1mexp_is_exact(x):
 
 
 def test_orpo_near_zero_has_the_right_gradient():
-    """d loss / d c = -beta s(-log odds) / (1 - e**c): what a naive log1p(-exp) turns into NaN."""
+    """d loss / d c = -beta s(-log odds) / (1 - e**c); a naive log1p(-exp) gives NaN."""
     c, r = torch.tensor([-1e-9], requires_grad=True), torch.tensor([-1.0])
     (grad,) = torch.autograd.grad(orpo_loss(c, r, beta=1.0).losses.sum(), c)
     x, y = -1e-9, -1.0
@@ -193,7 +193,7 @@ def test_kto_works_with_one_side_absent(side):
 
 @pytest.mark.parametrize(("tau", "d"), [(2.0, -200.0), (2.0, -1e4), (5.0, -1e5)])
 def test_discopop_exponent_is_clamped(tau, d):
-    """With tau > 1 the product m exp(-x) grows as exp(-x (1 - 1 / tau)) below 0; free, it overflows fp32 near -178."""
+    """With tau > 1, m exp(-x) grows as exp(-x (1 - 1 / tau)) for x < 0; unclamped, it overflows fp32 near -178."""
     c = torch.tensor([d, 0.5], requires_grad=True)
     zero = torch.zeros(2)
     losses = dpo_loss(c, zero, zero, zero, beta=1.0, loss_type="discopop", discopop_tau=tau).losses
@@ -202,14 +202,14 @@ def test_discopop_exponent_is_clamped(tau, d):
     assert losses[0].item() == pytest.approx(expected[0], rel=1e-5)
     assert torch.isfinite(losses).all()
     assert torch.isfinite(grad).all()
-    assert losses.square().isfinite().all()  # as the constant promises
+    assert losses.square().isfinite().all()  # as documented for the constant
     m = 1 / (1 + math.exp(-0.5 / tau))
     assert losses[1].item() == pytest.approx((1 - m) * math.log1p(math.exp(-0.5)) + m * math.exp(-0.5), rel=1e-6)
 
 
 @pytest.mark.parametrize("loss_type", ["sigmoid", "ipo", "apo_zero"])
 def test_pair_weights_are_constants(loss_type):
-    """WPO's weights come of the policy, and no gradient goes back through them."""
+    """WPO weights depend on the policy, but carry no gradient."""
     c, r, c0, r0 = (x.requires_grad_() for x in inputs(4, 3))
     weights = (c.exp() * torch.tensor([1.0, 2.0, 0.5])).float()
     options = dpo_options(loss_type, 3)
@@ -222,7 +222,7 @@ def test_pair_weights_are_constants(loss_type):
 
 @pytest.mark.parametrize("coef", [1 - 1e-12, 1 + 1e-12, 1.0])
 def test_alpha_divergence_is_exact_near_reverse_kl(coef):
-    """(exp((al - 1) x) - 1) / (al - 1): 1 less a rounded exponential would leave three digits."""
+    """(exp((al - 1) x) - 1) / (al - 1) needs expm1: subtracting 1 from a rounded exponential leaves three digits."""
     xs = inputs(4, 5)
     got = dpo_loss(*xs, f_divergence_type="alpha_divergence", f_alpha_divergence_coef=coef).losses
     torch.testing.assert_close(got, dpo_loss(*xs).losses, rtol=1e-10, atol=0)

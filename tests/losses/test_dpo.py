@@ -1,4 +1,4 @@
-"""dpo_loss by hand, in its extremes, and what it refuses."""
+"""`dpo_loss`: hand-computed values, extreme margins and refused inputs."""
 
 import math
 import re
@@ -38,7 +38,7 @@ def test_gradients_equal_the_closed_form(b):
     )
     margin = 0.3 * ((c - rc) - (r - rr))
     (grad,) = torch.autograd.grad(dpo_loss(c, r, rc, rr, beta=0.3).losses.sum(), c)
-    torch.testing.assert_close(grad, (-0.3 * torch.sigmoid(-margin)).detach())  # equation 7's gradient
+    torch.testing.assert_close(grad, (-0.3 * torch.sigmoid(-margin)).detach())  # the gradient of equation 7
 
 
 def test_rewards_carry_no_gradient():

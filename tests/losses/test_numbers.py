@@ -1,4 +1,4 @@
-"""Numbers that no loss can be made of are refused, those that come in tensors too, and none is rounded on its way."""
+"""Invalid numbers are refused, also as tensors, and valid ones are not rounded."""
 
 import functools
 import math
@@ -32,7 +32,7 @@ ONES, LSE = torch.ones(2), torch.tensor([3.0, 4.0])
 HIDDEN, WEIGHT, TARGETS = torch.randn(3, 4), torch.randn(5, 4), torch.tensor([0, 4, 2])
 
 PAIR = functools.partial(dpo_loss, C, R, C - 1, R - 1)
-#: name of the number -> functions of it.
+#: number name -> functions that take it.
 NUMBERS = {
     "beta": [
         *(functools.partial(PAIR, loss_type=name) for name in dpo.LOSS_TYPES if name not in ("exo_pair", "robust")),
@@ -94,7 +94,7 @@ def test_values_that_are_not_numbers_are_refused(name, f):
 
 @EACH_NUMBER
 def test_bools_and_0d_arrays_are_refused(name, f):
-    """Of True and of an array without dimensions arithmetic with tensors makes errors of its own, or other types."""
+    """Arithmetic of tensors with bools or 0-d arrays raises unclear errors or changes types."""
     for bad in (True, np.array(0.5)):
         with pytest.raises(TypeError, match=rf"^{name} must be a number, got {type(bad).__name__}$"):
             with_lengths(f)(**{name: bad})
@@ -103,7 +103,7 @@ def test_bools_and_0d_arrays_are_refused(name, f):
 @pytest.mark.parametrize("name", ["beta", "discopop_tau", "softcap", "temperature", "num_items"])
 @pytest.mark.parametrize("bad", [5e-324, 1e-310, 1e-39])
 def test_divisors_without_a_finite_reciprocal_are_refused(name, bad):
-    """1 / 5e-324 is inf in fp64 already, 1 / 1e-39 in fp32."""
+    """1 / 5e-324 is inf in fp64, 1 / 1e-39 in fp32."""
     for f in NUMBERS[name]:
         with pytest.raises(ValueError, match=f"^{name} must be at least 1.2e-38, .*, got {bad}$"):
             with_lengths(f)(**{name: bad})
@@ -145,7 +145,7 @@ def test_an_alpha_that_fp32_cannot_hold_is_simpo():
 
 # ------------------------------------------------------------------------------------------------ numbers that are data
 
-#: name -> (a function of the tensor, good values of which any may go bad, what is bad for it)
+#: name -> (a function of the tensor, valid values, invalid values)
 NOT_FINITE = (math.nan, math.inf, -math.inf)
 TENSORS = {
     "kl": (lambda x: kto_loss(C, R, GOOD, x).losses, torch.tensor(0.5), NOT_FINITE),
@@ -204,7 +204,7 @@ def test_bad_cpu_tensor_values_raise(name, bad, dtype):
 
 @EACH_TENSOR
 def test_bad_values_in_unread_tensors_give_nan(monkeypatch, name, bad, dtype):
-    """As on a GPU, where a look would wait, and in graphs: never a plausible number."""
+    """On a GPU (reading would synchronise) and in graphs a bad value gives NaN, never a plausible number."""
     monkeypatch.setattr(fusedalign.checks, "has_values", lambda x: False)
     f, x = spoilt(name, bad, dtype)
     out = f(x)
@@ -229,7 +229,7 @@ def test_bad_tensor_values_in_a_graph_give_nan():
 @pytest.mark.parametrize("f", NUMBERS["num_items"])
 @pytest.mark.parametrize("items", [0.25, 3, 1e-3, np.float32(0.5), np.int64(7)])
 def test_num_items_divides_without_rounding(f, items):
-    """A part of an item too: the mean over ranks of a count may be one."""
+    """Fractions too: a count averaged over ranks may be fractional."""
     whole = f(num_items=1)
     for given in (items, torch.tensor(float(items)), torch.tensor([float(items)], dtype=torch.float64)):
         out = f(num_items=given)
@@ -263,7 +263,7 @@ def default_bf16():
 
 
 def others():
-    """Losses and helpers that are not in PAIRWISE, and those of it with numbers that no half precision holds."""
+    """Losses and helpers missing in PAIRWISE, and PAIRWISE ones with numbers that half precision cannot hold."""
     x, y = inputs(2, 4)
     mask, desirable = torch.ones(4), torch.tensor([True, False, True, False])
     weights = {"desirable_weight": 1.1, "undesirable_weight": 0.9}
@@ -303,7 +303,7 @@ def test_fp64_is_exact_under_any_default_dtype(name, request):
 
 
 def test_kto_weights_and_kl_enter_in_fp64():
-    """Not by way of fp32: 0.1 is another number there."""
+    """They are not rounded to fp32, where 0.1 differs."""
     x = torch.zeros(2, dtype=torch.float64)
     out = kto_loss(x, x, GOOD, 0.1, beta=1.0, desirable_weight=0.1, undesirable_weight=0.3).losses
     exact = [0.1 / (1 + math.exp(-0.1)), 0.3 / (1 + math.exp(0.1))]

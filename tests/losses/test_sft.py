@@ -1,4 +1,4 @@
-"""sft_loss by hand, against PyTorch's cross-entropy, and on the inputs that break averages."""
+"""`sft_loss`: hand-computed values, PyTorch's cross-entropy, and inputs that break averages."""
 
 import math
 import re

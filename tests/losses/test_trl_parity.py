@@ -3,7 +3,7 @@
 Left out, because TRL differs there, on purpose or not:
 
 - label_smoothing or an f-divergence with a DPO loss type that has no use for it: TRL ignores it or refuses it in its
-  constructor, `dpo_loss` raises. The same goes for label_smoothing with CPO's and TPO's hinge and ipo.
+  constructor, `dpo_loss` raises. Likewise label_smoothing with CPO's and TPO's hinge and ipo.
 - WPO's weights with hinge, and with sft on more than one pair: TRL multiplies in place and autograd refuses; with aot
   and aot_unpaired its constructor does.
 - ld_alpha with sft: TRL's sft looks at the tokens and not at the discounted sums that `dpo_loss` is given.
@@ -40,12 +40,12 @@ from fusedalign.losses.dpo import LOSS_TYPES as DPO_LOSS_TYPES
 
 VOCAB = 29
 BATCHES = pytest.mark.parametrize(("b", "seed"), [(b, seed) for b in (1, 2, 7) for seed in range(3)])
-BETAS = [{}, {"beta": 0.02}, {"beta": 0.7}]  # one a seed; {}: the default, here as there
-DRIFT = [0.1, 0.3, 0.6]  # one a seed: how far the policy is from the reference
+BETAS = [{}, {"beta": 0.02}, {"beta": 0.7}]  # one per seed; {}: the default of both
+DRIFT = [0.1, 0.3, 0.6]  # one per seed: distance of the policy from the reference
 
 
 class Bigram(nn.Module):
-    """A language model that is one table, with the two ways to call it that TRL's trainers use."""
+    """A bigram language model with the two call signatures that TRL's trainers use."""
 
     is_gradient_checkpointing = False
 
@@ -60,9 +60,9 @@ class Bigram(nn.Module):
         logits, labels = logits[:, :-1], labels[:, 1:]
         mask, logps = labels != -100, logits.log_softmax(-1)
         exact = logps.gather(-1, labels.clamp(min=0)[..., None]).squeeze(-1)
-        rounded = (256 * exact).round() / 256  # their sums are the same in whatever order
+        rounded = (256 * exact).round() / 256  # sums do not depend on the order
         self.token_logps = exact + (rounded - exact).detach()
-        self.output = FusedCausalLMOutput(  # zero outside of the mask, as TRL documents
+        self.output = FusedCausalLMOutput(  # zero outside the mask, as TRL documents
             log_probs=self.token_logps.where(mask, 0),
             entropy=-(logps.exp() * logps).sum(-1).where(mask, 0),
             log_sum_sq_probs=(2 * logps).logsumexp(-1).detach().where(mask, 0),
@@ -80,7 +80,7 @@ def models(seed):
 
 
 def make_batch(rows, seed, *, empty=False):
-    """Prompts of 1 to 3 tokens, completions of 1 to 9; `empty`: the last of them has none."""
+    """Prompts of 1 to 3 tokens, completions of 1 to 9; `empty`: the last completion has no tokens."""
     g = torch.Generator().manual_seed(100 + seed)
     prompts, completions = torch.randint(1, 4, (rows, 1), generator=g), torch.randint(1, 10, (rows, 1), generator=g)
     completions[-1] *= not empty
@@ -127,12 +127,12 @@ ONE_PROCESS = SimpleNamespace(
 
 
 def stub(cls, config, model, ref_model=None, label_smoother=None, **options):
-    """A trainer with its own methods and its config's defaults, but without __init__, which wants data and files."""
+    """A trainer with its methods and config defaults, but without running `__init__`, which needs data and files."""
     defaults = {x.name: x.default if x.default_factory is MISSING else x.default_factory() for x in fields(config)}
     assert options.keys() <= defaults.keys()
     args = SimpleNamespace(**defaults | options)
     trainer = object.__new__(cls)
-    vars(trainer).update(vars(args))  # beta and the like have the same name there
+    vars(trainer).update(vars(args))  # beta etc. are attributes of the same name
     vars(trainer).update(
         {"args": args, "accelerator": ONE_PROCESS, "model": model, "ref_model": ref_model, "aux_loss_enabled": False},
         _metrics=defaultdict(lambda: defaultdict(list)),
@@ -159,7 +159,7 @@ def close(ours, theirs, *, scale=1.0):
 
 
 def same(ours, theirs, *inputs):
-    """Both losses and their gradients; where all of a gradient is small, to 1e-5 of its largest entry."""
+    """Assert equal losses and gradients; gradients to 1e-5 of their largest entry."""
     close(ours, theirs)
     mine, its = (torch.autograd.grad(x.sum(), inputs, retain_graph=True) for x in (ours, theirs))
     for x, y in zip(mine, its, strict=True):
@@ -179,7 +179,7 @@ def cases(*options):
 
 
 def dpo_both(options, b, seed, **only_ours):
-    """Ours, theirs, the policy's log-probability of each token, and what TRL logs."""
+    """`dpo_loss`, TRL's loss, the policy's per-token log-probabilities, and TRL's metrics."""
     batch, (policy, reference) = make_batch(2 * b, seed, empty=b == 7), models(seed)
     names = [options["loss_type"]] if isinstance(options["loss_type"], str) else options["loss_type"]
     precomputed = seed == 1
@@ -255,7 +255,7 @@ def test_dpo_equals_trl(options, b, seed):
 def test_kto_equals_trl(options, labels, b, seed):
     options = options | BETAS[seed]
     batch, (policy, reference) = make_batch(b, seed, empty=b == 7), models(seed)
-    mismatched = make_batch(b, 50 + seed)  # the mean is above 0 for some of the seeds and below it for others
+    mismatched = make_batch(b, 50 + seed)  # the mean is positive for some seeds and negative for others
     desirable = torch.arange(b) % 3 != 1 if labels == "mixed" else torch.full((b,), labels == "desirable")
     precomputed = seed == 1
     trainer = stub(KTOTrainer, KTOConfig, policy, reference, **options, precompute_ref_log_probs=precomputed)
@@ -275,7 +275,7 @@ def test_kto_equals_trl(options, labels, b, seed):
 
 
 def our_cpo(chosen, rejected, options):
-    """In TRL's options."""
+    """`cpo_loss` with TRL's options."""
     options = dict(options)
     if (alpha := options.pop("alpha", 0.0)) != 0:
         chosen, rejected = (losses.alphapo_rewards(x, alpha=alpha) for x in (chosen, rejected))
@@ -327,7 +327,7 @@ def test_orpo_of_each_pair_equals_trl(beta, b, seed):
 
 
 def separate(batch):
-    """The batch as CPO's and ORPO's collator has it."""
+    """The batch as the collator of CPO and ORPO lays it out."""
     labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
     columns = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "labels": labels}
     sides = {k: dict(zip(("chosen", "rejected"), v.chunk(2), strict=True)) for k, v in columns.items()}
@@ -390,7 +390,7 @@ def test_tpo_equals_trl(options, tpo_alpha, b, seed):
 def test_sft_equals_trl(options, num_items, b, seed):
     batch, (policy, _) = make_batch(b, seed, empty=b == 7), models(seed)
     smoothing = options.get("label_smoothing", 0.0)
-    smoother = LabelSmoother(epsilon=smoothing) if smoothing else None  # as transformers' Trainer makes it
+    smoother = LabelSmoother(epsilon=smoothing) if smoothing else None  # as the transformers Trainer computes it
     trainer = stub(SFTTrainer, SFTConfig, policy, loss_type=options["loss_type"], label_smoother=smoother)
     labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
     inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "labels": labels}

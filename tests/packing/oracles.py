@@ -1,4 +1,4 @@
-"""Packed rows and their attention in plain loops, and what a layout is compared with."""
+"""Oracles for packed rows and their attention, in plain loops."""
 
 from typing import NamedTuple
 
@@ -6,7 +6,7 @@ import torch
 
 
 class Expected(NamedTuple):
-    """A layout as `pack_rows` promises it, in Python's lists."""
+    """The layout that `pack_rows` documents, as Python lists."""
 
     ids: list
     positions: list
@@ -18,7 +18,7 @@ class Expected(NamedTuple):
 
 
 def packed(rows, groups=1, share=True, multiple=1) -> Expected:
-    """The first row of each prompt whole; then of its other rows what follows their common beginning with it."""
+    """The first row of each prompt, then the part of its other rows after their common prefix with the first."""
     count = len(rows) // groups
     ids, positions, segments, made = [], [], [], [None] * len(rows)
     for prompt in range(count):
@@ -43,7 +43,7 @@ def packed(rows, groups=1, share=True, multiple=1) -> Expected:
 
 
 def assert_is(batch, expected: Expected) -> None:
-    """Everything that a batch holds, but the padded layout."""
+    """Assert everything that a batch holds except the padded layout."""
     assert batch.input_ids.tolist() == [expected.ids]
     assert batch.position_ids.tolist() == [expected.positions]
     assert batch.row_counts.tolist() == [expected.counts]
@@ -72,7 +72,7 @@ def assert_is(batch, expected: Expected) -> None:
 
 
 def assert_padded(batch, rows, slots, width) -> None:
-    """Each row's tokens are found at its slots, `slots` being its first."""
+    """Assert that each row's tokens start at its slot in the padded layout."""
     assert batch.valid.shape == batch.token_index.shape == (len(rows), width)
     for tokens, first, index, valid in zip(rows, slots, batch.token_index, batch.valid, strict=True):
         assert valid.tolist() == [first <= i < first + len(tokens) for i in range(width)]
@@ -82,9 +82,9 @@ def assert_padded(batch, rows, slots, width) -> None:
 
 
 def attention(query, key, value, batch, scale, window=None, by_row=None):
-    """[1, H, S, d] -> [1, S, H, d] in fp64, of each row by itself under a dense mask; zero for the filler.
+    """[1, H, S, d] -> [1, S, H, d] in fp64: each row separately under a dense mask, zero for filler tokens.
 
-    A shared token takes what the first of its rows says.
+    A shared token gets the output of its first row.
     """
     q, k, v = (x.double() for x in (query, key, value))
     k, v = (x.repeat_interleave(query.shape[1] // key.shape[1], 1) for x in (k, v))
@@ -101,7 +101,7 @@ def attention(query, key, value, batch, scale, window=None, by_row=None):
 
 
 def dense(query, key, value, scale, window=None):
-    """[B, H, T, d] -> [B, H, T, d]: causal, of at most `window` tokens, that of the query itself among them."""
+    """Causal attention over at most `window` tokens including the query's own, [B, H, T, d] -> [B, H, T, d]."""
     place = torch.arange(query.shape[2], device=query.device)
     back = place[:, None] - place[None]
     seen = back >= 0 if window is None else (back >= 0) & (back < window)

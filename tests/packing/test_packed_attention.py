@@ -13,7 +13,7 @@ from fusedalign.packing import attention as packed_attention
 from fusedalign.packing import pack_padded, pack_rows
 from fusedalign.packing.attention import _causal, _segments, _varlen, _WithPrefixes, varlen_attention
 
-#: In groups of 2 and of 3: a shared beginning, equal rows, a row that begins another, an empty one, nothing shared.
+#: Groups of 2 and 3: a shared prefix, equal rows, a row that is a prefix, an empty row, nothing shared.
 ROWS = [
     [3, 4, 5, 6, 7, 8, 9],
     [3, 4, 5],
@@ -40,14 +40,14 @@ def operands(batch, heads, sizes=(8, 8), dtype=torch.float64, device="cpu", seed
 
 
 def values_and_grads(f, operands, real):
-    """The output of tokens [0, real) and the gradients of a loss that asks each number something else."""
+    """The output of tokens [0, real), and gradients of a loss that weights each number differently."""
     out = f(*operands)[:, :real].double()
     direction = torch.linspace(1, 9, out.numel(), dtype=torch.float64, device=out.device).sin().view_as(out)
     return [out.detach(), *(x.double() for x in torch.autograd.grad((out * direction).sum(), operands))]
 
 
 def eager_varlen(q, k, v, query_offsets, key_offsets, max_q, max_k, scale, window_size):
-    """What `torch.nn.attention.varlen.varlen_attn` documents, one run at a time."""
+    """`torch.nn.attention.varlen.varlen_attn` in eager code, one segment at a time."""
     left, right = window_size
     assert right == 0
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
@@ -81,7 +81,7 @@ def varlen_2_13(
 
 
 def operator(q, k, v, cum_seq_q, cum_seq_k, max_q, max_k, dropout, is_causal, debug, *, scale, **window):
-    """The operator below `varlen_attn`."""
+    """Stand-in for the operator behind `varlen_attn`."""
     left, right = window["window_size_left"], window["window_size_right"]
     assert (dropout, is_causal, debug) == (0.0, left < 0, False)
     return (eager_varlen(q, k, v, cum_seq_q, cum_seq_k, max_q, max_k, scale, (left, right)),)
@@ -89,7 +89,7 @@ def operator(q, k, v, cum_seq_q, cum_seq_k, max_q, max_k, dropout, is_causal, de
 
 @pytest.fixture(params=["segments", operator, varlen_2_10, varlen_2_11, varlen_2_13])
 def attend(request, monkeypatch):
-    """Each way to attend; plain code in the place of the kernel, so that what is around it is tested here too."""
+    """Each attention path; eager code replaces the kernel, so that the code around it is tested without a GPU."""
     if request.param == "segments":
         return _segments
     monkeypatch.setattr(packed_attention, "_has_operator", lambda: request.param is operator)
@@ -107,7 +107,7 @@ def test_packed_attention_equals_dense_attention(attend, groups, heads, window):
     batch = pack_rows(ROWS, groups=groups, multiple=11)
     assert (batch.shared is None) == (groups == 1)
     real = int((batch.row_counts > 0).sum())
-    assert batch.tokens > real  # there is filler
+    assert batch.tokens > real  # there are filler tokens
     made, scale = operands(batch, heads, (12, 7)), 0.7
     if window is not None and attend is _varlen and packed_attention.varlen_attention() is varlen_2_10:
         with pytest.raises(packed_attention.LayoutError, match=r"attention with a window needs PyTorch 2\.11"):
@@ -147,7 +147,7 @@ SIZES = [(64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (256, 256)]
 
 
 def padded_sdpa(query, key, value, batch, scale, window):
-    """The same numbers as padded rows give them, by SDPA under a mask, where each row is computed by itself."""
+    """The same result from padded rows: SDPA with a mask, each row separately."""
     index, valid = batch.token_index.to(query.device), batch.valid.to(query.device)
     repeats = query.shape[1] // key.shape[1]
     q, k, v = (x[0][:, index].transpose(0, 1) for x in (query, key, value))
@@ -158,7 +158,7 @@ def padded_sdpa(query, key, value, batch, scale, window):
     seen = seen & valid[:, None, None, :] | torch.eye(len(place), dtype=torch.bool, device=query.device)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale).transpose(1, 2)
     packed = out.new_zeros(batch.tokens, *out.shape[2:])
-    for row, mask, tokens in reversed(list(zip(out, valid, index, strict=True))):  # the first of its rows wins
+    for row, mask, tokens in reversed(list(zip(out, valid, index, strict=True))):  # first row wins
         packed = packed.index_copy(0, tokens[mask], row[mask])
     return packed[None]
 
@@ -171,7 +171,7 @@ def padded_sdpa(query, key, value, batch, scale, window):
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (8, 1)], ids=str)
 @pytest.mark.parametrize("window", [None, 1, 37])
 def test_the_kernel_error_is_at_most_twice_that_of_sdpa(dtype, sizes, heads, window):
-    """Its error against fp64 is at most twice that of SDPA on padded rows, and half a unit in the last place."""
+    """Its error against fp64 is at most twice that of SDPA on padded rows, plus half an ulp."""
     g = torch.Generator().manual_seed(0)
     rows = []
     for length, own in ((70, 50), (1, 130), (200, 1), (40, 0)):

@@ -1,4 +1,4 @@
-"""Models of many families, packed and padded: hidden states, gradients of all parameters, log-probabilities."""
+"""Models of many families, packed against padded: hidden states, gradients and log-probabilities."""
 
 import copy
 
@@ -16,9 +16,9 @@ TOLERANCE = 1e-5
 
 
 def run(model, ids, mask, layout=None):
-    """Hidden states of the real tokens, [tokens, D], and the gradients of a loss that asks each number something else.
+    """Hidden states of the real tokens, [tokens, D], and gradients of a loss that weights each number differently.
 
-    Tokens are asked in their rows, so that a shared one is asked once for each of its rows.
+    The loss is over padded rows, so a shared token counts once per row.
     """
     model.zero_grad()
     if layout is None:
@@ -44,7 +44,7 @@ def assert_same(got, want, tolerance=TOLERANCE):
 
 @pytest.fixture(scope="module")
 def family():
-    """family(name) -> a model that may run packed, made once."""
+    """family(name) -> a model enabled for packing, cached per module."""
     made = {}
 
     def get(name):
@@ -104,7 +104,7 @@ def test_packed_gradient_checkpointing_equals_padded(family, name, reentrant):
 
 @pytest.mark.parametrize("name", ["qwen3", "granite", "phi", "gpt_neox"])
 def test_packed_logps_equal_fp64_full_logits(family, name):
-    """Against fp64's of the full logits; of all tokens and of a completion's."""
+    """Compared with fp64 full logits, for all tokens and for completion tokens."""
     model, (ids, mask) = family(name), families.padded_pairs(2)
     exact = copy.deepcopy(model).double().eval()
     with torch.no_grad():
@@ -137,7 +137,7 @@ def test_mismatched_labels_are_refused(family):
 
 @pytest.mark.parametrize("name", ["qwen3", "gemma3", "gpt_neox"])
 def test_half_precision_error_is_at_most_twice_the_padded_one(name):
-    """The error against fp32 is at most twice the padded run's own, over a few batches."""
+    """The error against fp32 is at most twice that of the padded run, over a few batches."""
     wide = families.build(*families.PACKABLE[name])
     half = families.build(*families.PACKABLE[name], dtype=torch.bfloat16)
     enable(half)

@@ -1,4 +1,4 @@
-"""The proof: what it refuses and why, that it leaves no trace, and that it finds what has been broken on purpose."""
+"""The packing proof: refusals with reasons, no side effects, and detection of injected faults."""
 
 import copy
 import dataclasses
@@ -28,7 +28,7 @@ TRACES = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 
 def traces(model):
-    """All of a model that a proof must leave as it was."""
+    """The state of a model that a proof must not change."""
     config = model.config.get_text_config()
     return {
         "attention": (model.config._attn_implementation, config._attn_implementation),
@@ -42,8 +42,8 @@ def traces(model):
 
 
 def assert_no_trace(model, check, **changed):
-    """`check()` changes nothing but what is given."""
-    for i, module in enumerate(model.modules()):  # a pattern that no default has
+    """Assert that `check()` changes nothing except `changed`."""
+    for i, module in enumerate(model.modules()):  # a pattern different from any default
         module.training = i % 3 > 0
     for i, parameter in enumerate(model.parameters()):
         parameter.grad = torch.full_like(parameter, i) if parameter.requires_grad and i % 2 else None
@@ -116,7 +116,7 @@ def test_the_proof_changes_only_the_attention_name(prove):
         parameter.requires_grad_(False)
     name = packed_attention.PREFIX + "sdpa"
     assert_no_trace(model, lambda: prove(model), attention=(name, name))
-    assert_no_trace(model, lambda: prove(model))  # again
+    assert_no_trace(model, lambda: prove(model))  # the second proof
 
 
 def test_frozen_and_quantised_models_are_proven_by_hidden_states():
@@ -169,9 +169,9 @@ def test_errors_raised_by_a_model_are_reported():
 
 
 def test_without_a_layout_nothing_changes():
-    """Masks, caches and generation are those of the attention that the model had."""
+    """Without a layout, masks, caches and generation are those of the original attention."""
     ids, mask = families.padded_pairs(0)
-    mask = torch.cat([mask[:, :2] * 0, mask[:, 2:]], 1)  # on both sides
+    mask = torch.cat([mask[:, :2] * 0, mask[:, 2:]], 1)  # padding on both sides
 
     def answers(model):
         options = {"attention_mask": mask[:, :4], "max_new_tokens": 9, "do_sample": False}
@@ -188,12 +188,12 @@ def test_without_a_layout_nothing_changes():
 
 
 def _positions(monkeypatch):
-    """Those of the later answers are off by one."""
+    """Fault: positions of the later answers are off by one."""
     change_batches(monkeypatch, lambda batch: {"position_ids": batch.position_ids + in_answers(batch)})
 
 
 def in_answers(batch):
-    """[1, S]: 1 for the tokens that follow a prefix."""
+    """[1, S]: 1 for tokens after a shared prefix."""
     mask = torch.zeros_like(batch.position_ids)
     for segment in batch.segments:
         if segment.prefix_length:
@@ -220,24 +220,24 @@ def _prefix_dropped(monkeypatch):
 
 
 def _prefix_short(monkeypatch):
-    """Its last token is not seen."""
+    """Fault: the last token of the prefix is not attended to."""
     change_segments(monkeypatch, lambda segment: segment._replace(prefix_length=max(0, segment.prefix_length - 1)))
 
 
 def _sibling_seen(monkeypatch):
-    """An answer sees one token of the other one: the prefix reaches too far."""
+    """Fault: the prefix is one token too long, so an answer sees a token of the other one."""
     change_segments(
         monkeypatch, lambda segment: segment._replace(prefix_length=segment.prefix_length + (segment.prefix_length > 0))
     )
 
 
 def _wrong_prefix(monkeypatch):
-    """That of the first prompt for all."""
+    """Fault: all rows use the prefix of the first prompt."""
     change_segments(monkeypatch, lambda segment: segment._replace(prefix_start=0))
 
 
 def change_causal(monkeypatch, change):
-    """`change(scale, window)` -> what attention takes in their place."""
+    """Replace scale and window of the attention by `change(scale, window)`."""
     original = packed_attention._causal
 
     def causal(query, key, value, scale, window):
@@ -263,7 +263,7 @@ def _window_narrow(monkeypatch):
 
 
 def _not_causal(monkeypatch):
-    """A query sees the token after it."""
+    """Fault: a query sees the next token."""
 
     def causal(query, key, value, scale, window):
         queries, keys = query.shape[2], key.shape[2]
@@ -276,7 +276,7 @@ def _not_causal(monkeypatch):
 
 
 class _Scaled(torch.autograd.Function):
-    """The right values, and gradients that are not."""
+    """Correct values with wrong gradients."""
 
     @staticmethod
     def forward(ctx, x, factor):
@@ -292,7 +292,7 @@ def change_gradients(monkeypatch, factor):
     original = packed_attention._causal
 
     def causal(query, key, value, scale, window):
-        if query.shape[2] < key.shape[2]:  # after a prefix
+        if query.shape[2] < key.shape[2]:  # after a shared prefix
             key, value = _Scaled.apply(key, factor), _Scaled.apply(value, factor)
         return original(query, key, value, scale, window)
 
@@ -300,7 +300,7 @@ def change_gradients(monkeypatch, factor):
 
 
 def _gradients_lost(monkeypatch):
-    """The prompt learns nothing from the later answers."""
+    """Fault: the prompt gets no gradient from the later answers."""
 
     def lost(grad):
         grad = grad.clone()
@@ -311,7 +311,7 @@ def _gradients_lost(monkeypatch):
 
 
 def _gradients_misplaced(monkeypatch):
-    """Each goes to the token before."""
+    """Fault: each gradient is shifted to the previous token."""
     change_gradients(monkeypatch, lambda grad: grad.roll(-1, 2))
 
 
@@ -333,7 +333,7 @@ WINDOW_FAULTS = {
 }
 
 
-#: In bf16 a scale that is 5 % off is rounding, and so are positions where few numbers of a head tell of them.
+#: Faults within bf16 rounding: a scale 5 % off, and positions if few head dimensions encode them.
 HALF = [(fault, "qwen3", torch.bfloat16) for fault in FAULTS if fault != "scale"]
 HALF += [(fault, "gpt_neox", torch.bfloat16) for fault in FAULTS if fault not in ("scale", "positions")]
 CASES = [(fault, name, torch.float32) for fault in FAULTS for name in ("qwen3", "gpt_neox", "deepseek_v3")] + HALF
@@ -354,7 +354,7 @@ def test_the_proof_detects_every_injected_fault(fault, name, dtype, monkeypatch)
 @pytest.mark.parametrize("prove", [enable, enable_unmasked])
 @pytest.mark.parametrize("fault", WINDOW_FAULTS)
 def test_the_proof_detects_window_faults(fault, prove, name, window, dtype, monkeypatch):
-    """Also where windows are wider than the rows of the proof are long."""
+    """Also with windows wider than the rows of the proof."""
     architecture, options = families.PACKABLE[name]
     model = families.build(architecture, options | {"sliding_window": window}, dtype=dtype)
     WINDOW_FAULTS[fault](monkeypatch)
@@ -396,7 +396,7 @@ def test_layers_compiled_beforehand_pass_the_proof():
 
 @pytest.mark.parametrize("prove", [enable, enable_unmasked])
 def test_layers_that_change_their_mask_are_refused(prove):
-    """As sparse attention does, of which a few tokens see nothing."""
+    """As in sparse attention, where a few tokens of the proof would not show it."""
     model = families.build(*families.PACKABLE["qwen3"])
     attention = model.base_model.layers[0].self_attn
     forward = attention.forward
@@ -413,7 +413,7 @@ def test_layers_that_change_their_mask_are_refused(prove):
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_pickled_models_keep_their_original_attention(attention):
-    """Another process knows no other."""
+    """Another process has no packed attention registered."""
     of = lambda x: pickle.loads(pickle.dumps(x))  # noqa: E731
     model = families.build(*families.PACKABLE["gemma3"], attention=attention).eval()
     enable(model)

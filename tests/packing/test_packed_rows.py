@@ -1,4 +1,4 @@
-"""Layouts of packed rows against plain loops, and what is made of them."""
+"""Layouts of packed rows against plain loops, and the operations on them."""
 
 import pickle
 
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from fusedalign.packing import RightPadded, pack_answers, pack_documents, pack_padded, pack_rows
 
 few = settings(deadline=None, max_examples=40, derandomize=True)
-tokens = st.integers(1, 3)  # so few that rows begin alike, or are equal, by themselves
+tokens = st.integers(1, 3)  # so few that random rows share prefixes or are equal
 rows_of = lambda n: st.lists(st.lists(tokens, max_size=6), min_size=n, max_size=n)  # noqa: E731
 batches = st.integers(1, 3).flatmap(
     lambda groups: st.tuples(st.just(groups), st.integers(0, 4).flatmap(lambda n: rows_of(groups * n)))
@@ -45,7 +45,7 @@ def test_pack_answers_equals_the_plain_loop(batch, options):
 @few
 @given(batches, options, st.data())
 def test_pack_padded_equals_the_plain_loop(batch, options, data):
-    """On the left, on the right, on both sides; what stands on padding does not matter."""
+    """Padding on the left, on the right or on both sides; ids at padding are ignored."""
     groups, rows = batch
     width = width_of(rows) + data.draw(st.integers(0, 3))
     slots = [data.draw(st.integers(0, width - len(row))) for row in rows]
@@ -62,7 +62,7 @@ def test_pack_padded_equals_the_plain_loop(batch, options, data):
 @few
 @given(st.integers(1, 3), st.integers(1, 8), st.sampled_from([1, 4]), st.data())
 def test_pack_documents_equals_the_plain_loop(count, width, multiple, data):
-    """A row of documents begins one, whatever its first position says (`wrapped` cuts them)."""
+    """A row starts a document whatever its first position is (strategy `wrapped` cuts documents)."""
     ids, positions, documents = torch.randint(1, 9, (count, width)), [], []
     for row in ids.tolist():
         places = data.draw(st.lists(st.booleans(), min_size=width, max_size=width))
@@ -98,14 +98,14 @@ def test_64_pairs_are_packed_like_the_plain_loop():
     [
         ([5, 6, 7], [5, 6, 8], [5, 6, 7, 8]),
         ([5, 7], [5, 8], [5, 7, 8]),  # a prompt of one token
-        ([5, 6, 7, 8], [5, 6, 7, 9], [5, 6, 7, 8, 9]),  # answers that begin alike
+        ([5, 6, 7, 8], [5, 6, 7, 9], [5, 6, 7, 8, 9]),  # answers with a common prefix
         ([5, 6], [5, 6], [5, 6]),
         ([5, 6], [5, 6, 7], [5, 6, 7]),
         ([5, 6, 7], [5, 6], [5, 6, 7]),
         ([6, 7], [5, 6, 8], [6, 7, 5, 6, 8]),  # cut at the beginning
         ([5, 6], [], [5, 6]),
         ([], [5, 6], [5, 6]),
-        ([], [], [0]),  # a layout is never without a token
+        ([], [], [0]),  # a layout has at least one token
     ],
 )
 def test_a_pair_shares_its_common_prefix(chosen, rejected, expected):
@@ -179,7 +179,7 @@ def test_pickled_and_moved_layouts_are_equal(name, move):
 
 @pytest.mark.parametrize("name", MADE)
 def test_only_model_tensors_move_to_the_device(name):
-    """To the model's device all that it needs, and no more."""
+    """`to` moves the tensors that the model reads; index tensors stay on the CPU."""
     moved = MADE[name]().to("meta")
     theirs = [getattr(moved, field) for field in MODEL_TENSORS] + list(moved.shared or ())
     assert {x.device.type for x in theirs} == {"meta"}
@@ -187,7 +187,7 @@ def test_only_model_tensors_move_to_the_device(name):
 
 
 def test_pin_memory_pins_the_layout(monkeypatch):
-    """Collators' batches are pinned by their method."""
+    """The DataLoader pins batches through their `pin_memory` method."""
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: x + 1)
     from torch.utils.data._utils.pin_memory import pin_memory
 
@@ -205,7 +205,7 @@ def test_right_padded_layouts_move_and_pickle():
 
 
 class _Sharded(torch.Tensor):
-    """With arithmetic of its own, as a DTensor has."""
+    """A tensor subclass with its own arithmetic, like DTensor."""
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):

@@ -1,4 +1,4 @@
-"""Rows as examples: the tokens and labels of TRL's trainers, windows of text, and refusals that cost one row each."""
+"""Rows become examples: the tokens and labels of TRL's trainers, windows of text, and refusals row by row."""
 
 import json
 import logging
@@ -31,7 +31,7 @@ def tokenizer(folder):
 
 @pytest.fixture(scope="module")
 def tokenizer_with_bos(folder):
-    """One that begins what it encodes with a BOS and ends it with an EOS."""
+    """A tokenizer that adds BOS and EOS to everything it encodes."""
     from tokenizers.processors import TemplateProcessing
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -45,7 +45,7 @@ def tokenizer_with_bos(folder):
 
 @pytest.fixture(scope="module")
 def trained_on(folder, tmp_path_factory):
-    """trained_on("dpo", rows, tokenizer, max_length=...) -> of each row and answer the tokens and labels of a batch."""
+    """trained_on("dpo", rows, tokenizer, max_length=...) -> tokens and labels per row and answer, from a batch."""
     model = AutoModelForCausalLM.from_pretrained(folder)
     output = str(tmp_path_factory.mktemp("runs"))
 
@@ -75,7 +75,7 @@ def trained_on(folder, tmp_path_factory):
 
 
 def scored(rows, tokenizer, **options):
-    """Of each row and answer the tokens and labels; no row is refused."""
+    """Tokens and labels per row and answer; asserts that no row is refused."""
     source = Rows(Dataset.from_list(rows), tokenizer, RowOptions(**options))
     examples, refused = source.examples(0, len(source))
     assert not refused
@@ -87,7 +87,7 @@ def scored(rows, tokenizer, **options):
 
 
 def assert_equal(got, want):
-    """The same tokens, and the same labels but for a first token, which is never predicted."""
+    """Assert equal tokens, and equal labels except for the first token, which is never predicted."""
     assert len(got) == len(want)
     for row, others in zip(got, want, strict=True):
         assert [ids for ids, _ in row] == [ids for ids, _ in others]
@@ -113,7 +113,7 @@ PLAIN = [
         "prompt": "a boat has th",
         "chosen": "e sail",
         "rejected": "at sail",
-    },  # the end of the prompt becomes part of "the"
+    },  # the last prompt character is merged into "the"
 ]
 SHARED = [
     {"chosen": "Question: why? Answer: because it is so", "rejected": "Question: why? Answer: who knows"},
@@ -476,7 +476,7 @@ def test_slices_equal_the_full_list(tokenizer):
 
 
 def test_a_reading_thread_logs_nothing_and_restores_trl(tokenizer, monkeypatch, caplog, capsys):
-    """TRL would say of each row how its prompt was cut, through a logger that needs the state of all processes."""
+    """TRL logs how each prompt was truncated, through a logger that needs accelerate's process state."""
     monkeypatch.setattr(PartialState, "_shared_state", {})
     before = {name: vars(trl.trainer.dpo_trainer)[name] for name in ("logger", "global_then_local_main_first")}
     rows = [{"prompt": "a boat has th", "chosen": "e sail" * 600, "rejected": "at sail"}, PLAIN[0]]

@@ -1,4 +1,4 @@
-"""Log-probabilities of one batch: those of full logits in fp64, padded and packed, with gradients."""
+"""`sequence_logps` of one batch, padded and packed, with gradients, against fp64 full logits."""
 
 import models
 import peft
@@ -24,7 +24,7 @@ def batch(rows, left=False, seed=0):
 
 
 def exact(model, ids, mask, labels):
-    """Per-token logps from the rows alone, in fp64."""
+    """Per-token logps in fp64, each row run separately."""
     double = type(model)(model.config).double().eval()
     double.load_state_dict({name: x.double() for name, x in model.state_dict().items()})
     result = torch.zeros(ids.shape, dtype=torch.float64)
@@ -153,7 +153,7 @@ def test_ranks_are_exact_over_several_tiles(monkeypatch, dtype):
 @pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("place", [2, 3])
 def test_a_label_on_padding_is_refused(packed, place):
-    """Also on the padding after a row's last token, whose prediction there is."""
+    """Also on the padding right after a row's last token, although a prediction exists there."""
     ids, mask = torch.tensor([[9, 10, 2, 2], [9, 10, 5, 6]]), torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]])
     labels = torch.full((2, 4), -100)
     labels[0, 1], labels[0, place] = 10, 2

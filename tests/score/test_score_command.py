@@ -1,4 +1,4 @@
-"""`fusedalign score` from its words to its files, and `score` in Python."""
+"""`fusedalign score` from arguments to files, and `score` in Python."""
 
 import json
 import math
@@ -62,7 +62,7 @@ def run(folder, tmp_path, capsys):
 
 @torch.no_grad()
 def answer_logps(model, tokenizer, prompt, answer):
-    """Per-token logps of the answer and its end, from full logits in fp64."""
+    """Per-token logps of the answer and its end token, from full logits in fp64."""
     start = tokenizer(prompt)["input_ids"]
     ids = tokenizer(prompt + answer + tokenizer.eos_token)["input_ids"]
     logits = model.double()(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
@@ -110,7 +110,7 @@ def test_a_reference_model_adds_rewards(run, other, folder):
 
 @pytest.mark.parametrize("stride", [None, 5, 15])
 def test_plain_text_is_scored_in_windows(run, model, tokenizer, stride):
-    """Each token but the first counts once, with max_length - stride tokens before it or all there are."""
+    """Each token except the first counts once, with at least max_length - stride tokens (or all) as context."""
     words = ["--max_length", "16", *(["--stride", str(stride)] if stride else [])]
     rows, _ = run(TEXTS, *words)
     for row, text in zip(rows, TEXTS, strict=True):

@@ -1,4 +1,4 @@
-"""`fusedalign score --ref_cache`: written with a training's own words, read by that training."""
+"""`fusedalign score --ref_cache`: written with the arguments of a training and read by that training."""
 
 import json
 
@@ -100,7 +100,7 @@ def test_bad_arguments_are_one_line_errors(config, tmp_path, capsys, words, mess
 def test_a_file_that_is_not_a_cache_is_not_overwritten(config, tmp_path, capsys, monkeypatch, content):
     from fusedalign.trl import train
 
-    monkeypatch.setattr(train, "find_model", None)  # told before anything is loaded
+    monkeypatch.setattr(train, "find_model", None)  # checked before anything is loaded
     taken = tmp_path / "taken"
     taken.mkdir() if content is None else taken.write_text(content)
     assert main(["score", "--ref_cache", str(taken), "--config", config]) == 2

@@ -1,4 +1,4 @@
-"""A whole run: shards, what interrupts it, several ranks, and files that must not be touched."""
+"""A complete scoring run: shards, interruptions, several ranks, and files that must not be touched."""
 
 import contextlib
 import errno
@@ -35,7 +35,7 @@ class Pairs:
 
 
 class FakeScorer:
-    """Scores that follow from the row and the model's name alone; one row fails in one model."""
+    """A scorer that derives scores from the row and the model name; one row fails with one model."""
 
     max_tokens = 10
 
@@ -72,7 +72,7 @@ def content(out):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """An uninterrupted run."""
+    """The file of an uninterrupted run."""
     out = tmp_path_factory.mktemp("whole") / "scores.parquet"
     defaults = ShardStore.__init__.__defaults__
     ShardStore.__init__.__defaults__ = (4,)
@@ -97,7 +97,7 @@ def test_every_row_is_scored_or_refused_once(tmp_path, reference):
 
 
 def in_child(body):
-    """Run `body` in a forked process; its exit status, negative for a signal."""
+    """Run `body` in a forked process; return its exit status, negative for a signal."""
     pid = os.fork()
     if pid == 0:
         code = 1
@@ -109,7 +109,7 @@ def in_child(body):
 
 
 def steps(action):
-    """Call `action(n)` before the n-th time that a file is opened for writing, synchronised, linked or renamed."""
+    """Call `action(n)` before the n-th file operation (open for writing, fsync, link or rename)."""
     count = 0
 
     def counting(function):
@@ -238,7 +238,7 @@ def test_a_full_tmpfs_keeps_finished_shards(tmp_path, whole):
 
 @pytest.mark.parametrize("source", ["number", "model", "run"])
 def test_a_shard_of_another_run_is_recomputed(tmp_path, whole, source):
-    """A whole shard with the right checksum, copied from elsewhere."""
+    """A complete shard with a valid checksum, copied from another run."""
     out = tmp_path / "scores.parquet"
     run, other = make(out), make(tmp_path / "other.parquet", model="b")
     for each, name in ((run, POLICY), (run, REFERENCE), (other, POLICY)):
@@ -296,7 +296,7 @@ def test_the_finished_file_is_synced_before_shards_are_deleted(tmp_path, monkeyp
 
 @pytest.mark.parametrize("processes", [2, 4])
 def test_uncoordinated_processes_write_the_same_file(tmp_path, whole, processes):
-    """The same command twice at once, without torchrun: each is rank 0, and neither fails nor damages the file."""
+    """The same command started twice without torchrun: both are rank 0, and neither fails or damages the file."""
     for attempt in range(3):
         out = tmp_path / str(attempt) / "scores.parquet"
         out.parent.mkdir()
@@ -316,7 +316,7 @@ def test_uncoordinated_processes_write_the_same_file(tmp_path, whole, processes)
 
 
 def test_a_rank_stops_if_the_run_is_already_finished(tmp_path):
-    """Also where the finished file has been taken away since, as that of a reference cache."""
+    """Also if the finished file has been moved since, as a reference cache is."""
     out, log = tmp_path / "scores.parquet", []
 
     class Late(FakeScorer):
@@ -419,7 +419,7 @@ def test_a_missing_list_of_refused_rows_is_detected(tmp_path, damage):
 
 
 def test_a_resumed_run_keeps_the_earlier_budget(tmp_path):
-    """So that a run that goes on has the batches of an uninterrupted one."""
+    """A resumed run then has the batches of an uninterrupted one."""
     out, seen = tmp_path / "scores.parquet", []
     run = make(out, reference=False)
     run.store.claim(POLICY, {"max_tokens": 77})
@@ -434,7 +434,7 @@ def test_a_resumed_run_keeps_the_earlier_budget(tmp_path):
 
 
 def test_a_terminal_shows_rows_tokens_and_the_time_left(tmp_path, monkeypatch):
-    """Also one that knows no width, as that of `script`."""
+    """Also a terminal without a known width, such as that of `script`."""
     master, slave = pty.openpty()
     with os.fdopen(slave, "w") as terminal:
         monkeypatch.setattr("sys.stderr", terminal)

@@ -1,4 +1,4 @@
-"""Examples under a budget of tokens: the same scores whatever the batches, and what happens where memory runs out."""
+"""Scoring within a token budget: scores independent of batching, and recovery from out-of-memory errors."""
 
 import models
 import pytest
@@ -55,7 +55,7 @@ def test_batches_fit_the_budget(packed):
 
 @pytest.mark.parametrize("long", [False, True])
 def test_examples_with_one_prompt_share_its_computation(long):
-    """Answers in rows of their own, as of KTO or multiple choice: a prompt of some length is computed once."""
+    """Separate rows with one prompt, as in KTO or multiple choice: a prompt long enough to pay is computed once."""
     g = torch.Generator().manual_seed(0)
     prompts = [models.ids(12 if long else 3, g) for _ in range(3)]
     examples = [
@@ -72,7 +72,7 @@ def test_examples_with_one_prompt_share_its_computation(long):
 
 
 def fails_above(monkeypatch, limit, error=torch.OutOfMemoryError):
-    """Let a batch of more than so many padded token slots fail; returns the sizes that were tried."""
+    """Make batches above `limit` token slots run out of memory; return the list of sizes tried."""
     sizes, original = [], scorer_module.select_logps
 
     def select(model, ids, labels, mask, **options):
@@ -96,7 +96,7 @@ def test_running_out_of_memory_halves_the_batch(monkeypatch, packed, error):
     assert max(sizes) > 120
     for a, b in zip(got, want, strict=True):
         assert [x.logps for x in a] == pytest.approx([x.logps for x in b], abs=1e-3)
-    assert scorer.max_tokens < 1000  # so that the next shard does not try again
+    assert scorer.max_tokens < 1000  # the next shard starts with the smaller budget
     first = len(sizes)
     scorer.scores(examples)
     assert sum(size > 120 for size in sizes[first:]) < sum(size > 120 for size in sizes[:first])
@@ -209,7 +209,7 @@ def test_out_of_memory_errors_outside_the_allocator_halve_the_batch(monkeypatch,
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_an_out_of_memory_last_row_loses_no_earlier_result(monkeypatch, packed):
-    """The longer answer of the last pair never fits; the pair is refused by its name, and all before it are scored."""
+    """The longer answer of the last pair never fits: the pair is refused by name, all earlier rows are scored."""
     g = torch.Generator().manual_seed(0)
     one = Example(0, (Answer("text", (models.window(models.ids(3, g), models.ids(4, g)),)),))
     prompt = models.ids(3, g)

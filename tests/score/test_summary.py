@@ -1,4 +1,4 @@
-"""The table at the end and the histogram."""
+"""The summary table and the histogram."""
 
 import math
 import struct
@@ -27,7 +27,7 @@ def singles(name="completion", text_bytes=None, scores=CHOSEN):
 
 
 def cells(text, label):
-    """What a line holds after its label."""
+    """The cells of a line after its label."""
     (line,) = [line for line in text.splitlines() if line.strip().startswith(label)]
     return line.strip()[len(label) :].split()
 
