@@ -5,7 +5,7 @@ import importlib
 
 import pytest
 
-MODULES = ["ops", "sequence", "packing.batch"]  # those of the losses: tests/losses/test_docstring_examples_run.py
+MODULES = ["ops", "sequence", "packing.batch"]  # tests/losses/test_examples.py runs those of the losses
 
 
 @pytest.mark.parametrize("name", MODULES)

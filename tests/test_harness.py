@@ -59,7 +59,7 @@ def instances(arguments, kind="loglikelihood"):
 
 
 def ragged(model, seed=0):
-    """Answers of one token and of more, some of them greedy; empty contexts, duplicates, rows beyond 512 tokens."""
+    """Requests with answers of one and more tokens, some greedy; empty contexts, duplicates, rows above 512 tokens."""
     generator = random.Random(seed)
     pairs = [("", words(generator, 5)), ("", words(generator, 1))]
     for count in (2, 15, 60, 300):
@@ -157,7 +157,7 @@ def both(tiny, name, dtype=torch.float32, adapter=None, **options):
 
 
 def token_requests(model, seed=0, vocab=419):
-    """As the harness makes them of strings; every third continuation begins as greedy decoding does."""
+    """Requests as the harness tokenises them; every third continuation starts greedily."""
     generator = random.Random(seed)
     requests = []
     for count in (1, 2, 7, 20, 46, 60):
@@ -198,7 +198,7 @@ def test_mixed_precision_equals_hf(tiny):
 
 
 def test_a_text_split_at_several_positions_equals_hf_without_reuse(tiny):
-    """Where `hf` reuses logits for a shorter continuation it reads those of other tokens: without reuse it is right."""
+    """With logits reuse `hf` reads the logits of other tokens for shorter continuations, so reuse is off."""
     theirs, ours = both(tiny, "qwen3", logits_cache=False)
     requests = [(("", ""), [9, 8, 7], [6, 5]), (("", ""), [9, 8], [7, 6, 5]), (("", ""), [9], [8, 7, 6, 5])]
     want = theirs._loglikelihood_tokens(requests, disable_tqdm=True)
@@ -231,7 +231,7 @@ def test_rolling_loglikelihood_equals_hf(embedded, theirs, monkeypatch, batch_si
     texts = [(words(generator, count),) for count in (400, 2, 30, 700, 90)]
     want = theirs.loglikelihood_rolling(instances(texts), disable_tqdm=True)
     model = FusedLM(embedded, device="cpu", batch_size=batch_size)
-    # which would make logits at the largest size
+    # it would allocate logits at the largest size
     monkeypatch.setattr(FusedLM, "_detect_batch_size", lambda *_, **__: pytest.fail("batch size by logits"))
     got = model.loglikelihood_rolling(instances(texts), disable_tqdm=True)
     assert got == pytest.approx(want, rel=1e-5)
@@ -239,7 +239,7 @@ def test_rolling_loglikelihood_equals_hf(embedded, theirs, monkeypatch, batch_si
 
 
 def test_ranks_with_fewer_windows_run_as_many(ours, theirs):
-    """As under `accelerate launch`, where `hf` lets each rank run the windows of the rank that has most."""
+    """As under `accelerate launch`, where in `hf` each rank runs as many windows as the rank with the most."""
     texts = instances([(words(random.Random(3), 700),)])
     want = theirs.loglikelihood_rolling(texts, disable_tqdm=True)
     ours._world_size = 2
@@ -272,13 +272,13 @@ def test_shared_prefixes_are_computed_once(tiny, monkeypatch):
         context = [*shots, 100 + question, 40, 41]
         requests += [(("", ""), context, [answer, 42, answer]) for answer in (50, 51, 52, 53)]
         requests += [(("", ""), context, [answer]) for answer in (60, 61, 62)]
-    # The shots, the first question with its answers, and for each of the others 4 times 3 tokens and 2 of an answer:
-    # these share the shots alone.
+    # The shots, the first question with its answers, and per further question 4 times 3 tokens and 2 answer tokens:
+    # further questions share only the shots.
     assert packed_tokens(monkeypatch, ours, requests) == [20 + (3 + 4 * 2) + 4 * 4 * (3 + 2)]
 
 
 def random_rows(seed):
-    """Tokens of a small tree: rows that share beginnings of many lengths, and rows that are the beginning of others."""
+    """Random rows that share prefixes of many lengths, some rows being prefixes of others."""
     generator = random.Random(seed)
     texts = [[generator.randrange(3) for _ in range(generator.choice((1, 4, 30, 60)))] for _ in range(8)]
     requests = []
@@ -323,7 +323,7 @@ def test_a_row_larger_than_the_budget_is_its_own_batch():
 
 
 def test_questions_of_different_length_form_separate_groups():
-    """A long question is worth more than the short instruction before all questions."""
+    """Sharing a long question saves more than sharing the short instruction before all questions."""
     instruction = (1, 2, 3, 4, 5, 6)
     rows = [Row((*instruction, *(10 * q + i for i in range(30)), answer)) for q in (1, 2) for answer in (7, 8, 9)]
     groups = shared_groups(rows)
@@ -358,7 +358,7 @@ def test_out_of_memory_halves_the_batches(tiny, monkeypatch, caplog, name):
     assert all(2 * after <= before + 1 for before, after in itertools.pairwise(limits))
     tried.clear()
     ours._loglikelihood_tokens(requests, disable_tqdm=True)
-    assert max(tried) <= 40  # what has been learnt stays
+    assert max(tried) <= 40  # the smaller budget is kept
 
 
 def test_a_row_that_does_not_fit_alone_raises(tiny, monkeypatch):
@@ -402,7 +402,7 @@ def test_the_registry_knows_the_name():
 
 
 def test_the_entry_point_names_the_registered_class():
-    """The harness compares both, in versions that look for entry points."""
+    """Harness versions with entry points compare both."""
     tomllib = pytest.importorskip("tomllib")
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
     name = project["entry-points"]["lm_eval.models"]["fusedalign"]
@@ -457,7 +457,7 @@ def test_answers_are_cached_as_hf_caches_them(ours, theirs, pairs):
 
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory):
-    """Two local tasks: questions with four answers, and perplexity of texts."""
+    """Two local tasks: four-way multiple choice, and perplexity of texts."""
     folder, generator = tmp_path_factory.mktemp("tasks"), random.Random(7)
     questions = [
         {"question": words(generator, 8), "choices": [words(generator, k) for k in (1, 2, 3, 5)], "answer": i % 4}
@@ -508,7 +508,7 @@ def test_an_evaluation_equals_the_metrics_of_hf(embedded, tasks):
 
 def test_the_command_registers_the_model_name(embedded, tasks, tmp_path, monkeypatch):
     """`python -m fusedalign.harness` is `lm_eval` with the name registered."""
-    # The harness' own tasks are 15,000 files, and its table needs six more packages.
+    # The harness's own tasks are 15,000 files, and its table needs six more packages.
     manager = functools.partial(lm_eval.tasks.TaskManager, include_defaults=False)
     monkeypatch.setattr(lm_eval.tasks, "TaskManager", manager)
     monkeypatch.setattr(lm_eval.utils, "make_table", str)

@@ -64,8 +64,8 @@ def vlm(text, vision=SIGLIP, **rest):
     return {"text_config": text, "vision_config": vision, **rest}
 
 
-# model class, arguments of its configuration, (scale, softcap) or None where they depend on the version. Wherever a
-# family has a scale or a cap it is not neutral here, so that a head read without it fails.
+# (model class, configuration arguments, (scale, softcap), or None if these depend on the version). Scales and
+# softcaps are never neutral here, so that a head read without them fails.
 PLAIN = (1.0, None)
 FAMILIES = [
     ("Qwen3ForCausalLM", {**SMALL, "tie_word_embeddings": False}, PLAIN),
@@ -100,19 +100,19 @@ FAMILIES = [
     ("GPTJForCausalLM", {**GPT2, "rotary_dim": 4}, PLAIN),
     ("GPTNeoXForCausalLM", SMALL, PLAIN),
     ("BloomForCausalLM", BLOOM, PLAIN),
-    ("MptForCausalLM", {**MPT, "logit_scale": 0.3}, PLAIN),  # its forward does not read logit_scale
-    ("OPTForCausalLM", OPT, PLAIN),  # projects out of its decoder, below the head
+    ("MptForCausalLM", {**MPT, "logit_scale": 0.3}, PLAIN),  # the forward ignores logit_scale
+    ("OPTForCausalLM", OPT, PLAIN),  # projects hidden states before the head
     ("StableLmForCausalLM", SMALL, PLAIN),
     ("MambaForCausalLM", {**SMALL, "state_size": 4}, PLAIN),
     ("BartForCausalLM", BART, PLAIN),
     ("Qwen2_5_VLForConditionalGeneration", vlm({**SMALL, **MROPE}, QWEN_VIT), PLAIN),
-    ("Gemma3ForConditionalGeneration", vlm({**SMALL, "final_logit_softcapping": 1.7}, VIT), PLAIN),  # cap not read
-    ("LlavaForConditionalGeneration", vlm({**SMALL, "model_type": "gemma2"}), PLAIN),  # nor here
+    ("Gemma3ForConditionalGeneration", vlm({**SMALL, "final_logit_softcapping": 1.7}, VIT), PLAIN),  # softcap ignored
+    ("LlavaForConditionalGeneration", vlm({**SMALL, "model_type": "gemma2"}), PLAIN),  # ignored as well
     ("AyaVisionForConditionalGeneration", vlm({**SMALL, "model_type": "cohere2", "logit_scale": 0.3}), PLAIN),
     (
         "PaliGemmaForConditionalGeneration",
         vlm({**SMALL, "model_type": "gemma2", "final_logit_softcapping": 1.7}, projection_dim=D),
-        None,  # later transformers read the cap, 5.17 did not: as the logits say
+        None,  # transformers 5.17 ignores the softcap, later versions read it
     ),
     ("PaliGemmaForConditionalGeneration", vlm({**SMALL, "model_type": "gemma"}, projection_dim=D), PLAIN),
     (
@@ -144,8 +144,8 @@ def qwen3(**config):
 
 
 def last_hidden_and_logits(model):
-    """What the backbone returns and what the model makes of it, in one forward."""
-    causal_lm = getattr(model, "language_model", model)  # Llama 4 for images keeps a causal LM inside
+    """The backbone's hidden states and the model's logits of one forward."""
+    causal_lm = getattr(model, "language_model", model)  # Llama 4 with vision contains a causal LM
     backbone = causal_lm.model if causal_lm.base_model is causal_lm else causal_lm.base_model
     backbone = getattr(backbone, "decoder", backbone)
     kept = []
@@ -175,7 +175,7 @@ def test_head_gives_the_models_own_logits_and_gradients(name, config, expected):
     assert head.bias is linear.bias
     parameters = [parameter for parameter in (head.weight, head.bias) if parameter is not None]
     upstream = torch.randn(logits.shape)
-    # the backbone's part is the same on both sides; cut it off, as a tied weight is in it too
+    # subtract the gradient through the backbone, which contains a tied weight too
     ours = torch.autograd.grad(logits_of(hidden.detach(), head), parameters, upstream)
     whole = torch.autograd.grad(logits, hidden, upstream, retain_graph=True)[0]
     through = torch.autograd.grad(hidden, parameters, whole, retain_graph=True, allow_unused=True)
@@ -217,7 +217,7 @@ def test_the_head_is_read_at_call_time():
 
 def test_attributes_of_the_model_take_precedence_over_the_configuration():
     model = build("CohereForCausalLM", {**SMALL, "logit_scale": 0.3})
-    model.config.logit_scale = 7.0  # the forward reads the copy that it took when it was built
+    model.config.logit_scale = 7.0  # the forward reads the copy taken at construction
     assert lm_head(model).scale == 0.3
     model.logit_scale = None
     assert lm_head(model).scale == 1.0
@@ -253,7 +253,7 @@ def test_wrapped_and_inherited_forwards_are_read():
 
 
 def test_accelerate_hooks_on_the_head_are_allowed():
-    """They put a forward on the instance, and leave the product alone."""
+    """They set a forward on the instance without changing the product."""
     hooks = pytest.importorskip("accelerate.hooks")
     model = qwen3()
     hooks.add_hook_to_module(model.lm_head, hooks.AlignDevicesHook(execution_device="cpu"))
@@ -262,7 +262,7 @@ def test_accelerate_hooks_on_the_head_are_allowed():
 
 
 class Around(nn.Module):
-    """A model that keeps a whole causal LM inside; the cases below do different things to its logits."""
+    """A model that contains a causal LM; the cases below change its logits in different ways."""
 
     def __init__(self, inside):
         super().__init__()
@@ -281,7 +281,7 @@ def test_a_model_around_a_causal_lm_is_read():
 
 
 def test_a_scale_on_the_backbone_is_used():
-    """Asked after the model itself and before the configuration."""
+    """It is looked up after the model itself and before the configuration."""
     model = build("CohereForCausalLM", {**SMALL, "logit_scale": 0.3})
     del model.logit_scale
     model.model.logit_scale, model.config.logit_scale = 0.7, 0.9
@@ -389,7 +389,7 @@ def test_refuses_a_model_around_a_causal_lm_that_changes_its_logits():
 
 
 def test_refuses_a_head_that_no_causal_lm_holds():
-    """A holder without a configuration says nothing of what it does to the logits."""
+    """A module without a configuration may do anything to the logits."""
 
     class Foreign(Around):
         def get_output_embeddings(self):
@@ -423,7 +423,7 @@ def test_refuses_packed_weights():
 
 def test_refuses_unknown_logit_names_in_the_configuration():
     model = qwen3()
-    model.config.attn_logit_softcapping = 50.0  # known not to be about the head
+    model.config.attn_logit_softcapping = 50.0  # known not to concern the head
     model.config.num_logits_to_keep = 3
     lm_head(model)
     model.config.final_logit_power = 2
@@ -431,7 +431,7 @@ def test_refuses_unknown_logit_names_in_the_configuration():
 
 
 class Odd(transformers.Qwen3ForCausalLM):
-    """A forward from elsewhere; the cases below give it different ones."""
+    """A model with a custom forward, set by the cases below."""
 
 
 def scaled_by_an_unknown_name(self, input_ids):
@@ -567,7 +567,7 @@ def scaled_by_the_text_configuration(self, input_ids):
     ("forward", "expected"), [(scaled_by_a_known_name, 0.3), (scaled_by_the_text_configuration, 0.9)]
 )
 def test_the_configuration_that_the_forward_reads_is_checked(forward, expected, monkeypatch):
-    """Its own or, of a model for images, that of the text, and both are searched for what is not known."""
+    """Its own or, for a vision model, the text configuration; both are searched for unknown names."""
     model = Odd(transformers.Qwen3Config(**SMALL))
     text = copy.deepcopy(model.config)
     model.config.logit_scale, text.logit_scale = 0.3, 0.9
@@ -579,7 +579,7 @@ def test_the_configuration_that_the_forward_reads_is_checked(forward, expected, 
 
 
 def test_refuses_lost_columns_below_an_adapter(monkeypatch):
-    """The vocabulary is that of the weight, whatever stands beside it."""
+    """The vocabulary is that of the base weight."""
     model = Odd(transformers.Qwen3Config(**SMALL))
     monkeypatch.setattr(Odd, "forward", without_the_last_columns)
     model.config.unpadded_vocab_size = V
@@ -647,7 +647,7 @@ def test_peft_modules_to_save_are_the_head():
     hidden, logits = last_hidden_and_logits(model)
     torch.testing.assert_close(logits_of(hidden, lm_head(wrapped)), logits, rtol=1e-5, atol=1e-5)
     wrapped.add_adapter("elsewhere", peft.LoraConfig(r=2, target_modules=["q_proj"]))
-    wrapped.set_adapter("elsewhere")  # which has no copy of the head
+    wrapped.set_adapter("elsewhere")  # PEFT keeps no copy of the head then
     assert lm_head(wrapped).weight is original
     wrapped.set_adapter("second")
     with wrapped.disable_adapter():

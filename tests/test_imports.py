@@ -1,4 +1,4 @@
-"""Which module may import which, and what must work where nothing but torch is installed."""
+"""Import rules between packages, and what must work with only torch installed."""
 
 import ast
 import subprocess
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "fusedalign"
-#: Rooms from the ground up: a module may import from its own room and from those before it.
+#: Packages from the bottom up: a module may import from its own package and from earlier ones.
 ROOMS = [
     "checks",
     "problem",
@@ -31,8 +31,7 @@ ROOMS = [
     "demo",
     "cli",
 ]
-#: What impls share: the records of tokens, the cut into tiles, the autograd around an impl's own arithmetic, what
-#: adapters have in common.
+#: Modules shared by impls: per-token records, tiling, autograd around an impl's arithmetic, the base of adapters.
 SHARED = ["base", "rows", "tiles", "autograd", "adapter"]
 TORCH_ONLY = ["checks", "losses", "sequence"]
 OPTIONAL = [
@@ -91,14 +90,14 @@ def test_losses_and_sequence_import_torch_alone(path):
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_only_the_trl_room_and_the_commands_import_trl(path):
-    """Scoring and the benchmark use TRL where that is there, so they import it inside functions."""
+    """Scoring and the benchmark use TRL if it is installed, so they import it inside functions."""
     if room(path) not in ("trl", "demo", "cli"):
         names = imports(path, top_level_only=room(path) in ("score", "bench"))
         assert "trl" not in {name.split(".")[0] for name in names}
 
 
 def test_torch_alone_is_enough():
-    """In a process where the optional packages cannot be imported, the package imports and the PyTorch impl runs."""
+    """With optional packages unimportable, the package imports and the PyTorch impl runs."""
     script = f"""
 import sys, torch  # torch first: its CUDA build looks for triton itself
 class Block:

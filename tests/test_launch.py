@@ -1,4 +1,4 @@
-"""What is started again through `accelerate launch`, with which words."""
+"""Relaunching commands through `accelerate launch`, with which arguments."""
 
 import pytest
 
@@ -10,7 +10,7 @@ METHODS = ["sft", "dpo", "kto", "cpo", "simpo", "orpo"]
 
 @pytest.fixture
 def launched(monkeypatch):
-    """The words of each process that was started in place of training."""
+    """The arguments of each launch; nothing is started."""
     from fusedalign.trl import launch
 
     calls = []
@@ -51,7 +51,7 @@ def test_accelerate_config_in_a_file_launches(launched, tmp_path, form):
     first, second = launched
     assert first[1].endswith("multi_gpu.yaml")
     assert first[2:] == ["-m", "fusedalign", "dpo", "--config", str(file), "--beta", "0.2"]
-    assert second[1].endswith("single_gpu.yaml")  # flags win
+    assert second[1].endswith("single_gpu.yaml")  # flags take precedence
 
 
 def test_a_user_accelerate_file_is_passed_on(launched, tmp_path):
@@ -62,7 +62,7 @@ def test_a_user_accelerate_file_is_passed_on(launched, tmp_path):
 
 
 def test_launcher_flags_are_passed_on(launched, tmp_path):
-    """As `trl sft --num_processes 2` does, from flags and from the file."""
+    """Like `trl sft --num_processes 2`, from flags and from the file."""
     assert main(["sft", "--num_processes", "2", "--seed", "3", "--main_process_port=29511"]) == 0
     assert main(["sft", "--accelerate_config", "fsdp2", "--num-processes=4"]) == 0
     file = tmp_path / "mine.yaml"
@@ -75,7 +75,7 @@ def test_launcher_flags_are_passed_on(launched, tmp_path):
 
 
 def test_flags_known_to_both_stay_training_fields(launched, tmp_path):
-    """gradient_accumulation_steps and debug are the launcher's too."""
+    """gradient_accumulation_steps and debug are launcher flags too."""
     assert main(["sft", "--gradient_accumulation_steps", "2", "--accelerate_config", "fsdp2"]) == 0
     assert launched[0][2:5] == ["-m", "fusedalign", "sft"]
     assert launched[0][5:7] == ["--gradient_accumulation_steps", "2"]
@@ -93,7 +93,7 @@ def test_arguments_are_checked_before_the_launch(launched, capsys):
 
 
 def test_a_launched_process_does_not_launch_again(launched, monkeypatch, capsys):
-    """What was launched does not launch again, and does not take the launcher's flags in silence."""
+    """A launched process does not launch again, and reports launcher flags as unknown."""
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     assert main(["dpo", "--accelerate_config", "fsdp2", "--dataset_name", "nowhere.jsonl"]) == 2
     assert "nowhere.jsonl" in capsys.readouterr().err

@@ -1,7 +1,7 @@
-"""The adapters to other libraries: what they pass on, what they refuse and why, and how "auto" passes them by.
+"""The adapters to other libraries: what they pass on, what they refuse and why, and how "auto" skips them.
 
-Neither library's kernels run on a CPU, so that here CCE is a stand-in with the interface of either version, and of
-Liger Kernel what is plain PyTorch runs, or Triton's interpreter. The tests marked gpu run the libraries themselves.
+Neither library's kernels run on a CPU: CCE is replaced by a stand-in with the interface of each version; of Liger
+Kernel the plain PyTorch parts run, or its kernels in Triton's interpreter. Tests marked gpu run the real libraries.
 """
 
 import importlib.machinery
@@ -52,7 +52,7 @@ def of_logits(e, c, targets, bias, softcap, reduction):
 
 
 def released(calls):
-    """The interface of 25.1.1."""
+    """The interface of version 25.1.1."""
 
     def linear_cross_entropy(
         e, c, targets, ignore_index=-100, softcap=None, reduction="mean", shift=False, filter_eps="high", impl="cce"
@@ -64,7 +64,7 @@ def released(calls):
 
 
 def git_head(calls):
-    """That of the repository's head."""
+    """The interface of the repository's main branch."""
 
     def linear_cross_entropy(
         e,
@@ -93,7 +93,7 @@ def git_head(calls):
 
 @pytest.fixture(params=[released, git_head], ids=["released", "git head"])
 def stand_in(request, monkeypatch):
-    """CCE as a module of the version's interface that runs on a CPU; -> the version, and what it was called with."""
+    """Install a CPU stand-in for CCE with the version's interface; yields the version and the recorded calls."""
     calls = []
     module = types.ModuleType("cut_cross_entropy")
     module.__spec__ = importlib.machinery.ModuleSpec("cut_cross_entropy", None)
@@ -118,7 +118,7 @@ def test_cce_gives_exact_logps_and_gradients(stand_in, dtype, head, seed):
 
 
 def test_cce_folds_unsupported_scales_into_the_hidden_states(stand_in):
-    """Rounded once: the same as with hidden states that the caller has multiplied."""
+    """They are rounded once, as if the caller had scaled the hidden states."""
     case = make_case((3, 17), 23, 252, dtype=torch.bfloat16, bias=False, scale=0.3, temperature=0.7)
     folded = Case((case.hidden.float() * (0.3 / 0.7)).bfloat16(), case.weight, case.targets)
     got, want = case.logps(impl="cce").logps, folded.to(torch.float64).logps(impl="reference").logps
@@ -215,7 +215,7 @@ needs_liger = pytest.mark.skipif("liger" not in ADAPTED, reason="liger-kernel is
 
 @pytest.mark.parametrize("name", LIGER_REFUSALS)
 def test_liger_refuses_unsupported_problems(name, monkeypatch):
-    monkeypatch.setattr(liger, "_find", lambda: adapter.Found(None, None))  # what it refuses, it refuses without a look
+    monkeypatch.setattr(liger, "_find", lambda: adapter.Found(None, None))  # refusals do not read any tensor
     options, reason = LIGER_REFUSALS[name]
     assert reason in liger.IMPL.supports(problem(**options))
 
@@ -262,7 +262,7 @@ def test_liger_per_token_logps_are_exact(dtype, head, needs):
 
 @pytest.fixture
 def interpreted(monkeypatch):
-    """Liger's Triton kernels in the interpreter, as on a GPU that is no Hopper."""
+    """Run Liger's Triton kernels in the interpreter, as on a GPU before Hopper."""
     if "liger" not in ADAPTED or torch.cuda.is_available():
         pytest.skip("for Liger Kernel on a machine without a GPU")
     monkeypatch.setattr(liger, "_runs_triton", lambda device: True)
@@ -289,7 +289,7 @@ def test_liger_scalar_loss_is_exact(interpreted, dtype, options):
 
 @pytest.mark.parametrize("keep_head", [True, False])
 def test_liger_scalar_backward_twice_is_exact(interpreted, keep_head):
-    """Liger's own backward scales what it has kept in place, and would be wrong the second time."""
+    """Liger's own backward scales saved gradients in place, so a second one would be wrong."""
     case = make_case((3, 7), 23, 101).leaves()
     loss = linear_cross_entropy(
         case.hidden, case.weight, case.targets, bias=case.bias, impl="liger", keep_head=keep_head
@@ -327,7 +327,7 @@ def test_auto_skips_inexact_impls_and_logs_it_once(monkeypatch, stand_in, caplog
             (message,) = taken
             assert message.startswith("impl='auto' takes pytorch (cce: not exact: this release rounds the target's")
             assert not stand_in[1]
-        linear_logps(HIDDEN.float(), WEIGHT, TARGETS)  # another reason, another line
+        linear_logps(HIDDEN.float(), WEIGHT, TARGETS)  # another reason is logged again
         assert len(caplog.records) == 2
 
 
@@ -361,7 +361,7 @@ def test_an_import_error_deep_inside_a_library_is_reported(monkeypatch, tmp_path
     assert re.fullmatch(reason, next(v.reason for v in explain(problem()) if v.impl == impl))
     with pytest.raises(ValueError, match=f"impl='{impl}' cannot do this: {reason}"):
         linear_logps(HIDDEN, WEIGHT, TARGETS, impl=impl)
-    assert linear_logps(HIDDEN, WEIGHT, TARGETS).logps.isfinite().all()  # "auto" goes on
+    assert linear_logps(HIDDEN, WEIGHT, TARGETS).logps.isfinite().all()  # "auto" takes the next impl
     for found in [m for m in sys.modules if m.split(".")[0] == name]:
         del sys.modules[found]
 
@@ -381,18 +381,18 @@ def test_a_library_that_is_missing_says_how_to_get_it():
 @pytest.mark.parametrize("shape", [((3, 17), 23, 252), ((2, 5, 13), 64, 1001), ((300,), 128, 5003)])
 @pytest.mark.parametrize("head", [{}, {"softcap": 5.0}, {"scale": 0.5, "temperature": 0.25}])
 def test_libraries_on_a_gpu_are_within_budget(impl, dtype, shape, head):
-    """Ragged shapes, several tokens ignored; within twice eager code's own error, and what a caveat says beyond."""
+    """Ragged shapes with ignored tokens: within twice eager's error plus what the caveat allows."""
     case = make_case(*shape, dtype=dtype, device="cuda", bias=False, **head)
     flat = case.hidden.flatten(0, -2), case.weight, case.targets.clamp(min=0).flatten()
     verdict = next(v for v in explain(Problem(*flat, dtype, **head)) if v.impl == impl)
     assert verdict.reason is None
     partial_sums = 0 if verdict.caveat is None else max(case.weight.shape[0], case.targets.numel()) / 128
-    walk = partial_sums**0.5  # of as many roundings, each up or down
+    walk = partial_sums**0.5  # the sum of that many roundings, each up or down
     assert_within_budget(case, run(case, ("logps",), outputs=(), impl=impl), ("logps",), roundings=1 + walk)
     for needs in ((1, 1, 1), (1, 0, 1)):
         got = run_loss(case, needs, impl=impl)
         if verdict.caveat is not None:
-            # The errors of eager code's tokens may have met by chance in a sum of nothing; theirs need not.
+            # Eager's token errors may cancel in the sum by chance; the library's need not.
             exact, eager = run(case.to(torch.float64), ("logps",), impl="reference"), run_eager(case, ("logps",))
             of_tokens = (eager["logps"] - exact["logps"]).abs().sum() / case.valid.sum()
             assert error(got.pop("loss"), run_loss_exact(case)["loss"]) <= 2 * of_tokens

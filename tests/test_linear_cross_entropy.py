@@ -1,4 +1,4 @@
-"""The scalar loss: equal to the loss of the per-token path, in value and gradient, whatever path it takes itself."""
+"""The scalar loss equals the loss of the per-token path in value and gradient, on every path."""
 
 import pytest
 import torch
@@ -24,9 +24,9 @@ pytestmark = [pytest.mark.parametrize("device", DEVICES), pytest.mark.parametriz
 
 
 def assert_close(got, want, dtype):
-    """What operands in the logits' own precision allow, which is more than the budgets that eager code sets."""
+    """Assert closeness within what operands in the precision of the logits allow, tighter than eager's budget."""
     for k, x in got.items():
-        # Two roundings to the dtype of the gradient at most, and the fp32 sums inside.
+        # At most two roundings to the gradient's dtype, plus the fp32 sums inside.
         eps = torch.finfo(x.dtype).eps
         size = want[k].abs().max().item()
         bound = size * (eps + (0 if dtype == torch.float64 else 2e-6)) + (1e-15 if dtype == torch.float64 else 1e-8)
@@ -60,13 +60,13 @@ def test_frozen_inputs_get_no_gradient(impl, device, needs, tiles):
 @pytest.mark.parametrize("needs", [(1, 0, 0), (1, 1, 0), (1, 1, 1)])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_strided_inputs_without_ignored_tokens_give_the_same_result(impl, device, layout, needs):
-    """Nothing is ignored, so nothing need be gathered, and views come as they are."""
+    """Without ignored tokens nothing is gathered, so the views reach the impl."""
     case = strided_tokens(layout, dtype=finest(impl), device=device)
     assert_close(run_loss(case, needs, impl=impl), run_loss_exact(case), finest(impl))
 
 
 def test_the_loss_may_be_changed_in_place(impl, device):
-    """As training loops do, to accumulate gradients or to add an auxiliary loss."""
+    """Training loops do that to accumulate gradients or to add an auxiliary loss."""
     case = make_case((2, 5), 16, 101, dtype=finest(impl), device=device)
     want = run_loss(case, impl=impl)
     leaves = case.leaves()
@@ -80,7 +80,7 @@ def test_the_loss_may_be_changed_in_place(impl, device):
 
 
 def test_many_token_chunks_add_no_error_to_a_bf16_head_gradient(impl, device):
-    """Summing 64 chunks in bf16 alone would round 64 times: that makes the error four times as large."""
+    """Summing 64 chunks in plain bf16 would round 64 times and make the error four times as large."""
     case = make_case((64,), 16, 51, dtype=torch.bfloat16, device=device, ignored=0.0)
     want = run_loss_exact(case)["dweight"]
     errors = {}
@@ -90,7 +90,7 @@ def test_many_token_chunks_add_no_error_to_a_bf16_head_gradient(impl, device):
         assert errors[chunk] <= 1.05 * errors[64], chunk
         if not rounds_logit_grads(impl, device):
             wrong = (got != want.bfloat16()).float().mean()
-            assert wrong < 0.02, chunk  # correctly rounded but for ties of the fp32 sums
+            assert wrong < 0.02, chunk  # correctly rounded except for ties of the fp32 sums
 
 
 def test_the_mean_is_the_sum_over_counted_tokens(impl, device):

@@ -1,4 +1,4 @@
-"""Values and gradients of `linear_logps` against the fp64 reference, within budgets that eager code sets."""
+"""Values and gradients of `linear_logps` against the fp64 reference, within the error budgets of eager code."""
 
 import pytest
 import torch
@@ -73,7 +73,7 @@ def test_frozen_inputs_get_no_gradient_and_the_others_are_exact(impl, device, ne
     ],
 )
 def test_a_frozen_head_gives_the_hidden_gradient(impl, device, dtype, outputs, names):
-    """The kept Jacobian answers for logps, with the other outputs asked for or not, used or not."""
+    """The saved Jacobian gives the gradient of logps, whether other outputs are requested or used."""
     case = make_case((4, 9), 24, 203, dtype=dtype, device=device, softcap=3.0, temperature=0.8)
     frozen = (True, False, False)
     got = run(case, names, frozen, outputs, impl=impl, vocab_chunk=64)
@@ -121,7 +121,7 @@ def test_autocast_rounds_only_the_operands(impl, device, weight_dtype):
     case = Case(case.hidden, case.weight.to(weight_dtype), case.targets).leaves()
     with torch.autocast(device, dtype=torch.bfloat16):
         out = case.logps(impl=impl)
-        out.logps.sum().backward()  # inside, as some people write it
+        out.logps.sum().backward()  # autocast around the call only
     rounded = Case(case.hidden.bfloat16().double(), case.weight.bfloat16().double(), case.targets).leaves()
     exact = rounded.logps(impl="reference")
     exact.logps.sum().backward()
@@ -151,7 +151,7 @@ def test_tiny_shapes_work(impl, device, n, v):
 @pytest.mark.parametrize("d", [1, 7, 16, 33])
 @pytest.mark.parametrize("tiles", [{}, {"vocab_chunk": 32}, {"workspace": 10_000}])
 def test_a_half_precision_head_with_fp32_products_is_within_budget(impl, device, dtype, d, tiles):
-    """What triton keeps in the memory of the gradient, fp32 in rows of D halves, fills those only where D is even."""
+    """Triton stores fp32 values in the gradient's memory, rows of D halves, which they fill only for even D."""
     case = make_case((3, 7), d, 333, dtype=dtype, device=device)
     case.weight = case.weight.half()
     assert_within_budget(case, run(case, ("logps",), impl=impl, **tiles), ("logps",))
@@ -159,7 +159,7 @@ def test_a_half_precision_head_with_fp32_products_is_within_budget(impl, device,
 
 @pytest.mark.parametrize(("softcap", "temperature"), [(1e3, 1.0), (1e7, 1.0), (30.0, 1e-3)])
 def test_a_softcap_far_above_the_logits_adds_no_error(impl, device, softcap, temperature):
-    """In fp32 whatever the operands: an absolute error of the tanh would be softcap / temperature as large here."""
+    """The softcap is computed in fp32: an absolute error of the tanh would be scaled by softcap / temperature."""
     case = make_case((3, 7), 16, 101, dtype=torch.bfloat16, device=device, softcap=softcap, temperature=temperature)
     case.hidden *= temperature
     exact = case.to(torch.float64).logps(impl="reference").logps
@@ -188,7 +188,7 @@ def test_strided_inputs_equal_contiguous_ones(impl, device):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_strided_inputs_without_ignored_tokens_give_the_same_result(impl, device, layout):
-    """Nothing is ignored, so nothing need be gathered, and views come as they are."""
+    """Without ignored tokens nothing is gathered, so the views reach the impl."""
     case = strided_tokens(layout, dtype=finest(impl), device=device)
     assert_within_budget(case, run(case, impl=impl, vocab_chunk=32))
 
@@ -220,7 +220,7 @@ def test_ignored_positions_are_zero_even_for_nan_inputs(impl, device):
 
 @pytest.mark.parametrize("ignore_index", [-1, 0, 3, 100])
 def test_other_ignore_index_values_work(impl, device, ignore_index):
-    """Out of range, or a token of the vocabulary: also the least and the largest of the targets."""
+    """Out of range, or a token id: also the smallest and the largest target."""
     case = make_case((3, 9), 16, 101, device=device)
     targets = case.targets.masked_fill(case.targets == ignore_index, 5)
     expected = linear_logps(case.hidden, case.weight, targets, impl=impl).logps
@@ -236,7 +236,7 @@ def test_backward_twice_gives_the_same_gradients(impl, device, frozen):
     loss.backward(retain_graph=True)
     once = {k: g.clone() for k, g in case.grads().items() if g is not None}
     loss.backward()
-    for k, g in once.items():  # not bitwise: the last backward may use up what the forward has kept
+    for k, g in once.items():  # not bitwise: the last backward may consume what the forward saved
         second = case.grads()[k].double() - g.double()
         assert (second - g).norm() <= torch.finfo(torch.bfloat16).eps * g.double().norm(), k
 

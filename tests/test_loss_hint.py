@@ -1,4 +1,4 @@
-"""`loss_hint`: gradients made in the forward for the loss that is expected, and the same ones where another comes."""
+"""`loss_hint`: the forward computes gradients for the expected loss; any other loss still gets exact ones."""
 
 import pytest
 import torch
@@ -19,12 +19,12 @@ from fusedalign import linear_logps, sft_loss
 from fusedalign.impls import pytorch
 
 LOSSES = ["nll", "dft"]
-OUTPUTS = ("entropy", "is_top1")  # what TRL logs of SFT
+OUTPUTS = ("entropy", "is_top1")  # the outputs that TRL logs for SFT
 
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Which of the two ways to a gradient of the head the pytorch impl took."""
+    """The names of the pytorch impl's gradient paths that were called."""
     made = []
     for name in ("one_pass", "two_pass_grads"):
         original = getattr(pytorch.IMPL, name)
@@ -33,7 +33,7 @@ def calls(monkeypatch):
 
 
 def train(case, loss_type="nll", *, hint="same", num_items=None, needs=(True, True, True), factor=1.0, **options):
-    """Per-token outputs, the loss that a trainer makes of them, and the gradients; those of `run`'s names."""
+    """Per-token outputs with loss_hint, and loss and gradients of a trainer's reduction, named as in `run`."""
     case = case.leaves(*needs)
     hint = loss_type if hint == "same" else hint
     out = case.logps(outputs=OUTPUTS, loss_hint=hint, **options)
@@ -48,7 +48,7 @@ def train(case, loss_type="nll", *, hint="same", num_items=None, needs=(True, Tr
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("leading", "d", "v", "head"), [(*s, h) for s, h in zip(RAGGED, [*HEADS, {}], strict=True)])
 def test_the_expected_loss_gets_exact_gradients(calls, leading, d, v, head, dtype, num_items, loss_type, seed):
-    """Of this batch or of a window of accumulation: equal to fp64, and every output to that of a call without hint."""
+    """Normalised by the batch or by an accumulation window: equal to fp64; outputs equal those without a hint."""
     case = make_case(leading, d, v, dtype=dtype, seed=seed, **head)
     out, got = train(case, loss_type, num_items=num_items, impl="pytorch")
     assert calls == ["one_pass"]
@@ -64,7 +64,7 @@ def test_the_expected_loss_gets_exact_gradients(calls, leading, d, v, head, dtyp
 @pytest.mark.parametrize("names", [("logps",), ("entropy",), ("logps", "entropy", "lse")])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_another_loss_gets_exact_gradients(calls, dtype, names, hint):
-    """Upstream gradients that differ between tokens, and those of other outputs: exact all the same."""
+    """Upstream gradients that differ between tokens or belong to other outputs."""
     case = make_case((3, 17), 23, 252, dtype=dtype, softcap=5.0)
     got = run(case, names, loss_hint=hint, impl="pytorch")
     assert calls == ["one_pass", "two_pass_grads"]
@@ -112,7 +112,7 @@ EPS = {dtype: torch.finfo(dtype).eps for dtype in (torch.float64, torch.float32)
 @pytest.mark.parametrize("token", [0, 131])
 @pytest.mark.parametrize("dtype", EPS)
 def test_one_token_with_another_weight_gets_its_own_gradient(calls, dtype, token, by):
-    """By little more than rounding does, `by` units of eps, in a batch of many: its gradient is its own."""
+    """A weight that differs by slightly more than rounding (`by` units of eps) is not taken for the expected loss."""
     case = make_case((4, 50), 8, 61, dtype=dtype, ignored=0.0)
     weights = torch.ones(200, dtype=dtype)
     weights[token] += by * EPS[dtype]
@@ -130,7 +130,7 @@ def test_one_token_with_another_weight_gets_its_own_gradient(calls, dtype, token
 @pytest.mark.parametrize("loss_type", LOSSES)
 @pytest.mark.parametrize("dtype", EPS)
 def test_rounding_differences_count_as_the_expected_loss(calls, dtype, loss_type):
-    """The expected loss in another order of operations: each token's weight is 2 units of eps off, at most."""
+    """The expected loss in another order of operations: each token's weight is off by at most 2 eps."""
     case = make_case((4, 50), 8, 61, dtype=dtype)
     off = 2 * EPS[dtype] * torch.randint(-1, 2, (4, 50), generator=torch.Generator().manual_seed(0))
 
@@ -151,7 +151,7 @@ def test_rounding_differences_count_as_the_expected_loss(calls, dtype, loss_type
 @pytest.mark.parametrize("factor", [0.0, -3.7, 65536.0, 1e-30, torch.inf, torch.nan])
 @pytest.mark.parametrize("loss_type", LOSSES)
 def test_any_loss_scale_is_recognised(loss_type, factor):
-    """A scaler of gradients, its overflow, and a loss that counts for nothing."""
+    """A GradScaler factor, its overflow to inf, and a factor of 0."""
     case = make_case((3, 17), 23, 252)
     _, got = train(case, loss_type, factor=factor, impl="pytorch")
     _, want = train(case, loss_type, hint=None, factor=factor, impl="pytorch")
@@ -162,7 +162,7 @@ def test_any_loss_scale_is_recognised(loss_type, factor):
 
 @pytest.mark.parametrize(("least", "expected"), [(0.0, 1), (60.0, 1), (95.0, 2)])
 def test_dft_with_subnormal_weights_is_exact(calls, least, expected):
-    """Their weights are below the least normal number, where a rounding is as large as they are; at last all are."""
+    """Weights below the smallest normal number have rounding errors as large as themselves; in the last case all do."""
     hidden = torch.linspace(least, 120, 300)[:, None]
     case = Case(hidden, torch.tensor([[0.0], [1.0]]), torch.zeros(300, dtype=torch.int64))
     _, got = train(case, "dft", num_items=1000, impl="pytorch")
@@ -173,7 +173,7 @@ def test_dft_with_subnormal_weights_is_exact(calls, least, expected):
 
 
 def test_dft_with_all_weights_zero_gives_zero_gradients():
-    """0 / 0 is no factor: the gradients are made again, and are 0."""
+    """0 / 0 gives no factor: the gradients are recomputed, and are 0."""
     case = make_case((7,), 5, 11, bias=False)
     case.targets = torch.full((7,), 3)
     case.hidden, case.weight = torch.ones(7, 5), torch.ones(11, 5) * 100
@@ -253,7 +253,7 @@ def test_the_hint_is_ignored_if_it_saves_nothing(calls, name):
 
 
 def test_a_frozen_backbone_gets_exact_head_gradients(calls):
-    """A head that is trained alone."""
+    """Only the head is trained."""
     case = make_case((65,), 48, 401)
     _, got = train(case, needs=(False, True, True), impl="pytorch")
     assert calls == ["one_pass"]
@@ -287,7 +287,7 @@ def test_a_head_in_parts_gets_exact_gradients(calls, uniform, trained):
 
 @pytest.mark.parametrize("loss_type", LOSSES)
 def test_the_hint_works_under_autocast(calls, loss_type):
-    """The logits are made again in the backward, which no autocast surrounds."""
+    """The logits are recomputed in the backward, outside the autocast region."""
     case = make_case((3, 17), 23, 252)
 
     def grads(hint, upstream=None):
@@ -309,7 +309,7 @@ def test_the_hint_works_under_autocast(calls, loss_type):
 
 
 def test_the_hint_works_under_checkpointing(calls):
-    """Whose hooks on saved tensors unpack each of them once."""
+    """Checkpointing allows a single unpack of each saved tensor."""
     case = make_case((3, 7), 16, 101, bias=False).leaves(True, True, False)
 
     def loss(hidden):
@@ -330,7 +330,7 @@ def test_an_unknown_loss_raises():
 
 
 def test_a_graph_ignores_the_hint(calls):
-    """Its operators return what they keep, and a backward's may not write into it."""
+    """Custom operators return what they save, and their backward must not write into it."""
     case = make_case((3, 17), 23, 252)
 
     def loss(hidden, weight, hint):

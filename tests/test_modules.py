@@ -1,4 +1,4 @@
-"""`LinearCrossEntropyLoss`: equal to the model's own loss, and never a second home of the head."""
+"""`LinearCrossEntropyLoss` equals the model's own loss and never registers the head a second time."""
 
 import copy
 
@@ -85,7 +85,7 @@ def test_any_number_of_leading_dimensions_works(leading, shift):
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_every_option_reaches_the_primitive(reduction, monkeypatch):
-    """Under the name that it has there, none of them at its default."""
+    """Each option is passed on under its own name; all values differ from the defaults."""
     calls = []
     for name in ("linear_logps", "linear_cross_entropy"):
         original = getattr(modules, name)
@@ -128,7 +128,7 @@ def test_num_items_divides_only_a_mean():
 
 
 def test_the_shift_copies_no_hidden_states():
-    """What it makes is as large as the labels."""
+    """Allocations are at most as large as the labels."""
     loss_fn = LinearCrossEntropyLoss(in_features=64, out_features=5, shift=1)
     hidden, labels = torch.randn(1, 100, 64), torch.randint(0, 5, (1, 100))
     with torch.no_grad(), Allocations() as made:
@@ -158,7 +158,7 @@ def test_the_weight_is_read_at_each_call():
     want = linear_cross_entropy(hidden, model.lm_head.weight, labels)
     torch.testing.assert_close(loss_fn(hidden, labels), want)
     assert (want - before).abs() > 1e-4
-    model.to(torch.float64)  # as a move to another device, which replaces the data
+    model.to(torch.float64)  # like a move to another device, which replaces the data
     assert loss_fn(hidden.double(), labels).dtype == torch.float64
 
 
@@ -317,7 +317,7 @@ LOW = {"device": "cuda" if torch.cuda.is_available() else "cpu", "dtype": torch.
 
 @pytest.fixture(scope="module")
 def runs_in_bf16():
-    """Of 8 seeds, with the reference and with the model's own logits."""
+    """Losses over 8 seeds, with the reference and with the model's own logits."""
     return [torch.stack([train(impl, seed=seed, **LOW) for seed in range(8)]) for impl in ("reference", "logits")]
 
 
@@ -325,14 +325,14 @@ def runs_in_bf16():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("impl", [impl for impl in IMPLS if impl != "reference"])
 def test_20_bf16_steps_on_a_gpu_stay_near_the_reference(impl, runs_in_bf16):
-    """At most twice as far from the reference as logits lead.
+    """At most twice as far from the reference as with logits.
 
-    Weights in bf16 round every update, up or down, so that runs drift apart from the least difference: with logits by
-    one to several percent. Hence the mean distance over 8 seeds.
+    bf16 weights round every update, so the smallest difference makes runs diverge (with logits by one to several
+    percent); hence the mean distance over 8 seeds.
     """
     exact, eager = runs_in_bf16
     got = torch.stack([train(impl, seed=seed, **LOW) for seed in range(8)])
-    torch.testing.assert_close(got[:, 0], exact[:, 0], rtol=2**-8, atol=0)  # before any update: a logit's rounding
+    torch.testing.assert_close(got[:, 0], exact[:, 0], rtol=2**-8, atol=0)  # before any update: rounded logits
     distance, allowed = ((losses - exact).abs().mean() for losses in (got, eager))
     assert distance <= 2 * allowed, (distance, allowed)
     assert (got[:, -1] < got[:, 0] - 0.1).all()

@@ -1,4 +1,4 @@
-"""A head of several tensors side by side: like their concatenation, each with its own gradient in its own dtype."""
+"""A head in several column blocks equals their concatenation; each block has its gradient in its own dtype."""
 
 from dataclasses import dataclass, replace
 
@@ -34,7 +34,7 @@ def each(test):
 
 @dataclass
 class PartsCase(Case):
-    """A case whose weight is a tuple; which parts need a gradient is `trained`."""
+    """A case with a tuple of weights; `trained`: which of them require a gradient."""
 
     trained: tuple = ()
 
@@ -47,7 +47,7 @@ class PartsCase(Case):
         return rest | {f"weight{i}": x.grad for i, x in enumerate(self.weight)}
 
     def whole(self, dtype):
-        """The same with one tensor."""
+        """The case with the concatenated weight."""
         return Case(self.hidden, torch.cat([x.to(dtype) for x in self.weight], 1), self.targets, self.bias, self.head)
 
 
@@ -59,13 +59,13 @@ def make_parts(leading, widths, v, *, dtypes, trained, **options) -> PartsCase:
 
 
 def split(case: PartsCase, fields: dict) -> dict:
-    """The gradient of one tensor as those of the parts."""
+    """Split the gradient of the concatenated weight into those of the parts."""
     grads = fields.pop("dweight").split([x.shape[1] for x in case.weight], 1)
     return fields | {f"dweight{i}": g for i, g in enumerate(grads)}
 
 
 def check(case: PartsCase, got, run_exact, run_rounded, roundings=1) -> None:
-    """Within the budget of eager code with one tensor in the first part's dtype, and in the right dtypes."""
+    """Assert the eager budget (with one tensor in the first part's dtype) and the dtypes of gradients."""
     wanted = {f"dweight{i}" for i, t in enumerate(case.trained) if t}
     assert {k for k in got if k.startswith("dweight")} == wanted
     assert all(got[f"dweight{i}"].dtype == x.dtype for i, x in enumerate(case.weight) if f"dweight{i}" in wanted)
@@ -77,7 +77,7 @@ def check(case: PartsCase, got, run_exact, run_rounded, roundings=1) -> None:
 
 
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
-#: dtypes of the parts, of which the first is that of hidden too
+#: dtypes of the parts; the first is also that of hidden
 MIXES = [(F32, F32, F32), (BF16, BF16, BF16), (BF16, F32, F32), (F16, F32, F16)]
 IDS = ["-".join(str(x)[6:] for x in mix) for mix in MIXES]
 TRAINED = [(False, True, False), (False, True, True), (True, True, True), (True, False, False)]
@@ -110,7 +110,7 @@ def test_the_scalar_loss_equals_the_concatenated_head(impl, device, dtypes, trai
 @pytest.mark.parametrize("dtypes", MIXES, ids=IDS)
 @pytest.mark.parametrize("outputs", [(), ("entropy", "lse")])
 def test_all_frozen_parts_give_the_hidden_gradient(impl, device, dtypes, outputs):
-    """The kept Jacobian answers, over all columns of hidden."""
+    """The saved Jacobian covers all columns of hidden."""
     case = make_parts((2, 6), (16, 8, 5), 103, dtypes=dtypes, trained=(False,) * 3, device=device, softcap=3.0)
     names = ("logps", *outputs)
     got = run(case, names, (True, False, False), outputs, impl=impl, vocab_chunk=64)
@@ -157,7 +157,7 @@ def test_autocast_rounds_only_the_operands(impl, device):
 
 @each
 def test_an_fp32_part_next_to_a_bf16_part_is_not_rounded(impl, device):
-    """Where hidden asks for fp32 products nothing is rounded, whatever the other parts are."""
+    """With fp32 hidden states products are in fp32, whatever the dtypes of the parts."""
     case = make_parts((3, 9), (16, 8, 4), 67, dtypes=(BF16, F32, BF16), trained=(False, True, True), device=device)
     case = replace(case, hidden=case.hidden.float() + 1e-3, bias=case.bias.float())
     want = split(case, run(case.whole(F64).to(F64), ("logps",), impl="reference"))
@@ -179,7 +179,7 @@ def test_backward_runs_twice_on_a_retained_graph(impl, device):
 
 @each
 def test_strided_parts_equal_contiguous_ones(impl, device):
-    """Views with gaps between their elements, on both sides."""
+    """Views with gaps between their elements, as inputs and as gradients."""
     case = make_parts((3, 7), (12, 4), 60, dtypes=(F32, F32), trained=(True, True), device=device)
     plain = run(case, impl=impl)
     wide = [torch.empty(60, 2 * x.shape[1], device=device) for x in case.weight]

@@ -1,4 +1,4 @@
-"""What is no plain memory is refused by every public function that takes tensors, in a line that says what to pass."""
+"""Every public function refuses tensors without plain storage, in one line that says what to pass."""
 
 import functools
 import inspect
@@ -23,7 +23,7 @@ H, W, T, B = torch.randn(2, 3, 4), torch.randn(6, 4), torch.randint(0, 6, (2, 3)
 X, GOOD, ROWS, ONES = torch.tensor([-1.0, -2.0]), torch.tensor([True, False]), -torch.ones(2, 3), torch.ones(2, 3)
 IDS, LENGTHS = torch.arange(6).view(2, 3), torch.tensor([1, 2])
 
-#: Every public function with tensors, and all its tensors by name.
+#: Every public function with tensor arguments -> its tensors by name.
 CALLS = {
     "linear_logps": (linear_logps, {"hidden": H, "weight": W, "targets": T, "bias": B}, {}),
     "linear_cross_entropy": (linear_cross_entropy, {"hidden": H, "weight": W, "targets": T, "bias": B}, {}),
@@ -75,7 +75,7 @@ def mesh():
 
 def refused(call, name, bad):
     f, tensors, options = CALLS[call]
-    f(**tensors, **options)  # is served
+    f(**tensors, **options)  # is accepted
     with pytest.raises(TypeError) as caught:
         f(**tensors | {name: bad}, **options)
     assert "\n" not in str(caught.value)
@@ -109,7 +109,7 @@ def test_nested_and_sparse_tensors_are_refused(call, name):
     if not x.ndim:
         pytest.skip("one number")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PyTorch's, of prototypes
+        warnings.simplefilter("ignore")  # PyTorch's prototype warning
         nested = [torch.nested.nested_tensor([x, x], layout=layout) for layout in (torch.strided, torch.jagged)]
     for bad in nested:
         assert f"got a nested tensor: pass torch.nested.to_padded_tensor({name}, 0.0)" in refused(call, name, bad)
@@ -117,7 +117,7 @@ def test_nested_and_sparse_tensors_are_refused(call, name):
 
 
 class Wrapped(torch.Tensor):
-    """Brings its own arithmetic, as masked and quantised tensors do."""
+    """A subclass with its own arithmetic, like masked and quantised tensors."""
 
     @staticmethod
     def __new__(cls, x):
@@ -167,7 +167,7 @@ def test_the_module_refuses_dtensors(mesh, which):
 
 
 def test_the_suggested_fix_gives_the_right_gradient(mesh):
-    """On one rank; over several, Partial() is what adds the gradients of each rank's tokens up."""
+    """On one rank; over several ranks, Partial() adds up the gradients of each rank's tokens."""
     want = W.clone().requires_grad_()
     linear_cross_entropy(H, want, T).backward()
     for options in ({}, {"grad_placements": [Partial()]}):
@@ -185,7 +185,7 @@ def test_fake_tensors_of_a_traced_graph_are_accepted():
 
 def test_subclasses_without_own_arithmetic_are_accepted():
     class Named(torch.Tensor):
-        """Says nothing of its arithmetic."""
+        """A subclass without its own arithmetic."""
 
     torch.testing.assert_close(
         linear_logps(H.as_subclass(Named), W, T).logps.as_subclass(torch.Tensor), linear_logps(H, W, T).logps
@@ -195,7 +195,7 @@ def test_subclasses_without_own_arithmetic_are_accepted():
 
 @pytest.mark.parametrize("f", [linear_logps, linear_cross_entropy])
 def test_meta_tensors_are_refused(f):
-    """Of a model that has been built without memory."""
+    """As in a model built on the meta device."""
     meta = [x.to("meta") for x in (H, W, T)]
     for args in (meta, [*meta[:2], T]):
         with pytest.raises(

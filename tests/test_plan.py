@@ -46,7 +46,7 @@ FAMILIES = {
 }
 TOKENS = 48
 DTYPES = ["bfloat16", "float32"]
-#: A step of which every part has another size.
+#: A step in which every part has a different size.
 STEP = Step(batch=3, length=20, prompt=8, dtype="bfloat16")
 
 
@@ -60,7 +60,7 @@ def shapes(family="qwen3", **more):
 
 @pytest.fixture(scope="module")
 def qwen3():
-    """Records of one model, which are made once."""
+    """Records of one model, cached per module."""
     return shapes()
 
 
@@ -91,7 +91,7 @@ def test_parameters_gradients_and_optimizer_state_match_a_trained_model(family):
 
 
 def saved_by_the_last_layer(model, tokens, keys):
-    """Bytes of the storages that autograd saves in the last layer, and of its output."""
+    """Bytes of the storages that autograd saves in the last layer, and bytes of its output."""
     *_, layers = tracing._layers(model.base_model)
     known = {p.untyped_storage()._cdata for p in model.parameters()}
     saved: dict[int, torch.UntypedStorage] = {}
@@ -149,7 +149,7 @@ def test_a_copied_prompt_costs_its_keys_and_values():
 @pytest.mark.parametrize("tokens", [16, 400])
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "qwen3_moe"])
 def test_backbone_memory_moments_match_a_real_step(family, tokens, checkpointing):
-    """Real tensors on the CPU, from embeddings to the last gradient, with the gradient of a head beside them."""
+    """Real tensors on the CPU, from the embeddings to the last gradient, plus the gradient of a head."""
     model = real_model(family, "bfloat16")
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -251,7 +251,7 @@ BLOOM = transformers.BloomConfig(vocab_size=97, hidden_size=32, n_head=4, n_laye
 def test_layers_without_an_attention_function_are_refused_at_once(made):
     start = time.monotonic()
     with pytest.raises(LayersError, match=r"attention|causal LM"):
-        trace(build(made, STEP), 100_000)  # their loops over tokens would take hours
+        trace(build(made, STEP), 100_000)  # their loops over tokens take too long
     assert time.monotonic() - start < 20
 
 
@@ -277,7 +277,7 @@ TRACE = Trace(tokens=10, width=4, item=2, kinds=(LAYER,), order=(0, 0, 0), befor
 
 
 class Made:
-    """A source of records that a test makes up: activations follow the tokens, weights the dtype."""
+    """A synthetic source of records: activations scale with tokens, weights with the dtype."""
 
     def __init__(self, parameters=1000, layer=LAYER, adapters=10):
         self.parameters, self.layer, self.adapters = parameters, layer, adapters
@@ -349,7 +349,7 @@ def test_cast_weights_count_until_the_forward_ends():
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_loss_layer_equals_a_hand_computed_sum(method):
-    """A head that is large enough for every tile to be full."""
+    """A head large enough for every tile to be full."""
     model, step = Model("m", 10**9, 2, 150_000, 2048), Step(method, 8, 2048, 0, dtype="bfloat16")
     n = step.rows * 2048
     picked, gradient, wide = n * 2048 * 4, 150_000 * 2048 * 2, (n + 150_000) * 2048 * 4
@@ -370,11 +370,11 @@ def test_the_loss_layer_equals_a_hand_computed_sum(method):
 
 
 def test_the_fused_head_of_trl_matches_measured_memory():
-    """docs/performance.md: extra of forward and backward, dW and dH included, in MiB."""
+    """docs/performance.md: additional memory of forward and backward, including dW and dH, in MiB."""
     measured = {(8192, 4096, 128_256): 3454, (4096, 2048, 151_936): 2086, (8192, 2304, 256_000): 3740}
     for (n, d, v), mib in measured.items():
         part = sizes.head_layers(Model("m", 10**9, 2, v, d), Step("sft", 1, n, 0, dtype="bfloat16"))[-1]
-        assert (part.bytes - n * d * 2) / 2**20 == pytest.approx(mib, rel=0.01)  # hidden states are no extra there
+        assert (part.bytes - n * d * 2) / 2**20 == pytest.approx(mib, rel=0.01)  # not counted in the table
 
 
 @pytest.mark.parametrize("checkpointing", [True, False])
@@ -392,7 +392,7 @@ def test_more_tokens_take_more_memory(qwen3, method, checkpointing):
 
 
 def test_every_formula_evaluates_to_its_bytes(qwen3):
-    """What stands in a formula as factors and terms is the number of bytes beside it."""
+    """The factors and terms of a formula evaluate to its number of bytes."""
     step = replace(batch=64, length=512, prompt=100)
     model = qwen3.model(step)
     for part in [*sizes.head_layers(model, step), sizes.gradients(model), *sizes.held(model, step)[:3]]:

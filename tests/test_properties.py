@@ -1,4 +1,4 @@
-"""What must hold for every problem, over problems that hypothesis thinks up."""
+"""Properties of every problem, over random problems from hypothesis."""
 
 import torch
 from helpers import Case, make_case, run

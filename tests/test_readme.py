@@ -26,7 +26,7 @@ def test_python_blocks_run(tmp_path, monkeypatch):
 
 
 def test_before_and_after_blocks_give_the_same_numbers():
-    """The comparison at the top: both halves bind `logps`, so run it once up to each."""
+    """Both halves of the comparison at the top bind `logps`, so each half is run separately."""
     before, after = BLOCKS[0].split("# after")
     names: dict = {}
     exec(before, names)

@@ -1,4 +1,4 @@
-"""The record of a run: it outlives resumes, second runs, Ctrl-C and full disks, and what is extra costs no training."""
+"""The record of a run survives resumes, second runs, Ctrl-C and full disks; failures of extras stop no training."""
 
 import errno
 import json
@@ -24,7 +24,7 @@ psutil = pytest.importorskip("psutil")
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """A folder with a model of two small layers, and one with a file of data."""
+    """A folder with a model of two small layers and a data file."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     folder = tmp_path_factory.mktemp("model")
@@ -69,7 +69,7 @@ def words(model, output, **options):
 
 
 def lines(output):
-    """The metrics, by a parser that knows the standard alone."""
+    """The metrics, read by a strict JSON parser."""
 
     def refuse(constant):
         raise AssertionError(f"{constant} is no JSON")
@@ -83,7 +83,7 @@ def steps(output):
 
 @pytest.fixture(scope="module")
 def finished(model, tmp_path_factory):
-    """What a run of four steps leaves; tests copy it."""
+    """The output folder of a run of four steps; tests copy it."""
     output = tmp_path_factory.mktemp("runs") / "finished"
     assert main(["sft", *words(model, output)]) == 0
     return output
@@ -95,14 +95,14 @@ def done(finished, tmp_path):
 
 
 def error(capsys):
-    """The one line."""
+    """The only error line on stderr."""
     err = [line for line in capsys.readouterr().err.splitlines() if line.startswith("fusedalign: error: ")]
     assert len(err) == 1, err
     return err[0]
 
 
 def stop_at(monkeypatch, step, what=KeyboardInterrupt):
-    """Interrupt the training when a step ends, after its line and its checkpoint."""
+    """Interrupt the training at the end of a step, after its metrics line and checkpoint."""
 
     def end(self, args, state, control, **kwargs):
         if state.global_step == step:
@@ -120,20 +120,20 @@ def test_a_resume_keeps_earlier_metrics(model, done, word):
     before = (done / "metrics.jsonl").read_text().splitlines()
     assert main(["sft", *words(model, done, max_steps=6, resume_from_checkpoint=word)]) == 0
     after = (done / "metrics.jsonl").read_text().splitlines()
-    assert after[:4] == before[:4]  # to the letter
+    assert after[:4] == before[:4]  # byte for byte
     assert steps(done) == [1, 2, 3, 4, 5, 6]
     assert [row["step"] for row in lines(done) if "train_runtime" in row] == [6]
 
 
 def test_a_resume_after_an_interruption_logs_each_step_once(model, tmp_path, monkeypatch, capsys):
-    """Step 3 was logged, then all was lost after checkpoint 2: it is trained, and logged, again."""
+    """Step 3 was logged but is lost after checkpoint 2: it is trained and logged again."""
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
         stop_at(patch, 3)
         assert main(["sft", *words(model, out)]) == 130
     assert len(lines(out)) in (2, 3)
     with (out / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 3, "loss": 1.0}\n{"step": 4, "lo')  # and a line that a kill has cut
+        file.write('{"step": 3, "loss": 1.0}\n{"step": 4, "lo')  # and a line truncated by a kill
     assert main(["sft", *words(model, out, resume_from_checkpoint="last")]) == 0, capsys.readouterr().err
     assert steps(out) == [1, 2, 3, 4]
 
@@ -216,7 +216,7 @@ def test_overwrite_starts_a_new_run(model, done, flag):
     argv = words(model, done, max_steps=1, save_strategy="no")
     assert main(["sft", *argv, *flag]) == 0
     assert steps(done) == [1]
-    assert not list(done.glob("checkpoint-*"))  # or `last` would mean one of the earlier run
+    assert not list(done.glob("checkpoint-*"))  # otherwise `last` would mean one of the earlier run
     assert not (done / "adapter_config.json").exists()
     assert (done / "model.safetensors").is_file()
 
@@ -281,7 +281,7 @@ def holder(pid, host=None, started=None):
 
 
 def test_a_running_lock_refuses_a_second_run(model, tmp_path, capsys):
-    """The one that runs is named; nothing of it is touched."""
+    """The error names the running process; its files are not touched."""
     out = tmp_path / "out"
     out.mkdir()
     (out / "run.lock").write_text(holder(os.getppid()))
@@ -294,7 +294,7 @@ def test_a_running_lock_refuses_a_second_run(model, tmp_path, capsys):
 
 
 def test_a_second_run_during_training_is_refused(model, tmp_path, monkeypatch, capsys):
-    """A second one that starts while the first one trains."""
+    """A second run starts while the first one trains."""
     from types import SimpleNamespace
 
     from fusedalign.trl.folder import claimed
@@ -350,7 +350,7 @@ def test_a_lock_taken_over_by_another_process_is_an_error(tmp_path):
         (tmp_path / "run.lock").write_text(holder(os.getppid()))
         with pytest.raises(ValueError, match=f"held by process {os.getppid()} on"):
             lock.check()
-    assert (tmp_path / "run.lock").exists()  # the other one's
+    assert (tmp_path / "run.lock").exists()  # the lock of the other process stays
 
 
 def test_an_output_directory_that_is_a_file_is_an_error(model, tmp_path, capsys):
@@ -363,7 +363,7 @@ def test_an_output_directory_that_is_a_file_is_an_error(model, tmp_path, capsys)
 
 
 def test_nan_is_written_as_null(model, tmp_path, monkeypatch):
-    """Also in a checkpoint, from which a resume takes the earlier lines."""
+    """Also in a checkpoint, which a resume reads the earlier lines from."""
     import trl
 
     out, log = tmp_path / "out", trl.SFTTrainer.log
@@ -412,7 +412,7 @@ def test_torch_and_numpy_scalars_are_written_as_numbers():
 
 
 def test_a_disk_that_fills_up_warns_once_and_training_continues(model, tmp_path, monkeypatch, capsys):
-    """One warning, the training goes on, and the lines follow once there is room."""
+    """One warning is printed, training continues, and the lines are written once there is room."""
     from fusedalign.trl.record import MetricsFile
 
     append, tries = MetricsFile._append, []
@@ -494,7 +494,7 @@ def test_a_failed_plot_does_not_fail_the_run(model, tmp_path, monkeypatch, capsy
 
 
 def test_the_demo_runs_twice_and_without_matplotlib(model, tmp_path, monkeypatch, capsys):
-    """Its own folders it overwrites; with recipes of one step and this small model."""
+    """The demo overwrites its own folders; run with one-step recipes and this small model."""
     from fusedalign import demo
 
     rows = [{"prompt": "a" * (i + 1), "chosen": "yes", "rejected": "no"} for i in range(4)]
@@ -542,7 +542,7 @@ def test_ctrl_c_reports_what_is_kept_and_how_to_resume(model, tmp_path, monkeypa
     assert not (out / "run.lock").exists()
     assert main(["sft", *command]) == 0
     assert steps(out) == [1, 2, 3, 4]
-    with monkeypatch.context() as patch:  # a second time: the words are not added twice
+    with monkeypatch.context() as patch:  # the second time the arguments are not added twice
         stop_at(patch, 5)
         assert main(["sft", *command, "--max_steps", "6"]) == 130
     assert capsys.readouterr().err.count("resume_from_checkpoint") == 1
@@ -575,7 +575,7 @@ def test_ctrl_c_before_training_keeps_the_folder(model, done, monkeypatch, capsy
 
 @pytest.mark.slow
 def test_killed_and_interrupted_processes_resume(model, tmp_path):
-    """A run that is killed leaves a lock that the next one takes over; that one is interrupted, and the third ends."""
+    """A killed run leaves a lock that the next run takes over; that one is interrupted, and the third finishes."""
     out = tmp_path / "out"
     argv = words(model, out, max_steps=100_000, save_steps=20)
 

@@ -27,7 +27,7 @@ def test_shift_labels_aligns_with_hidden_states():
 
 
 def test_other_ignore_index_values_work():
-    """Of the last token of a row, of a segment, and of what is no completion."""
+    """For the last token of a row, of a segment, and for tokens outside the completion."""
     labels, positions = torch.tensor([[5, 6, 7, 8]]), torch.tensor([[0, 1, 0, 1]])
     assert shift_labels(labels, ignore_index=-1).tolist() == [[6, 7, 8, -1]]
     assert shift_labels(labels, position_ids=positions, ignore_index=-1).tolist() == [[6, -1, 8, -1]]
@@ -43,7 +43,7 @@ def test_shifted_targets_score_like_shifted_hidden_states():
 
 
 def test_packed_segments_equal_padded_rows():
-    """Three sequences, packed in one row and padded in three: same sums, and no token looks over its segment's edge."""
+    """Three sequences, packed in one row and padded in three: equal sums, and no target crosses a segment boundary."""
     weight, lengths = torch.randn(50, 8), (4, 1, 3)
     hiddens = [torch.randn(n, 8) for n in lengths]
     labels = [torch.randint(0, 50, (n,)) for n in lengths]
@@ -60,13 +60,13 @@ def test_packed_segments_equal_padded_rows():
 
 def test_each_row_starts_a_new_segment():
     ones = torch.ones(2, 3)
-    positions = torch.tensor([[0, 1, 0], [5, 6, 7]])  # the second row starts in the middle of a longer text
+    positions = torch.tensor([[0, 1, 0], [5, 6, 7]])  # the second row starts in the middle of a text
     assert segment_sum(ones, ones, positions).tolist() == [2, 1, 3]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_long_bf16_segments_are_summed_without_loss(dtype):
-    """One after another in their own dtype, 4097 numbers near -1 would end at -256 in bf16."""
+    """Summed sequentially in bf16, 4097 numbers near -1 would stop at -256."""
     values, ones = torch.full((1, 40_000), -1.1, dtype=dtype), torch.ones(1, 40_000)
     (got,) = segment_sum(values, ones, torch.arange(40_000)[None])
     assert got.dtype == dtype
@@ -91,7 +91,7 @@ def test_completion_mask_allows_padding_on_either_side(left):
     mask = completion_mask(torch.tensor([2, 2, 0]), attention)
     assert mask.sum(-1).tolist() == [2, 0, 0]
     assert mask[0].int().tolist() == ([0, 0, 0, 1, 1] if left else [0, 0, 1, 1, 0])
-    assert mask.dtype == torch.bool  # ~mask of integers would be -1 and -2
+    assert mask.dtype == torch.bool  # ~mask of an integer mask is -1 and -2
 
 
 def test_completion_labels_ignore_prompt_and_padding():
@@ -126,7 +126,7 @@ def test_masked_values_have_no_influence_on_segments(bad):
 @pytest.mark.parametrize("mask_dtype", [torch.bool, torch.int64, torch.float32])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_sums_keep_the_dtype_of_the_values(dtype, mask_dtype):
-    """Whatever the mask's is; lengths are int64."""
+    """Whatever the mask's dtype; lengths are int64."""
     values, mask = torch.ones(2, 3, dtype=dtype), torch.tensor([[1, 1, 0], [1, 0, 0]]).to(mask_dtype)
     pair = preference_pair(values, mask)
     for x in (sequence_sum(values, mask), sequence_mean(values, mask), pair.chosen_logps, pair.rejected_mean_logps):

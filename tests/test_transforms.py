@@ -1,4 +1,4 @@
-"""torch.func and torch.export around the head: the right number, or one line that says what is served."""
+"""torch.func and torch.export around the head give the right number, or one line that says what is supported."""
 
 import re
 
@@ -18,7 +18,7 @@ CALLS = {
 }
 EACH = pytest.mark.parametrize("call", CALLS)
 
-#: What opaque backwards cannot serve.
+#: Transforms that opaque backwards do not support.
 TRANSFORMS = {
     "grad": lambda f: grad(f)(H),
     "jacrev": lambda f: jacrev(f)(H),
@@ -68,7 +68,7 @@ def test_targets_mapped_by_vmap_are_refused():
 @EACH
 @pytest.mark.parametrize("head", [{}, {"softcap": 3.0, "scale": 0.5, "temperature": 0.7}])
 def test_forward_mode_works_without_gradients(call, head):
-    """torch.func.jvp, and the dual numbers that it is made of."""
+    """torch.func.jvp, and the dual numbers it uses."""
     want = jvp(lambda h: CALLS[call](h, W, impl="reference", **head), (H,), (W[:4],))[1]
     torch.testing.assert_close(jvp(lambda h: CALLS[call](h, W, impl="pytorch", **head), (H,), (W[:4],))[1], want)
     with forward_ad.dual_level():
@@ -77,7 +77,7 @@ def test_forward_mode_works_without_gradients(call, head):
 
 
 def test_functional_call_works():
-    """Plain tensors in the place of parameters, as torch.func has it."""
+    """torch.func.functional_call with plain tensors instead of parameters."""
     loss = LinearCrossEntropyLoss(in_features=8, out_features=20, bias=True)
     other = {"head.weight": W.clone().requires_grad_(), "head.bias": torch.randn(20, requires_grad=True)}
     got = torch.autograd.grad(functional_call(loss, other, (H, T)), other.values())
@@ -145,7 +145,7 @@ def test_unsupported_exports_raise(strict):
     ):
         with pytest.raises(Exception, match=re.escape(message)) as caught:
             torch.export.export(model, args, strict=strict)
-        assert strict or isinstance(caught.value, ValueError)  # dynamo makes its own error of it
+        assert strict or isinstance(caught.value, ValueError)  # dynamo raises its own error
 
 
 @pytest.mark.parametrize("loss_hint", [None, "nll"])

@@ -1,6 +1,6 @@
 """The Triton kernels: what they refuse, each path at its edges, and, on a GPU, sizes that only a GPU reaches.
 
-The tests of the primitive run over them too. Without a GPU they run in Triton's interpreter.
+The tests of `linear_logps` and `linear_cross_entropy` cover them too. Without a GPU they run in Triton's interpreter.
 """
 
 import itertools
@@ -45,7 +45,7 @@ FROZEN = (True, False, False)
 
 devices = pytest.mark.parametrize("device", ON_DEVICE)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-#: Of heads with gradients that may be made before the factor of the loss is known.
+#: Dtypes of heads with gradients that may be computed before the factor of the loss is known.
 early_dtypes = pytest.mark.parametrize("dtype", [dtype for dtype in DTYPES if dtype != torch.float16], ids=str)
 
 
@@ -120,7 +120,7 @@ def test_gpus_before_ampere_are_refused(monkeypatch, capability):
 
 @devices
 def test_auto_never_selects_the_interpreter(device):
-    """Which can do everything, so only the table can keep "auto" away from it."""
+    """The interpreter supports everything, so only the table of impls can exclude it from "auto"."""
     problem = problem_of(make_case((3,), 8, 11, device=device))
     assert resolve("triton", problem) is impl.IMPL
     assert resolve("auto", problem) is (pytorch if INTERPRETED else impl).IMPL
@@ -132,7 +132,7 @@ def test_auto_never_selects_the_interpreter(device):
 
 @pytest.fixture
 def recomputed(monkeypatch):
-    """Grows by one whenever the logits are made a second time."""
+    """A list with one entry per recomputation of the logits."""
     calls, original = [], impl.IMPL.two_pass_grads
     monkeypatch.setattr(
         impl.IMPL, "two_pass_grads", lambda *args, **options: calls.append(1) or original(*args, **options)
@@ -141,7 +141,7 @@ def recomputed(monkeypatch):
 
 
 def one_hot_case(logits, targets, dtype, device) -> Case:
-    """A head whose logits are given: hidden is one-hot, weight holds them as columns."""
+    """A case with given logits: hidden is one-hot, and the logits are the columns of weight."""
     hidden = torch.eye(len(logits), dtype=dtype, device=device)
     return Case(hidden, logits.t().to(device=device, dtype=dtype), torch.as_tensor(targets, device=device))
 
@@ -151,7 +151,7 @@ def spread():
 
 
 def unlikely():
-    """log p of two of the targets is near -100 and -700: weights relative to them leave the range of bf16 or fp32."""
+    """log p of two targets is near -100 and -700: weights relative to them exceed the range of bf16 or fp32."""
     logits = spread()
     logits[1, 20], logits[3, 60] = -100.0, -700.0
     return logits
@@ -237,7 +237,7 @@ def test_frozen_head_gradients_are_exact_over_several_token_tiles(device, dtype)
 @pytest.mark.parametrize("kind", list(itertools.product(DTYPES, [None, 30.0])), ids=str)
 @pytest.mark.parametrize("path", ["two passes", "frozen head", "one pass", "one pass, frozen head"])
 def test_the_gradient_of_a_confident_target_is_exact(device, kind, path):
-    """A weight of the target that is rounded once too often turns 1 - p = 0.001 into noise."""
+    """One extra rounding of the target's weight turns 1 - p = 0.001 into noise."""
     dtype, softcap = kind
     logits = torch.randn(3, 40, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     logits[:, 7] += 14 + torch.tensor([0.0, 0.3, 0.6])
@@ -262,7 +262,7 @@ def test_the_gradient_of_a_confident_target_is_exact(device, kind, path):
 
 @pytest.fixture
 def stores(monkeypatch):
-    """Where the last one-pass call keeps its tokens, as {place: number of tokens}."""
+    """Where the last one-pass call stores its tokens: {kind of store: number of tokens}."""
     made, original = {}, impl._stores
 
     def record(problem, d_weight, *, workspace):
@@ -280,7 +280,7 @@ def stores(monkeypatch):
 
 
 def workspace_with_all_stores(case: Case, stores, operand_dtype=None) -> int:
-    """The smallest, nearly, with which tokens are kept in the memory of dW, in the workspace, and nowhere."""
+    """Nearly the smallest workspace with tokens stored in the memory of dW, in the workspace, and not at all."""
     for step in range(300):
         workspace = int(1000 * 1.05**step)
         problem = problem_of(case, operand_dtype, tiling=Tiling(workspace=workspace))
@@ -321,7 +321,7 @@ def test_one_pass_is_exact_with_every_kind_of_token_store(stores, device, dtype,
 @dtypes
 @pytest.mark.parametrize("name", ONE_PASS)
 def test_any_loss_is_exact_with_tokens_stored_in_gradient_memory(stores, device, dtype, name):
-    """Those that find no room there are computed again; upstream gradients differ by token."""
+    """Tokens without room are recomputed; upstream gradients differ by token."""
     options = {k: x for k, x in ONE_PASS[name].items() if k not in ("z_loss", "loss_type")}
     case = many_tokens(device, dtype, options)
     got = run(case, ("logps", "lse"), impl="triton", outputs=("lse",))
@@ -349,7 +349,7 @@ def test_repeated_backwards_are_exact_after_the_store_is_used_up(device, dtype):
 @devices
 @early_dtypes
 def test_the_token_store_does_not_change_the_error(stores, device, dtype):
-    """To the gradients' error: each place is as near to fp64 as the others, up to a tenth."""
+    """Each store gives the same error against fp64, up to a tenth."""
     case = many_tokens(device, dtype, {"softcap": 6.0})
     want = run_loss_exact(case, z_loss=0.01)
     errors, places = {}, []
@@ -363,7 +363,7 @@ def test_the_token_store_does_not_change_the_error(stores, device, dtype):
         assert max(each) <= 1.1 * min(each) + 1e-6, (k, each)
 
 
-#: Dtypes of hidden and weight, and that of autocast.
+#: (dtype of hidden, of weight, of autocast)
 MIXTURES = [(hidden, weight, None) for hidden in DTYPES for weight in DTYPES if hidden != weight]
 MIXTURES += [(torch.float32, torch.float32, autocast) for autocast in HALF]
 MIXTURES += [(torch.float32, torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32, torch.float16)]
@@ -372,7 +372,7 @@ MIXTURES += [(torch.float32, torch.bfloat16, torch.bfloat16), (torch.bfloat16, t
 @devices
 @pytest.mark.parametrize("dtypes", MIXTURES, ids=str)
 def test_mixed_dtypes_and_autocast_are_within_budget(device, dtypes):
-    """Every path; the head has an odd number of elements, so that of its bytes not every dtype's are a whole number."""
+    """On every path; the head has an odd number of elements, so its bytes are not a multiple of every dtype's size."""
     hidden_dtype, weight_dtype, autocast = dtypes
     case = make_case((3, 13), 7, 101, device=device)
     case = Case(case.hidden.to(hidden_dtype), case.weight.to(weight_dtype), case.targets, case.bias)
@@ -400,7 +400,7 @@ def no_grad(case: Case, outputs=OUTPUTS, **options) -> dict[str, torch.Tensor]:
     return {k: x for k, x in out._asdict().items() if x is not None}
 
 
-#: Each gives outputs and gradients, by name.
+#: path name -> function that returns outputs and gradients by name.
 PATHS = {
     "no grad": no_grad,
     "frozen head": lambda case, **options: run(case, ("logps",), FROZEN, (), impl="triton", **options),
@@ -425,7 +425,7 @@ def assert_path_within_budget(path: str, case: Case, got: dict[str, torch.Tensor
 @paths
 @pytest.mark.parametrize("d", [7, 16, 24, 40])
 def test_descriptors_and_pointers_read_the_same_operands(monkeypatch, device, dtype, path, d):
-    """Tensor descriptors take rows whose length in bytes is a multiple of 16; the others are read by pointers."""
+    """Tensor descriptors need rows of a multiple of 16 bytes; other rows are read by pointers."""
     sources, original = set(), launch.Rows.launch
     record = lambda *args: (out := original(*args), sources.add(out[0]["SOURCE"]))[0]  # noqa: E731
     monkeypatch.setattr(launch.Rows, "launch", record)
@@ -459,7 +459,7 @@ def test_block_shapes_of_other_gpus_give_the_same_result(monkeypatch, dtype, pat
 
 @pytest.mark.parametrize("programs", [None, 132])
 def test_the_number_of_tokens_is_not_a_kernel_constant(programs):
-    """Else every batch of another size would wait for a compiler."""
+    """Otherwise every new batch size would wait for a compiler."""
     blocks, constants = launch.Blocks(16, 32, 16, warps=4, stages=2, programs=programs), []
     for n in (20, 3000):
         case = make_case((n,), 16, 136, dtype=torch.bfloat16, ignored=0.0)
@@ -490,8 +490,8 @@ def test_tiny_shapes_work(device, dtype, path, n, v):
     if not n:
         assert not any(x.any() for x in got.values())
         return
-    # In half precision a logit's gradient is rounded and the result is. Eager code's are too, but of one token both may
-    # happen to be exact.
+    # In half precision both a logit's gradient and the result are rounded. So are eager's, but for a single token both
+    # may happen to be exact.
     assert_path_within_budget(path, case, got, roundings=2 if n == 1 and dtype.itemsize == 2 else 1)
 
 
@@ -514,7 +514,7 @@ def test_a_non_contiguous_head_gives_the_same_result(device, dtype, path, layout
 
 
 class Strided(Case):
-    """Whose leaves keep their strides, which a clone of a tensor with gaps does not."""
+    """A case with leaves that keep their strides, unlike clones of tensors with gaps."""
 
     def leaves(self, hidden=True, weight=True, bias=True) -> Case:
         out = super().leaves(hidden, weight, bias)
@@ -523,7 +523,7 @@ class Strided(Case):
 
 
 def nan_options(path) -> dict:
-    """The interpreter raises where it looks for the place of the largest of a row of NaN."""
+    """Leave out is_top1 in the interpreter, which raises on the argmax of a row of NaN."""
     return {"vocab_chunk": 64} | ({"outputs": OUTPUTS[:-1]} if path == "no grad" and INTERPRETED else {})
 
 
@@ -567,7 +567,7 @@ WHOLE = {"vocab_chunk": 60_000, "token_chunk": 40_000, "workspace": 16 * 2**30}
 @on_gpu
 @pytest.mark.parametrize("tiles", [{}, WHOLE], ids=["tiles", "one tile"])
 def test_more_than_2_to_the_31_logits_work(tiles):
-    """Positions within a tile, within what is kept and within the vocabulary leave 32 bits."""
+    """Offsets within a tile, within stored tokens and within the vocabulary exceed 32 bits."""
     n, d, v = 40_000, 64, 60_000
     assert n * v > 2**31
     g = torch.Generator("cuda").manual_seed(0)
@@ -594,7 +594,7 @@ def test_more_than_2_to_the_31_logits_work(tiles):
         for k, x in got.items():
             if k in want:
                 exact, some = want[k], sign * x[columns if k == "dweight" else tokens].double()
-                # one rounding of the gradient of a logit and one of the result, both bf16
+                # bf16 roundings of a logit's gradient and of the result
                 relative = 2**-7 if k != "logps" else 1e-5
                 assert (some - exact).abs().max() <= relative * exact.abs().max(), k
             assert torch.isfinite(x).all(), k
@@ -613,7 +613,7 @@ def test_more_than_2_to_the_31_logits_work(tiles):
         sums[f"loss {weight_needed}"] = -got["dhidden"].double().sum(0)
         loss = got["loss"]
     torch.testing.assert_close(loss.double(), -_logps_sum(case, lse), rtol=1e-5, atol=0)
-    for half in (slice(0, n // 2), slice(n // 2, n)):  # chunks that 32 bits can address
+    for half in (slice(0, n // 2), slice(n // 2, n)):  # chunks within 32-bit offsets
         part = run_loss(Case(hidden[half], weight, targets[half]), impl="triton", reduction="sum")
         sums["chunks"] = sums.get("chunks", 0) - part["dhidden"].double().sum(0)
     size = sums["chunks"].abs().max()
@@ -639,7 +639,7 @@ def test_more_tokens_than_a_grid_dimension_work(path, n, d, v):
 
 
 def check_random_problem(seed: int, device: str, v: int) -> None:
-    """Shape, head, tiles and path at random. D is odd or a multiple of 16, so that few kernels need compiling."""
+    """Random shape, head, tiles and path. D is odd or a multiple of 16, so that few kernels are compiled."""
     rng = random.Random(seed)
     dtype = torch.float32 if seed % 4 == 0 else torch.bfloat16
     d = rng.choice([16 * rng.randint(1, 12), 2 * rng.randint(1, 80) + 1])
@@ -676,7 +676,7 @@ def test_random_problems_are_within_budget(seed):
 
 
 class Model(torch.nn.Module):
-    """Two layers over an embedding; what comes out and the head are bf16, as under mixed precision."""
+    """Two layers over an embedding; hidden states and head are bf16, as in mixed precision."""
 
     def __init__(self, vocab: int, d: int) -> None:
         super().__init__()
@@ -690,7 +690,7 @@ class Model(torch.nn.Module):
 
 
 def reference_fields(hidden, weight, bias, targets):
-    """fp32 logits of the bf16 operands."""
+    """The outputs from fp32 logits of the bf16 operands."""
     return linear_logps(hidden, weight, targets, bias=bias, outputs=["entropy", "lse"], impl="reference")[:3]
 
 
@@ -701,7 +701,7 @@ def eager_fields(hidden, weight, bias, targets):
 
 
 def train(objective, device, steps=200, vocab=1000, d=32) -> torch.Tensor:
-    """Loss and entropy, in fp32, at the end: the mean over the last quarter of the steps, each on the whole data."""
+    """Final loss and entropy in fp32, averaged over the last quarter of the steps, each over all data."""
     torch.manual_seed(0)
     model = Model(vocab, d).to(device)
     inputs = torch.randint(0, vocab, (512,)).to(device)
@@ -748,7 +748,7 @@ def our_loss(hidden, weight, bias, targets):
     ("ours", "theirs"), [(with_entropy(our_fields), with_entropy), (our_loss, with_z_loss)], ids=["entropy", "z-loss"]
 )
 def test_200_training_steps_match_fp32_logits(ours, theirs):
-    """At most twice as far from there as bf16 logits end, which bias training although one step looks fine."""
+    """At most twice as far away as with bf16 logits, which bias training although a single step looks fine."""
     want, eager, got = (train(f, "cuda") for f in (theirs(reference_fields), theirs(eager_fields), ours))
     assert want[0] < 3 < math.log(1000)  # it did learn
     distance, allowed = (got - want).abs(), 2 * (eager - want).abs()
