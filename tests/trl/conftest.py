@@ -1,4 +1,4 @@
-"""A model, data, and a way to train a few steps twice."""
+"""Models, data, and builders of trainers that train a few steps."""
 
 import functools
 import gc
@@ -21,7 +21,7 @@ AUTO = {"t5": AutoModelForSeq2SeqLM, "qwen2_5_vl": AutoModelForImageTextToText}
 
 @pytest.fixture(scope="session", autouse=True)
 def _quick_garbage_collection():
-    """Each training ends with a collection that looks at what all these libraries have made: half of its time."""
+    """Freeze imported objects: the garbage collection after each training would otherwise take half of its time."""
     gc.collect()
     gc.freeze()
     yield
@@ -30,7 +30,7 @@ def _quick_garbage_collection():
 
 @pytest.fixture(scope="session", autouse=True)
 def _packages_looked_for_once():
-    """Else each step looks through all that is installed for peft, many times."""
+    """Cache a package lookup that every training step repeats many times."""
     original = imports._is_package_available
     imports._is_package_available = functools.cache(original)
     yield
@@ -39,7 +39,7 @@ def _packages_looked_for_once():
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory):
-    """tiny_folder("qwen3") -> a folder with the model of `tiny.MODELS`, always the same one."""
+    """tiny_folder("qwen3") -> a folder with that model of `tiny.MODELS`, always with the same weights."""
     made = {}
 
     def folder(name):
@@ -48,7 +48,7 @@ def tiny_folder(tmp_path_factory):
             torch.manual_seed(1)
             model = tiny.MODELS[name]()
             for parameter in model.parameters():
-                if parameter.ndim > 1:  # so that logits differ by more than rounding does
+                if parameter.ndim > 1:  # so that logits differ by more than rounding
                     parameter.data.mul_(8)
             model.save_pretrained(made[name])
         return made[name]
@@ -58,15 +58,15 @@ def tiny_folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def embedded_folder(tmp_path_factory):
-    """The folder of the small model that the recipes train."""
+    """A folder with the small model that the recipes train."""
     return build_embedded_model(tmp_path_factory.mktemp("embedded"))
 
 
 @pytest.fixture(scope="session")
 def build(tiny_folder, tmp_path_factory):
-    """build("dpo", "stock" | "attach" | "fused" | "plain", model="qwen3", ..., **config) -> a trainer, always the same.
+    """build("dpo", "stock" | "attach" | "fused" | "plain", model="qwen3", ..., **config) -> a trainer with fixed seeds.
 
-    "plain" is the Fused trainer with log-probabilities from full logits, for what stock TRL refuses.
+    "plain" is the Fused trainer with log-probabilities from full logits, where stock TRL refuses.
     """
     output = str(tmp_path_factory.mktemp("runs"))
     tokenizer, datasets = tiny.tokenizer(), {}
@@ -120,7 +120,7 @@ def build(tiny_folder, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def stock_history(build):
-    """stock_history(kind, **options) -> every logged row of stock TRL, made once for all tests that ask for it."""
+    """stock_history(kind, **options) -> every logged row of stock TRL, cached for all tests."""
     made = {}
 
     def history(kind, **options):

@@ -1,4 +1,4 @@
-"""What a Fused trainer is compared with where stock TRL refuses: itself, with log-probabilities from full logits."""
+"""Fused trainers with log-probabilities from full logits: the oracle where stock TRL refuses."""
 
 import functools
 import types
@@ -10,7 +10,7 @@ from fusedalign.trl.forward import FusedOutput
 def add_plain_head(
     model, outputs=("log_probs",), *, options, loss_hint=None, mean_positions=None, mixed=None, layouts=None
 ):
-    """Stands in for `fusedalign.trl.forward.add_lm_head`: the model's own forward and its own call of the head."""
+    """Replacement for `fusedalign.trl.forward.add_lm_head` that uses the model's own forward and head."""
     original = model.forward
 
     @functools.wraps(type(model).forward)
@@ -37,7 +37,7 @@ def add_plain_head(
 
 
 def with_plain_head(cls):
-    """`cls`, one of the Fused trainers, with `add_plain_head`."""
+    """A subclass of the Fused trainer `cls` that uses `add_plain_head`."""
 
     class Plain(cls):
         def __init__(self, *args, **kwargs):

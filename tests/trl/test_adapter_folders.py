@@ -1,4 +1,4 @@
-"""The folder of an adapter is a model: it is trained further, or merged, and what is saved loads again."""
+"""An adapter folder is a model: it can be trained further or merged, and what is saved loads again."""
 
 import json
 import math
@@ -16,7 +16,7 @@ from fusedalign.cli import main
 from fusedalign.trl import adapters
 
 LORA = {"r": 4, "init_lora_weights": False, "task_type": "CAUSAL_LM"}
-#: Where an adapter can sit, each with the model below it.
+#: Adapter positions, each with its base model.
 ADAPTERS = {
     "lora": ("qwen3", lambda: peft.LoraConfig(target_modules=["q_proj", "v_proj"], **LORA)),
     "head": ("qwen3", lambda: peft.LoraConfig(target_modules=["q_proj", "lm_head"], **LORA)),
@@ -47,7 +47,7 @@ ADAPTERS = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Base models, adapters of all kinds on them, and data, all as files."""
+    """A folder with base models, adapters of all kinds, and data."""
     folder = tmp_path_factory.mktemp("adapters")
     for name in ("qwen3", "tied"):
         torch.manual_seed(1)
@@ -66,7 +66,7 @@ def folder(tmp_path_factory):
 
 
 def train(method, folder, model, out, *more):
-    """The command's metrics of each step."""
+    """Run the command; return its metrics of each step."""
     options = {
         "model_name_or_path": model,
         "dataset_name": folder / ("sft.jsonl" if method == "sft" else "dpo.jsonl"),
@@ -98,7 +98,7 @@ def whole(folder, name):
 
 
 def test_dpo_trains_further_on_a_folder_of_sft_with_lora(folder, tmp_path):
-    """The reference is the model after SFT, and what DPO saves loads again, for more DPO too."""
+    """The reference is the model after SFT; the folder saved by DPO loads again, also for more DPO."""
     train("sft", folder, folder / "qwen3", tmp_path / "sft", "--use_peft", "--lora_target_modules", "q_proj")
     first = train("dpo", folder, tmp_path / "sft", tmp_path / "dpo", "--max_steps", "3")
     assert first[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
@@ -119,7 +119,7 @@ def test_a_merged_model_gives_the_logits_of_base_and_adapter(folder, tmp_path, n
     assert not isinstance(merged, peft.PeftModel)
     want, base = logits(whole(folder, name)), transformers.AutoModelForCausalLM.from_pretrained(folder / "qwen3")
     torch.testing.assert_close(logits(merged), want, rtol=1e-4, atol=1e-5)
-    if name != "pissa":  # which begins at the base model
+    if name != "pissa":  # starts at the base model
         assert not torch.allclose(logits(base), want, atol=1e-3)
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "merged")
     assert tokenizer.get_vocab() == tiny.tokenizer().get_vocab()
@@ -127,7 +127,7 @@ def test_a_merged_model_gives_the_logits_of_base_and_adapter(folder, tmp_path, n
 
 
 def chosen_logps(model, folder):
-    """The mean over the data of the log-probability of the chosen answers, from logits."""
+    """The mean log-probability of the chosen answers, from logits."""
     tokenizer, sums = tiny.tokenizer(), []
     for line in (folder / "dpo.jsonl").read_text().splitlines():
         row = json.loads(line)
@@ -141,7 +141,7 @@ def chosen_logps(model, folder):
 
 @pytest.mark.parametrize("name", ["lora", "tied head", "embedding", "tokens", "ia3", "vera"])
 def test_the_reference_is_the_base_model_with_its_adapter(folder, tmp_path, name):
-    """Also of adapters that TRL copies in part: trained tokens, LoRA on embeddings, IA3, VeRA."""
+    """Also for adapters that TRL copies only in part: trained tokens, LoRA on embeddings, IA3, VeRA."""
     start = train("dpo", folder, folder / name, tmp_path / "out")[0]
     assert start["loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert start["logps/chosen"] == pytest.approx(chosen_logps(whole(folder, name), folder), abs=1e-3)
@@ -154,7 +154,7 @@ def test_the_reference_of_kto_is_the_base_model_with_its_adapter(folder, tmp_pat
 
 @pytest.mark.parametrize("method", ["sft", "cpo", "simpo", "orpo"])
 def test_every_method_trains_an_adapter_further(folder, tmp_path, method):
-    """What is saved is an adapter on the same base model, with its tokenizer, and nothing else has moved."""
+    """The saved folder holds an adapter on the same base model and its tokenizer; no other weights change."""
     train(method, folder, folder / "lora", tmp_path / "out")
     before, after = (peft.load_peft_weights(path, device="cpu") for path in (folder / "lora", tmp_path / "out"))
     assert before.keys() == after.keys()
@@ -165,7 +165,7 @@ def test_every_method_trains_an_adapter_further(folder, tmp_path, method):
 
 @pytest.mark.parametrize("more", [["--merge_adapter", "true"], ["--use_peft", "--lora_target_modules", "k_proj"]])
 def test_adapters_are_merged_on_request_and_under_a_new_adapter(folder, tmp_path, more):
-    """The reference is the merged model, which is kept where the new adapter says that its base model is."""
+    """The reference is the merged model, saved in the folder that the new adapter names as its base model."""
     start = train("dpo", folder, folder / "lora", tmp_path / "out", *more)[0]
     assert start["loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert start["logps/chosen"] == pytest.approx(chosen_logps(whole(folder, "lora"), folder), abs=1e-3)
@@ -179,7 +179,7 @@ def test_adapters_are_merged_on_request_and_under_a_new_adapter(folder, tmp_path
 
 
 def test_added_tokens_are_loaded_with_the_adapter(folder, tmp_path):
-    """A vocabulary that training has enlarged: base model, head and tokenizer follow."""
+    """Base model, head and tokenizer take the vocabulary that training has enlarged."""
     tokenizer, base = tiny.tokenizer(), transformers.AutoModelForCausalLM.from_pretrained(folder / "qwen3")
     tokenizer.add_tokens(["<call>", "<answer>"])
     for i in range(len(tokenizer), base.config.vocab_size):
@@ -201,7 +201,7 @@ def test_added_tokens_are_loaded_with_the_adapter(folder, tmp_path):
 
 
 def test_an_adapter_of_the_embedded_model_can_move_with_it(folder, tmp_path, monkeypatch, capsys):
-    """It lies in the output directory of the first training: both may move, and one line says where it is gone."""
+    """The base model is saved in the first training's output directory: both may move; if missing, one line says so."""
     monkeypatch.chdir(tmp_path)
     peft_words = ["--use_peft", "--lora_target_modules", "q_proj", "v_proj"]
     data = ["--dataset_name", "recipes/data/sft", "--max_length", "32", "--per_device_train_batch_size", "1"]
@@ -241,7 +241,7 @@ def test_unmergeable_adapters_are_refused(folder, tmp_path, capsys):
 
 
 def test_invalid_adapter_folders_are_refused(folder, tmp_path, capsys):
-    """Each of these would train something other than what the folder says."""
+    """Each of these would train something other than the folder describes."""
 
     def changed(name, **config):
         shutil.copytree(folder / "lora", tmp_path / name)

@@ -1,4 +1,4 @@
-"""attach(): who is served and who is not, no logits, and no trace after detach(). test_matrix has the metrics."""
+"""attach(): which calls are fused, no logits, no trace after detach(). test_matrix compares the metrics."""
 
 import copy
 import io
@@ -19,12 +19,12 @@ from fusedalign.trl import attachment as attach_module
 def test_the_expert_balancing_loss_is_part_of_the_total(build):
     trainer = build("sft", "attach", model="qwen3_moe", max_steps=1)
     trainer.train()
-    assert trainer.state.log_history[0]["aux_loss"] > 0.5  # and part of "loss", which the matrix compares
+    assert trainer.state.log_history[0]["aux_loss"] > 0.5  # also part of "loss", which the matrix compares
 
 
 @pytest.mark.parametrize("kind", ["sft", "dpo"])
 def test_a_model_without_loss_arguments_trains_like_stock(build, kind):
-    """Then the Trainer, and not the loss, divides by the number of accumulation steps."""
+    """Then the Trainer, not the loss, divides by the number of accumulation steps."""
 
     def without(trainer):
         trainer.model_accepts_loss_kwargs = False
@@ -47,7 +47,7 @@ def test_no_step_allocates_the_logits(build):
     made, logits = largest("attach")
     assert made < logits
     made, logits = largest("stock")
-    assert made >= logits  # the check can fail
+    assert made >= logits  # the check can fail: stock TRL
 
 
 def test_only_the_attached_trainer_is_fused(build, monkeypatch):
@@ -62,7 +62,7 @@ def test_only_the_attached_trainer_is_fused(build, monkeypatch):
     assert not calls
     attached.train()
     assert calls == ["pytorch"]
-    attach(attached, impl="reference")  # again: replaces the impl, and each forward is served once
+    attach(attached, impl="reference")  # a second attach replaces the impl; each forward is fused once
     attached.train()
     assert calls == ["pytorch", "reference"]
     detach(attached)
@@ -85,7 +85,7 @@ def _reward(completions, **_):
 
 @pytest.mark.parametrize("kind", EVERY)
 def test_every_call_of_the_head_is_fused(build, monkeypatch, kind):
-    """Of the policy and of the reference, in training and in evaluation: none reaches TRL's own function."""
+    """Calls of policy and reference, in training and evaluation: none reaches TRL's own function."""
 
     def apply(*_):
         raise AssertionError("TRL's own head was called")
@@ -105,7 +105,7 @@ def test_every_call_of_the_head_is_fused(build, monkeypatch, kind):
 
 @pytest.mark.parametrize("model", ["cohere", "gemma2", "phi"])
 def test_other_trainers_keep_the_head_of_trl(build, model):
-    """While one is attached: its scale, softcap or bias, its outputs, and TRL's way with ignored tokens."""
+    """While another is attached they keep scale, softcap or bias, outputs, and TRL's handling of ignored tokens."""
     use_triton = getattr(trl_utils, "_use_triton", None)
     other, attached = build("sft", "stock", model=model).model.eval(), build("sft", "attach")
     if use_triton is not None:
@@ -135,7 +135,7 @@ def test_a_failed_attach_keeps_the_previous_one(build, monkeypatch):
 
 
 def test_trainers_sharing_a_model_keep_their_own_heads(build, monkeypatch):
-    """SFT, then DPO of the model that came out: each is served as it was attached, or not at all."""
+    """SFT, then DPO of the trained model: each trainer uses its own attachment, or none."""
     calls = []
     original = attach_module.linear_logps
 
@@ -180,7 +180,7 @@ def test_detach_leaves_no_trace(build, stock_history):
     attach(trainer)
     attach(other)
     detach(trainer)
-    assert isinstance(trl_utils._ChunkedLogProbFunction, attach_module._Switch)  # the other one still needs it
+    assert isinstance(trl_utils._ChunkedLogProbFunction, attach_module._Switch)  # the other trainer still needs it
     assert hooks == [len(m._forward_pre_hooks) + len(m._forward_hooks) for m in (trainer.model, trainer.ref_model)]
     detach(other)
     detach(other)  # harmless
@@ -190,7 +190,7 @@ def test_detach_leaves_no_trace(build, stock_history):
 
 
 def test_detach_restores_the_methods_of_an_instance(build):
-    """Those that a user has put on this trainer: before attach(), under it, and over it."""
+    """Methods that a user set on the trainer before attach(), and again after it."""
     trainer, calls = build("sft", "stock", max_steps=1), []
     original = trainer.compute_loss
 
@@ -239,7 +239,7 @@ def test_a_forward_that_raises_is_deactivated(build):
 
 
 def test_attach_checks_that_the_impl_supports_the_head(build, monkeypatch):
-    """By an impl that cannot do a thing: a bias, the dtype of mixed precision."""
+    """With an impl that refuses everything: a bias and the dtype of mixed precision are passed on."""
     seen = []
     for model, options in (("phi", {}), ("qwen3", {"bf16": True})):
         trainer = build("sft", "stock", model=model, **options)

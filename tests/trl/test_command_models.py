@@ -1,4 +1,4 @@
-"""Models, tokenizers and schedules that cannot train: one line before the training, not another error in it."""
+"""Models, tokenizers and schedules that cannot train give one line before training starts."""
 
 import json
 import shutil
@@ -13,7 +13,7 @@ from fusedalign.cli import main
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A model folder, and copies of it with something missing."""
+    """A model folder, and copies with something missing."""
     folder = tmp_path_factory.mktemp("models")
     torch.manual_seed(0)
     tiny.MODELS["qwen3"]().save_pretrained(folder / "bare")
@@ -66,7 +66,7 @@ def test_a_tokenizer_without_eos_is_an_error(folder, tmp_path, capsys, method):
 
 
 def test_a_tokenizer_trains_without_tokens_it_does_not_need(folder, tmp_path, capsys):
-    """EOS pads where there is no padding token; conversations end as their template says."""
+    """EOS replaces a missing padding token; conversations end as their template says."""
     assert main(["dpo", *words(folder, tmp_path, "no pad")]) == 0, capsys.readouterr().err
     template = tmp_path / "template.jinja"
     template.write_text("{% for message in messages %}{{ message.content + ' ' }}{% endfor %}")
@@ -76,7 +76,7 @@ def test_a_tokenizer_trains_without_tokens_it_does_not_need(folder, tmp_path, ca
 
 @pytest.mark.parametrize("method", ["sft", "dpo", "orpo"])
 def test_a_model_without_a_tokenizer_is_an_error(folder, tmp_path, capsys, method):
-    """transformers makes one that knows no word, and training on nothing would end well."""
+    """transformers would create an empty tokenizer, and training on no tokens would succeed."""
     error = error_of(capsys, [method, *words(folder, tmp_path, "bare")])
     assert f"the model must come with a tokenizer, got {folder / 'bare'} without one" in error
 
@@ -92,7 +92,7 @@ def test_a_model_without_a_tokenizer_is_an_error(folder, tmp_path, capsys, metho
     ids=lambda options: " ".join(options.values()),
 )
 def test_options_that_need_an_evaluation_are_errors_without_one(folder, tmp_path, capsys, method, options):
-    """The one split leaves nothing to evaluate on."""
+    """The data has a single split, so there is nothing to evaluate on."""
     error = error_of(capsys, [method, *words(folder, tmp_path, **options)])
     name = next(iter(options))
     assert f"{name}=" in error
@@ -106,7 +106,7 @@ def test_a_missing_chat_template_is_an_error(folder, tmp_path, capsys):
 
 @pytest.mark.parametrize("method", ["sft", "dpo", "orpo"])
 def test_without_bf16_a_command_trains_on_a_cpu(folder, tmp_path, monkeypatch, capsys, method):
-    """TRL's default is bf16, which ends in an error where no accelerator has it."""
+    """TRL's default is bf16, an error without an accelerator that supports it."""
     monkeypatch.setattr(transformers.training_args, "is_torch_bf16_gpu_available", lambda: False)
     from fusedalign.trl import arguments
 

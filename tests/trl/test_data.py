@@ -1,4 +1,4 @@
-"""Data as people have it: the shapes that TRL's documentation lists, ShareGPT, UltraFeedback; and data with faults."""
+"""Data formats in use: those in TRL's documentation, ShareGPT, UltraFeedback; and faulty data."""
 
 import json
 
@@ -32,7 +32,7 @@ CHAT = {"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]}
 WHOLE = {"chosen": [USER, GOOD], "rejected": [USER, BAD]}
 SCORES = {"prompt_id": "x1", "score_chosen": 8.5, "score_rejected": 2.0, "messages": [USER, GOOD]}
 
-#: A row -> as DPO, CPO, SimPO and ORPO take it.
+#: name -> (row, its form for DPO, CPO, SimPO and ORPO)
 PAIRS = {
     "text": (TEXT, TEXT),
     "messages": (CHAT, CHAT),
@@ -76,7 +76,7 @@ PAIRS = {
     "extra columns": ({**TEXT, "text": "x", "completion": "y", "label": True, "source": "z"}, TEXT),
 }
 CHAT_COMPLETION = {"prompt": [USER], "completion": [GOOD]}
-#: A row -> as SFT takes it.
+#: name -> (row, its form for SFT)
 SUPERVISED = {
     "text": ({"text": "The sky is blue."}, None),
     "messages": ({"messages": [USER, GOOD]}, None),
@@ -105,7 +105,7 @@ SUPERVISED = {
     "UltraFeedback binarized": ({"prompt": "Hi?", **WHOLE, **SCORES}, {"messages": [USER, GOOD]}),
 }
 LABELLED = {"prompt": [USER], "completion": [GOOD], "label": True}
-#: A row -> as KTO takes it, beside the pairs.
+#: name -> (row, its form for KTO), in addition to the pairs
 UNPAIRED = {
     "text": ({"prompt": "Hi?", "completion": " Hello.", "label": True}, None),
     "messages": (LABELLED, None),
@@ -231,7 +231,7 @@ def test_kto_labels_may_be_words_and_numbers(labels, want):
 
 LABEL = {"prompt": "a", "completion": "b", "label": "true"}
 NEITHER = "must be text or a list of messages, got"
-#: A method, a good row, what is wrong in the third, and the message.
+#: name -> (method, valid row, changes that break the third row, error message)
 WRONG = {
     "no prompt": ("dpo", TEXT, {"prompt": None}, f"prompt {NEITHER} None"),
     "no chosen": ("orpo", CHAT, {"chosen": None}, f"chosen {NEITHER} None"),
@@ -337,7 +337,7 @@ FILES = {
 @pytest.mark.parametrize("name", FILES)
 def test_a_bad_file_is_named_with_its_line(name, stream, tmp_path, embedded_folder, capsys):
     content, message = FILES[name]
-    if (name, stream) == ("latin.jsonl", "true"):  # a row of a stream is decoded as it comes, by no function of ours
+    if (name, stream) == ("latin.jsonl", "true"):  # streams are decoded by the datasets library
         message = name = "can't decode byte 0xe9"
     (tmp_path / name).write_bytes(content)
     options = flags(tmp_path, embedded_folder, dataset_name=tmp_path / name, dataset_streaming=stream)

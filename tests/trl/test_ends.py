@@ -1,4 +1,4 @@
-"""All methods are trained on the same tokens: each answer has one end."""
+"""All methods train on the same tokens: each answer has one end token."""
 
 import json
 
@@ -45,7 +45,7 @@ def model(embedded_folder):
 
 @pytest.fixture
 def sequences(model, tmp_path):
-    """sequences("dpo", rows, tokenizer) -> (prompt, answer) as token ids: of each row chosen, then of each rejected."""
+    """sequences("dpo", rows, tokenizer) -> (prompt, answer) token ids of all chosen answers, then all rejected ones."""
 
     def tokens(method, rows, tokenizer, **options):
         _, cls, config = tiny.classes(method)
@@ -93,7 +93,7 @@ def test_answers_of_the_recipes_have_one_end(method, sequences, tokenizer):
 
 
 def _adding(tokenizer, single, *names):
-    """With a tokenizer that adds BOS or EOS by itself."""
+    """A tokenizer that adds BOS or EOS by itself."""
     tokenizer.bos_token = PAD
     special = [(name, tokenizer.convert_tokens_to_ids(name)) for name in names]
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=single, special_tokens=special)
@@ -147,7 +147,7 @@ def test_text_with_an_end_gets_no_second_one(method, written, sequences, tokeniz
 
 
 def test_a_template_without_an_end_is_warned_about(tokenizer, caplog):
-    """TRL's DPO and SFT put no end there, and so nothing is learnt of where to stop."""
+    """TRL's DPO and SFT add no end token there, so the model does not learn where to stop."""
     tokenizer.chat_template = template("\n")
     for row in recipe_rows(2):
         *_, answer = pair_ids(row, tokenizer)
@@ -175,7 +175,7 @@ def test_multi_turn_and_system_prompts_are_used_like_in_dpo(sequences, tokenizer
         system = [{"role": "system", "content": "Be short."}]
         rows.append({side: system + a["prompt"] + a["chosen"] + b["prompt"] + b[side] for side in SIDES})
     want = sequences("dpo", rows, tokenizer)
-    assert tokenizer.decode(want[0][0]).count(START) == 5  # system, two of the user, two of the assistant
+    assert tokenizer.decode(want[0][0]).count(START) == 5  # one system, two user and two assistant messages
     assert all(answer.count(tokenizer.eos_token_id) == 1 for _, answer in want)
     for method in ("cpo", "orpo", "kto"):
         assert sequences(method, rows, tokenizer) == want, method

@@ -1,4 +1,4 @@
-"""`add_lm_head` on a model alone: the contract of TRL's fused forward, against the model's own logits."""
+"""`add_lm_head` without a trainer: the contract of TRL's fused forward, against the model's own logits."""
 
 import functools
 import inspect
@@ -16,7 +16,7 @@ OUTPUTS = ("log_probs", "entropy", "mean_logits", "is_top1")
 
 
 def fused(name="qwen3", outputs=OUTPUTS, **options):
-    """One of `tiny.MODELS` with the fused forward, not to be trained."""
+    """One of `tiny.MODELS` with the fused forward; shared, so tests must not train it."""
     torch.manual_seed(0)
     model = tiny.MODELS[name]().eval()
     for parameter in model.parameters():
@@ -55,7 +55,7 @@ def test_shift_labels_take_precedence_over_labels():
 
 @pytest.mark.parametrize("name", ["entropy", "log_probs"])
 def test_logps_and_entropy_have_gradients_and_means_do_not(name):
-    """Entropy too, which some losses reward; not the means that are logged."""
+    """Entropy too, since some losses reward it; logged means have none."""
     model, (ids, labels) = fused(mean_positions=slice(None)), batch()
     out = model(ids, labels=labels, fused_lm_head=True)
     assert not any(x.requires_grad for x in (out.mean_logits, out.is_top1, out.row_mean_logits))
@@ -74,7 +74,7 @@ def test_logps_and_entropy_have_gradients_and_means_do_not(name):
 @pytest.mark.parametrize("name", ["qwen3", "phi", "gemma2", "cohere"])
 @pytest.mark.parametrize("positions", [slice(None), slice(None, -1)])
 def test_row_mean_logits_equal_those_of_full_logits(name, positions):
-    """With a bias, a softcap, a scale."""
+    """With a bias, a softcap, and a scale."""
     model, (ids, labels) = fused(name, mean_positions=positions), batch()
     got = model(ids, labels=labels, fused_lm_head=True).row_mean_logits
     torch.testing.assert_close(got, model(ids).logits[:, positions].mean((1, 2)), rtol=1e-5, atol=1e-6)
@@ -82,13 +82,13 @@ def test_row_mean_logits_equal_those_of_full_logits(name, positions):
 
 @pytest.mark.parametrize("autocast", [True, False])
 def test_row_mean_logits_are_not_rounded_to_bf16(autocast):
-    """A mean is far smaller than what is averaged: in bf16 it would be noise."""
+    """The mean is far smaller than the averaged logits: rounded to bf16 it would be noise."""
     kept, (ids, labels) = [], batch()
     model = fused(mean_positions=slice(None))
     model = model if autocast else model.bfloat16()
     model.model.register_forward_hook(lambda module, args, out: kept.append(out[0]))
     with torch.no_grad():
-        model.lm_head.weight.add_(1.7)  # rows and columns with a mean
+        model.lm_head.weight.add_(1.7)  # rows and columns with a non-zero mean
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             got = model(ids, labels=labels, fused_lm_head=True).row_mean_logits
         want = (kept[0].double() @ model.lm_head.weight.double().T).mean((1, 2))
@@ -99,7 +99,7 @@ def test_row_mean_logits_are_not_rounded_to_bf16(autocast):
 
 
 def test_without_fused_lm_head_the_model_is_unchanged():
-    """Whatever it is asked: labels, aligned labels, the number of items, or nothing."""
+    """With labels, aligned labels, the number of items, or nothing."""
     ids, labels = batch()
     model = fused()
     plain = transformers.Qwen3ForCausalLM(model.config).eval()
@@ -117,7 +117,7 @@ def test_without_fused_lm_head_the_model_is_unchanged():
 
 
 def test_a_forward_set_on_the_instance_is_still_called():
-    """As accelerate and others put one there."""
+    """accelerate and other libraries set such forwards."""
     torch.manual_seed(0)
     model, (ids, labels), calls = tiny.MODELS["qwen3"](), batch(), []
     own = model.forward
@@ -135,7 +135,7 @@ def test_a_forward_set_on_the_instance_is_still_called():
 
 
 def test_the_signature_equals_the_models_own():
-    """`generate` and the Trainer ask it what the model takes."""
+    """`generate` and the Trainer inspect the signature."""
     model = fused()
     own = inspect.signature(type(model).forward).parameters
     assert list(inspect.signature(model.forward).parameters) == list(own)[1:]
@@ -159,7 +159,7 @@ def test_a_forward_with_few_arguments_gets_only_those():
 
 
 def test_the_backbone_keeps_no_cache():
-    """Even where the caller or the configuration wants one."""
+    """Even if the caller or the configuration enables one."""
     model, (ids, labels), seen = fused(), batch(), []
     model.model.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs), with_kwargs=True)
     model.config.use_cache = True
@@ -169,7 +169,7 @@ def test_the_backbone_keeps_no_cache():
 
 
 def test_a_model_that_is_its_own_backbone_is_refused():
-    """Its forward would call itself."""
+    """Its forward would recurse."""
 
     class Alone(transformers.Qwen3ForCausalLM):
         base_model_prefix = "nothing"
@@ -183,7 +183,7 @@ def test_a_model_that_is_its_own_backbone_is_refused():
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
 def test_the_expert_balancing_loss_equals_the_models_own(name):
-    """The model's own one, of the tokens that are no padding, where the configuration or the caller asks for it."""
+    """Over tokens that are not padding, if the configuration or the caller enables it."""
     model, (ids, labels) = fused(name), batch()
     mask = torch.ones_like(ids).index_fill(1, torch.tensor([0, 1]), 0)
     inputs = {"input_ids": ids, "attention_mask": mask, "labels": labels}
@@ -200,7 +200,7 @@ def test_the_expert_balancing_loss_equals_the_models_own(name):
 
 
 def test_expert_counts_under_another_name_are_found():
-    """A name that holds nothing counts for nothing."""
+    """A name with the value None is ignored."""
     model, (ids, labels) = fused("mixtral"), batch()
     want = model(ids, labels=labels, fused_lm_head=True).aux_loss
     vars(model.config).update(n_routed_experts=4, num_local_experts=None)
@@ -209,7 +209,7 @@ def test_expert_counts_under_another_name_are_found():
 
 
 def test_experts_of_a_nested_text_configuration_are_found():
-    """As those for images do; without a coefficient the term is logged and not part of the loss."""
+    """As in vision models; without a coefficient the term is logged but not part of the loss."""
     model, (ids, labels) = fused("mixtral"), batch()
     want = model(ids, labels=labels, fused_lm_head=True)
     text = types.SimpleNamespace(output_router_logits=True, num_local_experts=4, num_experts_per_tok=2)
@@ -228,7 +228,7 @@ def test_experts_of_a_nested_text_configuration_are_found():
 
 
 def test_fused_by_names_the_library_of_the_forward():
-    """Told by where a function was written, also below the wrappers of mixed precision."""
+    """Determined by the module of the function, also through the wrappers of mixed precision."""
     model = fused()
     assert fused_by(model) == "fusedalign"
     inner = model.forward

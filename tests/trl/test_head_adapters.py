@@ -1,6 +1,6 @@
 """Adapters on the head of the Fused trainers, of which stock TRL refuses most.
 
-The oracle is the same trainer with log-probabilities from the model's own forward, PEFT's call of the head in it
+The oracle is the same trainer with log-probabilities from the model's own forward, including PEFT's head
 (tests/trl/plain.py).
 """
 
@@ -44,14 +44,14 @@ def assert_as_with_logits(build, kind, more):
 
 
 def cases(kinds, adapters, quick):
-    """All pairs, those that are not `quick` marked slow."""
+    """All (kind, adapter) pairs; those without `quick` are marked slow."""
     for adapter, kind in itertools.product(adapters, kinds):
         marks = [] if quick(adapter, kind) else [pytest.mark.slow]
         yield pytest.param(kind, adapter, marks=marks, id=f"{kind}, {adapter}")
 
 
 def one_each(adapter, kind):
-    """LoRA in every trainer, and every adapter in DPO and in one trainer more."""
+    """LoRA in every trainer, and every adapter in DPO and in two more trainers."""
     turn = list(ADAPTERS).index(adapter) % len(KINDS)
     return adapter == "lora" or kind in ("dpo", KINDS[turn], KINDS[(turn + 3) % len(KINDS)])
 
@@ -81,7 +81,7 @@ def test_a_precomputed_reference_equals_full_logits(build, kind, adapter):
     cases(["dpo", "kto"], ["lora", "tokens, tied"], lambda a, k: (k == "dpo") == (a == "lora")),
 )
 def test_an_adapter_trained_further_equals_full_logits(build, kind, adapter):
-    """Its reference is a copy, the adapter "ref", to which TRL switches."""
+    """Its reference is a copy as adapter "ref", which TRL switches to."""
     model, config = ADAPTERS[adapter]
 
     def with_adapter(lm):
@@ -97,7 +97,7 @@ def test_an_adapter_trained_further_equals_full_logits(build, kind, adapter):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_step_allocates_logits_or_anything_of_head_size(build, kind):
-    """LoRA on the head, a whole training of one step, the optimiser's included: [V, D] is 6704, N*V is more."""
+    """LoRA on the head, a complete training of one step including the optimiser: [V, D] is 6704, N * V is more."""
 
     def largest(how):
         name, more = options(kind, "lora", max_steps=1, per_device_train_batch_size=2)
@@ -109,7 +109,7 @@ def test_no_step_allocates_logits_or_anything_of_head_size(build, kind):
 
     made, head = largest("fused")
     assert made < head
-    if kind == "sft":  # the check can fail
+    if kind == "sft":  # the check can fail: full logits
         made, head = largest("plain")
         assert made >= head
 

@@ -1,7 +1,7 @@
-"""`liger_kernels=True`: Liger's kernels in every model of a Fused trainer, none of its losses, and what is refused.
+"""`liger_kernels=True`: Liger's kernels in every model of a Fused trainer, without its losses; and refusals.
 
-What this package does about them is tested with a stand-in for Liger, so that it is also where Liger is not installed.
-Its own kernels run where it is, in Triton's interpreter or on a GPU.
+Most tests use a stand-in for Liger, so that they also run without it. With Liger installed, its kernels run in Triton's
+interpreter or on a GPU.
 """
 
 import collections
@@ -32,7 +32,7 @@ LIGER = {"head": [("liger_kernels", True)]}
 
 
 class _StandIn:
-    """A function like Liger's, and what came of it."""
+    """A function like Liger's `apply_liger_kernel_to_qwen3` that records its effects."""
 
     def __init__(self):
         self.models, self.losses, self.forwards = [], [], collections.Counter()
@@ -60,13 +60,13 @@ class _StandIn:
         return forward
 
     def ran_in(self, model):
-        """How many of a model's layers have run it."""
+        """Number of layers of `model` that ran the kernel."""
         return sum(id(layer) in self.forwards for layer in model.modules())
 
 
 @pytest.fixture(autouse=True)
 def _as_before():
-    """Liger changes the modules of transformers for all models."""
+    """Restore the modules of transformers, which Liger changes for all models."""
     modules = [m for n, m in sys.modules.items() if n.startswith("transformers.models.") and ".modeling_" in n]
     before = [(module, dict(vars(module))) for module in modules]
     yield
@@ -78,7 +78,7 @@ def _as_before():
 
 @pytest.fixture
 def liger(monkeypatch):
-    """Stands in for an installed Liger Kernel that knows one architecture."""
+    """Install a stand-in for Liger Kernel that supports one architecture."""
     stand_in = _StandIn()
     monkeypatch.setattr(kernels, "_find", lambda: Found({"qwen3": stand_in}, None))
     _environment(monkeypatch, TRITON_INTERPRET="1")
@@ -86,7 +86,7 @@ def liger(monkeypatch):
 
 
 def _environment(monkeypatch, **variables):
-    """As this package's module sees it; Triton itself, which may be imported any time, sees the real one."""
+    """Set environment variables for `kernels` only; Triton, which may be imported at any time, sees the real ones."""
     monkeypatch.setattr(kernels, "os", types.SimpleNamespace(environ=variables))
 
 
@@ -127,7 +127,7 @@ def test_a_named_model_gets_kernels(build, liger, tiny_folder, kind):
 @pytest.mark.parametrize("kind", ["sft", "dpo", "cpo"])
 @pytest.mark.parametrize("given", ["configuration", "PeftModel"])
 def test_adapted_models_get_kernels(build, liger, kind, given):
-    """The reference is the same model: its adapters are disabled, or others."""
+    """The reference is the same model with its adapters disabled or switched."""
     options = {"prepare": lambda model: peft.get_peft_model(model, tiny.lora())}
     if given == "configuration":
         options = {"arguments": [("peft_config", tiny.lora)]}
@@ -151,7 +151,7 @@ def test_a_precomputed_reference_runs_with_kernels(build, liger):
 
 
 def test_a_second_trainer_of_the_same_model_runs_its_own_layers(build, liger):
-    """Its reference is a copy of a model with kernels, and must run its own layers."""
+    """Its reference is a copy of a model with kernels, whose copied layers must run."""
     first = build("dpo", "fused", max_steps=1, **LIGER)
     second = build("dpo", "fused", max_steps=1, arguments=[("model", lambda: first.model)], **LIGER)
     assert second.ref_model not in (first.model, first.ref_model)
@@ -169,7 +169,7 @@ def test_kernels_do_not_change_the_metrics(build, stock_history, liger, kind):
 
 
 def test_the_key_of_a_precomputed_reference_depends_on_kernels(build, liger):
-    """Also where the kernels have come otherwise: it is asked what runs."""
+    """However the kernels were added: the key describes the functions that run."""
     trainer = build("dpo", "fused")
     without = reference_key(trainer)
     add_liger_kernels(trainer.ref_model)
@@ -206,7 +206,7 @@ def test_a_cpu_is_refused(build, liger, monkeypatch, kind):
 
 
 def test_a_cpu_is_refused_without_a_configuration(liger, monkeypatch):
-    """TRL makes one then, on whatever device there is."""
+    """TRL then creates one, for the available device."""
     _environment(monkeypatch)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: None)
     with pytest.raises(ValueError, match="got the device cpu"):
@@ -270,7 +270,7 @@ def test_a_kernel_function_that_does_not_fit_is_refused(build, monkeypatch, lige
 @pytest.mark.parametrize("act", ["gelu", "relu", "gelu_pytorch_tanh"])
 @pytest.mark.parametrize("liger_class", ["LigerSwiGLUMLP", "LigerGEGLUMLP"])
 def test_other_activations_than_those_of_liger_are_refused(monkeypatch, liger, act, liger_class):
-    """Liger's layers have one activation, whatever the configuration says, and a model that exists is not asked."""
+    """Liger's layers have a fixed activation, whatever the configuration of an existing model says."""
 
     def apply(model):
         def forward(layer, x):
@@ -328,7 +328,7 @@ def test_the_command_refuses_in_one_line(tmp_path, liger, monkeypatch, capsys):
     _environment(monkeypatch)
     out = ["--output_dir", str(tmp_path / "out")]
     assert main(["dpo", *WORDS, *out]) == 2
-    *_, line = capsys.readouterr().err.splitlines()  # warnings of other libraries may come before it
+    *_, line = capsys.readouterr().err.splitlines()  # other libraries may print warnings first
     assert line.startswith("fusedalign: error: liger_kernels=True needs a GPU")
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     assert main(["dpo", *WORDS, *out]) == 2
@@ -342,7 +342,7 @@ needs_liger = pytest.mark.skipif(importlib.util.find_spec("liger_kernel") is Non
 
 @pytest.fixture
 def interpreted(monkeypatch):
-    """What Liger's kernels need of Triton's interpreter: floats as fp32 scalars, and functions of CUDA's library."""
+    """Patch Triton's interpreter for Liger's kernels: floats as fp32 scalars, and CUDA library functions."""
     if torch.cuda.is_available():
         pytest.skip("for Liger Kernel on a machine without a GPU")
     import liger_kernel.ops.geglu
@@ -377,7 +377,7 @@ def _loss_and_gradients(trainer):
 )
 def test_a_step_is_as_close_to_fp64_as_without_kernels(build, interpreted, kind, model):
     options = {"model": model, "rows": 2, "per_device_train_batch_size": 2, "max_length": 8}
-    if kind == "dpo":  # which begins with a loss that depends on nothing
+    if kind == "dpo":  # its first loss is constant
         options["prepare"] = _moved
     double = options | {"prepare": lambda m: options.get("prepare", lambda m: m)(m).double()}
     exact = _loss_and_gradients(build(kind, "fused", **double))
@@ -426,7 +426,7 @@ def test_the_activations_of_liger_layers_are_known(name):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("kind", KINDS)
 def test_metrics_on_a_gpu_are_as_close_to_fp32_as_without_kernels(build, kind):
-    """With a learning rate of 0: weights that move drift apart in bf16 whatever runs, and hide that."""
+    """With a learning rate of 0: updated bf16 weights diverge anyway, which would hide differences."""
 
     def history(**options):
         return tiny.history(build(kind, "fused", learning_rate=0.0, use_cpu=False, **options))
@@ -439,7 +439,7 @@ def test_metrics_on_a_gpu_are_as_close_to_fp32_as_without_kernels(build, kind):
         for row, exact in zip(rows, fp32, strict=True):
             for key in row:
                 name = key.removeprefix("eval_")
-                if name.endswith(("accuracy", "accuracies")):  # counts, which one rounding changes by a whole token
+                if name.endswith(("accuracy", "accuracies")):  # counts, which one rounding changes by a full token
                     continue
                 largest[name] = max(largest[name], abs(row[key] - exact[key]))
         return largest

@@ -1,4 +1,4 @@
-"""Stock TRL against this package, 5 steps and an evaluation: every logged metric, for every trainer and option."""
+"""Stock TRL against this package over 5 steps and an evaluation: every logged metric, for all trainers and options."""
 
 import pytest
 import tiny
@@ -70,12 +70,12 @@ def cases(names, slow=lambda name: False):
 
 
 def costly(name):
-    """The costliest of the families, with the head of others: in two trainers of four."""
+    """The slowest family, with a kind of head that others have too: tested in two of four trainers."""
     return name in ("dpo, falcon_h1", "orpo, falcon_h1")
 
 
 def twice(name):
-    """A loss or family that the Fused trainers have too: the switch that `attach` puts in place sees neither."""
+    """Cases already covered by the Fused trainers: the switch of `attach` depends on neither loss nor family."""
     kind, _, option = name.partition(", ")
     return kind == "dpo" and (option in FAMILIES or (option in DPO_LOSSES and option != "sigmoid"))
 
@@ -85,7 +85,7 @@ def test_fused_trainers_log_the_metrics_of_stock_trl(build, stock_history, name)
     kind, options = CASES[name]
     got = tiny.history(build(kind, "fused", **options))
     tiny.assert_same(got, stock_history(kind, **options))
-    assert len({row["loss"] for row in got if "loss" in row}) > 1  # it did train
+    assert len({row["loss"] for row in got if "loss" in row}) > 1  # the model was trained
 
 
 @pytest.mark.parametrize("name", cases((name for name, (kind, _) in CASES.items() if kind in ATTACHABLE), twice))

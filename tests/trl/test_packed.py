@@ -1,4 +1,4 @@
-"""Packed batches in the trainers: the metrics and gradients of padded ones, what is refused, and what is logged."""
+"""Packed batches in the trainers: metrics and gradients equal those of padded ones; refusals and log lines."""
 
 import gc
 import json
@@ -27,7 +27,7 @@ def sdpa(name, folder):
 
 
 def long_prompts(kind, n=8, longest=12):
-    """Prompts that are longer than their answers, so that sharing them pays in a pass with gradients too."""
+    """Prompts longer than their answers, so that sharing them pays also with gradients."""
     words, sides = tiny.WORDS, ("chosen", "rejected")
     rows = []
     for i in range(n):
@@ -75,7 +75,7 @@ CASES = {
     "tpo": ("tpo", {}),
     "tpo, tpo-l": ("tpo", {"loss_type": "tpo-l", "label_smoothing": 0.1}),
     "tpo, no gold": ("tpo", {"tpo_alpha": 0.0}),
-    # Stock rows of these are made here alone.
+    # Stock histories of these are used only here.
     "dpo, reentrant checkpointing": (
         "dpo",
         {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
@@ -87,7 +87,7 @@ CASES = {
 
 
 def without_mean_logits(kind, rows):
-    """CPO and ORPO average logits over padding too; packed rows have none."""
+    """Drop mean logits of CPO and ORPO, which include padding; packed rows have none."""
     if kind not in ("cpo", "orpo"):
         return rows
     return [{name: x for name, x in row.items() if "logits/" not in name} for row in rows]
@@ -101,13 +101,13 @@ def test_packed_metrics_equal_those_of_padded_rows(build, stock_history, name):
     got, want = tiny.history(trainer), stock_history(kind, **options)
     assert [row.keys() for row in got] == [row.keys() for row in want]
     tiny.assert_same(without_mean_logits(kind, got), without_mean_logits(kind, want))
-    assert len({row["loss"] for row in got if "loss" in row}) > 1  # it did train
+    assert len({row["loss"] for row in got if "loss" in row}) > 1  # the model was trained
 
 
 @pytest.mark.parametrize("kind", ["cpo", "orpo"])
 @pytest.mark.parametrize("model", ["phi", "gemma3"])
 def test_packed_mean_logits_are_means_over_tokens(build, tiny_folder, kind, model):
-    """A model with a bias in its head, and one with a softcap."""
+    """For a head with a bias and one with a softcap."""
     arguments = [("model", sdpa(model, tiny_folder))]
     trainer = build(kind, "fused", head=PACK, arguments=arguments, max_steps=1)
     assert trainer.layouts.kind == PACKED
@@ -124,7 +124,7 @@ def test_packed_mean_logits_are_means_over_tokens(build, tiny_folder, kind, mode
 
 @pytest.mark.parametrize("kind", ["cpo", "orpo"])
 def test_padded_rows_keep_their_mask_if_mean_logits_include_padding(build, kind):
-    """Hidden states of padding, which TRL's mean logits count, depend on it."""
+    """TRL's mean logits include padding, and its hidden states depend on the mask."""
     assert build(kind, "fused", max_steps=1).layouts.kind == MASKED
 
 
@@ -132,7 +132,7 @@ def test_padded_rows_keep_their_mask_if_mean_logits_include_padding(build, kind)
 
 
 def gradients(trainer, name=None):
-    """Of all trained parameters after one batch, and the loss."""
+    """Gradients of all trained parameters after one batch, and the loss."""
     trainer.model.train()
     batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
     loss = trainer.compute_loss(trainer.model, batch)
@@ -183,7 +183,7 @@ def test_accumulation_changes_nothing(build):
 
 @pytest.mark.parametrize("options", [{"precompute_ref_log_probs": True}, {}])
 def test_packed_lora_reference_equals_the_padded_one(build, options):
-    """Adapters are disabled for the reference."""
+    """The reference is the model with disabled adapters."""
     arguments = [("peft_config", tiny.lora)]
     options = {"arguments": arguments, "max_steps": 3, **options}
     got, want = (tiny.history(build("dpo", "fused", head=[("packed", p)], **options)) for p in (True, False))
@@ -202,7 +202,7 @@ def test_kto_rows_run_together_if_that_takes_fewer_tokens(build, prompts, precom
     trainer, widths = build("kto", "fused", head=PACK, **options), []
     batch = next(iter(trainer.get_train_dataloader()))
     layouts = batch["layout"]
-    assert layouts.joined(False) is layouts.both  # the reference always gains
+    assert layouts.joined(False) is layouts.both  # for the reference it always pays
     assert (layouts.joined(True) is layouts.both) == (prompts == "long")
     trainer.model.base_model.register_forward_pre_hook(
         lambda m, a, k: widths.append((k["input_ids"].shape[1], torch.is_grad_enabled())), with_kwargs=True
@@ -232,7 +232,7 @@ def test_kto_rows_run_together_if_that_takes_fewer_tokens(build, prompts, precom
     ],
 )
 def test_answers_share_their_prompt(build, kind, how, options):
-    """Every forward has the tokens of each prompt once."""
+    """Every forward computes each prompt once."""
     options, answers = options | {"max_steps": 2}, 3 if kind == "tpo" else 2
     if kind != "tpo":
         options["data"] = long_prompts(kind)
@@ -261,7 +261,7 @@ def test_answers_share_their_prompt(build, kind, how, options):
 
 
 def test_every_call_is_packed(build, monkeypatch):
-    """Policy and reference, training and evaluation: no backbone is given a padded batch."""
+    """Policy and reference, in training and evaluation: no backbone gets a padded batch."""
     shapes = []
     trainer = build("dpo", "fused", head=PACK, max_steps=1)
     for model in trl_layouts.models_of(trainer):
@@ -274,7 +274,7 @@ def test_every_call_is_packed(build, monkeypatch):
 
 
 def test_streams_are_packed_in_the_step(build):
-    """One process joins the batches of all, so that the layout is made in the step."""
+    """The main process reads the batches of all processes, so layouts are computed in the step."""
     options = {"max_steps": 3, "eval_strategy": "no"}
     data = tiny.data("dpo", 12)
     want = tiny.history(build("dpo", "fused", head=[("packed", False)], data=data, **options), evaluate=False)
@@ -353,7 +353,7 @@ def test_saved_models_show_no_trace_of_packing(build, tmp_path, adapters):
 
 
 def test_consecutive_trainers_on_one_model_do_not_interfere(build):
-    """SFT packed, then DPO not, then stock DPO, each as with a model of its own."""
+    """Packed SFT, padded DPO, stock DPO and packed DPO each train as with a separate model."""
 
     def runs(own):
         model = None
@@ -438,7 +438,7 @@ def test_an_attached_trainer_is_garbage_collected(build):
 
 @pytest.mark.parametrize("packed", ["auto", True])
 def test_attention_dropout_is_refused_or_padded(build, packed):
-    """Of GPT-2 as its configuration comes: refused when the trainer is built, and padded where nothing was asked."""
+    """Default GPT-2: packed=True is refused at construction, "auto" pads."""
     config = transformers.GPT2Config(vocab_size=419, n_embd=16, n_layer=2, n_head=2, n_positions=64)
     options = {"arguments": [("model", lambda: transformers.GPT2LMHeadModel(config))], "max_steps": 1}
     if packed is True:
@@ -515,7 +515,7 @@ def test_right_padded_rows_take_no_mask(build, tiny_folder, kind):
 
 
 class LeftPadding:
-    """Rows of SFT, padded on the left, with labels for all tokens or for all but the first, and more if asked."""
+    """A collator of left-padded SFT rows; `first`: label the first token too; `mask`, `more`: other tensors."""
 
     def __init__(self, first=False, mask=None, **more):
         self.first, self.mask, self.more = first, mask, more
@@ -545,7 +545,7 @@ def test_left_padded_rows_train_like_padded_ones(build, tiny_folder, packed):
     tiny.assert_same(got, tiny.history(build("sft", "fused", head=[("packed", False)], **options)))
 
 
-#: Collators with batches that stay padded: a label that padding predicts, a hole in a row, another mask, an argument.
+#: Collators of unpackable batches: a label predicted by padding, a hole in a row, another mask or argument.
 UNPACKABLE = {
     "label": (lambda: LeftPadding(first=True), "packed rows need labels of -100 for a first token after padding"),
     "hole": (lambda: LeftPadding(mask=_with_hole), "first token after padding"),
@@ -568,7 +568,7 @@ def _with_hole(mask):
 
 
 def _square(mask):
-    """[B, 1, L, L]: causal, and of two tokens."""
+    """A causal mask over windows of two tokens, [B, 1, L, L]."""
     seen = torch.ones(mask.shape[1], mask.shape[1], dtype=torch.bool).tril().triu(-1)
     return (seen & mask.bool()[:, None, None]) | torch.eye(mask.shape[1], dtype=torch.bool)
 
@@ -591,7 +591,7 @@ def test_unpackable_batches_stay_padded(build, tiny_folder, name):
     with pytest.raises(ValueError, match=message):
         build("sft", "fused", head=PACK, **options).train()
     want = tiny.history(build("sft", "fused", head=[("packed", False)], **options))
-    for kind in (PACKED, UNMASKED):  # as "auto" on CUDA and here
+    for kind in (PACKED, UNMASKED):  # as "auto" selects on CUDA and on a CPU
         trainer = build("sft", "fused", **options)
         trainer.layouts.kind = kind
         seen = layouts_seen(trainer)
@@ -649,7 +649,7 @@ def test_the_command_packs(embedded_folder, tmp_path, capsys, how):
 )
 @pytest.mark.parametrize("kind", ["sft", "dpo"])
 def test_options_that_depend_on_padded_rows_are_refused_or_padded(build, tiny_folder, kind, options, adapters, reason):
-    """Is refused packed; without a mask rows stay where they are."""
+    """packed=True is refused; without a mask rows keep their positions."""
     arguments = [("model", sdpa("qwen3", tiny_folder))]
     if adapters == "alora":
         arguments.append(("peft_config", activated_lora))
@@ -670,7 +670,7 @@ def activated_lora():
 @pytest.mark.parametrize("packed", [True, "auto"])
 @pytest.mark.parametrize("how", ["fused", "attach"])
 def test_attention_set_after_construction_trains_like_stock(build, tiny_folder, packed, how):
-    """It serves where there is no layout; batches are laid out as before."""
+    """The new attention runs batches without a layout; layouts are used as before."""
 
     def run(how):
         options = {"arguments": [("model", sdpa("qwen3", tiny_folder))], "max_steps": 2}
@@ -682,7 +682,7 @@ def test_attention_set_after_construction_trains_like_stock(build, tiny_folder, 
 
 
 class OtherTypes(LeftPadding):
-    """Tensors as a collator of one's own may give them, with positions that begin where rows do."""
+    """Tensor types that a user's collator may return, with positions that start at each row's first token."""
 
     def __call__(self, examples):
         batch = super().__call__(examples)
@@ -703,7 +703,7 @@ def test_batches_of_other_types_are_packed(build, tiny_folder):
 
 @pytest.mark.parametrize("kind", ["sft", "dpo", "kto", "cpo"])
 def test_an_evaluation_stream_is_packed_in_the_step(build, kind):
-    """Other processes get tensors alone; the layout is made in the step."""
+    """Streams are dispatched to other processes as tensors only, so layouts are computed in the step."""
     trainer = build(kind, "fused", head=PACK, max_steps=1)
     stream = trainer.eval_dataset.to_iterable_dataset()
     assert "layout" in next(iter(trainer.get_eval_dataloader()))

@@ -1,4 +1,4 @@
-"""What went wrong in other trainers: frozen heads, step 0, accumulation, packing, saving, no token that counts."""
+"""Known bugs of other trainers: frozen heads, step 0, accumulation, packing, saving, batches without counted tokens."""
 
 import math
 
@@ -14,7 +14,7 @@ BOTH = [(kind, how) for how in ("fused", "attach") for kind in KINDS if how == "
 
 @pytest.mark.parametrize(("kind", "how"), BOTH)
 def test_the_backward_never_touches_a_frozen_head(build, kind, how):
-    """LoRA elsewhere: the head may as well be NaN by then."""
+    """With LoRA elsewhere: the head is NaN during the backward."""
     trainer = build(kind, how, arguments=[("peft_config", tiny.lora)])
     batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
     trainer.model.train()
@@ -37,7 +37,7 @@ def test_the_backward_never_touches_a_frozen_head(build, kind, how):
 @pytest.mark.parametrize(("kind", "how"), [case for case in BOTH if case[0] in ("dpo", "kto")])
 def test_the_policy_equals_the_reference_at_step_0(build, kind, how, bf16):
     trainer = build(kind, how, max_steps=1, bf16=bf16)
-    # TRL 1.15 loads the reference with another attention than the policy's, which rounds otherwise in bf16.
+    # TRL 1.15 loads the reference with another attention than the policy, with other rounding in bf16.
     trainer.ref_model.set_attn_implementation(trainer.model.config._attn_implementation)
     trainer.train()
     expected = {"dpo": math.log(2), "kto": 0.5}[kind]
@@ -48,9 +48,9 @@ def test_the_policy_equals_the_reference_at_step_0(build, kind, how, bf16):
 @pytest.mark.parametrize("losses_take_arguments", [True, False])
 @pytest.mark.parametrize(("kind", "how"), [("sft", "fused"), ("sft", "attach"), ("dpo", "fused"), ("simpo", "fused")])
 def test_accumulation_1x8_equals_8x1(build, kind, how, losses_take_arguments):
-    """Uneven lengths: every token of the window weighs the same for SFT, every pair for the others.
+    """Uneven lengths: every token of the window has the same weight in SFT, every pair in the other methods.
 
-    Where a model takes no loss arguments, SFT's loss is a mean over batches, in TRL too: what must agree then is TRL.
+    If a model takes no loss arguments, SFT's loss is a mean over batches, in TRL too; then only TRL must agree.
     """
     runs = []
     alike = kind != "sft" or losses_take_arguments
@@ -69,7 +69,7 @@ def test_accumulation_1x8_equals_8x1(build, kind, how, losses_take_arguments):
 
 @pytest.mark.parametrize("kind", ["orpo", "tpo"])
 def test_accumulation_equals_trl(build, stock_history, kind):
-    """Their NLL is a mean over the tokens of each batch, so 1x8 and 8x1 are two losses."""
+    """Their NLL is a mean over the tokens of each batch, so 1x8 and 8x1 have different losses."""
     options = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8, "max_steps": 2}
     tiny.assert_same(tiny.history(build(kind, "fused", **options)), stock_history(kind, **options))
 
@@ -77,7 +77,7 @@ def test_accumulation_equals_trl(build, stock_history, kind):
 @pytest.mark.parametrize("how", ["fused", "attach"])
 @pytest.mark.parametrize("loss_type", ["nll", "dft"])
 def test_packing_equals_padding(build, how, loss_type):
-    """All rows in one batch, every token a target: the last one of a segment has none in the next."""
+    """All rows in one batch, every token a target: the last token of a segment does not predict the next segment."""
 
     def first_step(**options):
         options |= {"completion_only_loss": False, "loss_type": loss_type}

@@ -1,4 +1,4 @@
-"""The Fused trainers tell their impl what they will ask of it when they are built."""
+"""The Fused trainers prepare their impl for the problems of training when they are built."""
 
 import types
 
@@ -10,7 +10,7 @@ from fusedalign.trl import options
 
 @pytest.fixture
 def prepared(monkeypatch):
-    """The problems that an impl was told of."""
+    """The problems that an impl was asked to prepare."""
     problems, resolve = [], options.resolve
 
     def resolved(name, problem):

@@ -1,4 +1,4 @@
-"""A cached reference: the same metrics as a live one, no reference model, and refused where it is of anything else."""
+"""A cached reference: the metrics of a live one without a reference model; caches of other settings are refused."""
 
 import copy
 import json
@@ -40,7 +40,7 @@ def _args(kind, tmp_path, **options):
 
 @pytest.fixture
 def cache(tmp_path, tiny_folder):
-    """cache("dpo", ...) -> the path of a cache of the train and evaluation data of `build`."""
+    """cache("dpo", ...) -> path of a cache of `build`'s train and evaluation data."""
     numbers = iter(range(99))
 
     def write(kind, model=None, datasets=None, tokenizer=None, **options):
@@ -140,7 +140,7 @@ def test_a_prompt_tuning_adapter_is_trained_further(build, cache, loaded):
 
 
 def test_a_named_model_and_several_evaluation_sets_work(build, cache, tiny_folder):
-    """The weights that TRL loads are those that are looked at."""
+    """The cache is checked against the weights that TRL loads."""
     evaluations = {"first": tiny.data("dpo", 4), "second": tiny.data("dpo", 6)}
     arguments = [("model", lambda: str(tiny_folder("qwen3"))), ("eval_dataset", lambda: evaluations)]
     data = tiny.data("dpo", 12)
@@ -149,7 +149,7 @@ def test_a_named_model_and_several_evaluation_sets_work(build, cache, tiny_folde
 
 
 def test_other_cached_data_are_evaluated_after_training(build, cache):
-    """Where TRL has no reference model any more."""
+    """Without a reference model."""
     other, train = tiny.data("dpo", 9), tiny.data("dpo", 12)
     trainer = build("dpo", "fused", **_with(cache("dpo", datasets=[other, train])), max_steps=2)
     live = build("dpo", "fused", max_steps=2)
@@ -168,7 +168,7 @@ def test_a_resumed_training_uses_the_cache(build, cache, kind, tmp_path):
     whole = tiny.history(build(kind, "fused", **options), evaluate=False)
     trainer = build(kind, "fused", **options)
     trainer.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
-    ignored = (*tiny.UNTIMED, "num_tokens")  # which TRL counts from 0 again
+    ignored = (*tiny.UNTIMED, "num_tokens")  # TRL counts it from 0 again
     whole, resumed = (
         [{k: v for k, v in row.items() if not k.endswith(ignored)} for row in rows[:5]]
         for rows in (whole, trainer.state.log_history)
@@ -181,7 +181,7 @@ def test_a_resumed_training_uses_the_cache(build, cache, kind, tmp_path):
 
 
 def test_the_cache_works_without_a_configuration(build, cache, tiny_folder, monkeypatch, tmp_path):
-    """TRL makes one by itself."""
+    """TRL creates a default one."""
     monkeypatch.chdir(tmp_path)
     path = cache("dpo", max_length=trl.DPOConfig("x", bf16=False).max_length)
     monkeypatch.setattr(trl.DPOConfig, "__init__", _with_defaults(trl.DPOConfig.__init__))
@@ -280,7 +280,7 @@ def test_a_cache_of_other_settings_is_refused(build, cache, tiny_folder, kind, s
 
 
 def test_a_named_model_with_other_weights_is_refused(build, cache, tiny_folder, loaded, tmp_path):
-    """Before the data are looked at, which takes longer."""
+    """It is refused before the data are read, which takes longer."""
     path = cache("dpo")
     _moved(loaded).save_pretrained(tmp_path / "moved")
     model = ("model", lambda: str(tmp_path / "moved"))
@@ -289,7 +289,7 @@ def test_a_named_model_with_other_weights_is_refused(build, cache, tiny_folder, 
 
 
 def test_a_cache_of_another_adapter_is_refused(build, cache, loaded):
-    """Doubled, moved, or none at all; a new one that changes nothing is the base model."""
+    """Doubled, changed or replaced by a new one; a new one with no effect equals the base model."""
     torch.manual_seed(3)
     given = peft.get_peft_model(loaded, _lora_config(init_lora_weights=False))
     path = cache("dpo", given)
@@ -394,7 +394,7 @@ def test_any_damaged_byte_is_detected(cache):
         except ValueError as error:
             found.append(str(error))
         else:
-            assert after == before, place  # in what says nothing of the content
+            assert after == before, place  # in bytes that do not affect the content
     assert len(found) > 20
     assert all(text.startswith("ref_logps must be") and "\n" not in text for text in found)
 
@@ -472,7 +472,7 @@ def test_a_key_depends_on_the_tokens_and_the_completion_start():
     ],
 )
 def test_the_sequences_equal_those_scored_by_stock_trl(build, kind, options, tmp_path):
-    """What TRL reads of a trainer while it tokenises, and its collators, are as they are expected."""
+    """Checks the attributes and collators of TRL that the cache relies on."""
     trainer = build(kind, "stock", rows=21, **options)
     want = set()
     for batch in trainer.get_train_dataloader():
@@ -495,7 +495,7 @@ def test_the_sequences_equal_those_scored_by_stock_trl(build, kind, options, tmp
 
 @pytest.mark.parametrize("kind", ["dpo", "kto"])
 def test_conversations_in_pairs_are_cached(build, cache, kind):
-    """KTO takes them apart; the prompt is what both begin with."""
+    """KTO splits them; the prompt is the common beginning."""
     tokenizer = tiny.tokenizer()
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] + ' ' }}{% endfor %}</s>"
     data = Dataset.from_list(
@@ -594,7 +594,7 @@ def test_tokenizers_are_identified_by_their_output(tmp_path):
 
 @pytest.fixture
 def words(tiny_folder, tmp_path):
-    """words("dpo", ...) -> those of a command on the data and the model of `build`."""
+    """words("dpo", ...) -> command arguments with the data and model of `build`."""
     folder = tmp_path / "model"
     _load(tiny_folder).save_pretrained(folder)
     tiny.tokenizer().save_pretrained(folder)

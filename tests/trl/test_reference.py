@@ -1,4 +1,4 @@
-"""The reference of DPO and KTO is the model as it was given, and a precomputed one is that of these settings."""
+"""The reference of DPO and KTO is the model passed in; a precomputed one depends on the settings."""
 
 import copy
 import functools
@@ -19,12 +19,12 @@ from fusedalign.trl.reference import reference_copy, reference_key
 
 @pytest.fixture
 def loaded(tiny_folder):
-    """A model with the name of its folder."""
+    """A model loaded from a folder."""
     return AutoModelForCausalLM.from_pretrained(tiny_folder("qwen3"), attn_implementation="eager")
 
 
 def _moved(model):
-    """Every trainable weight in another place, as by training."""
+    """Change every trainable weight, as training does."""
     generator = torch.Generator().manual_seed(5)
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -93,7 +93,7 @@ def _lora_config(**options):
 
 
 def _assert_starts_at_its_reference(build, kind, model, **options):
-    """Rewards are 0 at the first step, where policy and reference are one model, and not at the second."""
+    """Assert that rewards are 0 at the first step, where policy and reference are equal, and not at the second."""
     trainer = build(kind, "fused", arguments=[("model", lambda: model)], max_steps=2, learning_rate=5e-2, **options)
     trainer.train()
     first, second = trainer.state.log_history[:2]
@@ -138,7 +138,7 @@ def test_the_reference_of_a_named_model_has_its_weights(build, tiny_folder, kind
 
 @pytest.mark.parametrize("earlier", ["stock", "fused"])
 def test_a_model_trained_by_another_trainer_is_its_own_reference(build, loaded, earlier):
-    """Its forward is that trainer's, bound to the model: a plain copy of it would run the policy as the reference."""
+    """Its forward is bound to the model by that trainer: a plain copy would run the policy as reference."""
     sft = build("sft", earlier, arguments=[("model", lambda: loaded)], max_steps=1, bf16=True)
     sft.train()
     trainer = _assert_starts_at_its_reference(build, "dpo", sft.model)
@@ -259,7 +259,7 @@ def test_an_initialisation_that_changes_the_base_weights_is_refused(build, loade
 
 @pytest.fixture
 def precomputations(monkeypatch):
-    """The number of sequences in each batch of which a reference was computed."""
+    """A list with the batch size of each computation of a reference."""
     made = []
     for cls in (trl.DPOTrainer, trl.KTOTrainer):
 
@@ -273,7 +273,7 @@ def precomputations(monkeypatch):
 
 @pytest.fixture
 def on_disk(tmp_path):
-    """on_disk("dpo") -> data of which TRL caches what it makes of them, as it does not of data in memory."""
+    """on_disk("dpo") -> data on disk, for which TRL caches preprocessing results (not for data in memory)."""
 
     def load(kind):
         if not (tmp_path / kind).exists():
@@ -287,7 +287,7 @@ PRECOMPUTED = {"precompute_ref_log_probs": True, "truncation_mode": "keep_end", 
 
 
 def test_a_precomputed_reference_depends_on_the_settings(build, on_disk, precomputations):
-    """The first step starts at ln 2, however long the sequences were the last time."""
+    """The first loss is ln 2 whatever max_length the previous precomputation used."""
 
     def first_loss(**options):
         before = len(precomputations)
@@ -308,7 +308,7 @@ def test_a_precomputed_reference_depends_on_the_settings(build, on_disk, precomp
         assert computed, options
     loss, computed = first_loss(max_length=4, learning_rate=3e-5, beta=0.3, seed=3, logging_steps=1)
     assert loss == pytest.approx(0.693147, abs=1e-5)
-    assert not computed  # what has no influence is no reason to compute it again
+    assert not computed  # settings without influence do not recompute it
 
 
 def test_kto_precomputes_its_kl_term(build, on_disk, precomputations):
@@ -365,7 +365,7 @@ def test_the_key_depends_on_all_relevant_settings(build, loaded):
 
 
 def test_the_key_depends_on_adapters(build, loaded):
-    """With alpha doubled no weight differs, only what they are multiplied by."""
+    """With alpha doubled the weights are equal, only their scale differs."""
     keys = []
     for alpha in (8, 16):
         model = _lora(copy.deepcopy(loaded), lora_alpha=alpha)
@@ -374,7 +374,7 @@ def test_the_key_depends_on_adapters(build, loaded):
 
 
 def test_a_new_chat_template_recomputes_the_reference(build, tmp_path, precomputations):
-    """What it makes of the data is in the data's own hash, which TRL has always had in the key."""
+    """The template changes the fingerprint of the tokenised data, which is part of TRL's key."""
     rows = [
         {side: [{"role": "user", "content": "a good"}, {"role": "assistant", "content": text}] for side, text in row}
         for row in [[("chosen", "answer is"), ("rejected", "boats")]] * 4
@@ -397,7 +397,7 @@ def test_a_new_chat_template_recomputes_the_reference(build, tmp_path, precomput
 
 
 def test_the_precomputed_reference_runs_without_dropout(build, tiny_folder):
-    """Of a model that is passed in training mode, where the dropout is wanted for training."""
+    """Even if the model is passed in training mode with dropout kept for training."""
     model = AutoModelForCausalLM.from_pretrained(
         tiny_folder("qwen3"), attn_implementation="eager", attention_dropout=0.5
     )

@@ -1,4 +1,4 @@
-"""Each thing that a trainer refuses when it is built or attached to, by its message."""
+"""Everything that trainers refuse at construction or attach(), by message."""
 
 import dataclasses
 import inspect
@@ -26,7 +26,7 @@ KINDS = ("sft", "dpo", "kto", "cpo", "orpo", "tpo")
 
 @pytest.fixture
 def pretend(monkeypatch):
-    """pretend("fsdp"), pretend("zero", 3): the trainers that are built from now on believe to run under that."""
+    """pretend("fsdp"), pretend("zero", 3): make trainers built afterwards believe that they run under it."""
 
     def under(what, stage=None):
         create = transformers.Trainer.create_accelerator_and_postprocess
@@ -79,7 +79,7 @@ def test_zero_2_is_not_refused(build, pretend, how):
 
 @pytest.fixture
 def liger(monkeypatch):
-    """A stand-in for Liger Kernel, which replaces the forward unless told otherwise when a training starts."""
+    """A stand-in for Liger Kernel, which replaces the forward at the start of training unless disabled."""
     applied = []
 
     def lce_forward(*args, **kwargs):
@@ -97,7 +97,7 @@ def liger(monkeypatch):
 
 @pytest.mark.parametrize("kind", ["cpo", "orpo", "tpo"])
 def test_other_liger_kernels_leave_the_head_unchanged(build, liger, kind):
-    """In SFT, DPO and KTO TRL sees to it."""
+    """In SFT, DPO and KTO TRL ensures that."""
     trainer = build(kind, "fused", use_liger_kernel=True, liger_kernel_config={"rope": True}, max_steps=1)
     trainer.train()
     assert liger == [{"rope": True, "fused_linear_cross_entropy": False}]
@@ -112,7 +112,7 @@ def test_the_liger_head_is_refused(build, liger, kind):
 
 @pytest.mark.parametrize("kind", ["sft", "dpo", "kto"])
 def test_attach_names_a_liger_forward(build, kind):
-    """Of a trainer whose model it has patched since: what attach() would serve is no longer there."""
+    """Liger has patched the trainer's model, so the forward that attach() would replace is gone."""
     trainer = build(kind, "stock", arguments=[("peft_config", tiny.lora)])
 
     def lce_forward(self, *args, **kwargs):
@@ -134,7 +134,7 @@ def test_attach_names_a_liger_forward(build, kind):
 
 @pytest.mark.parametrize("kind", ["cpo", "orpo"])
 def test_model_init_is_refused(build, kind):
-    """Those of TRL's trainers that take one."""
+    """The trainers of TRL that take one."""
     for name in KINDS:
         assert ("model_init" in inspect.signature(tiny.classes(name)[0].__init__).parameters) == (
             name in ("cpo", "orpo")
@@ -148,7 +148,7 @@ def test_model_init_is_refused(build, kind):
 
 @pytest.mark.parametrize("how", ["attach", "fused"])
 def test_label_smoothing_of_sft_is_refused(build, how):
-    """fusedalign.sft_loss has it; DFT leaves it out, as in TRL, and so is not refused."""
+    """fusedalign.sft_loss supports it; DFT ignores it, as in TRL, and is not refused."""
     instead = r"which takes the logits: in a loop of your own fusedalign\.sft_loss has label_smoothing"
     with pytest.raises(ValueError, match=rf"needs label_smoothing_factor=0, got 0\.1, {instead}"):
         build("sft", how, label_smoothing_factor=0.1)
@@ -156,7 +156,7 @@ def test_label_smoothing_of_sft_is_refused(build, how):
 
 
 NAN, INF = float("nan"), float("inf")
-#: kind -> the numbers of its configuration, each with what no training may go on with.
+#: kind -> numbers of its configuration, each with invalid values
 BAD_NUMBERS = {
     "dpo": {
         "beta": (NAN, INF, -1.0, 0.0),
@@ -199,7 +199,7 @@ def test_invalid_loss_numbers_are_refused(build, kind, name):
 
 
 def test_every_number_of_a_loss_is_checked():
-    """Fields of TRL's configurations with a number as default, less those known not to enter a loss."""
+    """All numeric fields of TRL's configurations except those known not to enter a loss are checked."""
     others = {"precompute_ref_batch_size", "ref_model_sync_steps", "max_completion_length"}
     others |= {"pad_to_multiple_of", "padding_value", "dataset_num_proc", "learning_rate"}
     for kind, numbers in BAD_NUMBERS.items():
@@ -242,7 +242,7 @@ def test_valid_loss_numbers_are_accepted(build, kind, options):
 
 @pytest.mark.parametrize("kind", ["grpo", "rloo"])
 def test_online_trainers_accept_beta_0(kind):
-    """Their rewards make them slow to build; attach() asks this of them."""
+    """Tests the check of attach() directly, since these trainers are slow to build."""
     config = tiny.classes(kind)[2]
     for beta in (0.0, 0.04):
         refuse_numbers(config(output_dir="unused", beta=beta, report_to="none", use_cpu=True, bf16=False))
@@ -269,7 +269,7 @@ def test_the_command_refuses_invalid_numbers(capsys, tiny_folder, tmp_path, valu
 
 
 def test_label_smoothing_in_training_arguments_is_refused(tmp_path):
-    """Of transformers, without a loss_type."""
+    """transformers' TrainingArguments, without a loss_type."""
     args = transformers.TrainingArguments(str(tmp_path), label_smoothing_factor=0.1, use_cpu=True, report_to="none")
     data, tokenizer = tiny.data("sft", 4), tiny.tokenizer()
     with pytest.raises(ValueError, match=r"FusedSFTTrainer needs label_smoothing_factor=0, got 0\.1"):
@@ -305,7 +305,7 @@ def test_experts_with_their_own_balancing_loss_are_refused(build, monkeypatch):
 
 
 def test_construction_checks_that_the_impl_supports_the_head(build, monkeypatch):
-    """By an impl that cannot do a thing: all outputs, a bias, the dtype of mixed precision."""
+    """With an impl that refuses everything: all outputs, a bias and the dtype of mixed precision are passed on."""
     seen, asked = [], []
     monkeypatch.setattr(pytorch.IMPL, "supports", lambda problem: seen.append(problem) or "it is asked too much")
     for kind, model, options in (("sft", "phi", {}), ("dpo", "gemma2", {}), ("orpo", "qwen3", {"bf16": True})):

@@ -1,4 +1,4 @@
-"""SFT under TRL: 3 products of the head's size, as its loss is known before it comes; test_matrix has the metrics."""
+"""SFT under TRL takes 3 products of the head's size, since its loss is known in advance; see test_matrix."""
 
 import pytest
 import tiny
@@ -13,7 +13,7 @@ PYTORCH = [("impl", "pytorch")]
 
 
 def products(trainer):
-    """What the head takes of a training step, in units of the product of the tokens that count with it."""
+    """Head products of a training step, in units of the product of the counted tokens with the head."""
     batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
     trainer.model.train()
     with FlopCounterMode(display=False) as step:
@@ -34,7 +34,7 @@ def test_a_step_takes_three_products(build, how, loss_type, model):
 
 
 class _Weighted:
-    """A loss of one's own on top of TRL's contract."""
+    """A custom loss on top of TRL's contract."""
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         out = model(**inputs, fused_lm_head=True)
@@ -52,7 +52,7 @@ class _Fused(_Weighted, FusedSFTTrainer):
 
 @pytest.mark.parametrize("how", ["attach", "fused"])
 def test_a_custom_loss_gets_no_hint(build, how):
-    """Its gradients would be made twice."""
+    """With a hint its gradients would be computed twice."""
     assert products(build("sft", how, cls=_Fused if how == "fused" else _Stock, head=PYTORCH)) == 4
 
 
@@ -68,7 +68,7 @@ def test_a_custom_loss_gets_no_hint(build, how):
     ids=str,
 )
 def test_no_step_recomputes_its_logits(build, stock_history, how, options, monkeypatch):
-    """Whatever the loss is divided by and added to; every metric as TRL's."""
+    """Whatever the loss is divided by and added to; all metrics equal TRL's."""
     options = {"max_steps": 3} | options
     want = stock_history("sft", **options)
     monkeypatch.setattr(pytorch.IMPL, "two_pass_grads", None)
@@ -76,7 +76,7 @@ def test_no_step_recomputes_its_logits(build, stock_history, how, options, monke
 
 
 def test_dpo_gives_no_hint(build, monkeypatch):
-    """Its weights come from whole sequences."""
+    """Its token weights depend on complete sequences."""
     monkeypatch.setattr(pytorch.IMPL, "one_pass", None)
     for how in ("attach", "fused"):
         build("dpo", how, head=PYTORCH, max_steps=1).train()

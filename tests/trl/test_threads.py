@@ -1,4 +1,4 @@
-"""Trainers built, attached, detached and stepped in several threads at once: each has the head that it asked for."""
+"""Trainers built, attached, detached and stepped in several threads: each keeps its own head."""
 
 import functools
 import sys
@@ -25,13 +25,13 @@ def _globals(module="sft"):
 
 
 def _together(*functions):
-    """Call all at once, each in its own thread; the results."""
+    """Call all functions concurrently, each in its own thread; return the results."""
     with ThreadPoolExecutor(len(functions)) as pool:
         return [future.result(timeout=60) for future in [pool.submit(function) for function in functions]]
 
 
 def test_trainers_built_concurrently_get_their_own_heads(build, monkeypatch):
-    """All of them are in their constructors at once, and leave them in an order that mixes both kinds."""
+    """All are under construction at the same time and finish in an order that mixes both kinds."""
     inside, prepare = threading.Barrier(4), trl.SFTTrainer._prepare_dataset
     first = threading.local()
 
@@ -43,7 +43,7 @@ def test_trainers_built_concurrently_get_their_own_heads(build, monkeypatch):
 
     before = _globals()
     kinds = ["fused", "stock", "fused", "stock"]
-    models = [build("sft", "stock").model for _ in kinds]  # transformers does not load them in several threads at once
+    models = [build("sft", "stock").model for _ in kinds]  # transformers cannot load models in several threads
     for model in models:
         del model.forward
     monkeypatch.setattr(trl.SFTTrainer, "_prepare_dataset", wait)
@@ -91,7 +91,7 @@ def test_an_object_is_replaced_only_in_its_thread():
 
 
 class _Building(transformers.TrainerCallback):
-    """Builds another trainer while its own is under construction."""
+    """A model that builds another trainer while its own is under construction."""
 
     def __init__(self, build):
         self.build = build
@@ -124,7 +124,7 @@ def test_a_failed_construction_restores_trl(build):
 
 
 def test_patches_of_another_library_stay(build, monkeypatch):
-    """Before the construction and within it: it serves stock trainers, and never the Fused ones."""
+    """Patches set before or during construction serve stock trainers and never the Fused ones."""
     module, served = sys.modules["trl.trainer.sft_trainer"], []
     original = module.add_fused_lm_head
 
@@ -155,7 +155,7 @@ def test_patches_of_another_library_stay(build, monkeypatch):
 
 
 def test_a_trl_version_without_the_patched_name_raises(build, monkeypatch):
-    """The trainer would have TRL's head, and nothing would say so."""
+    """Otherwise the trainer would silently use TRL's head."""
     module = sys.modules["trl.trainer.sft_trainer"]
     monkeypatch.setattr(trl.SFTTrainer, "__init__", _with_globals(trl.SFTTrainer.__init__, vars(module)))
     with pytest.raises(
@@ -165,7 +165,7 @@ def test_a_trl_version_without_the_patched_name_raises(build, monkeypatch):
 
 
 def _with_globals(function, names):
-    """The function as if another library had compiled it anew, with globals of its own."""
+    """A copy of the function with other globals, as if another library had recompiled it."""
     other = type(function)(
         function.__code__, dict(names), function.__name__, function.__defaults__, function.__closure__
     )
@@ -198,7 +198,7 @@ def test_detach_and_attach_may_run_concurrently(build):
 
 
 def test_two_threads_may_step_one_trainer(build, monkeypatch):
-    """One has left its step when the other's forward begins; then both are within the forward."""
+    """First one thread ends its step while the other's forward starts; then both are inside the forward."""
     calls, original = [], attach_module.linear_logps
     monkeypatch.setattr(attach_module, "linear_logps", lambda *a, **k: calls.append(k["impl"]) or original(*a, **k))
     trainer = build("sft", "stock")
@@ -229,7 +229,7 @@ def test_two_threads_may_step_one_trainer(build, monkeypatch):
 
 
 def test_two_threads_may_run_the_forward_of_one_model(build, monkeypatch):
-    """SFT and DPO of one model at once: each is served as it was attached."""
+    """SFT and DPO of one model at the same time: each uses its own attachment."""
     calls, original = [], attach_module.linear_logps
     monkeypatch.setattr(attach_module, "linear_logps", lambda *a, **k: calls.append(k["impl"]) or original(*a, **k))
     sft = build("sft", "attach", head=[("impl", "reference")])

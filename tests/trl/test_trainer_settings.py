@@ -1,4 +1,4 @@
-"""What the matrix does not have: adapters, low precision, encoder-decoders, vision, compilation, refusals."""
+"""Settings outside the matrix: adapters, low precision, encoder-decoders, vision, compilation, refusals."""
 
 import collections
 import copy
@@ -41,7 +41,7 @@ def test_prompt_tuning_trains_like_stock(build, stock_history, kind):
 
 @pytest.mark.parametrize("how", ["attach", "fused"])
 def test_an_adapter_trained_further_is_its_own_reference(build, stock_history, how):
-    """TRL copies it as an adapter "ref" and switches to that."""
+    """TRL copies it to an adapter "ref" and switches to that."""
     options = {"prepare": _with_adapter}
     tiny.assert_same(tiny.history(build("dpo", how, **options)), stock_history("dpo", **options))
 
@@ -67,14 +67,14 @@ LOW = [
 @pytest.mark.parametrize("low", LOW)
 @pytest.mark.parametrize("kind", KINDS)
 def test_mixed_precision_is_as_close_to_fp32_as_stock(build, stock_history, kind, low):
-    """With a learning rate of 0: weights that move drift apart in bf16 whatever the head does, and hide that."""
+    """With a learning rate of 0: updated bf16 weights diverge anyway, which would hide differences."""
     device = {name: x for name, x in low.items() if name == "use_cpu"}
     fp32, stock = (stock_history(kind, learning_rate=0.0, **options) for options in (device, low))
     ours = tiny.history(build(kind, "fused", learning_rate=0.0, **low))
     assert [row.keys() for row in ours] == [row.keys() for row in stock]
 
     def distances(rows):
-        """Of each metric the largest over all batches, those of the evaluation among them."""
+        """The largest distance per metric over all training and evaluation batches."""
         largest = collections.defaultdict(float)
         for row, exact in zip(rows, fp32, strict=True):
             for key in row:
@@ -89,7 +89,7 @@ def test_mixed_precision_is_as_close_to_fp32_as_stock(build, stock_history, kind
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("mode", ["train", "eval"])
 def test_no_step_allocates_the_logits(build, kind, mode):
-    """N the tokens that count, V large; stock TRL's step shows that the check can fail."""
+    """Allocations stay below counted tokens x V; the step of stock TRL shows that the check can fail."""
 
     def largest(how):
         trainer = build(kind, how, per_device_train_batch_size=12)
@@ -147,7 +147,7 @@ def test_a_copied_model_uses_its_own_weights(build):
 
 
 def test_experts_under_another_configuration_name_train_like_stock(build, stock_history):
-    """TRL's fused head fails there; ORPO and CPO are its trainers that make the logits."""
+    """TRL's fused head fails there, but its ORPO and CPO compute the logits."""
     trainer = build("orpo", "fused", model="phimoe")
     tiny.assert_same(tiny.history(trainer), stock_history("orpo", model="phimoe"))
 
@@ -181,7 +181,7 @@ def test_a_vision_model_runs_its_whole_backbone(tiny_folder):
 
 
 def test_aligned_labels_are_not_shifted_again(tiny_folder):
-    """`shift_labels`, of context and sequence parallelism."""
+    """`shift_labels`, used by context and sequence parallelism."""
     model = AutoModelForCausalLM.from_pretrained(tiny_folder("qwen3"))
     add_lm_head(model, outputs=("log_probs", "entropy"), options=HeadOptions())
     ids = torch.randint(3, 400, (2, 7))
@@ -197,7 +197,7 @@ def test_aligned_labels_are_not_shifted_again(tiny_folder):
 
 @pytest.mark.parametrize("kind", ["sft", "dpo", "tpo"])
 def test_compute_metrics_receives_the_logits(build, stock_history, kind):
-    """The user asks for them: an evaluation makes them in a forward of its own, a training step does not."""
+    """Evaluations compute them in a separate forward; training steps do not."""
     options = {"arguments": [("compute_metrics", lambda: _mean_logit)]}
     got = tiny.history(build(kind, "fused", **options))
     assert "eval_mean_logit" in got[-1]
@@ -220,13 +220,13 @@ def test_attached_online_trainers_train_like_stock(build, stock_history, kind, m
         "max_steps": 2,
         "num_generations": 2,
         "max_completion_length": 6,
-        "optim": "sgd",  # Adam's first steps have the size of the sign of a gradient, which may be rounding
+        "optim": "sgd",  # Adam's first steps follow the signs of gradients, which may be rounding noise
         "learning_rate": 0.1,
         **more,
     }
     got = tiny.history(build(kind, "attach", **options), evaluate=False)
     want = tiny.history(build(kind, "stock", **options), evaluate=False)
-    if kind == "rloo":  # whose rewards have the KL in them, at step 1 rounding: equal rewards may differ by that
+    if kind == "rloo":  # rewards contain the KL, rounding noise at step 1: equal rewards may differ by it
         got, want = ([{k: v for k, v in row.items() if k != "frac_reward_zero_std"} for row in x] for x in (got, want))
     tiny.assert_same(got, want)
     assert any(row.get("grad_norm", 0) > 0 for row in got)

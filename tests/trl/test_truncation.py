@@ -1,4 +1,4 @@
-"""What max_length leaves to train on: nothing is refused before the first step, less than all is told."""
+"""Tokens left by max_length: none is an error before the first step, lost rows are reported."""
 
 import json
 
@@ -49,14 +49,14 @@ def test_fully_truncated_data_are_a_one_line_error(method, tmp_path, embedded_fo
 def test_a_fully_truncated_stream_is_an_error(method, tmp_path, embedded_folder, capsys):
     options = {"max_length": 4, "dataset_streaming": "true"}
     assert main(argv(method, tmp_path, embedded_folder, **options)) == 2
-    which = "any of the" if method == "dpo" else "the first 64"  # DPO drops such rows itself
+    which = "any of the" if method == "dpo" else "the first 64"  # DPO drops such rows itself, so all are read
     message = f"max_length=4 leaves no completion token to train on in {which} training rows: raise max_length"
     assert message in error(capsys)
 
 
 @pytest.mark.parametrize("method", ["sft", "dpo", "kto"])
 def test_fully_truncated_data_are_an_error_with_the_trainer_of_trl(method, tmp_path, embedded_folder):
-    """Which the commands attach to under FSDP."""
+    """The commands attach to it under FSDP."""
     words = argv(method, tmp_path, embedded_folder, max_length=4)[1:]
     with pytest.raises(ValueError, match=r"max_length=4 leaves no completion token .* training rows: raise max_length"):
         build(method, parse(method, words), fused=False)
@@ -89,7 +89,7 @@ def rows_of(prompts, answer="one two three four"):
 
 @pytest.fixture
 def trainer(model, tiny_folder, tmp_path):
-    """trainer("dpo", rows, max_length=4): the Fused one with words as tokens; a prompt of n words has n tokens."""
+    """trainer("dpo", rows, max_length=4) -> Fused trainer with words as tokens: a prompt of n words has n tokens."""
 
     def build(method, rows, evaluation=None, **options):
         _, cls, config = tiny.classes(method)
@@ -121,7 +121,7 @@ def test_fully_truncated_rows_are_counted(method, trainer, caplog):
     lost, rows = (6, 12) if method == "kto" else (3, 6)
     message = f"max_length=7 leaves no completion token to train on in {lost} of the {rows} training rows"
     assert [message in r.getMessage() for r in caplog.records].count(True) == 1
-    kept = 6 if method in ("cpo", "orpo", "tpo") else rows - lost  # the others drop what trains nothing
+    kept = 6 if method in ("cpo", "orpo", "tpo") else rows - lost  # the others drop such rows
     assert len(built.train_dataset) == kept
 
 
@@ -139,7 +139,7 @@ def test_fully_truncated_evaluation_rows_are_counted(method, trainer):
 
 @pytest.mark.parametrize("method", ["sft", "dpo", "tpo"])
 def test_keep_end_refuses_only_single_tokens(method, trainer, caplog):
-    """The end of a row is its answer, so only a single token, which is never predicted, is too few."""
+    """The end of a row is its answer, so only max_length=1 is too short: a first token is never predicted."""
     trainer(method, rows_of([5, 9]), max_length=2, truncation_mode="keep_end")
     assert not [r for r in caplog.records if "max_length" in r.getMessage()]
     with pytest.raises(ValueError, match=r"max_length=1 leaves no completion token .* any of the 2 training rows"):
@@ -150,13 +150,13 @@ def test_keep_end_refuses_only_single_tokens(method, trainer, caplog):
 def test_packing_refuses_fully_truncated_rows(strategy, trainer):
     options = {"packing": True, "packing_strategy": strategy}
     trainer("sft", rows_of([2, 9, 3]), max_length=6, **options)
-    if strategy == "bfd":  # which cuts each row before it packs them
+    if strategy == "bfd":  # it truncates rows before packing
         with pytest.raises(ValueError, match=r"max_length=3 leaves no completion token .* any of the 3 training rows"):
             trainer("sft", rows_of([3, 9, 4]), max_length=3, **options)
 
 
 def test_whole_sft_rows_lose_only_the_first_token(trainer, model, tmp_path):
-    """Without a prompt, or with completion_only_loss=False, all tokens but the first are trained on."""
+    """Without a prompt, or with completion_only_loss=False, all tokens except the first are trained on."""
     trainer("sft", rows_of([5, 9]), max_length=2, completion_only_loss=False)
     with pytest.raises(ValueError, match=r"max_length=1 leaves no completion token"):
         trainer("sft", rows_of([5, 9]), max_length=1, completion_only_loss=False)
