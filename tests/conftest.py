@@ -24,20 +24,20 @@ def pytest_collection_modifyitems(config, items):
     The interpreter is a thousand times slower than a GPU. `make test` keeps enough cases of each test to cover every
     pair of parameter values; the remaining cases are marked slow.
     """
-    theirs = [item for item in items if _params(item).get("impl") == "triton" or item.path.name == "test_triton.py"]
-    refused = [item for item in theirs if _is_refused(_params(item))]
+    on_triton = [item for item in items if _params(item).get("impl") == "triton" or item.path.name == "test_triton.py"]
+    refused = [item for item in on_triton if _is_refused(_params(item))]
     if refused:
         config.hook.pytest_deselected(items=refused)
         items[:] = [item for item in items if item not in set(refused)]
-    if theirs and not torch.cuda.is_available():
+    if on_triton and not torch.cuda.is_available():
         import interpreter  # which imports triton
 
         interpreter.speed_up()
-    by_test: dict = {}
-    for item in theirs:
+    cases_by_test: dict = {}
+    for item in on_triton:
         if item not in set(refused) and not torch.cuda.is_available():
-            by_test.setdefault((item.path, item.originalname), []).append(item)
-    for cases in by_test.values():
+            cases_by_test.setdefault((item.path, item.originalname), []).append(item)
+    for cases in cases_by_test.values():
         for item in set(cases) - set(_covering(cases)):
             item.add_marker(pytest.mark.slow)
 
@@ -102,11 +102,11 @@ def _covering(items) -> list:
 @pytest.fixture(autouse=True)
 def _poison_empty():
     """Fill uninitialised tensors (`torch.empty` etc.) with NaN, so that unwritten elements show up."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    previous = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
-    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+    torch.use_deterministic_algorithms(previous[0], warn_only=previous[1])
 
 
 @pytest.fixture(autouse=True)

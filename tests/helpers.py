@@ -141,9 +141,9 @@ def run_eager(case: Case, names=DIFFERENTIABLE) -> dict[str, Tensor]:
 
 
 def _eager_fields(case: Case) -> dict[str, Tensor]:
-    wide = torch.promote_types(case.hidden.dtype, case.weight.dtype)
+    dtype = torch.promote_types(case.hidden.dtype, case.weight.dtype)
     scale, softcap = case.head.get("scale", 1.0), case.head.get("softcap")
-    logits = F.linear(case.hidden.to(wide), case.weight.to(wide), None if case.bias is None else case.bias.to(wide))
+    logits = F.linear(case.hidden.to(dtype), case.weight.to(dtype), None if case.bias is None else case.bias.to(dtype))
     logits = logits * scale
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
@@ -239,19 +239,19 @@ class Allocations(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.made: list[tuple[int, torch.dtype]] = []
+        self.sizes: list[tuple[int, torch.dtype]] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        given = {_storage(x) for x in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        input_storages = {_storage(x) for x in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
         for x in torch.utils._pytree.tree_leaves(out):
-            if isinstance(x, Tensor) and not x.is_meta and _storage(x) not in given:
-                self.made.append((x.untyped_storage().nbytes() // x.element_size(), x.dtype))
+            if isinstance(x, Tensor) and not x.is_meta and _storage(x) not in input_storages:
+                self.sizes.append((x.untyped_storage().nbytes() // x.element_size(), x.dtype))
         return out
 
     def largest(self, *dtypes: torch.dtype) -> int:
         """Elements of the largest allocation of these dtypes (default: any dtype)."""
-        return max((n for n, dtype in self.made if not dtypes or dtype in dtypes), default=0)
+        return max((n for n, dtype in self.sizes if not dtypes or dtype in dtypes), default=0)
 
 
 def peak_memory(f, device: str) -> int:
@@ -261,14 +261,14 @@ def peak_memory(f, device: str) -> int:
         bytes_asked_for = lambda which: torch.cuda.memory_stats()[f"requested_bytes.all.{which}"]  # noqa: E731
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-        before = bytes_asked_for("current")
-        kept = f()
-        peak = bytes_asked_for("peak") - before
-        del kept
+        bytes_before = bytes_asked_for("current")
+        result = f()
+        peak = bytes_asked_for("peak") - bytes_before
+        del result
         return peak
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        kept = f()
-    del kept
+        result = f()
+    del result
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
     alive = itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()))
     return max(alive)

@@ -35,7 +35,7 @@ HEADS = {
     "parts": ([512, 9], 32000, BF16, BF16, BF16, False, None),
 }
 FEW, ALL = frozenset(), frozenset(OUTPUTS)
-seen: set = set()
+signatures: set = set()
 backend = make_backend(GPUTarget("cuda", 90, 32))
 
 
@@ -44,9 +44,9 @@ def binder(kernel):
     return jit.create_function_from_signature(kernel.signature, kernel.params, backend)
 
 
-def note(kernel, *args, grid, warmup, **kwargs):
+def record(kernel, *args, grid, warmup, **kwargs):
     _, specialization, options = binder(kernel)(*args, **kwargs)
-    seen.add((kernel.__name__, str(specialization), str(sorted(options.items()))))
+    signatures.add((kernel.__name__, str(specialization), str(sorted(options.items()))))
 
 
 def problem(head, n, trained, outputs):
@@ -83,20 +83,20 @@ def entropy(p, needs):
 
 
 def one_pass(p, needs):
-    made = impl.IMPL.one_pass(p, lambda logps, lse: (logps, logps, None), needs)
+    grads = impl.IMPL.one_pass(p, lambda logps, lse: (logps, logps, None), needs)
     impl.IMPL.scale_(p.hidden.new_empty(p.hidden.shape), p.hidden.new_empty(()))
-    if made is None:
+    if grads is None:
         logps(p, needs)
 
 
 def variants(path, head, trained, outputs, numbers):
-    seen.clear()
+    signatures.clear()
     for n in numbers:
         p = problem(head, n, trained, outputs)
         needs = (True, trained, trained and p.bias is not None)
         with torch.no_grad(), ahead.NoArithmetic():
             path(p, needs)
-    return set(seen)
+    return set(signatures)
 
 
 def cases():
@@ -113,24 +113,24 @@ def cases():
 
 
 def main(gpu):
-    jit.JITFunction.run = note
+    jit.JITFunction.run = record
     for module in (launch, impl):
         module.blocks_for = lambda device: GPUS[gpu]
     draw = random.Random(0)
     table = []
     for path, head, trained, outputs in cases():
         p = problem(head, 0, trained, outputs)
-        first = variants(path, head, trained, outputs, tokens_of_dry_runs(p))
+        prepared = variants(path, head, trained, outputs, tokens_of_dry_runs(p))
         if len(table) < 3:  # a common head must not even import the symbolic shapes of the compiler
             assert "torch.fx.experimental.symbolic_shapes" not in sys.modules, path
-        more = 45 if head == "Qwen3" else 5
-        numbers = [1, 15, 16, 17, 4096, *(draw.randint(1, 4 * p.hidden.shape[1] + 3000) for _ in range(more))]
-        later = variants(path, head, trained, outputs, numbers) - first
+        random_sizes = 45 if head == "Qwen3" else 5
+        numbers = [1, 15, 16, 17, 4096, *(draw.randint(1, 4 * p.hidden.shape[1] + 3000) for _ in range(random_sizes))]
+        extra = variants(path, head, trained, outputs, numbers) - prepared
         table.append(
             {
                 "case": f"{path.__name__}, {head}, trained={trained}, outputs={len(outputs)}",
-                "first": sorted(name for name, *_ in first),
-                "later": sorted(map(str, later)),
+                "first": sorted(name for name, *_ in prepared),
+                "later": sorted(map(str, extra)),
             }
         )
     assert "torch._dynamo" not in sys.modules, "a dry run must not load the compiler"

@@ -43,7 +43,7 @@ def grads(cases):
     return got
 
 
-def added(monkeypatch):
+def in_place_additions(monkeypatch):
     """count() -> number of in-place additions to the head's gradient so far."""
     counted, original = [], autograd._grad_so_far
     monkeypatch.setattr(autograd, "_grad_so_far", lambda x: (counted.append(original(x)), counted[-1])[1])
@@ -53,7 +53,7 @@ def added(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("loss", LOSSES, ids=lambda f: f.__name__)
 def test_in_place_accumulation_equals_autograd(monkeypatch, impl, device, loss, dtype):
-    cases, count = micro_batches(device, dtype, softcap=8.0), added(monkeypatch)
+    cases, count = micro_batches(device, dtype, softcap=8.0), in_place_additions(monkeypatch)
     for case in cases:
         loss(case, impl=impl).backward()
     want = grads(cases)
@@ -70,9 +70,9 @@ def test_in_place_accumulation_equals_autograd(monkeypatch, impl, device, loss, 
 def test_bf16_accumulation_is_at_least_as_exact(monkeypatch, impl, device):
     """The error against fp64 is at most that of summing rounded gradients."""
     cases = micro_batches(device, torch.bfloat16)
-    wide = [case.to(torch.float64) for case in cases]
-    weight, bias = wide[0].weight.detach().requires_grad_(), wide[0].bias.detach().requires_grad_()
-    for case in wide:
+    exact_cases = [case.to(torch.float64) for case in cases]
+    weight, bias = exact_cases[0].weight.detach().requires_grad_(), exact_cases[0].bias.detach().requires_grad_()
+    for case in exact_cases:
         logps(Case(case.hidden, weight, case.targets, bias, case.head), impl="reference").backward()
     distances = []
     for options in ({"keep_head": False}, {}):
@@ -80,8 +80,8 @@ def test_bf16_accumulation_is_at_least_as_exact(monkeypatch, impl, device):
             logps(case, impl=impl, **options).backward()
         distances.append((cases[0].weight.grad.double() - weight.grad).norm())
         grads(cases)
-    ours, autograds = distances
-    assert ours <= autograds
+    in_place, autograd_distance = distances
+    assert in_place <= autograd_distance
 
 
 @pytest.mark.parametrize("parts", [False, True])
@@ -95,24 +95,24 @@ def test_accumulation_allocates_nothing_of_head_size(impl, device, parts):
         loss = linear_logps(hidden, weight, case.targets, impl=impl, keep_head=False, workspace=4000).logps.sum()
         with Allocations() as allocations:
             loss.backward(retain_graph=False)
-        return allocations.made
+        return allocations.sizes
 
     tensors = weight if parts else (weight,)
     sizes = {x.numel() for x in tensors}
     assert sizes <= {n for n, _ in backward()}
     hidden = hidden.detach().requires_grad_()
-    before = [x.grad for x in tensors]
-    once = [x.clone() for x in before]
+    first_grads = [x.grad for x in tensors]
+    first_values = [x.clone() for x in first_grads]
     assert not sizes & {n for n, _ in backward()}
-    for x, same, first in zip(tensors, before, once, strict=True):
-        assert x.grad is same
-        torch.testing.assert_close(x.grad, 2 * first)
+    for x, first_grad, value in zip(tensors, first_grads, first_values, strict=True):
+        assert x.grad is first_grad
+        torch.testing.assert_close(x.grad, 2 * value)
 
 
 @pytest.mark.filterwarnings("ignore:grad and param do not obey the gradient layout contract")
 def test_observable_gradients_are_returned_to_autograd(monkeypatch, impl, device):
     """autograd.grad and hooks receive the gradient as without accumulation."""
-    (case, *_), count = micro_batches(device), added(monkeypatch)
+    (case, *_), count = micro_batches(device), in_place_additions(monkeypatch)
     weight = case.weight
     loss = lambda: logps(case, impl=impl, keep_head=False)  # noqa: E731
     loss().backward()
@@ -148,14 +148,14 @@ def test_observable_gradients_are_returned_to_autograd(monkeypatch, impl, device
 
 
 def test_a_non_leaf_head_gets_an_ordinary_gradient(monkeypatch, impl, device):
-    (case, *_), count = micro_batches(device), added(monkeypatch)
+    (case, *_), count = micro_batches(device), in_place_additions(monkeypatch)
     for _ in range(2):
         copied = Case(case.hidden, case.weight * 1, case.targets, case.bias, case.head)
         logps(copied, impl=impl, keep_head=False).backward()
-    twice = case.weight.grad
+    sum_of_two = case.weight.grad
     case.weight.grad = None
     logps(case, impl=impl).backward()
-    torch.testing.assert_close(twice, 2 * case.weight.grad)
+    torch.testing.assert_close(sum_of_two, 2 * case.weight.grad)
     assert count() == 0
 
 
@@ -173,16 +173,16 @@ def test_a_tied_head_used_twice_gets_both_gradients(impl, device, keep_head):
     def fused(hidden, targets):
         return linear_logps(hidden, weight, targets, impl=impl, keep_head=keep_head).logps.mean()
 
-    def plain(hidden, targets):
+    def eager_logps(hidden, targets):
         return (hidden @ weight.t()).log_softmax(-1).gather(-1, targets[..., None]).mean()
 
-    made = []
-    for loss_of in (fused, plain):
+    tied_grads = []
+    for loss_of in (fused, eager_logps):
         weight.grad = None
         step(loss_of)
         step(loss_of)
-        made.append(weight.grad)
-    torch.testing.assert_close(*made, rtol=1e-4, atol=1e-5)
+        tied_grads.append(weight.grad)
+    torch.testing.assert_close(*tied_grads, rtol=1e-4, atol=1e-5)
 
 
 def test_a_batch_without_tokens_leaves_the_gradient_unchanged(impl, device):

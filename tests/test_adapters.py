@@ -56,7 +56,7 @@ def lora(r=4, **options):
     return peft.LoraConfig(**{"r": r, "target_modules": ["q_proj", "lm_head"], "task_type": "CAUSAL_LM", **options})
 
 
-def trained(model, seed=0):
+def randomised(model, seed=0):
     """Randomise adapters that start neutral, as if after some training steps."""
     g = torch.Generator().manual_seed(seed)
     for p in model.parameters():
@@ -66,7 +66,7 @@ def trained(model, seed=0):
 
 
 def adapted(name, config, dtype=torch.float64, **options):
-    return trained(peft.get_peft_model(build(name, dtype, **options), config))
+    return randomised(peft.get_peft_model(build(name, dtype, **options), config))
 
 
 def batch():
@@ -81,7 +81,7 @@ def of(head, hidden, targets, f=linear_logps, **options):
     return f(head.expand(hidden), head.weight, targets, **options)
 
 
-def plain(model):
+def eager_logps(model):
     ids, targets = batch()
     logits = model(input_ids=ids, use_cache=False).logits
     return logits.log_softmax(-1).gather(-1, targets.clamp(min=0)[..., None]).squeeze(-1).where(targets != -100, 0)
@@ -111,10 +111,10 @@ def grads(model, f, weights=None):
 def assert_same(model):
     """Assert equal log-probabilities and scalar loss, each with all gradients."""
     weights = torch.randn(3, 7, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    want = grads(model, plain, weights)
+    want = grads(model, eager_logps, weights)
     assert all(g is not None for g in want.values())
     close(grads(model, fused, weights), want)
-    want = grads(model, plain)
+    want = grads(model, eager_logps)
     close(grads(model, lambda m: -fused_loss(m)), want | {"out": want["out"].sum()})
 
 
@@ -161,8 +161,8 @@ def test_adapted_heads_equal_the_models_own_forward(model, config):
         assert head.weight[1] is layer.lora_B["default"].weight
         assert not head.weight[0].requires_grad
     elif config != "modules to save":
-        of_the_head = "tied" in model or config in ("tokens", "trainable tokens of the head alone")
-        assert isinstance(head.weight, tuple) == of_the_head
+        head_has_tokens = "tied" in model or config in ("tokens", "trainable tokens of the head alone")
+        assert isinstance(head.weight, tuple) == head_has_tokens
         assert not any(x.requires_grad for x in head.weight)  # trained parameters enter as columns of hidden
 
 
@@ -184,7 +184,7 @@ def test_dropout_follows_the_current_mode():
     with torch.no_grad():
         assert error(fused(wrapped), fused(wrapped)) > 0.01
         wrapped.eval()
-        assert error(fused(wrapped), plain(wrapped)) < 1e-7
+        assert error(fused(wrapped), eager_logps(wrapped)) < 1e-7
 
 
 @pytest.mark.parametrize("config", ["lora", "tokens"])
@@ -200,7 +200,7 @@ def test_several_token_adapters_combine():
     wrapped.add_adapter("more", peft.TrainableTokensConfig(token_indices=[40, 8, 5], **config))
     for names in (["more"], ["default", "more"]):
         wrapped.base_model.set_adapter(names)
-        assert_same(trained(wrapped))
+        assert_same(randomised(wrapped))
 
 
 @pytest.mark.parametrize("model", ["llama", "qwen3 tied"])
@@ -210,7 +210,7 @@ def test_adapters_with_and_without_tokens_combine(model):
     wrapped.add_adapter("elsewhere", lora(target_modules=["q_proj"]))
     for name in ("elsewhere", "default"):
         wrapped.set_adapter(name)
-        assert_same(trained(wrapped))
+        assert_same(randomised(wrapped))
         assert isinstance(lm_head(wrapped).weight, tuple) == (name == "default")
 
 
@@ -227,12 +227,12 @@ def test_lora_on_lora_is_exact():
     inner = adapted("llama", lora(r=2))
     for p in inner.parameters():
         p.requires_grad_(False)
-    outer = trained(peft.get_peft_model(inner, lora(r=3, target_modules=["lm_head"]), adapter_name="outer"))
+    outer = randomised(peft.get_peft_model(inner, lora(r=3, target_modules=["lm_head"]), adapter_name="outer"))
     with torch.no_grad():
         ids, targets = batch()
         base = inner.get_base_model()
         hidden = base.model(input_ids=ids, use_cache=False)[0]
-        got, want = of(lm_head(outer), hidden, targets).logps, plain(outer)
+        got, want = of(lm_head(outer), hidden, targets).logps, eager_logps(outer)
     assert error(got, want) < 1e-7
 
 
@@ -243,14 +243,14 @@ def test_switching_and_disabling_adapters_is_followed():
     wrapped.add_adapter("elsewhere", lora(target_modules=["q_proj"]))
     for number, name in enumerate(("policy", "reference", "elsewhere")):
         wrapped.set_adapter(name)
-        trained(wrapped, seed=number)
+        randomised(wrapped, seed=number)
     seen = {}
     for names in (["policy"], ["reference"], ["elsewhere"], ["policy", "reference"], []):
         wrapped.base_model.set_adapter(names or ["policy"])
         with wrapped.disable_adapter() if not names else contextlib.nullcontext():
             with torch.no_grad():
                 seen[tuple(names)] = fused(wrapped)
-                assert error(seen[tuple(names)], plain(wrapped)) < 1e-7
+                assert error(seen[tuple(names)], eager_logps(wrapped)) < 1e-7
             parts = lm_head(wrapped).weight
         if names and names != ["elsewhere"]:
             assert_same(wrapped)
@@ -277,7 +277,7 @@ def test_merged_and_disabled_adapters_are_followed(model, config):
     with torch.no_grad():
         with wrapped.disable_adapter():
             bare = fused(wrapped)
-            assert error(bare, plain(wrapped)) < 1e-7
+            assert error(bare, eager_logps(wrapped)) < 1e-7
         want = fused(wrapped)
         assert error(want, bare) > 0.01
         wrapped.merge_adapter()
@@ -296,8 +296,8 @@ def head_alone(layer, hidden, targets):
     layer.zero_grad()
     logits = layer(hidden).double()
     F.cross_entropy(logits.view(-1, V), targets.view(-1), reduction="sum").backward()
-    named = {n: p.grad for n, p in layer.named_parameters() if p.requires_grad}
-    return {"logps": logits.log_softmax(-1).gather(-1, targets[..., None]).detach()} | named
+    param_grads = {n: p.grad for n, p in layer.named_parameters() if p.requires_grad}
+    return {"logps": logits.log_softmax(-1).gather(-1, targets[..., None]).detach()} | param_grads
 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["bf16 base", "autocast"])
@@ -311,8 +311,8 @@ def test_fp32_adapters_on_a_bf16_head_are_within_budget(config, autocast, impl, 
     """
     wrapped = adapted("llama", CONFIGS[config], torch.float32 if autocast else torch.bfloat16)
     layer = wrapped.to(device).get_base_model().lm_head
-    wide = copy.deepcopy(layer).double()
-    ours, theirs = collections.defaultdict(float), collections.defaultdict(float)
+    exact_layer = copy.deepcopy(layer).double()
+    errors, eager_errors = collections.defaultdict(float), collections.defaultdict(float)
     for seed in range(8):
         g = torch.Generator().manual_seed(seed)
         hidden, targets = torch.randn(2, 9, D, generator=g), torch.randint(0, V, (2, 9), generator=g)
@@ -320,7 +320,7 @@ def test_fp32_adapters_on_a_bf16_head_are_within_budget(config, autocast, impl, 
         targets[0] = 4
         hidden = (hidden if autocast else hidden.bfloat16()).requires_grad_()
         exact_hidden = hidden.detach().double().requires_grad_()
-        exact = head_alone(wide, exact_hidden, targets) | {"hidden": exact_hidden.grad}
+        exact = head_alone(exact_layer, exact_hidden, targets) | {"hidden": exact_hidden.grad}
         with torch.autocast(device, torch.bfloat16, enabled=autocast):
             eager = head_alone(layer, hidden, targets) | {"hidden": hidden.grad}
             hidden.grad = None
@@ -332,10 +332,10 @@ def test_fp32_adapters_on_a_bf16_head_are_within_budget(config, autocast, impl, 
         assert got.keys() == exact.keys()
         for name, x in got.items():
             assert x.dtype == eager[name].dtype or name == "logps"
-            ours[name] += (x.double() - exact[name]).square().sum().item()
-            theirs[name] += (eager[name].double() - exact[name]).square().sum().item()
-    for name in ours:
-        assert ours[name] <= 2**2 * theirs[name], name
+            errors[name] += (x.double() - exact[name]).square().sum().item()
+            eager_errors[name] += (eager[name].double() - exact[name]).square().sum().item()
+    for name in errors:
+        assert errors[name] <= 2**2 * eager_errors[name], name
 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["bf16 base", "autocast"])
@@ -344,7 +344,7 @@ def test_logits_of_trained_tokens_are_not_rounded(autocast):
     wrapped = adapted("llama", CONFIGS["tokens"], torch.float32 if autocast else torch.bfloat16)
     layer = wrapped.get_base_model().lm_head
     hidden = torch.randn(50, D).bfloat16()
-    given = hidden.float() if autocast else hidden
+    inputs = hidden.float() if autocast else hidden
     with torch.no_grad():
         layer.token_adapter.trainable_tokens_delta["default"].mul_(4)
         exact = copy.deepcopy(layer).double()
@@ -352,8 +352,8 @@ def test_logits_of_trained_tokens_are_not_rounded(autocast):
             parameter.data = parameter.bfloat16().double()
         want, targets = exact(hidden.double()).log_softmax(-1), torch.full((50,), 4)
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            got, once = of(lm_head(wrapped), given, targets).logps, layer(given).double().log_softmax(-1)
-    assert error(once[:, 4], want[:, 4]) > 0.02
+            got, eager = of(lm_head(wrapped), inputs, targets).logps, layer(inputs).double().log_softmax(-1)
+    assert error(eager[:, 4], want[:, 4]) > 0.02
     assert error(got, want[:, 4]) < 2e-4
 
 
@@ -406,17 +406,17 @@ def test_adapters_take_the_documented_number_of_products(config, f, forward, bac
     """In units of the product of all tokens with the head and its extra columns; trained columns take one more."""
     wrapped, hidden, targets = layer_and_hidden(config)
     head = lm_head(wrapped)
-    wide = head.expand(hidden).detach().requires_grad_()
+    expanded = head.expand(hidden).detach().requires_grad_()
     options = {"bias": head.bias, "scale": head.scale, "softcap": head.softcap}
     with FlopCounterMode(display=False) as counter:
-        out = f(wide, head.weight, targets, **options)
+        out = f(expanded, head.weight, targets, **options)
         out = getattr(out, "logps", out).sum()
         at_forward = counter.get_total_flops()
         out.backward()
-    product, of_own = 2 * 96 * 601 * wide.shape[-1], 2 * 96 * 601 * own
-    in_forward = forward * product + (of_own if f is linear_cross_entropy else 0)
+    product, own_product = 2 * 96 * 601 * expanded.shape[-1], 2 * 96 * 601 * own
+    in_forward = forward * product + (own_product if f is linear_cross_entropy else 0)
     assert at_forward == in_forward
-    assert counter.get_total_flops() == (forward + backward) * product + of_own
+    assert counter.get_total_flops() == (forward + backward) * product + own_product
 
 
 @pytest.mark.parametrize(
@@ -455,16 +455,17 @@ def test_prompt_learning_uses_the_models_own_head(config):
     """The head is the model's own; hidden states of virtual tokens precede those of the labels."""
     wrapped = peft.get_peft_model(build("llama", torch.float32), config)
     ids, targets = batch()
-    kept = []
-    handle = wrapped.get_base_model().model.register_forward_hook(lambda module, args, out: kept.append(out[0]))
+    hidden_states = []
+    backbone = wrapped.get_base_model().model
+    handle = backbone.register_forward_hook(lambda module, args, out: hidden_states.append(out[0]))
     labels = F.pad(targets, (1, 0), value=-100)[:, :-1]
     want = wrapped(input_ids=ids, labels=labels).loss
     parameters = [p for p in wrapped.parameters() if p.requires_grad]
-    theirs = torch.autograd.grad(want, parameters, retain_graph=True)
+    want_grads = torch.autograd.grad(want, parameters, retain_graph=True)
     handle.remove()
-    got = of(lm_head(wrapped), kept[-1][:, -ids.shape[1] :], targets, linear_cross_entropy)
+    got = of(lm_head(wrapped), hidden_states[-1][:, -ids.shape[1] :], targets, linear_cross_entropy)
     torch.testing.assert_close(got, want)
-    torch.testing.assert_close(torch.autograd.grad(got, parameters), theirs)
+    torch.testing.assert_close(torch.autograd.grad(got, parameters), want_grads)
 
 
 # --- refused ---------------------------------------------------------------------------------------------------------

@@ -73,20 +73,20 @@ def test_no_path_allocates_an_fp32_copy_of_a_bf16_head_or_its_gradient(path):
 def test_the_reference_allocates_logits_and_fp32_copies(path):
     allocations = trace(path, "reference")
     assert allocations.largest() >= N * V
-    assert (V * D, torch.float32) in allocations.made
+    assert (V * D, torch.float32) in allocations.sizes
 
 
 def test_one_pass_accumulates_a_bf16_head_gradient_in_two_bf16_halves():
     """The documented accumulator: in addition to the gradient one tensor of its size and dtype."""
-    made = trace("one pass", "pytorch").made
-    assert made.count((V * D, torch.bfloat16)) == 2
-    assert trace("one pass", "pytorch", torch.float32).made.count((V * D, torch.float32)) == 1
+    sizes = trace("one pass", "pytorch").sizes
+    assert sizes.count((V * D, torch.bfloat16)) == 2
+    assert trace("one pass", "pytorch", torch.float32).sizes.count((V * D, torch.float32)) == 1
 
 
 def test_a_small_workspace_selects_two_passes():
     """Without room for the low half, the path with 4 products is taken, which needs no second [V, D]."""
-    made = trace("one pass", "pytorch", workspace=60_000).made
-    assert made.count((V * D, torch.bfloat16)) == 1
+    sizes = trace("one pass", "pytorch", workspace=60_000).sizes
+    assert sizes.count((V * D, torch.bfloat16)) == 1
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -95,7 +95,7 @@ def test_tiles_fit_the_workspace(path, workspace):
     """Tiles of logits, the largest allocations except gradients and results, fit the workspace."""
     allocations = trace(path, "pytorch", workspace=workspace)
     results = {V * D, N * D, N, V, N * 1}
-    tiles = [n * dtype.itemsize for n, dtype in allocations.made if n not in results]
+    tiles = [n * dtype.itemsize for n, dtype in allocations.sizes if n not in results]
     assert max(tiles) <= workspace
 
 
@@ -133,13 +133,13 @@ def test_the_backward_does_not_read_a_frozen_head():
     assert torch.isfinite(case.hidden.grad).all()
 
 
-def held(f, impl, **options) -> tuple[list[int], dict]:
+def saved_sizes_and_grads(f, impl, **options) -> tuple[list[int], dict]:
     """Elements of the tensors saved for the backward except the inputs, and the gradients."""
     case = make_case((N // 4,), D, V, dtype=torch.bfloat16, ignored=0.3).leaves()
-    sizes, given = [], {x.untyped_storage().data_ptr() for x in (case.hidden, case.weight, case.bias, case.targets)}
+    sizes, inputs = [], {x.untyped_storage().data_ptr() for x in (case.hidden, case.weight, case.bias, case.targets)}
 
     def pack(x):
-        if x.untyped_storage().data_ptr() not in given:
+        if x.untyped_storage().data_ptr() not in inputs:
             sizes.append(x.untyped_storage().nbytes() // x.element_size())
         return x
 
@@ -159,14 +159,14 @@ def test_keep_head_false_saves_nothing_of_head_size_for_the_backward(impl, loss)
             return -case.logps(**options).logps.sum()
         return linear_cross_entropy(case.hidden, case.weight, case.targets, bias=case.bias, reduction="sum", **options)
 
-    kept, kept_grads = held(f, impl)
-    lean, lean_grads = held(f, impl, keep_head=False)
-    assert max(lean) <= N * D
+    sizes, grads = saved_sizes_and_grads(f, impl)
+    lean_sizes, lean_grads = saved_sizes_and_grads(f, impl, keep_head=False)
+    assert max(lean_sizes) <= N * D
     if impl == "triton" or loss == "cross_entropy":  # otherwise nothing of head size is saved anyway
-        assert max(kept) >= V * D
+        assert max(sizes) >= V * D
     for name, grad in lean_grads.items():
-        difference = (grad.double() - kept_grads[name].double()).norm()
-        assert difference <= 2**-7 * kept_grads[name].double().norm(), name
+        difference = (grad.double() - grads[name].double()).norm()
+        assert difference <= 2**-7 * grads[name].double().norm(), name
 
 
 # Triton does not tile problems that fit the workspace, so the workspace is small here.
@@ -228,7 +228,7 @@ def test_triton_allocates_no_logits_or_fp32_head_beyond_the_workspace(impl, devi
     assert n * v > v * D
     assert allocations.largest() <= v * D
     assert allocations.largest(torch.float32, torch.float64) < v * D
-    assert allocations.made.count((v * D, torch.bfloat16)) == (1 if "dweight" in results(path) else 0)
+    assert allocations.sizes.count((v * D, torch.bfloat16)) == (1 if "dweight" in results(path) else 0)
 
 
 @each(triton)
@@ -244,7 +244,7 @@ def test_triton_allocates_nothing_of_the_size_of_a_frozen_part(impl, device, pat
     with Allocations() as allocations:
         path(case, impl=impl, workspace=workspace)
     assert v < allocations.largest() < v * d < n * v
-    assert allocations.made.count((v * thin, torch.float32)) == trained
+    assert allocations.sizes.count((v * thin, torch.float32)) == trained
     assert (case.weight[1].grad is not None) == trained
 
 

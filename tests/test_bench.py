@@ -53,12 +53,12 @@ def test_targets_of_trained_data_are_sampled_from_the_model():
 
 @pytest.mark.parametrize("kind", ["trained", "random"])
 def test_data_depend_on_the_seed_only(kind):
-    first, again, other = (make_data(kind, SMALL, dtype=torch.bfloat16, device="cpu", seed=s) for s in (3, 3, 4))
+    first, repeated, other = (make_data(kind, SMALL, dtype=torch.bfloat16, device="cpu", seed=s) for s in (3, 3, 4))
     assert first.hidden.shape == (32, 24)
     assert first.weight.shape == (300, 24)
     assert first.targets.shape == (32,)
     for name in ("hidden", "weight", "targets"):
-        assert torch.equal(getattr(first, name), getattr(again, name))
+        assert torch.equal(getattr(first, name), getattr(repeated, name))
         assert not torch.equal(getattr(first, name), getattr(other, name))
 
 
@@ -179,7 +179,7 @@ class Scaled(torch.autograd.Function):
         return ctx.factor * grad, None
 
 
-def wrong(factor):
+def wrong_eager(factor):
     """Eager code with a wrong gradient of the hidden states; raises without a factor."""
 
     def logps(d):
@@ -192,7 +192,7 @@ def wrong(factor):
 
 @pytest.mark.parametrize("factor", [1.01, float("nan")])
 def test_a_wrong_gradient_gets_no_speedup(monkeypatch, factor):
-    monkeypatch.setattr(peers, "PEERS", (*peers.PEERS, wrong(factor)))
+    monkeypatch.setattr(peers, "PEERS", (*peers.PEERS, wrong_eager(factor)))
     report, rows = report_of("eager,wrong", tasks=["logps"])
     row = rows["logps", "wrong"]
     assert row.reason is None, row.reason
@@ -207,7 +207,7 @@ def test_a_wrong_gradient_gets_no_speedup(monkeypatch, factor):
 
 
 def test_a_failed_row_does_not_stop_the_others(monkeypatch):
-    monkeypatch.setattr(peers, "PEERS", (wrong(None), *peers.PEERS))
+    monkeypatch.setattr(peers, "PEERS", (wrong_eager(None), *peers.PEERS))
     report, rows = report_of("wrong,eager", tasks=["sft"])
     assert rows["sft", "wrong"].reason == "RuntimeError: a | kernel broke"
     assert rows["sft", "eager"].total_ms > 0
@@ -336,9 +336,9 @@ def test_microbatches_prints_what_the_forwards_hold(tmp_path, capsys):
 def test_microbatches_in_flight_hold_head_gradients_only_with_keep_head():
     stage = Stage(Case("", 64, 16, 200), 6, data="trained", seed=0, dtype=torch.float32, device="cpu")
     head = 200 * 16 * 4 / 1e9
-    held, lean = (stage.measure(_row("x", _with("pytorch", keep_head=keep))) for keep in (True, False))
-    assert held.peak_gb - lean.peak_gb > 3 * head
-    assert max(held.errors["dH"], lean.errors["dH"]) < 1e-5
+    kept, lean = (stage.measure(_row("x", _with("pytorch", keep_head=keep))) for keep in (True, False))
+    assert kept.peak_gb - lean.peak_gb > 3 * head
+    assert max(kept.errors["dH"], lean.errors["dH"]) < 1e-5
 
 
 def test_microbatches_with_a_softcap_are_exact():
@@ -420,9 +420,9 @@ def test_a_failed_plot_keeps_all_rows(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(figure.Figure, "savefig", savefig)
     argv = ["bench", "sft", "frozen", "--impls", "eager", "--cases", "N=8,D=8,V=50"]
     assert main([*argv, "--out", str(tmp_path)]) == 0
-    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("fusedalign: ")]
-    assert len(told) == 1
-    assert "No space left on device" in told[0]
+    messages = [line for line in capsys.readouterr().err.splitlines() if line.startswith("fusedalign: ")]
+    assert len(messages) == 1
+    assert "No space left on device" in messages[0]
     assert [table["task"] for table in tables(tmp_path)] == ["sft", "frozen"]
 
 
@@ -465,7 +465,7 @@ def test_an_unwritable_out_is_an_error_before_the_measurements(capsys, tmp_path,
 
 
 def test_nan_is_null_in_json(monkeypatch, tmp_path):
-    monkeypatch.setattr(peers, "PEERS", (*peers.PEERS, wrong(float("nan"))))
+    monkeypatch.setattr(peers, "PEERS", (*peers.PEERS, wrong_eager(float("nan"))))
     argv = ["bench", "logps", "--impls", "eager,wrong", "--cases", "N=8,D=8,V=50", "--out", str(tmp_path)]
     assert main(argv) == 0
     (table,) = tables(tmp_path)

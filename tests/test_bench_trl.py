@@ -169,12 +169,12 @@ def test_a_row_is_measured_in_another_process():
 
 
 def test_each_process_has_empty_caches_of_its_own(monkeypatch):
-    seen = []
+    environments = []
 
     def run(words, env, **_):
         folders = [env["TRITON_CACHE_DIR"], env["TORCHINDUCTOR_CACHE_DIR"]]
         assert not any(Path(folder).exists() for folder in folders)
-        seen.extend(folders)
+        environments.extend(folders)
         job = Job(**json.loads(words[-2]))
         Path(words[-1]).write_text(json.dumps(dataclasses.asdict(Measured(losses=(job.steps, math.nan)))))
         return subprocess.CompletedProcess(words, 0, "", "")
@@ -184,8 +184,8 @@ def test_each_process_has_empty_caches_of_its_own(monkeypatch):
         losses = processes.measure_alone(Job("sft", "tiny", "chat", "trl", steps=steps)).losses
         assert losses[0] == steps
         assert math.isnan(losses[1])
-    assert len(set(seen)) == 4
-    assert not any(Path(folder).parent.exists() for folder in seen)
+    assert len(set(environments)) == 4
+    assert not any(Path(folder).parent.exists() for folder in environments)
 
 
 @pytest.mark.parametrize(
@@ -218,30 +218,30 @@ FIGURES = {
 def figures(monkeypatch):
     """Replace measurements by fixed figures per side; "jobs" records the jobs in order."""
     jobs: list[Job] = []
-    by_side = dict(FIGURES)
+    figures_by_side = dict(FIGURES)
 
     def measure_alone(job):
         jobs.append(job)
-        result = by_side[job.side]
+        result = figures_by_side[job.side]
         if isinstance(result, BaseException):
             raise result
         return result
 
     monkeypatch.setattr(processes, "measure_alone", measure_alone)
-    by_side["jobs"] = jobs
-    return by_side
+    figures_by_side["jobs"] = jobs
+    return figures_by_side
 
 
 def tables(text):
     """{title: {row: cells}}."""
-    found: dict = {}
+    tables_by_title: dict = {}
     for printed in text.splitlines():
         if printed.startswith("## "):
-            rows = found[printed.removeprefix("## ")] = {}
+            rows = tables_by_title[printed.removeprefix("## ")] = {}
         elif printed.startswith("| "):
             name, *cells = (cell.strip() for cell in printed.strip("|").split("|"))
             rows[name] = cells
-    return found
+    return tables_by_title
 
 
 def run_command(*words):
@@ -251,15 +251,15 @@ def run_command(*words):
 def test_a_table_for_each_training_and_mix_with_ratios_and_losses(figures, capsys):
     assert run_command("sft", "dpo", "--rows", "packed,trl,padded") == 0
     printed = capsys.readouterr()
-    found = tables(printed.out)
-    assert list(found) == [
+    printed_tables = tables(printed.out)
+    assert list(printed_tables) == [
         "SFT: tiny Qwen3, chat",
         "SFT: tiny Qwen3, long",
         "DPO, all weights: tiny Qwen3, chat",
         "DPO, all weights: tiny Qwen3, long",
     ]
     assert [job.side for job in figures["jobs"]] == ["trl", "padded", "packed"] * 4
-    for rows in found.values():
+    for rows in printed_tables.values():
         assert rows.pop("") == list(COLUMNS)
         assert list(rows) == ["TRL", "padded", "packed"]
         assert rows["TRL"] == ["900", "400", "500", "300", "184.6", "8", "8", "4", "1.00", "-", "-"]

@@ -89,9 +89,9 @@ def test_a_broken_pipe_other_than_stdout_is_an_error(capsys, monkeypatch):
 def test_env_piped_into_head_prints_no_error():
     """In a separate process, where the interpreter flushes the rest of the output at exit."""
     command = f"{shlex.quote(sys.executable)} -m fusedalign env | head -n 1"
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
-    assert done.stdout.startswith("python")
-    assert done.stderr == ""
+    process = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert process.stdout.startswith("python")
+    assert process.stderr == ""
 
 
 trl = pytest.importorskip("trl")
@@ -269,8 +269,8 @@ def test_accelerate_config_launches_a_real_process(tmp_path, llama):
     config.write_text("distributed_type: 'NO'\nuse_cpu: true\nnum_processes: 1\nmixed_precision: 'no'\n")
     argv = [*flags(tmp_path, llama, dataset_name=write(tmp_path / "mine.jsonl", pairs(4)), bf16="false")]
     command = [sys.executable, "-m", "fusedalign", "orpo", *argv, "--accelerate_config", str(config)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    process = subprocess.run(command, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
@@ -397,9 +397,9 @@ def test_tracebacks_are_printed_only_on_request(tmp_path, capsys):
     """Also by the installed command in a separate process."""
     words = ["dpo", "--bata", "1"]
     command = shutil.which("fusedalign", path=os.path.dirname(sys.executable)) or "fusedalign"
-    plain = subprocess.run([command, *words], capture_output=True, text=True, cwd=tmp_path)
-    assert plain.returncode == 2
-    assert "Traceback" not in plain.stderr
+    process = subprocess.run([command, *words], capture_output=True, text=True, cwd=tmp_path)
+    assert process.returncode == 2
+    assert "Traceback" not in process.stderr
     assert main(words) == 2
     assert "Traceback" not in capsys.readouterr().err
     assert main([*words, "--debug"]) == 2

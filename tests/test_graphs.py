@@ -18,8 +18,8 @@ TARGETS = torch.randint(0, 101, (3, 7), generator=torch.Generator().manual_seed(
 
 def tensors(device, dtype, needs):
     g = torch.Generator().manual_seed(1)
-    made = [torch.randn(*shape, generator=g).to(device, dtype) for shape in ((3, 7, 16), (101, 16), (101,))]
-    return [x.requires_grad_(bool(n)) for x, n in zip(made, needs, strict=True)]
+    inputs = [torch.randn(*shape, generator=g).to(device, dtype) for shape in ((3, 7, 16), (101, 16), (101,))]
+    return [x.requires_grad_(bool(n)) for x, n in zip(inputs, needs, strict=True)]
 
 
 def all_outputs(hidden, weight, bias, impl):
@@ -120,9 +120,9 @@ def test_options_survive_the_operator_schema():
     for tiling, filter_eps, softcap in itertools.product(
         (Tiling(), Tiling(5, None, 7, keep_head=False)), (None, 0.1), (None, 2.0)
     ):
-        before = options("auto", torch.bfloat16, (1, 0, 1), OUTPUTS[:2])
-        before = before._replace(tiling=tiling, filter_eps=filter_eps, softcap=softcap)
-        assert graphs._unpacked(*before.packed()) == before
+        packed_options = options("auto", torch.bfloat16, (1, 0, 1), OUTPUTS[:2])
+        packed_options = packed_options._replace(tiling=tiling, filter_eps=filter_eps, softcap=softcap)
+        assert graphs._unpacked(*packed_options.packed()) == packed_options
 
 
 @pytest.mark.parametrize("impl", IN_GRAPHS)

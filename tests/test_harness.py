@@ -40,12 +40,12 @@ def embedded(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def theirs(embedded):
+def hf(embedded):
     return HFLM(embedded, device="cpu", batch_size=8)
 
 
 @pytest.fixture
-def ours(embedded):
+def fused(embedded):
     return FusedLM(embedded, device="cpu", batch_size="auto")
 
 
@@ -68,22 +68,22 @@ def ragged(model, seed=0):
         pairs += [(question, f" {letter}") for letter in "abc"]
         pairs += [(question + " ", "yes"), (words(generator, count), " " + words(generator, 3))]
     contexts = [context for context, _ in pairs if context][:12:3]
-    said = model.generate_until(
+    answers = model.generate_until(
         instances([(x, {"until": ["\0"], "max_gen_toks": 3}) for x in contexts]), disable_tqdm=True
     )
-    pairs += [(context, text) for context, text in zip(contexts, said, strict=True) if text.strip()]
+    pairs += [(context, text) for context, text in zip(contexts, answers, strict=True) if text.strip()]
     generator.shuffle(pairs)
     return [*pairs, pairs[0], pairs[5]]
 
 
 @pytest.fixture(scope="module")
-def pairs(theirs):
-    return ragged(theirs)
+def pairs(hf):
+    return ragged(hf)
 
 
 @pytest.fixture(scope="module")
-def expected(theirs, pairs):
-    want = theirs.loglikelihood(instances(pairs), disable_tqdm=True)
+def expected(hf, pairs):
+    want = hf.loglikelihood(instances(pairs), disable_tqdm=True)
     assert {greedy for _, greedy in want} == {True, False}
     return want
 
@@ -103,10 +103,10 @@ def test_loglikelihood_equals_hf(embedded, pairs, expected, batch_size):
     assert_equal(model.loglikelihood(instances(pairs), disable_tqdm=True), expected)
 
 
-def test_answers_follow_the_order_of_requests(ours, pairs, expected):
+def test_answers_follow_the_order_of_requests(fused, pairs, expected):
     order = list(range(len(pairs)))
     random.Random(1).shuffle(order)
-    got = ours.loglikelihood(instances([pairs[i] for i in order]), disable_tqdm=True)
+    got = fused.loglikelihood(instances([pairs[i] for i in order]), disable_tqdm=True)
     assert_equal(got, [expected[i] for i in order])
 
 
@@ -146,14 +146,14 @@ def tiny(monkeypatch):
     return tiny
 
 
-def both(tiny, name, dtype=torch.float32, adapter=None, **options):
+def hf_and_fused(tiny, name, dtype=torch.float32, adapter=None, **options):
     torch.manual_seed(0)
     model = (OTHERS[name](**SIZES) if name in OTHERS else tiny.MODELS[name]()).to(dtype).eval()
     if adapter is not None:
         model = pytest.importorskip("peft").get_peft_model(model, adapter).eval()
     options |= {"tokenizer": tiny.tokenizer(), "max_length": 48}
-    theirs = HFLM(model, batch_size=4, **options)
-    return theirs, FusedLM(model, batch_size=2, **options)
+    hf = HFLM(model, batch_size=4, **options)
+    return hf, FusedLM(model, batch_size=2, **options)
 
 
 def token_requests(model, seed=0, vocab=419):
@@ -171,54 +171,54 @@ def token_requests(model, seed=0, vocab=419):
 
 @pytest.mark.parametrize("name", PACKED + PADDED)
 def test_families_equal_hf(tiny, name):
-    theirs, ours = both(tiny, name)
-    requests = token_requests(theirs)
-    want = theirs._loglikelihood_tokens(requests, disable_tqdm=True)
+    hf, fused = hf_and_fused(tiny, name)
+    requests = token_requests(hf)
+    want = hf._loglikelihood_tokens(requests, disable_tqdm=True)
     assert {greedy for _, greedy in want} == {True, False}
-    assert_equal(ours._loglikelihood_tokens(requests, disable_tqdm=True), want)
-    assert ours._packs == (name in PACKED)
+    assert_equal(fused._loglikelihood_tokens(requests, disable_tqdm=True), want)
+    assert fused._packs == (name in PACKED)
 
 
 @pytest.mark.parametrize("name", ["qwen3", "gemma2"])
 def test_half_precision_equals_hf(tiny, name):
-    theirs, ours = both(tiny, name, torch.bfloat16, softmax_dtype="float32")
-    requests = token_requests(theirs)
-    got, want = (model._loglikelihood_tokens(requests, disable_tqdm=True) for model in (ours, theirs))
+    hf, fused = hf_and_fused(tiny, name, torch.bfloat16, softmax_dtype="float32")
+    requests = token_requests(hf)
+    got, want = (model._loglikelihood_tokens(requests, disable_tqdm=True) for model in (fused, hf))
     assert [x for x, _ in got] == pytest.approx([x for x, _ in want], rel=2e-2)
 
 
 def test_mixed_precision_equals_hf(tiny):
-    theirs, ours = both(tiny, "qwen3", mixed_precision_dtype="bfloat16", softmax_dtype="float32")
-    requests = token_requests(theirs)
-    got, want = (model._loglikelihood_tokens(requests, disable_tqdm=True) for model in (ours, theirs))
+    hf, fused = hf_and_fused(tiny, "qwen3", mixed_precision_dtype="bfloat16", softmax_dtype="float32")
+    requests = token_requests(hf)
+    got, want = (model._loglikelihood_tokens(requests, disable_tqdm=True) for model in (fused, hf))
     assert [x for x, _ in got] == pytest.approx([x for x, _ in want], rel=2e-2)
-    _, exact = both(tiny, "qwen3")
+    _, exact = hf_and_fused(tiny, "qwen3")
     in_fp32 = exact._loglikelihood_tokens(requests, disable_tqdm=True)
     assert [x for x, _ in got] != pytest.approx([x for x, _ in in_fp32], rel=1e-5)  # autocast is on
 
 
 def test_a_text_split_at_several_positions_equals_hf_without_reuse(tiny):
     """With logits reuse `hf` reads the logits of other tokens for shorter continuations, so reuse is off."""
-    theirs, ours = both(tiny, "qwen3", logits_cache=False)
+    hf, fused = hf_and_fused(tiny, "qwen3", logits_cache=False)
     requests = [(("", ""), [9, 8, 7], [6, 5]), (("", ""), [9, 8], [7, 6, 5]), (("", ""), [9], [8, 7, 6, 5])]
-    want = theirs._loglikelihood_tokens(requests, disable_tqdm=True)
-    assert_equal(ours._loglikelihood_tokens(requests, disable_tqdm=True), want)
-    cached, _ = both(tiny, "qwen3")
+    want = hf._loglikelihood_tokens(requests, disable_tqdm=True)
+    assert_equal(fused._loglikelihood_tokens(requests, disable_tqdm=True), want)
+    cached, _ = hf_and_fused(tiny, "qwen3")
     assert cached._loglikelihood_tokens(requests, disable_tqdm=True)[0][0] != pytest.approx(want[0][0], rel=1e-3)
 
 
 @pytest.mark.parametrize(("context", "continuation"), [([], [5]), ([5], []), ([5], [6] * 49)])
 def test_unanswerable_requests_raise(tiny, context, continuation):
-    _, ours = both(tiny, "qwen3")
+    _, fused = hf_and_fused(tiny, "qwen3")
     with pytest.raises(ValueError, match=r"expected a context of 1 token or more .* in request 1$"):
-        ours._loglikelihood_tokens([(("", ""), [5], [6]), (("", ""), context, continuation)], disable_tqdm=True)
+        fused._loglikelihood_tokens([(("", ""), [5], [6]), (("", ""), context, continuation)], disable_tqdm=True)
 
 
 def test_truncated_rows_are_counted(tiny, caplog):
-    _, ours = both(tiny, "qwen3")
+    _, fused = hf_and_fused(tiny, "qwen3")
     requests = [(("", ""), [5] * 60, [6]), (("", ""), [5] * 48, [6]), (("", ""), [5] * 49, [6])]
     with caplog.at_level(logging.WARNING, "fusedalign"):
-        ours._loglikelihood_tokens(requests, disable_tqdm=True)
+        fused._loglikelihood_tokens(requests, disable_tqdm=True)
     assert "2 of 3 requests are cut from the left to max_length=48" in caplog.text
 
 
@@ -226,10 +226,10 @@ def test_truncated_rows_are_counted(tiny, caplog):
 
 
 @pytest.mark.parametrize("batch_size", [2, "auto"])
-def test_rolling_loglikelihood_equals_hf(embedded, theirs, monkeypatch, batch_size):
+def test_rolling_loglikelihood_equals_hf(embedded, hf, monkeypatch, batch_size):
     generator = random.Random(2)
     texts = [(words(generator, count),) for count in (400, 2, 30, 700, 90)]
-    want = theirs.loglikelihood_rolling(instances(texts), disable_tqdm=True)
+    want = hf.loglikelihood_rolling(instances(texts), disable_tqdm=True)
     model = FusedLM(embedded, device="cpu", batch_size=batch_size)
     # it would allocate logits at the largest size
     monkeypatch.setattr(FusedLM, "_detect_batch_size", lambda *_, **__: pytest.fail("batch size by logits"))
@@ -238,13 +238,13 @@ def test_rolling_loglikelihood_equals_hf(embedded, theirs, monkeypatch, batch_si
     assert model.batch_size == batch_size
 
 
-def test_ranks_with_fewer_windows_run_as_many(ours, theirs):
+def test_ranks_with_fewer_windows_run_as_many(fused, hf):
     """As under `accelerate launch`, where in `hf` each rank runs as many windows as the rank with the most."""
     texts = instances([(words(random.Random(3), 700),)])
-    want = theirs.loglikelihood_rolling(texts, disable_tqdm=True)
-    ours._world_size = 2
-    ours.accelerator = SimpleNamespace(gather=lambda x: torch.stack([x, x + 3]), unwrap_model=lambda x: x)
-    assert ours.loglikelihood_rolling(texts, disable_tqdm=True) == pytest.approx(want, rel=1e-5)
+    want = hf.loglikelihood_rolling(texts, disable_tqdm=True)
+    fused._world_size = 2
+    fused.accelerator = SimpleNamespace(gather=lambda x: torch.stack([x, x + 3]), unwrap_model=lambda x: x)
+    assert fused.loglikelihood_rolling(texts, disable_tqdm=True) == pytest.approx(want, rel=1e-5)
 
 
 # ------------------------------------------------------------------------------------------------------- rows, batches
@@ -264,8 +264,8 @@ def packed_tokens(monkeypatch, model, requests):
 
 
 def test_shared_prefixes_are_computed_once(tiny, monkeypatch):
-    _, ours = both(tiny, "qwen3")
-    ours._rows_per_batch = "auto"
+    _, fused = hf_and_fused(tiny, "qwen3")
+    fused._rows_per_batch = "auto"
     shots = list(range(10, 30))
     requests = []
     for question in range(5):
@@ -274,7 +274,7 @@ def test_shared_prefixes_are_computed_once(tiny, monkeypatch):
         requests += [(("", ""), context, [answer]) for answer in (60, 61, 62)]
     # The shots, the first question with its answers, and per further question 4 times 3 tokens and 2 answer tokens:
     # further questions share only the shots.
-    assert packed_tokens(monkeypatch, ours, requests) == [20 + (3 + 4 * 2) + 4 * 4 * (3 + 2)]
+    assert packed_tokens(monkeypatch, fused, requests) == [20 + (3 + 4 * 2) + 4 * 4 * (3 + 2)]
 
 
 def random_rows(seed):
@@ -305,8 +305,8 @@ def test_batches_hold_each_request_once_and_fit_the_budget(seed, padded):
         if padded:
             assert len(flat) * max(map(len, flat)) <= budget
         else:
-            alone = sum(len(group[0]) + sum(len(row) - row.shared for row in group[1:]) for group in batch)
-            assert alone <= budget
+            packed_size = sum(len(group[0]) + sum(len(row) - row.shared for row in group[1:]) for group in batch)
+            assert packed_size <= budget
             assert max(map(len, batch)) * len(batch) <= 4 * len(flat)
     assert sorted(numbers) == list(range(len(requests)))
     for row in rows:
@@ -336,13 +336,13 @@ def test_questions_of_different_length_form_separate_groups():
 
 @pytest.mark.parametrize("name", ["qwen3", "gemma2"])
 def test_out_of_memory_halves_the_batches(tiny, monkeypatch, caplog, name):
-    theirs, ours = both(tiny, name)
-    ours._rows_per_batch = "auto"
-    requests = token_requests(theirs)
-    tried = []
+    hf, fused = hf_and_fused(tiny, name)
+    fused._rows_per_batch = "auto"
+    requests = token_requests(hf)
+    sizes = []
 
     def scarce(hidden, *args, **options):
-        tried.append(len(hidden))
+        sizes.append(len(hidden))
         if len(hidden) > 40:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return original(hidden, *args, **options)
@@ -350,26 +350,26 @@ def test_out_of_memory_halves_the_batches(tiny, monkeypatch, caplog, name):
     original = harness_model.linear_logps
     monkeypatch.setattr(harness_model, "linear_logps", scarce)
     with caplog.at_level(logging.WARNING, "fusedalign"):
-        got = ours._loglikelihood_tokens(requests, disable_tqdm=True)
-    assert_equal(got, theirs._loglikelihood_tokens(requests, disable_tqdm=True))
-    failures = sum(size > 40 for size in tried)
+        got = fused._loglikelihood_tokens(requests, disable_tqdm=True)
+    assert_equal(got, hf._loglikelihood_tokens(requests, disable_tqdm=True))
+    failures = sum(size > 40 for size in sizes)
     limits = [int(x) for x in re.findall(r"out of memory: batches of at most (\d+) tokens", caplog.text)]
     assert len(limits) == failures >= 2
     assert all(2 * after <= before + 1 for before, after in itertools.pairwise(limits))
-    tried.clear()
-    ours._loglikelihood_tokens(requests, disable_tqdm=True)
-    assert max(tried) <= 40  # the smaller budget is kept
+    sizes.clear()
+    fused._loglikelihood_tokens(requests, disable_tqdm=True)
+    assert max(sizes) <= 40  # the smaller budget is kept
 
 
 def test_a_row_that_does_not_fit_alone_raises(tiny, monkeypatch):
-    _, ours = both(tiny, "qwen3")
+    _, fused = hf_and_fused(tiny, "qwen3")
 
-    def full(*_, **__):
+    def out_of_memory(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(harness_model, "linear_logps", full)
+    monkeypatch.setattr(harness_model, "linear_logps", out_of_memory)
     with pytest.raises(torch.OutOfMemoryError):
-        ours._loglikelihood_tokens([(("", ""), [5, 6], [7]), (("", ""), [8, 9], [7])], disable_tqdm=True)
+        fused._loglikelihood_tokens([(("", ""), [5, 6], [7]), (("", ""), [8, 9], [7])], disable_tqdm=True)
 
 
 def test_encoder_decoders_are_refused(tiny):
@@ -409,48 +409,48 @@ def test_the_entry_point_names_the_registered_class():
     assert name == f"{FusedLM.__module__}:{FusedLM.__name__}"
 
 
-def test_adapters_equal_hf(embedded, tmp_path, theirs, pairs, expected):
+def test_adapters_equal_hf(embedded, tmp_path, hf, pairs, expected):
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
     torch.manual_seed(1)
-    peft.get_peft_model(theirs.model.__class__.from_pretrained(embedded), config).save_pretrained(tmp_path)
+    peft.get_peft_model(hf.model.__class__.from_pretrained(embedded), config).save_pretrained(tmp_path)
     options = {"peft": str(tmp_path), "device": "cpu", "batch_size": 8}
     want = HFLM(embedded, **options).loglikelihood(instances(pairs[:12]), disable_tqdm=True)
-    ours = FusedLM(embedded, **options)
-    assert ours._packs
-    assert_equal(ours.loglikelihood(instances(pairs[:12]), disable_tqdm=True), want)
+    fused = FusedLM(embedded, **options)
+    assert fused._packs
+    assert_equal(fused.loglikelihood(instances(pairs[:12]), disable_tqdm=True), want)
     assert want[0][0] != pytest.approx(expected[0][0], rel=1e-3)
 
 
 def test_adapters_on_the_head_equal_hf(tiny):
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=4, target_modules=["q_proj", "lm_head"], init_lora_weights=False, task_type="CAUSAL_LM")
-    theirs, ours = both(tiny, "qwen3", adapter=config)
-    requests = token_requests(theirs)
-    want = theirs._loglikelihood_tokens(requests, disable_tqdm=True)
-    assert_equal(ours._loglikelihood_tokens(requests, disable_tqdm=True), want)
-    assert ours._packs
+    hf, fused = hf_and_fused(tiny, "qwen3", adapter=config)
+    requests = token_requests(hf)
+    want = hf._loglikelihood_tokens(requests, disable_tqdm=True)
+    assert_equal(fused._loglikelihood_tokens(requests, disable_tqdm=True), want)
+    assert fused._packs
 
 
-def test_generation_equals_hf(ours, theirs):
+def test_generation_equals_hf(fused, hf):
     texts = [(words(random.Random(5), count), {"until": ["."], "max_gen_toks": 6}) for count in (3, 12)]
-    want = theirs.generate_until(instances(texts), disable_tqdm=True)
-    assert ours.loglikelihood(instances([("a", " b")]), disable_tqdm=True)
-    ours.batch_size_per_gpu = 2
-    assert ours.generate_until(instances(texts), disable_tqdm=True) == want
+    want = hf.generate_until(instances(texts), disable_tqdm=True)
+    assert fused.loglikelihood(instances([("a", " b")]), disable_tqdm=True)
+    fused.batch_size_per_gpu = 2
+    assert fused.generate_until(instances(texts), disable_tqdm=True) == want
 
 
-def test_answers_are_cached_as_hf_caches_them(ours, theirs, pairs):
+def test_answers_are_cached_as_hf_caches_them(fused, hf, pairs):
     texts = instances([(words(random.Random(6), 20),)])
     caches = []
-    for model in (ours, theirs):
+    for model in (fused, hf):
         cache = {}
         hook = SimpleNamespace(add_partial=lambda kind, key, value, cache=cache: cache.update({(kind, key): value}))
         model.set_cache_hook(hook)
         model.loglikelihood(instances(pairs[:6]), disable_tqdm=True)
         model.loglikelihood_rolling(texts, disable_tqdm=True)
         caches.append(cache)
-    theirs.set_cache_hook(lm_eval.api.model.CacheHook(None))
+    hf.set_cache_hook(lm_eval.api.model.CacheHook(None))
     assert caches[0].keys() == caches[1].keys()
     assert len(caches[0]) == len({*pairs[:6]}) + 1
 
@@ -516,8 +516,8 @@ def test_the_command_registers_the_model_name(embedded, tasks, tmp_path, monkeyp
     arguments += f" --batch_size auto --include_path {tasks} --output_path {tmp_path / 'out'}"
     monkeypatch.setattr(sys, "argv", ["lm_eval", *arguments.split()])
     runpy.run_module("fusedalign.harness", run_name="__main__")
-    (written,) = (tmp_path / "out").rglob("results_*.json")
-    assert json.loads(written.read_text())["results"]["local_texts"]["word_perplexity,none"] > 1
+    (results_file,) = (tmp_path / "out").rglob("results_*.json")
+    assert json.loads(results_file.read_text())["results"]["local_texts"]["word_perplexity,none"] > 1
 
 
 @pytest.mark.parametrize(

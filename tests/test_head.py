@@ -148,11 +148,11 @@ def last_hidden_and_logits(model):
     causal_lm = getattr(model, "language_model", model)  # Llama 4 with vision contains a causal LM
     backbone = causal_lm.model if causal_lm.base_model is causal_lm else causal_lm.base_model
     backbone = getattr(backbone, "decoder", backbone)
-    kept = []
-    handle = backbone.register_forward_hook(lambda module, args, out: kept.append(out[0]))
+    hidden_states = []
+    handle = backbone.register_forward_hook(lambda module, args, out: hidden_states.append(out[0]))
     logits = model(input_ids=torch.randint(6, V, (3, 5)), use_cache=False).logits
     handle.remove()
-    return kept[-1], logits
+    return hidden_states[-1], logits
 
 
 def logits_of(hidden, head):
@@ -176,12 +176,13 @@ def test_head_gives_the_models_own_logits_and_gradients(name, config, expected):
     parameters = [parameter for parameter in (head.weight, head.bias) if parameter is not None]
     upstream = torch.randn(logits.shape)
     # subtract the gradient through the backbone, which contains a tied weight too
-    ours = torch.autograd.grad(logits_of(hidden.detach(), head), parameters, upstream)
-    whole = torch.autograd.grad(logits, hidden, upstream, retain_graph=True)[0]
-    through = torch.autograd.grad(hidden, parameters, whole, retain_graph=True, allow_unused=True)
-    theirs = torch.autograd.grad(logits, parameters, upstream)
-    for our, other, total in zip(ours, through, theirs, strict=True):
-        torch.testing.assert_close(our if other is None else our + other, total, rtol=1e-4, atol=1e-4)
+    head_grads = torch.autograd.grad(logits_of(hidden.detach(), head), parameters, upstream)
+    hidden_grad = torch.autograd.grad(logits, hidden, upstream, retain_graph=True)[0]
+    backbone_grads = torch.autograd.grad(hidden, parameters, hidden_grad, retain_graph=True, allow_unused=True)
+    model_grads = torch.autograd.grad(logits, parameters, upstream)
+    for head_grad, backbone_grad, model_grad in zip(head_grads, backbone_grads, model_grads, strict=True):
+        total = head_grad if backbone_grad is None else head_grad + backbone_grad
+        torch.testing.assert_close(total, model_grad, rtol=1e-4, atol=1e-4)
 
 
 NOT_NEUTRAL = [
@@ -478,8 +479,8 @@ def scaled_by_a_name_in_a_string(self, input_ids):
 
 
 def capped_twice(self, input_ids):
-    cap, again = self.config.final_logit_softcapping, self.config.output_logit_soft_cap
-    return torch.tanh(self.lm_head(self.model(input_ids)[0]) / cap) * again
+    cap, second_cap = self.config.final_logit_softcapping, self.config.output_logit_soft_cap
+    return torch.tanh(self.lm_head(self.model(input_ids)[0]) / cap) * second_cap
 
 
 def without_the_last_columns(self, input_ids):

@@ -46,14 +46,14 @@ def room(path: Path) -> str:
 def imports(path: Path, *, top_level_only=False) -> list[str]:
     tree = ast.parse(path.read_text())
     nodes = tree.body if top_level_only else ast.walk(tree)
-    found = []
+    names = []
     for node in nodes:
         if isinstance(node, ast.Import):
-            found += [alias.name for alias in node.names]
+            names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: imports are absolute"
-            found += [f"{node.module}.{alias.name}" for alias in node.names]
-    return found
+            names += [f"{node.module}.{alias.name}" for alias in node.names]
+    return names
 
 
 FILES = [p for p in PACKAGE.rglob("*.py") if p.parent != PACKAGE or p.name not in ("__init__.py", "__main__.py")]
@@ -67,9 +67,9 @@ def test_every_room_is_listed():
 def test_imports_point_down(path):
     for name in imports(path):
         if name.startswith("fusedalign."):
-            other = name.split(".")[1]
-            assert other in ROOMS, f"{path.name} imports {name}"
-            assert ROOMS.index(other) <= ROOMS.index(room(path)), (
+            package = name.split(".")[1]
+            assert package in ROOMS, f"{path.name} imports {name}"
+            assert ROOMS.index(package) <= ROOMS.index(room(path)), (
                 f"{path.name} must not import {name}, which lies above it"
             )
 
@@ -114,9 +114,9 @@ assert fusedalign.explain()
 import fusedalign.cli, fusedalign.bench
 print(fusedalign.cli.main(["env"]))
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip().endswith("0")
+    process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.strip().endswith("0")
 
 
 def test_importing_the_package_loads_no_optional_package():

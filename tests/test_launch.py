@@ -37,9 +37,9 @@ def launched(monkeypatch):
 )
 def test_every_form_of_accelerate_config_launches(launched, method, words):
     assert main([method, *words, "--seed", "3"]) == 0
-    ((option, file, *rest),) = launched
+    ((option, file, *command),) = launched
     assert (option, file.rpartition("/")[2]) == ("--config_file", "fsdp2.yaml")
-    assert rest == ["-m", "fusedalign", method, *words, "--seed", "3"]
+    assert command == ["-m", "fusedalign", method, *words, "--seed", "3"]
 
 
 @pytest.mark.parametrize("form", ["--config FILE", "--config=FILE"])

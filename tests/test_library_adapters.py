@@ -44,7 +44,7 @@ def problem(hidden=HIDDEN, weight=WEIGHT, **options):
 # ------------------------------------------------------------------------------------------------------ CCE, a stand-in
 
 
-def of_logits(e, c, targets, bias, softcap, reduction):
+def from_logits(e, c, targets, bias, softcap, reduction):
     z = e.float() @ c.float().T
     z = z if bias is None else z + bias.float()
     z = z if softcap is None else softcap * torch.tanh(z / softcap)
@@ -58,7 +58,7 @@ def released(calls):
         e, c, targets, ignore_index=-100, softcap=None, reduction="mean", shift=False, filter_eps="high", impl="cce"
     ):
         calls.append({"filter_eps": filter_eps, "impl": impl, "softcap": softcap, "e": e, "c": c})
-        return of_logits(e, c, targets, None, softcap, reduction)[0]
+        return from_logits(e, c, targets, None, softcap, reduction)[0]
 
     return linear_cross_entropy
 
@@ -85,7 +85,7 @@ def git_head(calls):
         vocab_parallel_options=None,
     ):
         calls.append({"filter_eps": filter_eps, "impl": impl, "softcap": softcap, "e": e, "c": c})
-        out = of_logits(e, c, targets, bias, softcap, reduction)
+        out = from_logits(e, c, targets, bias, softcap, reduction)
         return out if return_lse else out[0]
 
     return linear_cross_entropy
@@ -159,9 +159,9 @@ def test_cce_uses_the_autocast_dtype(stand_in):
 
 def test_cce_is_not_called_without_tokens(stand_in):
     case = make_case((2, 5), 7, 11, dtype=torch.bfloat16, bias=False)
-    got = run_loss(Case(case.hidden, case.weight, torch.full_like(case.targets, -100)), impl="cce")
-    assert not any(x.any() for x in got.values())
-    assert got.keys() == {"loss", "dhidden", "dweight"}
+    result = run_loss(Case(case.hidden, case.weight, torch.full_like(case.targets, -100)), impl="cce")
+    assert not any(x.any() for x in result.values())
+    assert result.keys() == {"loss", "dhidden", "dweight"}
     assert not stand_in[1]
 
 
@@ -319,12 +319,12 @@ def test_auto_skips_inexact_impls_and_logs_it_once(monkeypatch, stand_in, caplog
     with caplog.at_level(logging.INFO, logger="fusedalign"):
         for _ in range(3):
             linear_logps(HIDDEN, WEIGHT, TARGETS)
-        taken = [record.getMessage() for record in caplog.records]
+        messages = [record.getMessage() for record in caplog.records]
         if stand_in[0] is git_head:
-            assert taken == ["impl='auto' takes cce"]
+            assert messages == ["impl='auto' takes cce"]
             assert stand_in[1]
         else:
-            (message,) = taken
+            (message,) = messages
             assert message.startswith("impl='auto' takes pytorch (cce: not exact: this release rounds the target's")
             assert not stand_in[1]
         linear_logps(HIDDEN.float(), WEIGHT, TARGETS)  # another reason is logged again
@@ -340,8 +340,8 @@ for dtype in (torch.float64, torch.float32, torch.bfloat16):
 print([m for m in sys.modules if m in ("liger_kernel", "cut_cross_entropy")])
 """
     env = {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": ":".join(sys.path)}
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=env)
-    assert done.stdout.strip() == "[]", done.stderr
+    process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=env)
+    assert process.stdout.strip() == "[]", process.stderr
 
 
 @pytest.mark.parametrize("impl", impls.impl_names("adapter"))
@@ -362,13 +362,13 @@ def test_an_import_error_deep_inside_a_library_is_reported(monkeypatch, tmp_path
     with pytest.raises(ValueError, match=f"impl='{impl}' cannot do this: {reason}"):
         linear_logps(HIDDEN, WEIGHT, TARGETS, impl=impl)
     assert linear_logps(HIDDEN, WEIGHT, TARGETS).logps.isfinite().all()  # "auto" takes the next impl
-    for found in [m for m in sys.modules if m.split(".")[0] == name]:
-        del sys.modules[found]
+    for module_name in [m for m in sys.modules if m.split(".")[0] == name]:
+        del sys.modules[module_name]
 
 
 def test_a_library_that_is_missing_says_how_to_get_it():
-    found = adapter.finder("a_package_that_nobody_has", "pip install it", lambda: None)()
-    assert found.reason == "a_package_that_nobody_has is not installed: pip install it"
+    library = adapter.finder("a_package_that_nobody_has", "pip install it", lambda: None)()
+    assert library.reason == "a_package_that_nobody_has is not installed: pip install it"
 
 
 # ------------------------------------------------------------------------------------------- the libraries, on a GPU
@@ -394,6 +394,6 @@ def test_libraries_on_a_gpu_are_within_budget(impl, dtype, shape, head):
         if verdict.caveat is not None:
             # Eager's token errors may cancel in the sum by chance; the library's need not.
             exact, eager = run(case.to(torch.float64), ("logps",), impl="reference"), run_eager(case, ("logps",))
-            of_tokens = (eager["logps"] - exact["logps"]).abs().sum() / case.valid.sum()
-            assert error(got.pop("loss"), run_loss_exact(case)["loss"]) <= 2 * of_tokens
+            mean_error = (eager["logps"] - exact["logps"]).abs().sum() / case.valid.sum()
+            assert error(got.pop("loss"), run_loss_exact(case)["loss"]) <= 2 * mean_error
         assert_loss_within_budget(case, got, roundings=2 + walk)

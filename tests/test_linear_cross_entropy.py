@@ -89,8 +89,8 @@ def test_many_token_chunks_add_no_error_to_a_bf16_head_gradient(impl, device):
         errors[chunk] = (got.double() - want).norm()
         assert errors[chunk] <= 1.05 * errors[64], chunk
         if not rounds_logit_grads(impl, device):
-            wrong = (got != want.bfloat16()).float().mean()
-            assert wrong < 0.02, chunk  # correctly rounded except for ties of the fp32 sums
+            wrong_share = (got != want.bfloat16()).float().mean()
+            assert wrong_share < 0.02, chunk  # correctly rounded except for ties of the fp32 sums
 
 
 def test_the_mean_is_the_sum_over_counted_tokens(impl, device):

@@ -56,8 +56,8 @@ def test_frozen_inputs_get_no_gradient_and_the_others_are_exact(impl, device, ne
         assert not case.leaves(0, 0, 0).logps(**options).logps.requires_grad
         return
     got = run(case, needs=needs, **options)
-    wanted = {f"d{name}" for name, needed in zip(("hidden", "weight", "bias"), needs, strict=True) if needed}
-    assert {name for name in got if name.startswith("d")} == wanted
+    expected = {f"d{name}" for name, needed in zip(("hidden", "weight", "bias"), needs, strict=True) if needed}
+    assert {name for name in got if name.startswith("d")} == expected
     assert_within_budget(case, got)
 
 
@@ -234,9 +234,9 @@ def test_backward_twice_gives_the_same_gradients(impl, device, frozen):
     case = make_case((3, 9), 16, 101, dtype=torch.bfloat16, device=device).leaves(weight=not frozen, bias=not frozen)
     loss = case.logps(impl=impl).logps.sum()
     loss.backward(retain_graph=True)
-    once = {k: g.clone() for k, g in case.grads().items() if g is not None}
+    first = {k: g.clone() for k, g in case.grads().items() if g is not None}
     loss.backward()
-    for k, g in once.items():  # not bitwise: the last backward may consume what the forward saved
+    for k, g in first.items():  # not bitwise: the last backward may consume what the forward saved
         second = case.grads()[k].double() - g.double()
         assert (second - g).norm() <= torch.finfo(torch.bfloat16).eps * g.double().norm(), k
 

@@ -71,14 +71,14 @@ def test_another_loss_gets_exact_gradients(calls, dtype, names, hint):
     assert_within_budget(case, got, names)
 
 
-@pytest.mark.parametrize("more", ["entropy", "lse"])
-def test_the_expected_loss_plus_another_term_gets_exact_gradients(calls, more):
+@pytest.mark.parametrize("options", ["entropy", "lse"])
+def test_the_expected_loss_plus_another_term_gets_exact_gradients(calls, options):
     case = make_case((3, 17), 23, 252, dtype=torch.float64)
 
     def grads(hint):
         leaves = case.leaves()
-        out = leaves.logps(outputs=[more], loss_hint=hint, impl="pytorch")
-        (sft_loss(out.logps, case.valid) + 1e-3 * getattr(out, more).mean()).backward()
+        out = leaves.logps(outputs=[options], loss_hint=hint, impl="pytorch")
+        (sft_loss(out.logps, case.valid) + 1e-3 * getattr(out, options).mean()).backward()
         return leaves.grads()
 
     got, want = grads("nll"), grads(None)
@@ -132,13 +132,13 @@ def test_one_token_with_another_weight_gets_its_own_gradient(calls, dtype, token
 def test_rounding_differences_count_as_the_expected_loss(calls, dtype, loss_type):
     """The expected loss in another order of operations: each token's weight is off by at most 2 eps."""
     case = make_case((4, 50), 8, 61, dtype=dtype)
-    off = 2 * EPS[dtype] * torch.randint(-1, 2, (4, 50), generator=torch.Generator().manual_seed(0))
+    rounding = 2 * EPS[dtype] * torch.randint(-1, 2, (4, 50), generator=torch.Generator().manual_seed(0))
 
     def grads(hint):
         leaves = case.leaves()
         logps = leaves.logps(impl="pytorch", loss_hint=hint).logps
         weights = logps.detach().exp() if loss_type == "dft" else torch.ones_like(logps)
-        logps.backward(-0.37 * weights * (1 + off))
+        logps.backward(-0.37 * weights * (1 + rounding))
         return leaves.grads()
 
     got, want = grads(loss_type), grads(None)
@@ -300,8 +300,8 @@ def test_the_hint_works_under_autocast(calls, loss_type):
             out.logps.backward(upstream)
         return leaves.grads()
 
-    another = torch.linspace(-1, 1, 51).view(3, 17)
-    for upstream in (None, another):
+    slope = torch.linspace(-1, 1, 51).view(3, 17)
+    for upstream in (None, slope):
         got, want = grads(loss_type, upstream), grads(None, upstream)
         for name in want:
             torch.testing.assert_close(got[name], want[name], rtol=1e-5, atol=1e-6)

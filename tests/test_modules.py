@@ -92,9 +92,9 @@ def test_every_option_reaches_the_primitive(reduction, monkeypatch):
         monkeypatch.setattr(modules, name, lambda *a, _f=original, **k: calls.append((_f.__name__, k)) or _f(*a, **k))
     shared = {"scale": 0.5, "softcap": 9.0, "temperature": 0.7, "workspace": 10**5, "vocab_chunk": 100}
     shared |= {"keep_head": False, "impl": "pytorch", "ignore_index": -1}
-    of_loss = {} if reduction == "none" else {"loss_type": "dft", "z_loss": 0.1}
+    loss_options = {} if reduction == "none" else {"loss_type": "dft", "z_loss": 0.1}
     loss_fn = LinearCrossEntropyLoss(
-        in_features=D, out_features=V, bias=True, chunk_size=7, reduction=reduction, **shared, **of_loss
+        in_features=D, out_features=V, bias=True, chunk_size=7, reduction=reduction, **shared, **loss_options
     )
     (ids, _), hidden = batch(), torch.randn(3, 17, D)
     loss = loss_fn(hidden, ids)
@@ -102,8 +102,8 @@ def test_every_option_reaches_the_primitive(reduction, monkeypatch):
     assert name == ("linear_logps" if reduction == "none" else "linear_cross_entropy")
     assert options.pop("bias") is loss_fn.head.bias
     if reduction != "none":
-        of_loss |= {"reduction": reduction, "num_items": None}
-    assert options == shared | of_loss | {"token_chunk": 7}
+        loss_options |= {"reduction": reduction, "num_items": None}
+    assert options == shared | loss_options | {"token_chunk": 7}
     assert loss.shape == ((3, 17) if reduction == "none" else ())
 
 
@@ -131,9 +131,9 @@ def test_the_shift_copies_no_hidden_states():
     """Allocations are at most as large as the labels."""
     loss_fn = LinearCrossEntropyLoss(in_features=64, out_features=5, shift=1)
     hidden, labels = torch.randn(1, 100, 64), torch.randint(0, 5, (1, 100))
-    with torch.no_grad(), Allocations() as made:
+    with torch.no_grad(), Allocations() as allocations:
         targets = loss_fn._targets(labels)
-    assert made.largest() == labels.numel()
+    assert allocations.largest() == labels.numel()
     assert targets.shape == labels.shape
     with torch.no_grad():
         assert loss_fn(hidden, labels).isfinite()
@@ -144,10 +144,10 @@ def test_a_model_head_is_not_registered_twice():
     loss_fn = LinearCrossEntropyLoss(model.get_output_embeddings())
     assert not list(loss_fn.parameters())
     assert not loss_fn.state_dict()
-    whole = torch.nn.ModuleDict({"model": model, "loss": loss_fn})
-    assert len(list(whole.parameters())) == len(list(model.parameters()))
-    assert not any(name.startswith("loss.") for name in whole.state_dict())
-    whole.load_state_dict(whole.state_dict())
+    modules = torch.nn.ModuleDict({"model": model, "loss": loss_fn})
+    assert len(list(modules.parameters())) == len(list(model.parameters()))
+    assert not any(name.startswith("loss.") for name in modules.state_dict())
+    modules.load_state_dict(modules.state_dict())
 
 
 def test_the_weight_is_read_at_each_call():

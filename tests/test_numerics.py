@@ -91,15 +91,15 @@ def test_nan_and_inf_affect_only_their_token(impl, device, bad):
     clean = case.logps(impl=impl, vocab_chunk=30).logps
     case.hidden[1, 2, 3] = bad
     # Triton's interpreter raises on the argmax of a row of NaN.
-    asked = OUTPUTS[:-1] if impl == "triton" and INTERPRETED else OUTPUTS
-    out = case.logps(impl=impl, outputs=asked, vocab_chunk=30)
+    outputs = OUTPUTS[:-1] if impl == "triton" and INTERPRETED else OUTPUTS
+    out = case.logps(impl=impl, outputs=outputs, vocab_chunk=30)
     affected = torch.zeros(2, 6, dtype=torch.bool, device=device)
     affected[1, 2] = True
     for name in ("logps", "entropy", "log_sum_sq_probs"):
         assert torch.equal(getattr(out, name).isnan(), affected), name
     assert torch.equal(out.lse.isfinite(), ~affected)  # may be infinite for infinite logits
     torch.testing.assert_close(out.logps[~affected], clean[~affected])
-    grad = run(case, ("logps",), impl=impl, outputs=asked, vocab_chunk=30)["dhidden"]
+    grad = run(case, ("logps",), impl=impl, outputs=outputs, vocab_chunk=30)["dhidden"]
     assert torch.isfinite(grad[~affected]).all()
     assert grad[1, 2].isnan().any()
 

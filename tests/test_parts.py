@@ -43,10 +43,10 @@ class PartsCase(Case):
         return replace(self, hidden=leaf(self.hidden, hidden), weight=parts, bias=leaf(self.bias, bias))
 
     def grads(self):
-        rest = {"hidden": self.hidden.grad, "bias": None if self.bias is None else self.bias.grad}
-        return rest | {f"weight{i}": x.grad for i, x in enumerate(self.weight)}
+        other_grads = {"hidden": self.hidden.grad, "bias": None if self.bias is None else self.bias.grad}
+        return other_grads | {f"weight{i}": x.grad for i, x in enumerate(self.weight)}
 
-    def whole(self, dtype):
+    def concatenated(self, dtype):
         """The case with the concatenated weight."""
         return Case(self.hidden, torch.cat([x.to(dtype) for x in self.weight], 1), self.targets, self.bias, self.head)
 
@@ -66,14 +66,14 @@ def split(case: PartsCase, fields: dict) -> dict:
 
 def check(case: PartsCase, got, run_exact, run_rounded, roundings=1) -> None:
     """Assert the eager budget (with one tensor in the first part's dtype) and the dtypes of gradients."""
-    wanted = {f"dweight{i}" for i, t in enumerate(case.trained) if t}
-    assert {k for k in got if k.startswith("dweight")} == wanted
-    assert all(got[f"dweight{i}"].dtype == x.dtype for i, x in enumerate(case.weight) if f"dweight{i}" in wanted)
-    exact = split(case, run_exact(case.whole(torch.float64).to(torch.float64)))
-    eager = split(case, run_rounded(case.whole(case.weight[0].dtype)))
+    grad_names = {f"dweight{i}" for i, t in enumerate(case.trained) if t}
+    assert {k for k in got if k.startswith("dweight")} == grad_names
+    assert all(got[f"dweight{i}"].dtype == x.dtype for i, x in enumerate(case.weight) if f"dweight{i}" in grad_names)
+    exact = split(case, run_exact(case.concatenated(torch.float64).to(torch.float64)))
+    eager = split(case, run_rounded(case.concatenated(case.weight[0].dtype)))
     if "is_top1" in got:
         assert torch.equal(got.pop("is_top1"), exact["is_top1"])
-    _assert_each(case.whole(case.weight[0].dtype), got, exact, eager, roundings)
+    _assert_each(case.concatenated(case.weight[0].dtype), got, exact, eager, roundings)
 
 
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
@@ -148,7 +148,7 @@ def args(case):
 @each
 def test_autocast_rounds_only_the_operands(impl, device):
     case = make_parts((3, 9), (16, 8), 67, dtypes=(F32, F32), trained=(True, True), device=device, bias=False)
-    rounded = Case(case.hidden.bfloat16().double(), case.whole(F32).weight.bfloat16().double(), case.targets)
+    rounded = Case(case.hidden.bfloat16().double(), case.concatenated(F32).weight.bfloat16().double(), case.targets)
     want = rounded.logps(impl="reference").logps
     with torch.autocast(device, dtype=BF16):
         got = case.leaves().logps(impl=impl).logps
@@ -160,7 +160,7 @@ def test_an_fp32_part_next_to_a_bf16_part_is_not_rounded(impl, device):
     """With fp32 hidden states products are in fp32, whatever the dtypes of the parts."""
     case = make_parts((3, 9), (16, 8, 4), 67, dtypes=(BF16, F32, BF16), trained=(False, True, True), device=device)
     case = replace(case, hidden=case.hidden.float() + 1e-3, bias=case.bias.float())
-    want = split(case, run(case.whole(F64).to(F64), ("logps",), impl="reference"))
+    want = split(case, run(case.concatenated(F64).to(F64), ("logps",), impl="reference"))
     got = run(case, ("logps",), impl=impl)
     for name in ("logps", "dhidden", "dweight1", "dbias"):
         assert got[name].dtype == F32
@@ -182,10 +182,10 @@ def test_strided_parts_equal_contiguous_ones(impl, device):
     """Views with gaps between their elements, as inputs and as gradients."""
     case = make_parts((3, 7), (12, 4), 60, dtypes=(F32, F32), trained=(True, True), device=device)
     plain = run(case, impl=impl)
-    wide = [torch.empty(60, 2 * x.shape[1], device=device) for x in case.weight]
-    for x, y in zip(wide, case.weight, strict=True):
+    storages = [torch.empty(60, 2 * x.shape[1], device=device) for x in case.weight]
+    for x, y in zip(storages, case.weight, strict=True):
         x[:, ::2] = y
-    leaves = [x.requires_grad_() for x in wide]
+    leaves = [x.requires_grad_() for x in storages]
     strided = replace(case, weight=tuple(x[:, ::2] for x in leaves))
     out = strided.logps(impl=impl, outputs=OUTPUTS)
     torch.testing.assert_close(out.entropy, plain["entropy"])

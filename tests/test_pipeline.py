@@ -60,8 +60,8 @@ def in_one_process(device="cpu", dtype=torch.float32, exact=False):
     stages, (ids, labels) = [stage.to(device, dtype) for stage in r.build()], (x.to(device) for x in r.batch())
     stages = [stage.double() for stage in stages] if exact else stages
     logits = stages[1].lm_head(stages[1](stages[0](ids)))
-    wide = torch.promote_types(logits.dtype, torch.float32)
-    loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).to(wide), labels[:, 1:].flatten())
+    dtype_of_logits = torch.promote_types(logits.dtype, torch.float32)
+    loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).to(dtype_of_logits), labels[:, 1:].flatten())
     loss.backward()
     return loss.detach().cpu(), [{name: p.grad.cpu() for name, p in stage.named_parameters()} for stage in stages]
 
@@ -91,9 +91,9 @@ def test_two_stages_equal_one_process(piped, single, schedule, impl):
 def test_the_recipe_learns():
     """Run as in its docstring: on two GPUs if present, else on the CPU."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", str(RECIPE)]
-    done = subprocess.run([*command, "--impl", "pytorch", "--schedule", "1F1B"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    losses = [float(line.split()[-1]) for line in done.stdout.splitlines() if line.startswith("step")]
+    process = subprocess.run([*command, "--impl", "pytorch", "--schedule", "1F1B"], capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    losses = [float(line.split()[-1]) for line in process.stdout.splitlines() if line.startswith("step")]
     assert len(losses) == 20
     assert losses[-1] < losses[0]
 
@@ -117,5 +117,5 @@ def test_two_stages_in_bf16_on_two_gpus(piped_on_gpus, schedule, impl):
         got = piped_on_gpus[rank][schedule, impl][1]
         assert got.keys() == exact[rank].keys()
         for name, want in exact[rank].items():
-            ours, theirs = ((x[name].double() - want).norm() for x in (got, eager[rank]))
-            assert ours <= 2 * theirs + 4 * size * want.norm(), f"rank {rank}: {name}"
+            error, eager_error = ((x[name].double() - want).norm() for x in (got, eager[rank]))
+            assert error <= 2 * eager_error + 4 * size * want.norm(), f"rank {rank}: {name}"

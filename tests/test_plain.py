@@ -88,8 +88,8 @@ def test_every_public_function_with_tensors_is_tested():
     public |= {"linear_logps", "linear_cross_entropy"}
     assert {name for name in public if not name.startswith("_")} <= CALLS.keys()
     for f, tensors, options in CALLS.values():
-        takes = {p.name for p in inspect.signature(f).parameters.values() if "Tensor" in str(p.annotation)}
-        assert takes <= {*tensors, *options, "num_items", "bias"}
+        tensor_names = {p.name for p in inspect.signature(f).parameters.values() if "Tensor" in str(p.annotation)}
+        assert tensor_names <= {*tensors, *options, "num_items", "bias"}
 
 
 @EACH
@@ -154,16 +154,16 @@ def test_dtensor_heads_of_models_are_refused(mesh):
         lm_head(model)
 
 
-@pytest.mark.parametrize("which", ["weight", "bias"])
-def test_the_module_refuses_dtensors(mesh, which):
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_the_module_refuses_dtensors(mesh, name):
     head = nn.Linear(4, 6)
-    setattr(head, which, nn.Parameter(distribute_tensor(getattr(head, which).detach(), mesh, [Shard(0)])))
+    setattr(head, name, nn.Parameter(distribute_tensor(getattr(head, name).detach(), mesh, [Shard(0)])))
     for call in (lambda: LinearCrossEntropyLoss(head)(H, T), lambda: layer_head(head)):
-        with pytest.raises(TypeError, match=rf"^{which} of output_embeddings must be a plain tensor, got a DTensor"):
+        with pytest.raises(TypeError, match=rf"^{name} of output_embeddings must be a plain tensor, got a DTensor"):
             call()
-    whole = LinearCrossEntropyLoss(nn.Linear(4, 6))
+    module = LinearCrossEntropyLoss(nn.Linear(4, 6))
     with pytest.raises(TypeError, match=r"^hidden must be a plain tensor, got a DTensor"):
-        whole(distribute_tensor(H, mesh, [Shard(0)]), T)
+        module(distribute_tensor(H, mesh, [Shard(0)]), T)
 
 
 def test_the_suggested_fix_gives_the_right_gradient(mesh):

@@ -82,10 +82,10 @@ def test_parameters_gradients_and_optimizer_state_match_a_trained_model(family):
     found = shapes(family).model(STEP)
     assert found.parameters == sum(p.numel() for p in model.parameters())
     assert sizes.gradients(found).bytes == sum(p.grad.nbytes for p in model.parameters())
-    by_name = {part.name: part.bytes for part in sizes.held(found, STEP)}
+    sizes_by_name = {part.name: part.bytes for part in sizes.held(found, STEP)}
     averages = [x for state in optimiser.state.values() for name, x in state.items() if name.startswith("exp_avg")]
-    assert by_name["optimiser"] == sum(x.nbytes for x in averages)
-    assert by_name["weights"] == by_name["reference model"] == sum(p.nbytes for p in model.parameters())
+    assert sizes_by_name["optimiser"] == sum(x.nbytes for x in averages)
+    assert sizes_by_name["weights"] == sizes_by_name["reference model"] == sum(p.nbytes for p in model.parameters())
     assert (found.vocab, found.width) == tuple(model.get_output_embeddings().weight.shape)
     assert found.tied is (model.get_output_embeddings().weight is model.get_input_embeddings().weight)
 
@@ -105,15 +105,15 @@ def saved_by_the_last_layer(model, tokens, keys):
     def before(layer, args, kwargs):
         known.update(saved)
         alive.extend(saved.values())
-        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
-        known.update(x.untyped_storage()._cdata for x in given)
+        inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        known.update(x.untyped_storage()._cdata for x in inputs)
         saved.clear()
 
     def after(layer, args, out):
         pack(out if isinstance(out, torch.Tensor) else out[0])
-        done.append(sum(x.nbytes() for key, x in saved.items() if key not in known))
+        finished.append(sum(x.nbytes() for key, x in saved.items() if key not in known))
 
-    done: list[int] = []
+    finished: list[int] = []
     layers[-1].register_forward_pre_hook(before, with_kwargs=True)
     layers[-1].register_forward_hook(after)
     ids = torch.zeros(1, tokens, dtype=torch.int64)
@@ -123,7 +123,7 @@ def saved_by_the_last_layer(model, tokens, keys):
         tracing._mixed(True),
     ):
         model.base_model(input_ids=ids, position_ids=ids, use_cache=False)
-    return done[0]
+    return finished[0]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -141,8 +141,8 @@ def test_layer_activations_match_what_autograd_saves(family, dtype):
 
 
 def test_a_copied_prompt_costs_its_keys_and_values():
-    few, more = (trace(build(config("llama"), STEP), TOKENS, keys=TOKENS + copies).layers[0] for copies in (1, 17))
-    assert more.kept - few.kept == 16 * 2 * (2 * 8) * 2  # keys and values of two heads of 8 numbers, in bf16
+    few, many = (trace(build(config("llama"), STEP), TOKENS, keys=TOKENS + copies).layers[0] for copies in (1, 17))
+    assert many.kept - few.kept == 16 * 2 * (2 * 8) * 2  # keys and values of two heads of 8 numbers, in bf16
 
 
 @pytest.mark.parametrize("checkpointing", [True, False])
@@ -189,8 +189,8 @@ def test_recomputation_takes_as_much_memory_as_the_layer_without_checkpointing()
 
 
 def test_layers_of_different_kinds_are_traced_separately():
-    more = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "mlp_only_layers": [1]}
-    found = trace(build(config("qwen3_moe", **more), STEP), TOKENS)
+    options = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "mlp_only_layers": [1]}
+    found = trace(build(config("qwen3_moe", **options), STEP), TOKENS)
     assert len(found.kinds) == 2
     assert found.order == (0, 1, 0)
     assert found.layers[0].grads != found.layers[1].grads
@@ -199,13 +199,13 @@ def test_layers_of_different_kinds_are_traced_separately():
 def test_vision_models_are_traced_by_their_text_layers():
     text = SMALL | FAMILIES["gemma3_text"]
     vision = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
-    both = transformers.Gemma3Config(text_config=text, vision_config=vision | {"image_size": 28, "patch_size": 14})
-    model, alone = build(both, STEP), trace(build(config("gemma3_text"), STEP), TOKENS)
-    assert trace(model, TOKENS) == alone
+    config_ = transformers.Gemma3Config(text_config=text, vision_config=vision | {"image_size": 28, "patch_size": 14})
+    model, text_trace = build(config_, STEP), trace(build(config("gemma3_text"), STEP), TOKENS)
+    assert trace(model, TOKENS) == text_trace
     model = build(config("gemma3_text"), STEP)
     with torch.device("meta"):
         model.model.tower = transformers.AutoModel.from_config(config("llama", hidden_size=16, num_hidden_layers=1))
-    assert trace(model, TOKENS) == alone
+    assert trace(model, TOKENS) == text_trace
 
 
 def test_with_lora_only_adapters_have_gradients_and_layers_save_less():
@@ -247,11 +247,11 @@ HYBRID = transformers.JambaConfig(
 BLOOM = transformers.BloomConfig(vocab_size=97, hidden_size=32, n_head=4, n_layer=2)
 
 
-@pytest.mark.parametrize("made", [MAMBA, HYBRID, BLOOM], ids=lambda made: made.model_type)
-def test_layers_without_an_attention_function_are_refused_at_once(made):
+@pytest.mark.parametrize("config", [MAMBA, HYBRID, BLOOM], ids=lambda config: config.model_type)
+def test_layers_without_an_attention_function_are_refused_at_once(config):
     start = time.monotonic()
     with pytest.raises(LayersError, match=r"attention|causal LM"):
-        trace(build(made, STEP), 100_000)  # their loops over tokens take too long
+        trace(build(config, STEP), 100_000)  # their loops over tokens take too long
     assert time.monotonic() - start < 20
 
 
@@ -312,9 +312,9 @@ def test_token_slots_of_a_step_are_counted():
 
 def test_moments_equal_hand_computed_sums():
     step = Step("dpo", 1, 6, 1, dtype="bfloat16")
-    found = {m.name: m.bytes for m in sizes.moments(MODEL, step, TRACE, 5000)}
+    moments = {m.name: m.bytes for m in sizes.moments(MODEL, step, TRACE, 5000)}
     head, all_gradients = 50 * 4 * 2, 2000
-    assert found == {
+    assert moments == {
         "head": 20 + 300 + 30 + head + 5000,
         "forward of the reference": 20 + 300 + 30 + head + 300 + 2 * 10 * 4 * 2,
         "backward of layer 3": head + 20 + 200 + 1500,
@@ -323,17 +323,17 @@ def test_moments_equal_hand_computed_sums():
         "backward of the embedding": all_gradients + 80,
         "step of the optimiser": all_gradients,
     }
-    without = {m.name: m.bytes for m in sizes.moments(MODEL, replace(step, checkpointing=False), TRACE, 5000)}
-    assert without["head"] == 20 + 3000 + 30 + head + 5000
-    assert without["backward of layer 2"] == head + 70 + 20 + 1000 + 1400
+    unchecked = {m.name: m.bytes for m in sizes.moments(MODEL, replace(step, checkpointing=False), TRACE, 5000)}
+    assert unchecked["head"] == 20 + 3000 + 30 + head + 5000
+    assert unchecked["backward of layer 2"] == head + 70 + 20 + 1000 + 1400
     later = {m.name: m.bytes for m in sizes.moments(MODEL, replace(step, accumulation=2), TRACE, 5000)}
-    assert later["head"] == found["head"] + all_gradients
+    assert later["head"] == moments["head"] + all_gradients
     assert later["backward of layer 3"] == all_gradients + 20 + 200 + 1500
     tied = {m.name: m.bytes for m in sizes.moments(replace(MODEL, tied=True), step, TRACE, 5000)}
     assert tied["backward of the embedding"] == all_gradients + head + 80
     frozen = {m.name: m.bytes for m in sizes.moments(replace(MODEL, adapters=10), step, TRACE, 5000)}
     assert "backward of the embedding" not in frozen
-    assert frozen["head"] == found["head"] - head
+    assert frozen["head"] == moments["head"] - head
     assert "forward of the reference" not in {
         m.name for m in sizes.moments(MODEL, replace(step, precomputed=True), TRACE, 0)
     }
@@ -342,9 +342,9 @@ def test_moments_equal_hand_computed_sums():
 def test_cast_weights_count_until_the_forward_ends():
     cast = replace(TRACE, kinds=(replace(LAYER, casts=11),))
     step = Step("sft", 1, 10)
-    with_casts, without = ({m.name: m.bytes for m in sizes.moments(MODEL, step, x, 0)} for x in (cast, TRACE))
-    assert {name for name in without if with_casts[name] != without[name]} == {"head"}
-    assert with_casts["head"] - without["head"] == 33
+    with_casts, without_casts = ({m.name: m.bytes for m in sizes.moments(MODEL, step, x, 0)} for x in (cast, TRACE))
+    assert {name for name in without_casts if with_casts[name] != without_casts[name]} == {"head"}
+    assert with_casts["head"] - without_casts["head"] == 33
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -352,16 +352,16 @@ def test_the_loss_layer_equals_a_hand_computed_sum(method):
     """A head large enough for every tile to be full."""
     model, step = Model("m", 10**9, 2, 150_000, 2048), Step(method, 8, 2048, 0, dtype="bfloat16")
     n = step.rows * 2048
-    picked, gradient, wide = n * 2048 * 4, 150_000 * 2048 * 2, (n + 150_000) * 2048 * 4
+    picked, gradient, both_grads = n * 2048 * 4, 150_000 * 2048 * 2, (n + 150_000) * 2048 * 4
     found = {part.name: part.bytes - gradient for part in sizes.head_layers(model, step)}
-    stock = picked + wide + 4096 * 32768 * 2
+    stock = picked + both_grads + 4096 * 32768 * 2
     if method in ("cpo", "simpo", "orpo"):
         stock = n * 150_000 * (8 if method == "simpo" else 10)
     assert found == {
         "triton": picked + 256 * 2**20,
         "pytorch": picked + 256 * 2**20,
         "liger": picked + 512 * 150_000 * 4,
-        "cce": picked + wide,
+        "cce": picked + both_grads,
         "stock TRL": stock,
     }
     frozen = {part.name: part.bytes for part in sizes.head_layers(replace(model, adapters=10), step)}
@@ -453,10 +453,10 @@ def test_changes_are_combined_until_the_step_fits():
     assert together(step, peak, peak(step)) == []
     best = ranked(step, peak)[0]
     assert [x.about for x in together(step, peak, best.bytes)] == [best.about]
-    more = together(step, peak, best.bytes - 1)
-    assert len(more) > 1
-    assert more[-1].bytes < best.bytes
-    assert more[0].about == best.about
+    combined = together(step, peak, best.bytes - 1)
+    assert len(combined) > 1
+    assert combined[-1].bytes < best.bytes
+    assert combined[0].about == best.about
     everything = together(step, peak, 1000)
     assert everything[-1].bytes > 1000
     assert ranked(everything[-1].step, peak) == []
@@ -484,8 +484,8 @@ def test_a_plan_says_what_fits():
 # -------------------------------------------------------------------------------------------------------------- command
 
 
-def saved_config(folder, made=None):
-    (made or config()).save_pretrained(folder)
+def saved_config(folder, model_config=None):
+    (model_config or config()).save_pretrained(folder)
     return str(folder)
 
 
@@ -501,14 +501,14 @@ def test_the_command_prints_every_part_in_a_hundred_columns(tmp_path, capsys):
         assert f"\n  {text} " in out or f"\n{text}" in out, text
 
 
-@pytest.mark.parametrize("more", [["--lora"], ["--method", "orpo"], ["--method", "kto", "--precompute_ref_log_probs"]])
-def test_the_command_gives_json(tmp_path, capsys, more):
+@pytest.mark.parametrize("flags", [["--lora"], ["--method", "orpo"], ["--method", "kto", "--precompute_ref_log_probs"]])
+def test_the_command_gives_json(tmp_path, capsys, flags):
     words = ["plan", "--model_name_or_path", saved_config(tmp_path), "--batch", "2", "--length", "64", "--json"]
-    assert main([*words, *more]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["model"]["parameters"] == sum(p.numel() for p in real_model("qwen3", "bfloat16").parameters())
-    ours = found["totals"][0]
-    assert ours["bytes"] == sum(x["bytes"] for x in found["held"]) + sum(size for _, size in ours["moment"]["parts"])
+    assert main([*words, *flags]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["model"]["parameters"] == sum(p.numel() for p in real_model("qwen3", "bfloat16").parameters())
+    total = report["totals"][0]
+    assert total["bytes"] == sum(x["bytes"] for x in report["held"]) + sum(size for _, size in total["moment"]["parts"])
 
 
 def test_a_quantised_model_is_planned_unquantised_with_a_note(tmp_path, capsys):

@@ -89,7 +89,7 @@ def test_the_order_of_tokens_does_not_change_the_result(shape, head, seed, tilin
     case = case_of(shape, head, seed)
     flat = Case(case.hidden.flatten(0, -2), case.weight, case.targets.flatten(), case.bias, case.head)
     order = torch.randperm(len(flat.targets), generator=torch.Generator().manual_seed(seed))
-    moved = Case(flat.hidden[order], flat.weight, flat.targets[order], flat.bias, flat.head)
+    permuted = Case(flat.hidden[order], flat.weight, flat.targets[order], flat.bias, flat.head)
     options = {"impl": "pytorch", "outputs": ("entropy", "lse"), **tiling}
-    for x, y in zip(flat.logps(**options)[:3], moved.logps(**options)[:3], strict=True):
+    for x, y in zip(flat.logps(**options)[:3], permuted.logps(**options)[:3], strict=True):
         torch.testing.assert_close(x[order], y, rtol=1e-9, atol=1e-9)

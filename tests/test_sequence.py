@@ -36,10 +36,10 @@ def test_other_ignore_index_values_work():
 
 def test_shifted_targets_score_like_shifted_hidden_states():
     hidden, weight, labels = torch.randn(3, 7, 8), torch.randn(50, 8), torch.randint(0, 50, (3, 7))
-    whole = linear_logps(hidden, weight, shift_labels(labels)).logps
-    cut = linear_logps(hidden[:, :-1], weight, labels[:, 1:].contiguous()).logps
-    torch.testing.assert_close(whole[:, :-1], cut)
-    assert not whole[:, -1].any()
+    logps = linear_logps(hidden, weight, shift_labels(labels)).logps
+    shifted = linear_logps(hidden[:, :-1], weight, labels[:, 1:].contiguous()).logps
+    torch.testing.assert_close(logps[:, :-1], shifted)
+    assert not logps[:, -1].any()
 
 
 def test_packed_segments_equal_padded_rows():

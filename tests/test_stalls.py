@@ -26,17 +26,17 @@ def test_no_signature_depends_on_the_number_of_tokens(gpu):
     script = Path(__file__).parent / "signatures.py"
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(script.parents[1]), environment.get("PYTHONPATH", "")])
-    done = subprocess.run([sys.executable, script, gpu], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    rows = json.loads(done.stdout)
+    process = subprocess.run([sys.executable, script, gpu], capture_output=True, text=True, env=environment)
+    assert process.returncode == 0, process.stderr
+    rows = json.loads(process.stdout)
     assert len(rows) > 30
     for row in rows:
         assert row["later"] == [], row["case"]
         assert {"sums_kernel", "fold_kernel"} <= set(row["first"]), row["case"]
-        odd = "Qwen3" not in row["case"]
+        optional = "Qwen3" not in row["case"]
         for kernel, count in collections.Counter(row["first"]).items():
-            assert count <= (MOST.get(kernel, 1) if odd or kernel == "sums_kernel" else 1), row["case"]
-        if not odd:
+            assert count <= (MOST.get(kernel, 1) if optional or kernel == "sums_kernel" else 1), row["case"]
+        if not optional:
             assert row["first"].count("sums_kernel") <= 2
 
 
@@ -44,8 +44,8 @@ def variants() -> dict[str, int]:
     """Number of compiled or loaded variants of each kernel in this process."""
     from fusedalign.impls.triton import kernels
 
-    found = {name: getattr(x, "device_caches", None) for name, x in vars(kernels).items() if name.endswith("_kernel")}
-    return {name: sum(len(caches[0]) for caches in x.values()) for name, x in found.items() if x is not None}
+    kernel_caches = {name: getattr(x, "device_caches", None) for name, x in vars(kernels).items() if name.endswith("_kernel")}
+    return {name: sum(len(caches[0]) for caches in x.values()) for name, x in kernel_caches.items() if x is not None}
 
 
 def no_grad(hidden, weight, targets):

@@ -51,9 +51,9 @@ def test_the_reference_supports_all_transforms(call):
     torch.testing.assert_close(grad(f)(H), exact(H))
     torch.testing.assert_close(vmap(grad(f))(torch.stack([H, 2 * H])), torch.stack([exact(H), exact(2 * H)]))
     # In fp64: second derivatives of squares cancel, so that fp32 may differ by more than its usual tolerance.
-    wide, head = H.double(), W.double()
+    hidden, head = H.double(), W.double()
     torch.testing.assert_close(
-        hessian(lambda h: f(h, head))(wide), torch.autograd.functional.hessian(lambda h: f(h, head), wide)
+        hessian(lambda h: f(h, head))(hidden), torch.autograd.functional.hessian(lambda h: f(h, head), hidden)
     )
     torch.testing.assert_close(vmap(lambda w: f(H, w))(torch.stack([W, -W])), torch.stack([f(H), f(H, -W)]))
 
@@ -61,8 +61,8 @@ def test_the_reference_supports_all_transforms(call):
 def test_targets_mapped_by_vmap_are_refused():
     with pytest.raises(ValueError, match=r"^targets must be the same in all of vmap, got mapped ones: use leading dim"):
         vmap(lambda h, t: linear_logps(h, W, t, impl="reference").logps)(H, T)
-    both = grad(lambda h, t: linear_logps(h, W, t, impl="reference").logps.sum())(H, T)  # wrapped, not mapped
-    assert both.shape == H.shape
+    grads = grad(lambda h, t: linear_logps(h, W, t, impl="reference").logps.sum())(H, T)  # wrapped, not mapped
+    assert grads.shape == H.shape
 
 
 @EACH

@@ -100,9 +100,9 @@ except ValueError as error:
     print(error)
 """
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
+    process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
     reason = "it needs a CUDA device, got cpu; impls that can: pytorch, reference"
-    assert done.stdout.strip() == f"impl='triton' cannot do this: {reason}", done.stderr
+    assert process.stdout.strip() == f"impl='triton' cannot do this: {reason}", process.stderr
 
 
 @pytest.mark.parametrize("capability", [(7, 5), (8, 0), (9, 0), (12, 0)])
@@ -745,11 +745,11 @@ def our_loss(hidden, weight, bias, targets):
 
 @on_gpu
 @pytest.mark.parametrize(
-    ("ours", "theirs"), [(with_entropy(our_fields), with_entropy), (our_loss, with_z_loss)], ids=["entropy", "z-loss"]
+    ("tiled", "objective"), [(with_entropy(our_fields), with_entropy), (our_loss, with_z_loss)], ids=["entropy", "z-loss"]
 )
-def test_200_training_steps_match_fp32_logits(ours, theirs):
+def test_200_training_steps_match_fp32_logits(tiled, objective):
     """At most twice as far away as with bf16 logits, which bias training although a single step looks fine."""
-    want, eager, got = (train(f, "cuda") for f in (theirs(reference_fields), theirs(eager_fields), ours))
+    want, eager, got = (train(f, "cuda") for f in (objective(reference_fields), objective(eager_fields), tiled))
     assert want[0] < 3 < math.log(1000)  # it did learn
     distance, allowed = (got - want).abs(), 2 * (eager - want).abs()
     assert (distance <= allowed).all(), (distance, allowed)

@@ -344,12 +344,12 @@ def test_out_of_range_options_raise(name):
 def test_sft_combines_with_a_divergence():
     lengths = {"chosen_lengths": X + 1, "rejected_lengths": X + 1}
     options = {"f_divergence_type": "forward_kl", **lengths}
-    both = dpo_loss(X - 1, X - 2, X, X, loss_type=["sigmoid", "sft"], **options).losses
+    combined = dpo_loss(X - 1, X - 2, X, X, loss_type=["sigmoid", "sft"], **options).losses
     apart = [
         dpo_loss(X - 1, X - 2, X, X, loss_type="sigmoid", **options),
         dpo_loss(X - 1, X - 2, X, X, loss_type="sft", **lengths),
     ]
-    torch.testing.assert_close(both, sum(x.losses for x in apart))
+    torch.testing.assert_close(combined, sum(x.losses for x in apart))
 
 
 WRONG_TYPES = {

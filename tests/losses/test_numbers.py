@@ -188,7 +188,7 @@ EACH_TENSOR = pytest.mark.parametrize(
 )
 
 
-def spoilt(name, bad, dtype):
+def with_bad_value(name, bad, dtype):
     f, good, _ = TENSORS[name]
     x = good.to(dtype).clone()
     x.view(-1)[-1] = bad
@@ -197,7 +197,7 @@ def spoilt(name, bad, dtype):
 
 @EACH_TENSOR
 def test_bad_cpu_tensor_values_raise(name, bad, dtype):
-    f, x = spoilt(name, bad, dtype)
+    f, x = with_bad_value(name, bad, dtype)
     with pytest.raises(ValueError, match=rf"^{name.partition(' ')[0]} must be finite(| and >= 0), got {bad}$"):
         f(x)
 
@@ -206,7 +206,7 @@ def test_bad_cpu_tensor_values_raise(name, bad, dtype):
 def test_bad_values_in_unread_tensors_give_nan(monkeypatch, name, bad, dtype):
     """On a GPU (reading would synchronise) and in graphs a bad value gives NaN, never a plausible number."""
     monkeypatch.setattr(fusedalign.checks, "has_values", lambda x: False)
-    f, x = spoilt(name, bad, dtype)
+    f, x = with_bad_value(name, bad, dtype)
     out = f(x)
     assert out.flatten()[-1].isnan()
     good = TENSORS[name][1]
@@ -230,11 +230,11 @@ def test_bad_tensor_values_in_a_graph_give_nan():
 @pytest.mark.parametrize("items", [0.25, 3, 1e-3, np.float32(0.5), np.int64(7)])
 def test_num_items_divides_without_rounding(f, items):
     """Fractions too: a count averaged over ranks may be fractional."""
-    whole = f(num_items=1)
-    for given in (items, torch.tensor(float(items)), torch.tensor([float(items)], dtype=torch.float64)):
-        out = f(num_items=given)
+    total = f(num_items=1)
+    for num_items in (items, torch.tensor(float(items)), torch.tensor([float(items)], dtype=torch.float64)):
+        out = f(num_items=num_items)
         assert out.dtype == torch.float32
-        torch.testing.assert_close(out, whole / float(items))
+        torch.testing.assert_close(out, total / float(items))
 
 
 @pytest.mark.parametrize("f", NUMBERS["num_items"])
@@ -262,7 +262,7 @@ def default_bf16():
     torch.set_default_dtype(torch.float32)
 
 
-def others():
+def other_losses():
     """Losses and helpers missing in PAIRWISE, and PAIRWISE ones with numbers that half precision cannot hold."""
     x, y = inputs(2, 4)
     mask, desirable = torch.ones(4), torch.tensor([True, False, True, False])
@@ -292,9 +292,9 @@ def losses_of(f, xs):
     return f(*xs).losses
 
 
-@pytest.mark.parametrize("name", others())
+@pytest.mark.parametrize("name", other_losses())
 def test_fp64_is_exact_under_any_default_dtype(name, request):
-    loss = others()[name]
+    loss = other_losses()[name]
     want = loss()
     request.getfixturevalue("default_bf16")
     got = loss()

@@ -153,21 +153,21 @@ def stub(cls, config, model, ref_model=None, label_smoother=None, **options):
     return trainer
 
 
-def close(ours, theirs, *, scale=1.0):
-    tolerance = 1e-12 if getattr(theirs, "dtype", None) == torch.float64 else 1e-6
-    torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance * scale)
+def close(got, want, *, scale=1.0):
+    tolerance = 1e-12 if getattr(want, "dtype", None) == torch.float64 else 1e-6
+    torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance * scale)
 
 
-def same(ours, theirs, *inputs):
+def assert_same(got, want, *inputs):
     """Assert equal losses and gradients; gradients to 1e-5 of their largest entry."""
-    close(ours, theirs)
-    mine, its = (torch.autograd.grad(x.sum(), inputs, retain_graph=True) for x in (ours, theirs))
-    for x, y in zip(mine, its, strict=True):
+    close(got, want)
+    grads, want_grads = (torch.autograd.grad(x.sum(), inputs, retain_graph=True) for x in (got, want))
+    for x, y in zip(grads, want_grads, strict=True):
         close(x, y, scale=min(1.0, 10 * y.abs().max().item()))
 
 
-def same_rewards(ours, metrics):
-    for name, rewards in (("chosen", ours.chosen_rewards), ("rejected", ours.rejected_rewards)):
+def assert_same_rewards(out, metrics):
+    for name, rewards in (("chosen", out.chosen_rewards), ("rejected", out.rejected_rewards)):
         if len(rewards):
             logged = metrics[f"rewards/{name}"]
             close(rewards.mean().item(), logged[-1] if isinstance(logged, list) else logged)
@@ -178,19 +178,19 @@ def cases(*options):
     return pytest.mark.parametrize("options", options, ids=names)
 
 
-def dpo_both(options, b, seed, **only_ours):
+def dpo_both(options, b, seed, **overrides):
     """`dpo_loss`, TRL's loss, the policy's per-token log-probabilities, and TRL's metrics."""
     batch, (policy, reference) = make_batch(2 * b, seed, empty=b == 7), models(seed)
     names = [options["loss_type"]] if isinstance(options["loss_type"], str) else options["loss_type"]
     precomputed = seed == 1
-    theirs = options | {"loss_type": names, "precompute_ref_log_probs": precomputed}
-    trainer, given = stub(DPOTrainer, DPOConfig, policy, reference, **theirs), {}
+    trl_options = options | {"loss_type": names, "precompute_ref_log_probs": precomputed}
+    trainer, refs = stub(DPOTrainer, DPOConfig, policy, reference, **trl_options), {}
     if precomputed:
-        given["ref_chosen_logps"], given["ref_rejected_logps"] = trainer.compute_ref_log_probs(reference, batch)
-    theirs = trainer._compute_loss(policy, batch | given, return_outputs=False)
+        refs["ref_chosen_logps"], refs["ref_rejected_logps"] = trainer.compute_ref_log_probs(reference, batch)
+    trl_loss = trainer._compute_loss(policy, batch | refs, return_outputs=False)
     tokens, out = policy.token_logps, policy.output
 
-    options, mask = options | only_ours, completion(batch)
+    options, mask = options | overrides, completion(batch)
     lengths = mask.sum(1)
     logps, ref_logps = out.log_probs, fused(reference, batch).log_probs.detach()
     if (ld_alpha := options.pop("ld_alpha", None)) is None:
@@ -203,7 +203,7 @@ def dpo_both(options, b, seed, **only_ours):
         options["pair_weights"] = chosen * rejected
     halves = [half for x in sums for half in x.chunk(2)]
     options["chosen_lengths"], options["rejected_lengths"] = lengths.chunk(2)
-    return losses.dpo_loss(*halves, **options), theirs, tokens, trainer._metrics["train"]
+    return losses.dpo_loss(*halves, **options), trl_loss, tokens, trainer._metrics["train"]
 
 
 SMOOTHED = {"exo_pair": (1e-3, 0.3), "robust": (0.1, 0.4), "aot": (0.1, 0.6), "aot_unpaired": (0.1, 0.6)}
@@ -222,26 +222,26 @@ SEVERAL = [
 ]
 
 
-def named(name, **options):
+def dpo_options(name, **options):
     smoothing = {"label_smoothing": 0.1} if name == "exo_pair" else {}
     return {"loss_type": name} | smoothing | options
 
 
 @BATCHES
 @cases(
-    *(named(name) for name in DPO_LOSS_TYPES),
+    *(dpo_options(name) for name in DPO_LOSS_TYPES),
     *({"loss_type": name, "label_smoothing": x} for name, values in SMOOTHED.items() for x in values),
-    *(named(name, **x) for name in SCORED for x in DIVERGENCES if name != "discopop"),
-    *(named("discopop", beta=0.1, **x) for x in DIVERGENCES if x.get("f_alpha_divergence_coef") != -1.0),
-    *(named("discopop", discopop_tau=x) for x in (0.01, 1.0)),
-    *(named(name, ld_alpha=x) for name in DPO_LOSS_TYPES if name != "sft" for x in (0.0, 0.5, 1.0)),
-    *(named(name, use_weighting=True) for name in WEIGHTED),
+    *(dpo_options(name, **x) for name in SCORED for x in DIVERGENCES if name != "discopop"),
+    *(dpo_options("discopop", beta=0.1, **x) for x in DIVERGENCES if x.get("f_alpha_divergence_coef") != -1.0),
+    *(dpo_options("discopop", discopop_tau=x) for x in (0.01, 1.0)),
+    *(dpo_options(name, ld_alpha=x) for name in DPO_LOSS_TYPES if name != "sft" for x in (0.0, 0.5, 1.0)),
+    *(dpo_options(name, use_weighting=True) for name in WEIGHTED),
     *SEVERAL,
 )
 def test_dpo_equals_trl(options, b, seed):
-    ours, theirs, tokens, metrics = dpo_both(BETAS[seed] | options, b, seed)
-    same(ours.losses.mean(), theirs, tokens)
-    same_rewards(ours, metrics)
+    out, trl_loss, tokens, metrics = dpo_both(BETAS[seed] | options, b, seed)
+    assert_same(out.losses.mean(), trl_loss, tokens)
+    assert_same_rewards(out, metrics)
 
 
 @BATCHES
@@ -262,16 +262,16 @@ def test_kto_equals_trl(options, labels, b, seed):
     inputs = batch | {f"KL_{k}": v for k, v in mismatched.items()}
     if precomputed:
         inputs["ref_logps"], inputs["ref_KL_logps"] = trainer.compute_ref_log_probs(reference, inputs)
-    theirs = trainer._compute_loss(policy, inputs | {"label": desirable}, return_outputs=False)
+    trl_loss = trainer._compute_loss(policy, inputs | {"label": desirable}, return_outputs=False)
     tokens, logps = policy.token_logps, policy.output.log_probs.sum(1)
 
     kl = None
     if options["loss_type"] == "kto":
         kl = losses.kto_kl(*(fused(model, mismatched).log_probs.sum(1) for model in (policy, reference)))
         close(kl.item(), trainer._metrics["train"]["kl"][-1])
-    ours = losses.kto_loss(logps, fused(reference, batch).log_probs.sum(1).detach(), desirable, kl, **options)
-    same(ours.losses.mean(), theirs, tokens)
-    same_rewards(ours, trainer._metrics["train"])
+    out = losses.kto_loss(logps, fused(reference, batch).log_probs.sum(1).detach(), desirable, kl, **options)
+    assert_same(out.losses.mean(), trl_loss, tokens)
+    assert_same_rewards(out, trainer._metrics["train"])
 
 
 def our_cpo(chosen, rejected, options):
@@ -302,10 +302,10 @@ def pair(b, seed, scale, dtype=torch.float32):
     return (-scale * rand).requires_grad_().unbind()
 
 
-def same_pairs(ours, theirs, *inputs):
-    same(ours.losses, theirs[0], *inputs)
-    close(ours.chosen_rewards, theirs[1])
-    close(ours.rejected_rewards, theirs[2])
+def assert_same_pairs(out, trl_out, *inputs):
+    assert_same(out.losses, trl_out[0], *inputs)
+    close(out.chosen_rewards, trl_out[1])
+    close(out.rejected_rewards, trl_out[2])
 
 
 @BATCHES
@@ -315,7 +315,8 @@ def test_cpo_and_alphapo_of_each_pair_equal_trl(options, alpha, dtype, b, seed):
     options = {"alpha": alpha} | (BETAS[seed] or {"beta": 2.5}) | options
     averaged = alpha or options["loss_type"] in ("ipo", "simpo")
     inputs = pair(b, seed, 2 if averaged else 40, dtype)
-    same_pairs(our_cpo(*inputs, options), stub(CPOTrainer, CPOConfig, None, **options).cpo_loss(*inputs), *inputs)
+    trl_out = stub(CPOTrainer, CPOConfig, None, **options).cpo_loss(*inputs)
+    assert_same_pairs(our_cpo(*inputs, options), trl_out, *inputs)
 
 
 @BATCHES
@@ -323,7 +324,7 @@ def test_cpo_and_alphapo_of_each_pair_equal_trl(options, alpha, dtype, b, seed):
 def test_orpo_of_each_pair_equals_trl(beta, b, seed):
     inputs = pair(b, seed, 3)
     negated, *rewards = stub(ORPOTrainer, ORPOConfig, None, beta=beta).odds_ratio_loss(*inputs)
-    same_pairs(losses.orpo_loss(*inputs, beta=beta), (-negated, *rewards), *inputs)
+    assert_same_pairs(losses.orpo_loss(*inputs, beta=beta), (-negated, *rewards), *inputs)
 
 
 def separate(batch):
@@ -349,15 +350,15 @@ def test_cpo_and_orpo_with_nll_equal_trl(options, b, seed):
     if options["loss_type"] == "orpo":
         del options["loss_type"]
         trainer = stub(ORPOTrainer, ORPOConfig, policy, **options, padding_value=0)
-        ours, nll_weight, nll_mask = losses.orpo_loss(c, r, **options), 1.0, batch["attention_mask"][:, 1:].bool()
+        out, nll_weight, nll_mask = losses.orpo_loss(c, r, **options), 1.0, batch["attention_mask"][:, 1:].bool()
     else:
         trainer = stub(CPOTrainer, CPOConfig, policy, **options)
         nll_weight, nll_mask = options.pop("cpo_alpha", 1.0), mask
-        ours = our_cpo(c, r, options)
-    theirs, metrics = trainer.get_batch_loss_metrics(policy, separate(batch))
+        out = our_cpo(c, r, options)
+    trl_loss, metrics = trainer.get_batch_loss_metrics(policy, separate(batch))
     nll = losses.sft_loss(logps[:b], nll_mask[:b])
-    same(ours.losses.mean() + nll_weight * nll, theirs, policy.weight)
-    same_rewards(ours, metrics)
+    assert_same(out.losses.mean() + nll_weight * nll, trl_loss, policy.weight)
+    assert_same_rewards(out, metrics)
 
 
 @BATCHES
@@ -374,14 +375,14 @@ def test_tpo_equals_trl(options, tpo_alpha, b, seed):
     options = options | BETAS[seed]
     batch, (policy, _) = make_batch((3 if tpo_alpha else 2) * b, seed, empty=b == 7), models(seed)
     trainer = stub(TPOTrainer, TPOConfig, policy, **options, tpo_alpha=tpo_alpha)
-    theirs = trainer._compute_loss(policy, batch, return_outputs=False)
+    trl_loss = trainer._compute_loss(policy, batch, return_outputs=False)
     options = {"gamma" if k == "tpo_l_gamma" else k: v for k, v in options.items()}
     logps, mask = token_logps(policy, batch), completion(batch)
     means = reduced(logps, mask, mean=options["loss_type"] in ("ipo", "tpo-l"))
-    ours = losses.tpo_loss(means[:b], means[b : 2 * b], **options)
+    out = losses.tpo_loss(means[:b], means[b : 2 * b], **options)
     nll = losses.sft_loss(logps[2 * b :], mask[2 * b :]) if tpo_alpha else 0
-    same(ours.losses.mean() + tpo_alpha * nll, theirs, policy.weight)
-    same_rewards(ours, trainer._metrics["train"])
+    assert_same(out.losses.mean() + tpo_alpha * nll, trl_loss, policy.weight)
+    assert_same_rewards(out, trainer._metrics["train"])
 
 
 @BATCHES
@@ -394,20 +395,20 @@ def test_sft_equals_trl(options, num_items, b, seed):
     trainer = stub(SFTTrainer, SFTConfig, policy, loss_type=options["loss_type"], label_smoother=smoother)
     labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
     inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "labels": labels}
-    theirs = trainer.compute_loss(policy, inputs, num_items_in_batch=num_items)
+    trl_loss = trainer.compute_loss(policy, inputs, num_items_in_batch=num_items)
     smoothed = {"mean_logps": all_logps(policy, batch).mean(-1)} if smoothing else {}
     logps = token_logps(policy, batch) if smoothing else policy.token_logps
-    ours = losses.sft_loss(logps, completion(batch), num_items=num_items, **options, **smoothed)
-    same(ours, theirs, policy.weight)
+    loss = losses.sft_loss(logps, completion(batch), num_items=num_items, **options, **smoothed)
+    assert_same(loss, trl_loss, policy.weight)
 
 
 def test_the_comparison_detects_a_wrong_beta():
-    ours, theirs, tokens, metrics = dpo_both({"loss_type": "sigmoid", "beta": 0.1}, 2, 0, beta=0.1001)
-    grads = [torch.autograd.grad(x, tokens, retain_graph=True)[0] for x in (ours.losses.mean(), theirs)]
+    out, trl_loss, tokens, metrics = dpo_both({"loss_type": "sigmoid", "beta": 0.1}, 2, 0, beta=0.1001)
+    grads = [torch.autograd.grad(x, tokens, retain_graph=True)[0] for x in (out.losses.mean(), trl_loss)]
     for check in (
-        lambda: close(ours.losses.mean(), theirs),
+        lambda: close(out.losses.mean(), trl_loss),
         lambda: close(*grads),
-        lambda: same_rewards(ours, metrics),
+        lambda: assert_same_rewards(out, metrics),
     ):
         with pytest.raises(AssertionError):
             check()

@@ -20,7 +20,7 @@ class Expected(NamedTuple):
 def packed(rows, groups=1, share=True, multiple=1) -> Expected:
     """The first row of each prompt, then the part of its other rows after their common prefix with the first."""
     count = len(rows) // groups
-    ids, positions, segments, made = [], [], [], [None] * len(rows)
+    ids, positions, segments, token_rows = [], [], [], [None] * len(rows)
     for prompt in range(count):
         first_start = len(ids)
         for row in range(prompt, len(rows), count):
@@ -34,12 +34,12 @@ def packed(rows, groups=1, share=True, multiple=1) -> Expected:
             positions += range(alike, len(tokens))
             if len(tokens) > alike:
                 segments.append((start, len(tokens) - alike, first_start if alike else 0, alike))
-            made[row] = [*range(first_start, first_start + alike), *range(start, len(ids))]
-    counts = [sum(token in row for row in made) for token in range(len(ids))]
+            token_rows[row] = [*range(first_start, first_start + alike), *range(start, len(ids))]
+    counts = [sum(token in row for row in token_rows) for token in range(len(ids))]
     filler = multiple if not ids else -len(ids) % multiple
     if filler:
         segments.append((len(ids), filler, 0, 0))
-    return Expected(ids + [0] * filler, positions + list(range(filler)), counts + [0] * filler, segments, made)
+    return Expected(ids + [0] * filler, positions + list(range(filler)), counts + [0] * filler, segments, token_rows)
 
 
 def assert_is(batch, expected: Expected) -> None:
@@ -55,7 +55,7 @@ def assert_is(batch, expected: Expected) -> None:
     assert batch.query_offsets.dtype == batch.key_offsets.dtype == torch.int32
     assert (batch.max_queries, batch.max_keys) == (max(lengths), max(keys))
     assert batch.tokens == len(expected.ids)
-    of_keys = [
+    keys_of_queries = [
         (token, token < start)
         for start, length, prefix, width in expected.segments
         for token in [*range(prefix, prefix + width), *range(start, start + length)]
@@ -64,9 +64,9 @@ def assert_is(batch, expected: Expected) -> None:
         assert batch.shared is None
         return
     tokens, home, copy, source = (x.tolist() for x in batch.shared)
-    assert tokens == [token for token, _ in of_keys]
+    assert tokens == [token for token, _ in keys_of_queries]
     assert [tokens[i] for i in home] == list(range(batch.tokens))
-    assert copy == [i for i, (_, is_copy) in enumerate(of_keys) if is_copy]
+    assert copy == [i for i, (_, is_copy) in enumerate(keys_of_queries) if is_copy]
     assert not set(copy) & set(home)
     assert source == [tokens[i] for i in copy]
 
@@ -89,14 +89,14 @@ def attention(query, key, value, batch, scale, window=None, by_row=None):
     q, k, v = (x.double() for x in (query, key, value))
     k, v = (x.repeat_interleave(query.shape[1] // key.shape[1], 1) for x in (k, v))
     out = q.new_zeros(1, q.shape[2], q.shape[1], v.shape[-1])
-    done = set()
+    done_tokens = set()
     for index, valid in zip(batch.token_index, batch.valid, strict=True):
         tokens = index[valid].to(q.device)
-        fresh = [i for i, token in enumerate(tokens.tolist()) if token not in done]
-        done |= set(tokens.tolist())
+        fresh = [i for i, token in enumerate(tokens.tolist()) if token not in done_tokens]
+        done_tokens |= set(tokens.tolist())
         if fresh:
-            whole = dense(q[:, :, tokens], k[:, :, tokens], v[:, :, tokens], scale, window).transpose(1, 2)
-            out = out.index_copy(1, tokens[fresh], whole[:, fresh])
+            row_out = dense(q[:, :, tokens], k[:, :, tokens], v[:, :, tokens], scale, window).transpose(1, 2)
+            out = out.index_copy(1, tokens[fresh], row_out[:, fresh])
     return out
 
 
@@ -104,6 +104,6 @@ def dense(query, key, value, scale, window=None):
     """Causal attention over at most `window` tokens including the query's own, [B, H, T, d] -> [B, H, T, d]."""
     place = torch.arange(query.shape[2], device=query.device)
     back = place[:, None] - place[None]
-    seen = back >= 0 if window is None else (back >= 0) & (back < window)
-    scores = (query @ key.transpose(-1, -2) * scale).masked_fill(~seen, -torch.inf)
+    mask = back >= 0 if window is None else (back >= 0) & (back < window)
+    scores = (query @ key.transpose(-1, -2) * scale).masked_fill(~mask, -torch.inf)
     return scores.softmax(-1) @ value

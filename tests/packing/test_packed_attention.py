@@ -35,8 +35,8 @@ HEADS = [(2, 2), (4, 2), (3, 1)]
 def operands(batch, heads, sizes=(8, 8), dtype=torch.float64, device="cpu", seed=0):
     g = torch.Generator().manual_seed(seed)
     shapes = [(heads[0], sizes[0]), (heads[1], sizes[0]), (heads[1], sizes[1])]
-    made = (torch.randn(1, n, batch.tokens, size, generator=g) * 1.5 for n, size in shapes)
-    return [x.to(device, dtype).requires_grad_() for x in made]
+    tensors = (torch.randn(1, n, batch.tokens, size, generator=g) * 1.5 for n, size in shapes)
+    return [x.to(device, dtype).requires_grad_() for x in tensors]
 
 
 def values_and_grads(f, operands, real):
@@ -58,9 +58,9 @@ def eager_varlen(q, k, v, query_offsets, key_offsets, max_q, max_k, scale, windo
         assert b - a <= max_q
         assert d - c <= max_k
         back = torch.arange(b - a)[:, None] + (d - c) - (b - a) - torch.arange(d - c)[None]
-        seen = (back >= 0) & ((back <= left) | (left < 0))
+        mask = (back >= 0) & ((back <= left) | (left < 0))
         scores = torch.einsum("qhd,khd->hqk", q[a:b], k[c:d]) * scale
-        outs.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, -torch.inf).softmax(-1), v[c:d]))
+        outs.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(~mask, -torch.inf).softmax(-1), v[c:d]))
     return torch.cat(outs)
 
 
@@ -108,13 +108,13 @@ def test_packed_attention_equals_dense_attention(attend, groups, heads, window):
     assert (batch.shared is None) == (groups == 1)
     real = int((batch.row_counts > 0).sum())
     assert batch.tokens > real  # there are filler tokens
-    made, scale = operands(batch, heads, (12, 7)), 0.7
+    inputs, scale = operands(batch, heads, (12, 7)), 0.7
     if window is not None and attend is _varlen and packed_attention.varlen_attention() is varlen_2_10:
         with pytest.raises(packed_attention.LayoutError, match=r"attention with a window needs PyTorch 2\.11"):
-            attend(*made, batch, scale, window)
+            attend(*inputs, batch, scale, window)
         return
-    got = values_and_grads(lambda q, k, v: attend(q, k, v, batch, scale, window), made, real)
-    want = values_and_grads(lambda q, k, v: oracles.attention(q, k, v, batch, scale, window), made, real)
+    got = values_and_grads(lambda q, k, v: attend(q, k, v, batch, scale, window), inputs, real)
+    want = values_and_grads(lambda q, k, v: oracles.attention(q, k, v, batch, scale, window), inputs, real)
     for name, a, b in zip(("out", "dq", "dk", "dv"), got, want, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12, msg=lambda m, name=name: f"{name}: {m}")
 
@@ -122,12 +122,12 @@ def test_packed_attention_equals_dense_attention(attend, groups, heads, window):
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("heads", HEADS)
 def test_right_padded_attention_equals_dense_attention(heads, window):
-    made = operands(pack_rows([range(1, 10)]), heads, (8, 5))
-    got = values_and_grads(lambda q, k, v: _causal(q, k, v, 0.7, window), made, 9)
+    inputs = operands(pack_rows([range(1, 10)]), heads, (8, 5))
+    got = values_and_grads(lambda q, k, v: _causal(q, k, v, 0.7, window), inputs, 9)
     repeats = heads[0] // heads[1]
     want = values_and_grads(
         lambda q, k, v: oracles.dense(q, k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1), 0.7, window),
-        made,
+        inputs,
         9,
     )
     for a, b in zip(got, want, strict=True):
@@ -154,9 +154,9 @@ def padded_sdpa(query, key, value, batch, scale, window):
     k, v = (x.repeat_interleave(repeats, 1) for x in (k, v))
     place = torch.arange(index.shape[1], device=query.device)
     back = place[:, None] - place[None]
-    seen = (back >= 0) if window is None else (back >= 0) & (back < window)
-    seen = seen & valid[:, None, None, :] | torch.eye(len(place), dtype=torch.bool, device=query.device)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale).transpose(1, 2)
+    allowed = (back >= 0) if window is None else (back >= 0) & (back < window)
+    allowed = allowed & valid[:, None, None, :] | torch.eye(len(place), dtype=torch.bool, device=query.device)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, scale=scale).transpose(1, 2)
     packed = out.new_zeros(batch.tokens, *out.shape[2:])
     for row, mask, tokens in reversed(list(zip(out, valid, index, strict=True))):  # first row wins
         packed = packed.index_copy(0, tokens[mask], row[mask])
@@ -181,11 +181,11 @@ def test_the_kernel_error_is_at_most_twice_that_of_sdpa(dtype, sizes, heads, win
     batch = pack_rows(rows, groups=2, multiple=64)
     assert batch.shared is not None
     real, device = int((batch.row_counts > 0).sum()), batch.to("cuda")
-    made, scale = operands(batch, heads, sizes, dtype, "cuda"), sizes[0] ** -0.5
-    got = values_and_grads(lambda q, k, v: _varlen(q, k, v, device, scale, window), made, real)
-    eager = values_and_grads(lambda q, k, v: padded_sdpa(q, k, v, batch, scale, window), made, real)
+    inputs, scale = operands(batch, heads, sizes, dtype, "cuda"), sizes[0] ** -0.5
+    got = values_and_grads(lambda q, k, v: _varlen(q, k, v, device, scale, window), inputs, real)
+    eager = values_and_grads(lambda q, k, v: padded_sdpa(q, k, v, batch, scale, window), inputs, real)
     exact = values_and_grads(
-        lambda q, k, v: oracles.attention(q, k, v, batch, scale, window), [x.double() for x in made], real
+        lambda q, k, v: oracles.attention(q, k, v, batch, scale, window), [x.double() for x in inputs], real
     )
     for name, a, b, want in zip(("out", "dq", "dk", "dv"), got, eager, exact, strict=True):
         rounding = torch.finfo(dtype).eps * want.abs().max().item()
@@ -193,7 +193,7 @@ def test_the_kernel_error_is_at_most_twice_that_of_sdpa(dtype, sizes, heads, win
         error = (a - want).abs().max().item()
         assert math.isfinite(error), name
         assert error <= budget, f"{name}: {error:.2e} > {budget:.2e}"
-    assert not any(x.grad is not None for x in made)
+    assert not any(x.grad is not None for x in inputs)
 
 
 @pytest.mark.gpu
@@ -205,8 +205,8 @@ def test_a_layout_copied_to_the_gpu_is_used_from_the_gpu(tmp_path):
     pinned = batch.pin_memory()
     assert pinned.input_ids.is_pinned()
     assert pinned.shared.tokens.is_pinned()
-    moved = pinned.to("cuda", non_blocking=True)
-    assert {moved.input_ids.device.type, moved.shared.tokens.device.type} == {"cuda"}
-    assert torch.equal(moved.input_ids.cpu(), batch.input_ids)
+    layout = pinned.to("cuda", non_blocking=True)
+    assert {layout.input_ids.device.type, layout.shared.tokens.device.type} == {"cuda"}
+    assert torch.equal(layout.input_ids.cpu(), batch.input_ids)
     values = torch.randn(batch.tokens, 3, device="cuda")
     assert torch.equal(batch.spread(values).cpu(), batch.spread(values.cpu()))

@@ -45,13 +45,13 @@ def assert_same(got, want, tolerance=TOLERANCE):
 @pytest.fixture(scope="module")
 def family():
     """family(name) -> a model enabled for packing, cached per module."""
-    made = {}
+    models = {}
 
     def get(name):
-        if name not in made:
-            made[name] = families.build(*families.PACKABLE[name])
-            enable(made[name])
-        return made[name].train()
+        if name not in models:
+            models[name] = families.build(*families.PACKABLE[name])
+            enable(models[name])
+        return models[name].train()
 
     return get
 
@@ -111,9 +111,9 @@ def test_packed_logps_equal_fp64_full_logits(family, name):
         logits = exact(input_ids=ids, attention_mask=mask).logits.log_softmax(-1)
     entropy = -(logits.exp() * logits).sum(-1)
     batch = pack_padded(ids, mask, groups=2)
-    every = ids.masked_fill(mask == 0, -100)
-    for labels in (None, every.masked_fill(torch.arange(ids.shape[1]) < 4, -100)):
-        targets = shift_labels(every if labels is None else labels)
+    all_labels = ids.masked_fill(mask == 0, -100)
+    for labels in (None, all_labels.masked_fill(torch.arange(ids.shape[1]) < 4, -100)):
+        targets = shift_labels(all_labels if labels is None else labels)
         counted = targets != -100
         got = packed_logps(model, batch, labels, outputs=["entropy"])
         want = logits.gather(-1, targets.clamp(min=0)[..., None])[..., 0].where(counted, 0)
@@ -138,20 +138,20 @@ def test_mismatched_labels_are_refused(family):
 @pytest.mark.parametrize("name", ["qwen3", "gemma3", "gpt_neox"])
 def test_half_precision_error_is_at_most_twice_the_padded_one(name):
     """The error against fp32 is at most twice that of the padded run, over a few batches."""
-    wide = families.build(*families.PACKABLE[name])
+    exact_model = families.build(*families.PACKABLE[name])
     half = families.build(*families.PACKABLE[name], dtype=torch.bfloat16)
     enable(half)
     totals = {}
     for seed in range(4):
         ids, mask = families.padded_pairs(seed)
-        exact = run(wide, ids, mask)
+        exact = run(exact_model, ids, mask)
         layouts = {"padded": None, "packed": pack_padded(ids, mask, groups=2), "unmasked": RightPadded()}
-        for how, layout in layouts.items():
+        for layout_name, layout in layouts.items():
             for key, x in run(half, ids, mask, layout).items():
-                totals.setdefault((how, key), []).append((x.float() - exact[key]).square().sum())
+                totals.setdefault((layout_name, key), []).append((x.float() - exact[key]).square().sum())
     error = {key: torch.stack(x).sum().sqrt() for key, x in totals.items()}
-    for (how, key), x in error.items():
-        assert x <= 2 * error["padded", key], (how, key)
+    for (layout_name, key), x in error.items():
+        assert x <= 2 * error["padded", key], (layout_name, key)
 
 
 def test_the_first_call_proves_the_model():

@@ -414,12 +414,12 @@ def test_layers_that_change_their_mask_are_refused(prove):
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_pickled_models_keep_their_original_attention(attention):
     """Another process has no packed attention registered."""
-    of = lambda x: pickle.loads(pickle.dumps(x))  # noqa: E731
+    unpickled = lambda x: pickle.loads(pickle.dumps(x))  # noqa: E731
     model = families.build(*families.PACKABLE["gemma3"], attention=attention).eval()
     enable(model)
-    for config in (of(model.config), of(model).config):
+    for config in (unpickled(model.config), unpickled(model).config):
         assert config._attn_implementation == attention
     ids, mask = families.padded_pairs(0)
     batch = pack_padded(ids, mask, groups=2)
-    for same in (of(model), copy.deepcopy(model)):
-        torch.testing.assert_close(packed_hidden(same, batch), packed_hidden(model, batch))
+    for copied in (unpickled(model), copy.deepcopy(model)):
+        torch.testing.assert_close(packed_hidden(copied, batch), packed_hidden(model, batch))

@@ -68,8 +68,8 @@ def trained_on(folder, tmp_path_factory):
         if labels is None:
             labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
         lengths = batch["attention_mask"].sum(1)
-        every = [(x[:n].tolist(), y[:n].tolist()) for x, y, n in zip(batch["input_ids"], labels, lengths, strict=True)]
-        return [every[i :: len(rows)] for i in range(len(rows))]
+        pairs = [(x[:n].tolist(), y[:n].tolist()) for x, y, n in zip(batch["input_ids"], labels, lengths, strict=True)]
+        return [pairs[i :: len(rows)] for i in range(len(rows))]
 
     return batch
 
@@ -245,17 +245,17 @@ def test_template_columns_are_used_like_in_the_trainers(method, folder, trained_
     names = ["prompt", "chosen", "rejected"]
     if method == "sft":
         names[1:] = ["completion"]
-    every = [
+    columns = [
         {"prompt": row["prompt"], "chosen": row["chosen"], "rejected": row["rejected"], "completion": row["chosen"]}
         for row in WHOLE
     ]
-    rows = [{name: row[name] for name in names} | option for row, option in zip(every, options, strict=True)]
+    rows = [{name: row[name] for name in names} | option for row, option in zip(columns, options, strict=True)]
     got = scored(rows, tokenizer)
     assert_equal(got, trained_on(method, rows, tokenizer))
     assert ["boat" in tokenizer.decode(row[0][0]) for row in got] == [True, False]
     assert ["long" in tokenizer.decode(row[0][0]) for row in got] == [False, True]
-    without = [rows[0], rows[1] | {"tools": None, "chat_template_kwargs": None}]
-    examples, refused = Rows(without, tokenizer, RowOptions()).examples(0, 2)
+    plain_rows = [rows[0], rows[1] | {"tools": None, "chat_template_kwargs": None}]
+    examples, refused = Rows(plain_rows, tokenizer, RowOptions()).examples(0, 2)
     assert not refused
     assert tokenizer.decode(examples[1].answers[0].windows[0].input_ids).startswith("plain")
 
@@ -466,13 +466,13 @@ def test_a_stream_is_refused(tokenizer):
 
 def test_slices_equal_the_full_list(tokenizer):
     source = Rows(Dataset.from_list(read("preferences", 25)), tokenizer, RowOptions(max_length=20))
-    whole = source.examples(0, 25)
+    full = source.examples(0, 25)
     parts = [source.examples(start, start + 10) for start in (0, 10, 20)]
-    assert [example for examples, _ in parts for example in examples] == whole[0]
-    assert [row for _, refused in parts for row in refused] == whole[1]
-    assert whole[0]
-    assert whole[1]
-    assert source.examples(0, 25) == whole
+    assert [example for examples, _ in parts for example in examples] == full[0]
+    assert [row for _, refused in parts for row in refused] == full[1]
+    assert full[0]
+    assert full[1]
+    assert source.examples(0, 25) == full
 
 
 def test_a_reading_thread_logs_nothing_and_restores_trl(tokenizer, monkeypatch, caplog, capsys):

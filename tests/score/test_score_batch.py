@@ -17,9 +17,9 @@ def batch(rows, left=False, seed=0):
     ids = torch.zeros(rows, max(lengths), dtype=torch.int64)
     mask = torch.zeros_like(ids)
     for i, n in enumerate(lengths):
-        where = slice(max(lengths) - n, None) if left else slice(0, n)
-        ids[i, where] = torch.tensor(models.ids(n, g))
-        mask[i, where] = 1
+        columns = slice(max(lengths) - n, None) if left else slice(0, n)
+        ids[i, columns] = torch.tensor(models.ids(n, g))
+        mask[i, columns] = 1
     return ids, mask
 
 
@@ -95,9 +95,9 @@ def test_groups_share_their_prompts():
     ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
     mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
     model.get_input_embeddings().register_forward_pre_hook(lambda m, args: widths.append(args[0].numel()))
-    alone = sequence_logps(model, ids, attention_mask=mask, packed=True)
+    separate = sequence_logps(model, ids, attention_mask=mask, packed=True)
     shared = sequence_logps(model, ids, attention_mask=mask, packed=True, groups=2)
-    torch.testing.assert_close(alone.tokens.logps, shared.tokens.logps, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(separate.tokens.logps, shared.tokens.logps, rtol=1e-4, atol=1e-5)
     assert widths[-1] < widths[-2] == sum(map(len, rows))
 
 
@@ -105,7 +105,7 @@ def test_groups_share_their_prompts():
 def test_adapters_are_applied():
     model = models.build()
     ids, mask = batch(3)
-    plain = sequence_logps(model, ids, attention_mask=mask).logps
+    base = sequence_logps(model, ids, attention_mask=mask).logps
     wrapped = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj", "lm_head"]))
     for name, parameter in wrapped.named_parameters():
         if "lora_B" in name:
@@ -115,7 +115,7 @@ def test_adapters_are_applied():
     logits = wrapped(input_ids=ids, attention_mask=mask).logits[:, :-1]
     picked = logits.log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
     torch.testing.assert_close(adapted.logps, (picked * mask[:, 1:]).sum(1), rtol=1e-4, atol=1e-4)
-    assert not torch.allclose(adapted.logps, plain)
+    assert not torch.allclose(adapted.logps, base)
     counted = mask[:, 1:].bool()
     assert torch.equal((adapted.ranks[:, :-1] == 0)[counted], (logits.argmax(-1) == ids[:, 1:])[counted])
 
@@ -128,9 +128,9 @@ def test_bad_arguments_are_refused():
     with pytest.raises(ValueError, match=r"labels must be \[B, L\]"):
         sequence_logps(model, ids, ids[:, 1:], attention_mask=mask)
     for packed in (False, True):
-        wrong = ids.clone()
+        bad_ids = ids.clone()
         with pytest.raises(ValueError, match="labels on padding"):
-            sequence_logps(models.build(), ids, wrong, attention_mask=torch.zeros_like(mask), packed=packed)
+            sequence_logps(models.build(), ids, bad_ids, attention_mask=torch.zeros_like(mask), packed=packed)
     prompt_tuned = peft.get_peft_model(
         models.build(), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
     )

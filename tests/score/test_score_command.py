@@ -28,7 +28,7 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def other(tmp_path_factory):
+def other_folder(tmp_path_factory):
     return str(build_embedded_model(tmp_path_factory.mktemp("model") / "n", seed=1))
 
 
@@ -52,8 +52,8 @@ def run(folder, tmp_path, capsys):
     def command(rows, *words, name="data.jsonl", status=0, out="scores.parquet"):
         data = write(tmp_path / name, rows)
         capsys.readouterr()
-        given = ["--model_name_or_path", folder, "--dataset_name", data, "--out", str(tmp_path / out), *words]
-        assert main(["score", *given]) == status, capsys.readouterr().err
+        argv = ["--model_name_or_path", folder, "--dataset_name", data, "--out", str(tmp_path / out), *words]
+        assert main(["score", *argv]) == status, capsys.readouterr().err
         table = tmp_path / out
         return (pyarrow.parquet.read_table(table).to_pylist() if table.exists() else None), capsys.readouterr()
 
@@ -96,16 +96,16 @@ def test_a_run_writes_only_the_scores_and_the_plot(run, tmp_path):
     assert f"wrote {tmp_path / 'scores.parquet'}" in printed.out
 
 
-def test_a_reference_model_adds_rewards(run, other, folder):
-    rows, printed = run(PAIRS, "--ref_model", other, "--beta", "0.5")
+def test_a_reference_model_adds_rewards(run, other_folder, folder):
+    rows, printed = run(PAIRS, "--ref_model", other_folder, "--beta", "0.5")
     for row in rows:
         reward = {side: 0.5 * (row[f"{side}_logps"] - row[f"ref_{side}_logps"]) for side in ("chosen", "rejected")}
         assert row["chosen_reward"] == pytest.approx(reward["chosen"], abs=1e-6)
         assert row["reward_margin"] == pytest.approx(reward["chosen"] - reward["rejected"], abs=1e-6)
         assert row["reward_accuracy"] == (row["reward_margin"] > 0)
     assert "reward" in printed.out
-    alone, _ = run(PAIRS, "--ref_model", folder, out="same.parquet")
-    assert all(row["reward_margin"] == pytest.approx(0, abs=1e-6) for row in alone)
+    same, _ = run(PAIRS, "--ref_model", folder, out="same.parquet")
+    assert all(row["reward_margin"] == pytest.approx(0, abs=1e-6) for row in same)
 
 
 @pytest.mark.parametrize("stride", [None, 5, 15])
@@ -139,16 +139,16 @@ def test_unscorable_rows_are_listed(run, tmp_path):
     assert "chosen must not be empty" in lines[0]["reason"]
     assert printed.err.startswith("fusedalign: warning: 1 of 5 rows could not be scored")
     assert len(printed.err.splitlines()) == 1
-    again, printed = run(broken, "--strict", status=3)  # is finished
-    assert again == rows
+    rows_again, printed = run(broken, "--strict", status=3)  # is finished
+    assert rows_again == rows
     assert "1 of 5 rows" in printed.err
 
 
 def test_other_settings_are_refused(run):
     rows, _ = run(PAIRS)
     for words in (["--max_length", "20"], ["--per_token", "logps"]):
-        again, printed = run(PAIRS, *words, status=2)
-        assert again == rows
+        rows_again, printed = run(PAIRS, *words, status=2)
+        assert rows_again == rows
         assert "--out must be new or of the same settings" in printed.err
     run(PAIRS[1:], status=2)
 
@@ -180,10 +180,10 @@ def test_a_setting_that_differs_is_named(run, words, name):
 
 def test_irrelevant_flags_and_columns_do_not_change_the_run(run):
     rows = [row | {"id": i} for i, row in enumerate(PAIRS)]
-    given, _ = run(rows, "--per_token", "ranks", "logps")
-    same = [row | {"id": -i} for i, row in enumerate(PAIRS)]
+    scores, _ = run(rows, "--per_token", "ranks", "logps")
+    changed = [row | {"id": -i} for i, row in enumerate(PAIRS)]
     words = ["--per_token", "logps", "ranks", "ranks", "--strict", "--beta", "3", "--fused_workspace", "1000000"]
-    assert run(same, *words)[0] == given
+    assert run(changed, *words)[0] == scores
 
 
 def test_a_run_that_fails_at_once_leaves_no_files(run, tmp_path):
@@ -198,14 +198,14 @@ def test_a_full_disk_is_a_one_line_error_with_the_remedy(run, tmp_path, monkeypa
 
     fsync, count = os.fsync, []
 
-    def full(descriptor):
+    def failing_fsync(descriptor):
         count.append(descriptor)
         if len(count) > 1:
             raise OSError(errno.ENOSPC, "No space left on device")
         fsync(descriptor)
 
     with monkeypatch.context() as patched:
-        patched.setattr(os, "fsync", full)
+        patched.setattr(os, "fsync", failing_fsync)
         _, printed = run(PAIRS, status=2)
     assert f"got {tmp_path / 'scores.parquet'} on a full one" in printed.err
     assert "the same command goes on from there" in printed.err
@@ -219,12 +219,12 @@ def test_the_model_digest_includes_its_code(folder, tmp_path):
     from fusedalign.score import identity
 
     shutil.copytree(folder, tmp_path / "m")
-    found = {identity.files_digest(str(tmp_path / "m"), None)}
+    digests = {identity.files_digest(str(tmp_path / "m"), None)}
     for name in ("modeling_own.py", "config.json", "model.safetensors"):
         with (tmp_path / "m" / name).open("a") as file:
             file.write(" ")
-        found.add(identity.files_digest(str(tmp_path / "m"), None))
-    assert len(found) == 4
+        digests.add(identity.files_digest(str(tmp_path / "m"), None))
+    assert len(digests) == 4
 
 
 def test_yaml_fields_and_flags_are_accepted(run, tmp_path):
@@ -306,15 +306,15 @@ def test_help_names_the_main_options(capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["torch.distributed.run", "accelerate.commands.launch"])
 def test_two_processes_write_the_same_file(run, folder, tmp_path, launcher):
-    alone, _ = run(PAIRS)
+    single, _ = run(PAIRS)
     flag = "--nproc_per_node" if launcher.startswith("torch") else "--num_processes"
-    more = [] if launcher.startswith("torch") else ["--cpu"]
+    cpu = [] if launcher.startswith("torch") else ["--cpu"]
     words = ["--model_name_or_path", folder, "--dataset_name", str(tmp_path / "data.jsonl")]
     out = tmp_path / "two.parquet"
-    command = [sys.executable, "-m", launcher, flag, "2", *more, "-m", "fusedalign", "score", *words, "--out", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr
-    assert pyarrow.parquet.read_table(out).to_pylist() == alone
+    command = [sys.executable, "-m", launcher, flag, "2", *cpu, "-m", "fusedalign", "score", *words, "--out", str(out)]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert process.returncode == 0, process.stderr
+    assert pyarrow.parquet.read_table(out).to_pylist() == single
     assert not list(tmp_path.glob("two.parquet.*"))
 
 
@@ -323,14 +323,14 @@ def test_two_processes_write_the_same_file(run, folder, tmp_path, launcher):
 
 def test_score_returns_a_data_set_in_python(model, tokenizer, tmp_path):
     model.train()
-    found = score(model, tokenizer, Dataset.from_list(PAIRS))
+    scores = score(model, tokenizer, Dataset.from_list(PAIRS))
     assert model.training
-    assert len(found) == 9
+    assert len(scores) == 9
     want = answer_logps(model.eval(), tokenizer, PAIRS[3]["prompt"], PAIRS[3]["chosen"])
-    assert found[3]["chosen_logps"] == pytest.approx(sum(want), abs=1e-3)
-    assert len(found.filter(lambda row: row["margin"] > 0)) == sum(found["accuracy"])
+    assert scores[3]["chosen_logps"] == pytest.approx(sum(want), abs=1e-3)
+    assert len(scores.filter(lambda row: row["margin"] > 0)) == sum(scores["accuracy"])
     out = tmp_path / "scores.parquet"
-    assert score(model, tokenizer, Dataset.from_list(PAIRS), out=out).to_list() == found.to_list()
+    assert score(model, tokenizer, Dataset.from_list(PAIRS), out=out).to_list() == scores.to_list()
     with pytest.raises(ValueError, match="--out must be new or of the same settings"):
         score(model, tokenizer, Dataset.from_list(PAIRS[1:]), out=out)
     changed = transformers.AutoModelForCausalLM.from_pretrained(model.name_or_path)
@@ -340,10 +340,10 @@ def test_score_returns_a_data_set_in_python(model, tokenizer, tmp_path):
         score(changed, tokenizer, Dataset.from_list(PAIRS), out=out)
 
 
-def test_rewards_are_returned_in_python(model, tokenizer, other):
-    reference = transformers.AutoModelForCausalLM.from_pretrained(other)
-    found = score(model, tokenizer, Dataset.from_list(PAIRS), ref_model=reference, beta=0.2)
-    row = found[0]
+def test_rewards_are_returned_in_python(model, tokenizer, other_folder):
+    reference = transformers.AutoModelForCausalLM.from_pretrained(other_folder)
+    scores = score(model, tokenizer, Dataset.from_list(PAIRS), ref_model=reference, beta=0.2)
+    row = scores[0]
     assert row["chosen_reward"] == pytest.approx(0.2 * (row["chosen_logps"] - row["ref_chosen_logps"]), abs=1e-6)
 
 
@@ -353,8 +353,8 @@ def test_python_accepts_lists_of_mappings_with_arrays(model, tokenizer, tmp_path
 
     tokens = np.arange(3, 1503) % 400
     out = tmp_path / "scores.parquet"
-    found = score(model, tokenizer, [{"input_ids": tokens}], max_length=64, out=out)
-    assert found[0]["num_tokens"] == 1499
+    scores = score(model, tokenizer, [{"input_ids": tokens}], max_length=64, out=out)
+    assert scores[0]["num_tokens"] == 1499
     tokens[700] += 1
     with pytest.raises(ValueError, match="with dataset"):
         score(model, tokenizer, [{"input_ids": tokens}], max_length=64, out=out)

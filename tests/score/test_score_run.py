@@ -71,7 +71,7 @@ def content(out):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def uninterrupted(tmp_path_factory):
     """The file of an uninterrupted run."""
     out = tmp_path_factory.mktemp("whole") / "scores.parquet"
     defaults = ShardStore.__init__.__defaults__
@@ -126,7 +126,7 @@ def steps(action):
     return lambda: count
 
 
-def test_a_run_killed_at_any_step_resumes_to_the_same_file(tmp_path, whole):
+def test_a_run_killed_at_any_step_resumes_to_the_same_file(tmp_path, uninterrupted):
     def count(body_out):
         total = steps(lambda n: None)
         score_run(make(body_out))
@@ -145,7 +145,7 @@ def test_a_run_killed_at_any_step_resumes_to_the_same_file(tmp_path, whole):
 
         assert in_child(killed) == -signal.SIGKILL
         score_run(make(out))
-        assert content(out) == whole
+        assert content(out) == uninterrupted
         assert not list(tmp_path.glob(f"{k}.parquet.*"))  # neither shards nor temporary files of the finished run
 
 
@@ -176,7 +176,7 @@ def test_finished_shards_are_not_recomputed(tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["data", "shorter", "note", "lost"])
-def test_a_damaged_shard_is_recomputed(tmp_path, whole, damage):
+def test_a_damaged_shard_is_recomputed(tmp_path, uninterrupted, damage):
     out, log = tmp_path / "scores.parquet", []
     run = make(out, log=log)
     store = run.store
@@ -196,10 +196,10 @@ def test_a_damaged_shard_is_recomputed(tmp_path, whole, damage):
     score_run(run)
     assert log[0] == [row for row in range(16, 20) if row % 7 != 3]
     assert len(log) == 1 + store.shards
-    assert content(out) == whole
+    assert content(out) == uninterrupted
 
 
-def test_a_full_disk_keeps_finished_shards(tmp_path, whole, monkeypatch):
+def test_a_full_disk_keeps_finished_shards(tmp_path, uninterrupted, monkeypatch):
     out, original, count = tmp_path / "scores.parquet", os.fsync, []
 
     def fsync(descriptor):
@@ -215,14 +215,14 @@ def test_a_full_disk_keeps_finished_shards(tmp_path, whole, monkeypatch):
     monkeypatch.setattr(os, "fsync", original)
     assert 0 < len(make(out).store.missing(POLICY)) < make(out).store.shards
     score_run(make(out))
-    assert content(out) == whole
+    assert content(out) == uninterrupted
 
 
-def test_a_full_tmpfs_keeps_finished_shards(tmp_path, whole):
+def test_a_full_tmpfs_keeps_finished_shards(tmp_path, uninterrupted):
     disk = tmp_path / "disk"
     disk.mkdir()
-    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24k", "tmpfs", str(disk)], capture_output=True)
-    if made.returncode:
+    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24k", "tmpfs", str(disk)], capture_output=True)
+    if mount.returncode:
         pytest.skip("may not mount a file system")
     out = disk / "scores.parquet"
     try:
@@ -231,46 +231,46 @@ def test_a_full_tmpfs_keeps_finished_shards(tmp_path, whole):
         assert not list(disk.glob("**/*.tmp"))
         subprocess.run(["mount", "-o", "remount,size=4m", str(disk)], check=True)
         score_run(make(out))
-        assert content(out) == whole
+        assert content(out) == uninterrupted
     finally:
         subprocess.run(["umount", str(disk)], check=True)
 
 
 @pytest.mark.parametrize("source", ["number", "model", "run"])
-def test_a_shard_of_another_run_is_recomputed(tmp_path, whole, source):
+def test_a_shard_of_another_run_is_recomputed(tmp_path, uninterrupted, source):
     """A complete shard with a valid checksum, copied from another run."""
     out = tmp_path / "scores.parquet"
-    run, other = make(out), make(tmp_path / "other.parquet", model="b")
-    for each, name in ((run, POLICY), (run, REFERENCE), (other, POLICY)):
+    run, other_run = make(out), make(tmp_path / "other.parquet", model="b")
+    for each, name in ((run, POLICY), (run, REFERENCE), (other_run, POLICY)):
         each.store.claim(name, {"max_tokens": 10})
         run_module._fill(each, each.store, name, each.models[name])
     number, model, store = {
-        "number": (3, POLICY, run.store), "model": (4, REFERENCE, run.store), "run": (4, POLICY, other.store),
+        "number": (3, POLICY, run.store), "model": (4, REFERENCE, run.store), "run": (4, POLICY, other_run.store),
     }[source]  # fmt: skip
-    for taken, place in zip(store._paths(model, number), run.store._paths(POLICY, 4), strict=True):
-        place.write_bytes(taken.read_bytes())
+    for other_path, place in zip(store._paths(model, number), run.store._paths(POLICY, 4), strict=True):
+        place.write_bytes(other_path.read_bytes())
     assert run.store.missing(POLICY) == [4]
     score_run(run)
-    assert content(out) == whole
+    assert content(out) == uninterrupted
 
 
 @pytest.mark.parametrize("damage", [b"", b"{", b"[]", b"\xff"])
-def test_damaged_settings_are_rewritten(tmp_path, whole, damage):
+def test_damaged_settings_are_rewritten(tmp_path, uninterrupted, damage):
     out = tmp_path / "scores.parquet"
     run = make(out)
     run.store.claim(POLICY, {"max_tokens": 10})
     (run.store.folder / POLICY / "settings.json").write_bytes(damage)
     score_run(run)
-    assert content(out) == whole
+    assert content(out) == uninterrupted
 
 
-def test_a_file_system_without_hard_links_works(tmp_path, whole, monkeypatch):
+def test_a_file_system_without_hard_links_works(tmp_path, uninterrupted, monkeypatch):
     def link(own, path):
         raise PermissionError(errno.EPERM, "Operation not permitted")
 
     monkeypatch.setattr(os, "link", link)
     score_run(make(tmp_path / "scores.parquet"))
-    assert content(tmp_path / "scores.parquet") == whole
+    assert content(tmp_path / "scores.parquet") == uninterrupted
 
 
 def test_the_finished_file_is_synced_before_shards_are_deleted(tmp_path, monkeypatch):
@@ -295,7 +295,7 @@ def test_the_finished_file_is_synced_before_shards_are_deleted(tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("processes", [2, 4])
-def test_uncoordinated_processes_write_the_same_file(tmp_path, whole, processes):
+def test_uncoordinated_processes_write_the_same_file(tmp_path, uninterrupted, processes):
     """The same command started twice without torchrun: both are rank 0, and neither fails or damages the file."""
     for attempt in range(3):
         out = tmp_path / str(attempt) / "scores.parquet"
@@ -311,7 +311,7 @@ def test_uncoordinated_processes_write_the_same_file(tmp_path, whole, processes)
                 os._exit(code)
             children.append(pid)
         assert [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children] == [0] * processes
-        assert content(out) == whole
+        assert content(out) == uninterrupted
         assert sorted(p.name for p in out.parent.iterdir()) == ["scores.parquet", "scores.refused.jsonl"]
 
 
@@ -333,7 +333,7 @@ def test_a_rank_stops_if_the_run_is_already_finished(tmp_path):
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
-def test_ranks_share_the_work_and_write_the_same_file(tmp_path, whole, ranks):
+def test_ranks_share_the_work_and_write_the_same_file(tmp_path, uninterrupted, ranks):
     out = tmp_path / "scores.parquet"
     children = []
     for rank in range(ranks):
@@ -346,15 +346,15 @@ def test_ranks_share_the_work_and_write_the_same_file(tmp_path, whole, ranks):
             os._exit(code)
         children.append(pid)
     assert [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children] == [0] * ranks
-    assert content(out) == whole
+    assert content(out) == uninterrupted
     assert sorted(p.name for p in tmp_path.iterdir()) == ["scores.parquet", "scores.refused.jsonl"]
 
 
-def test_other_ranks_compute_the_shards_of_a_dead_rank(tmp_path, whole):
+def test_other_ranks_compute_the_shards_of_a_dead_rank(tmp_path, uninterrupted):
     """Rank 0 alone of four writes the whole file."""
     out = tmp_path / "scores.parquet"
     score_run(make(out, 0, 4))
-    assert content(out) == whole
+    assert content(out) == uninterrupted
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 5])
@@ -420,17 +420,17 @@ def test_a_missing_list_of_refused_rows_is_detected(tmp_path, damage):
 
 def test_a_resumed_run_keeps_the_earlier_budget(tmp_path):
     """A resumed run then has the batches of an uninterrupted one."""
-    out, seen = tmp_path / "scores.parquet", []
+    out, budgets = tmp_path / "scores.parquet", []
     run = make(out, reference=False)
     run.store.claim(POLICY, {"max_tokens": 77})
 
     class Noting(FakeScorer):
         def scores(self, examples, advance=None):
-            seen.append(self.max_tokens)
+            budgets.append(self.max_tokens)
             return super().scores(examples, advance)
 
     score_run(Run(run.source, out, run.settings, {POLICY: Noting}))
-    assert set(seen) == {77}
+    assert set(budgets) == {77}
 
 
 def test_a_terminal_shows_rows_tokens_and_the_time_left(tmp_path, monkeypatch):
@@ -444,16 +444,16 @@ def test_a_terminal_shows_rows_tokens_and_the_time_left(tmp_path, monkeypatch):
         with run_module._progress("scoring, reference", 10, 0, rank=1) as advance:
             advance(3, 600)
         os.set_blocking(master, False)
-        shown = ""
+        screen = ""
         with contextlib.suppress(BlockingIOError):
             while True:
-                shown += os.read(master, 65536).decode()
+                screen += os.read(master, 65536).decode()
     os.close(master)
-    assert "scoring, policy" in shown
-    assert " 5/10 " in shown
-    assert "tokens/s" in shown
-    assert "<00:00" in shown
-    assert "reference" not in shown
+    assert "scoring, policy" in screen
+    assert " 5/10 " in screen
+    assert "tokens/s" in screen
+    assert "<00:00" in screen
+    assert "reference" not in screen
 
 
 def test_a_log_gets_periodic_lines(capsys, monkeypatch):

@@ -22,9 +22,9 @@ def test_scores_equal_full_logits(family, packed, rows):
 
 def test_scores_do_not_depend_on_the_budget():
     model, examples = models.build(), models.pairs(12)
-    whole, *others = [Scorer(model, max_tokens=n).scores(examples) for n in (10_000, 64, 1)]
+    expected, *others = [Scorer(model, max_tokens=n).scores(examples) for n in (10_000, 64, 1)]
     for scores in others:
-        for row, want in zip(scores, whole, strict=True):
+        for row, want in zip(scores, expected, strict=True):
             for a, b in zip(row, want, strict=True):
                 assert (a.tokens, a.is_greedy) == (b.tokens, b.is_greedy)
                 assert a.logps == pytest.approx(b.logps, abs=1e-3)
@@ -39,18 +39,18 @@ def test_bf16_scores_are_within_bf16_rounding():
 @pytest.mark.parametrize("packed", [False, True])
 def test_batches_fit_the_budget(packed):
     units = list(Scorer(models.build(), packed=packed)._units(enumerate(models.pairs(30) + models.texts(5))))
-    found = list(batches(units, 90, packed=packed))
-    assert sorted(place for batch in found for unit in batch for place in unit.places) == sorted(
+    planned = list(batches(units, 90, packed=packed))
+    assert sorted(place for batch in planned for unit in batch for place in unit.places) == sorted(
         place for unit in units for place in unit.places
     )
-    for batch in found:
+    for batch in planned:
         assert len({len(unit.windows) for unit in batch}) == 1
         if packed:
-            taken = sum(map(scorer_module._packed_tokens, batch))
+            tokens = sum(map(scorer_module._packed_tokens, batch))
         else:
-            taken = len(batch) * max(len(unit.windows[0].input_ids) for unit in batch)
-        assert taken <= 90 or len(batch) == 1
-    assert len(found) < len(units)
+            tokens = len(batch) * max(len(unit.windows[0].input_ids) for unit in batch)
+        assert tokens <= 90 or len(batch) == 1
+    assert len(planned) < len(units)
 
 
 @pytest.mark.parametrize("long", [False, True])
@@ -62,13 +62,13 @@ def test_examples_with_one_prompt_share_its_computation(long):
         Example(i, (Answer("completion", (models.window(prompts[i % 3], models.ids(1 + i % 5, g)),)),))
         for i in range(31)
     ]
-    model, seen = models.build(), []
-    model.get_input_embeddings().register_forward_pre_hook(lambda m, args: seen.append(args[0].numel()))
+    model, sizes = models.build(), []
+    model.get_input_embeddings().register_forward_pre_hook(lambda m, args: sizes.append(args[0].numel()))
     scorer = Scorer(model, packed=True)
-    seen.clear()
+    sizes.clear()
     models.assert_scores(model, examples, scorer.scores(examples))
     tokens = sum(len(e.answers[0].windows[0].input_ids) for e in examples)
-    assert (sum(seen) < 0.6 * tokens) == long
+    assert (sum(sizes) < 0.6 * tokens) == long
 
 
 def fails_above(monkeypatch, limit, error=torch.OutOfMemoryError):
@@ -143,10 +143,10 @@ def test_a_token_outside_the_vocabulary_is_refused_by_name():
 
 
 def test_progress_counts_each_example_and_token_once():
-    examples, told = models.pairs(10) + models.texts(7), []
-    Scorer(models.build(), max_tokens=80).scores(examples, lambda rows, tokens: told.append((rows, tokens)))
-    assert sum(rows for rows, _ in told) == 17
-    assert sum(tokens for _, tokens in told) == sum(
+    examples, reports = models.pairs(10) + models.texts(7), []
+    Scorer(models.build(), max_tokens=80).scores(examples, lambda rows, tokens: reports.append((rows, tokens)))
+    assert sum(rows for rows, _ in reports) == 17
+    assert sum(tokens for _, tokens in reports) == sum(
         len(w.input_ids) for e in examples for a in e.answers for w in a.windows
     )
 
@@ -202,9 +202,9 @@ def test_out_of_memory_errors_outside_the_allocator_halve_the_batch(monkeypatch,
     model = models.build()
     want = Scorer(model).scores(examples)
     monkeypatch.setattr(scorer_module, "select_logps", select)
-    found = Scorer(model).scores(examples)
+    got = Scorer(model).scores(examples)
     assert max(sizes) > 4
-    assert [[s.tokens for s in row] for row in found] == [[s.tokens for s in row] for row in want]
+    assert [[s.tokens for s in row] for row in got] == [[s.tokens for s in row] for row in want]
 
 
 @pytest.mark.parametrize("packed", [False, True])
