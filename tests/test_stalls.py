@@ -44,8 +44,8 @@ def variants() -> dict[str, int]:
     """Number of compiled or loaded variants of each kernel in this process."""
     from fusedalign.impls.triton import kernels
 
-    kernel_caches = {name: getattr(x, "device_caches", None) for name, x in vars(kernels).items() if name.endswith("_kernel")}
-    return {name: sum(len(caches[0]) for caches in x.values()) for name, x in kernel_caches.items() if x is not None}
+    caches = {name: getattr(x, "device_caches", None) for name, x in vars(kernels).items() if name.endswith("_kernel")}
+    return {name: sum(len(cache[0]) for cache in x.values()) for name, x in caches.items() if x is not None}
 
 
 def no_grad(hidden, weight, targets):

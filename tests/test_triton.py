@@ -745,11 +745,11 @@ def our_loss(hidden, weight, bias, targets):
 
 @on_gpu
 @pytest.mark.parametrize(
-    ("tiled", "objective"), [(with_entropy(our_fields), with_entropy), (our_loss, with_z_loss)], ids=["entropy", "z-loss"]
+    ("tiled", "loss"), [(with_entropy(our_fields), with_entropy), (our_loss, with_z_loss)], ids=["entropy", "z-loss"]
 )
-def test_200_training_steps_match_fp32_logits(tiled, objective):
+def test_200_training_steps_match_fp32_logits(tiled, loss):
     """At most twice as far away as with bf16 logits, which bias training although a single step looks fine."""
-    want, eager, got = (train(f, "cuda") for f in (objective(reference_fields), objective(eager_fields), tiled))
-    assert want[0] < 3 < math.log(1000)  # it did learn
+    want, eager, got = (train(f, "cuda") for f in (loss(reference_fields), loss(eager_fields), tiled))
+    assert want[0] < 3 < math.log(1000)  # the model was trained
     distance, allowed = (got - want).abs(), 2 * (eager - want).abs()
     assert (distance <= allowed).all(), (distance, allowed)

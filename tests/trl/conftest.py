@@ -40,18 +40,18 @@ def _packages_looked_for_once():
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory):
     """tiny_folder("qwen3") -> a folder with that model of `tiny.MODELS`, always with the same weights."""
-    made = {}
+    folders = {}
 
     def folder(name):
-        if name not in made:
-            made[name] = tmp_path_factory.mktemp(name)
+        if name not in folders:
+            folders[name] = tmp_path_factory.mktemp(name)
             torch.manual_seed(1)
             model = tiny.MODELS[name]()
             for parameter in model.parameters():
                 if parameter.ndim > 1:  # so that logits differ by more than rounding
                     parameter.data.mul_(8)
-            model.save_pretrained(made[name])
-        return made[name]
+            model.save_pretrained(folders[name])
+        return folders[name]
 
     return folder
 
@@ -76,7 +76,9 @@ def build(tiny_folder, tmp_path_factory):
             datasets[kind, n] = tiny.data(kind, n)
         return datasets[kind, n]
 
-    def make(kind, how, model="qwen3", rows=12, cls=None, arguments=(), head=(), prepare=None, data=None, **options):
+    def make(
+        kind, variant, model="qwen3", rows=12, cls=None, arguments=(), head=(), prepare=None, data=None, **options
+    ):
         stock, fused, config_cls = tiny.classes(kind)
         config = {
             "output_dir": output,
@@ -104,16 +106,16 @@ def build(tiny_folder, tmp_path_factory):
             lm = prepare(lm)
         torch.manual_seed(0)
         if cls is None:
-            cls = {"fused": fused, "plain": fused and plain.with_plain_head(fused)}.get(how, stock)
+            cls = {"fused": fused, "plain": fused and plain.with_plain_head(fused)}.get(variant, stock)
         trainer = cls(
             model=lm,
             args=config_cls(**config | options),
             train_dataset=dataset(kind, rows) if data is None else data,
             **({} if kind in ("grpo", "rloo") or data is not None else {"eval_dataset": dataset(kind, 6)}),
             **({"processing_class": tokenizer} | arguments),
-            **(dict(head) if how == "fused" else {}),
+            **(dict(head) if variant == "fused" else {}),
         )
-        return attach(trainer, **dict(head)) if how == "attach" else trainer
+        return attach(trainer, **dict(head)) if variant == "attach" else trainer
 
     return make
 
@@ -121,12 +123,12 @@ def build(tiny_folder, tmp_path_factory):
 @pytest.fixture(scope="session")
 def stock_history(build):
     """stock_history(kind, **options) -> every logged row of stock TRL, cached for all tests."""
-    made = {}
+    histories = {}
 
     def history(kind, **options):
         key = repr((kind, sorted(options.items(), key=lambda item: item[0])))
-        if key not in made:
-            made[key] = tiny.history(build(kind, "stock", **options))
-        return made[key]
+        if key not in histories:
+            histories[key] = tiny.history(build(kind, "stock", **options))
+        return histories[key]
 
     return history

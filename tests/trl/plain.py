@@ -17,8 +17,8 @@ def add_plain_head(
     def forward(self, *args, fused_lm_head=False, labels=None, num_items_in_batch=None, layout=None, **kwargs):
         if not fused_lm_head:
             return original(*args, labels=labels, **kwargs)
-        every = original(*args, **kwargs | {"use_cache": False}).logits.float()
-        logits, targets = every[:, :-1], labels[:, 1:]
+        all_logits = original(*args, **kwargs | {"use_cache": False}).logits.float()
+        logits, targets = all_logits[:, :-1], labels[:, 1:]
         logps, mask = logits.log_softmax(-1), targets != -100
         fields = {
             "log_probs": logps.gather(-1, targets.clamp(min=0)[..., None])[..., 0],
@@ -29,7 +29,7 @@ def add_plain_head(
         }
         fields = {name: x.where(mask, 0) for name, x in fields.items() if name in ("log_probs", *outputs)}
         if mean_positions is not None:
-            fields["row_mean_logits"] = every[:, mean_positions].mean((1, 2)).detach()
+            fields["row_mean_logits"] = all_logits[:, mean_positions].mean((1, 2)).detach()
         count = mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
         return FusedOutput(loss=-fields["log_probs"].sum() / count, label_mask=mask, **fields)
 

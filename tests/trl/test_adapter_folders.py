@@ -103,10 +103,10 @@ def test_dpo_trains_further_on_a_folder_of_sft_with_lora(folder, tmp_path):
     first = train("dpo", folder, tmp_path / "sft", tmp_path / "dpo", "--max_steps", "3")
     assert first[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert first[2]["loss"] < first[0]["loss"]
-    again = train("dpo", folder, tmp_path / "dpo", tmp_path / "again")
-    assert again[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
-    assert again[0]["rewards/margins"] == pytest.approx(0, abs=1e-6)
-    assert again[0]["logps/chosen"] != pytest.approx(first[0]["logps/chosen"], abs=1e-3)
+    second_dpo = train("dpo", folder, tmp_path / "dpo", tmp_path / "again")
+    assert second_dpo[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert second_dpo[0]["rewards/margins"] == pytest.approx(0, abs=1e-6)
+    assert second_dpo[0]["logps/chosen"] != pytest.approx(first[0]["logps/chosen"], abs=1e-3)
     config = json.loads((tmp_path / "again" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(folder / "qwen3")
 
@@ -163,19 +163,19 @@ def test_every_method_trains_an_adapter_further(folder, tmp_path, method):
     assert (tmp_path / "out" / "tokenizer_config.json").is_file()
 
 
-@pytest.mark.parametrize("more", [["--merge_adapter", "true"], ["--use_peft", "--lora_target_modules", "k_proj"]])
-def test_adapters_are_merged_on_request_and_under_a_new_adapter(folder, tmp_path, more):
+@pytest.mark.parametrize("flags", [["--merge_adapter", "true"], ["--use_peft", "--lora_target_modules", "k_proj"]])
+def test_adapters_are_merged_on_request_and_under_a_new_adapter(folder, tmp_path, flags):
     """The reference is the merged model, saved in the folder that the new adapter names as its base model."""
-    start = train("dpo", folder, folder / "lora", tmp_path / "out", *more)[0]
+    start = train("dpo", folder, folder / "lora", tmp_path / "out", *flags)[0]
     assert start["loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert start["logps/chosen"] == pytest.approx(chosen_logps(whole(folder, "lora"), folder), abs=1e-3)
-    if "--use_peft" in more:
+    if "--use_peft" in flags:
         config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
         assert config["base_model_name_or_path"] == str(tmp_path / "out" / "merged-model")
         assert config["target_modules"] == ["k_proj"]
     else:
-        trained = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-        assert not torch.equal(logits(trained), logits(whole(folder, "lora")))
+        merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+        assert not torch.equal(logits(merged), logits(whole(folder, "lora")))
 
 
 def test_added_tokens_are_loaded_with_the_adapter(folder, tmp_path):
@@ -249,8 +249,8 @@ def test_invalid_adapter_folders_are_refused(folder, tmp_path, capsys):
         file.write_text(json.dumps(json.loads(file.read_text()) | config))
         return tmp_path / name
 
-    both, other = changed("both"), changed("other", base_model_name_or_path=str(folder / "small"))
-    shutil.copy(folder / "qwen3" / "model.safetensors", both)
+    merged_folder, other = changed("both"), changed("other", base_model_name_or_path=str(folder / "small"))
+    shutil.copy(folder / "qwen3" / "model.safetensors", merged_folder)
     small = transformers.Qwen3Config(**{**tiny.SMALL, "hidden_size": 8}, head_dim=8)
     transformers.Qwen3ForCausalLM(small).save_pretrained(folder / "small")
     tiny.tokenizer().save_pretrained(folder / "small")
@@ -258,7 +258,7 @@ def test_invalid_adapter_folders_are_refused(folder, tmp_path, capsys):
     (broken / "adapter_config.json").write_text("{")
     partial = changed("partial", target_modules=["q_proj", "v_proj", "o_proj"])
     for path, message in {
-        both: "must hold a model or an adapter, got .* with model.safetensors and adapter_config.json",
+        merged_folder: "must hold a model or an adapter, got .* with model.safetensors and adapter_config.json",
         other: "must fit its base model .*small, got",
         broken: "adapter_config.json in .* must be what PEFT writes",
         partial: "must fit its base model .*qwen3, got: Found missing adapter keys",
@@ -281,18 +281,18 @@ def test_merge_adapter_needs_an_adapter(folder, tmp_path, capsys):
 
 
 def test_dtype_and_quantisation_reach_the_base_model(folder, tmp_path, monkeypatch):
-    seen = {}
+    arguments = {}
 
     def load(path, **options):
-        seen.update(options, path=path)
+        arguments.update(options, path=path)
         raise RuntimeError("seen")
 
     monkeypatch.setattr(adapters, "create_model_from_path", load)
     monkeypatch.setattr(trl, "get_quantization_config", lambda model: f"4 bits: {model.load_in_4bit}")
     for method in ("dpo", "orpo"):
-        seen.clear()
+        arguments.clear()
         words = ["--model_name_or_path", str(folder / "lora"), "--dataset_name", str(folder / "dpo.jsonl")]
-        more = ["--output_dir", str(tmp_path / "out"), "--load_in_4bit", "--dtype", "bfloat16"]
-        assert main([method, *words, *more]) == 2
-        assert seen["path"] == str(folder / "qwen3")
-        assert (seen["quantization_config"], seen["dtype"]) == ("4 bits: True", "bfloat16")
+        flags = ["--output_dir", str(tmp_path / "out"), "--load_in_4bit", "--dtype", "bfloat16"]
+        assert main([method, *words, *flags]) == 2
+        assert arguments["path"] == str(folder / "qwen3")
+        assert (arguments["quantization_config"], arguments["dtype"]) == ("4 bits: True", "bfloat16")

@@ -26,28 +26,30 @@ def test_the_expert_balancing_loss_is_part_of_the_total(build):
 def test_a_model_without_loss_arguments_trains_like_stock(build, kind):
     """Then the Trainer, not the loss, divides by the number of accumulation steps."""
 
-    def without(trainer):
+    def without_loss_arguments(trainer):
         trainer.model_accepts_loss_kwargs = False
         return trainer
 
     options = {"gradient_accumulation_steps": 3, "per_device_train_batch_size": 2, "max_steps": 3}
-    got, want = (tiny.history(without(build(kind, how, **options))) for how in ("attach", "stock"))
+    got, want = (
+        tiny.history(without_loss_arguments(build(kind, variant, **options))) for variant in ("attach", "stock")
+    )
     tiny.assert_same(got, want)
 
 
 def test_no_step_allocates_the_logits(build):
-    def largest(how):
-        trainer = build("dpo", how, per_device_train_batch_size=12)
+    def largest(variant):
+        trainer = build("dpo", variant, per_device_train_batch_size=12)
         batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
         trainer.model.train()
         with Allocations() as allocations:
             trainer.compute_loss(trainer.model, batch).backward()
         return allocations.largest(), int(batch["completion_mask"].sum()) * trainer.model.config.vocab_size
 
-    made, logits = largest("attach")
-    assert made < logits
-    made, logits = largest("stock")
-    assert made >= logits  # the check can fail: stock TRL
+    allocated, logits = largest("attach")
+    assert allocated < logits
+    allocated, logits = largest("stock")
+    assert allocated >= logits  # the check can fail: stock TRL
 
 
 def test_only_the_attached_trainer_is_fused(build, monkeypatch):
@@ -116,8 +118,8 @@ def test_other_trainers_keep_the_head_of_trl(build, model):
         got = other(input_ids=ids, labels=labels, fused_lm_head=True)
         logits, counted = other(input_ids=ids).logits[:, :-1], labels[:, 1:] != -100
     logps = logits.log_softmax(-1)
-    entropy, of_target = -(logps.exp() * logps).sum(-1), logps.gather(-1, ids[:, 1:, None])[..., 0]
-    torch.testing.assert_close(got.log_probs, of_target.where(counted, 0), rtol=1e-4, atol=1e-4)
+    entropy, target_logps = -(logps.exp() * logps).sum(-1), logps.gather(-1, ids[:, 1:, None])[..., 0]
+    torch.testing.assert_close(got.log_probs, target_logps.where(counted, 0), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(got.entropy, entropy.where(counted, 0), rtol=1e-4, atol=1e-4)
     detach(attached)
 
@@ -240,14 +242,16 @@ def test_a_forward_that_raises_is_deactivated(build):
 
 def test_attach_checks_that_the_impl_supports_the_head(build, monkeypatch):
     """With an impl that refuses everything: a bias and the dtype of mixed precision are passed on."""
-    seen = []
+    problems = []
     for model, options in (("phi", {}), ("qwen3", {"bf16": True})):
         trainer = build("sft", "stock", model=model, **options)
         with monkeypatch.context() as context:
-            context.setattr(pytorch.IMPL, "supports", lambda problem: seen.append(problem) or "it is asked too much")
+            context.setattr(
+                pytorch.IMPL, "supports", lambda problem: problems.append(problem) or "it is asked too much"
+            )
             with pytest.raises(ValueError, match="cannot do this: it is asked too much"):
                 attach(trainer, impl="pytorch")
-    phi, bf16 = seen[0], seen[-1]
+    phi, bf16 = problems[0], problems[-1]
     assert phi.bias is not None
     assert bf16.bias is None
     assert (phi.operand_dtype, bf16.operand_dtype) == (torch.float32, torch.bfloat16)

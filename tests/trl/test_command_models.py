@@ -112,8 +112,8 @@ def test_without_bf16_a_command_trains_on_a_cpu(folder, tmp_path, monkeypatch, c
 
     monkeypatch.setattr(arguments, "is_torch_bf16_gpu_available", lambda: False)
     argv = words(folder, tmp_path)
-    at = argv.index("--use_cpu")
-    assert main([method, *argv[:at], *argv[at + 2 :]]) == 0, capsys.readouterr().err
+    index = argv.index("--use_cpu")
+    assert main([method, *argv[:index], *argv[index + 2 :]]) == 0, capsys.readouterr().err
 
 
 @pytest.mark.parametrize("method", ["sft", "dpo", "kto", "orpo"])

@@ -126,7 +126,7 @@ def example(method, kind):
     return row, row if want is None else want
 
 
-def told(row, want):
+def described(row, want):
     return {name: row[name] for name in row if name in {*want, "prompt", "messages", "text", "completion", "label"}}
 
 
@@ -136,7 +136,7 @@ def test_every_shape_is_converted_to_the_trainers_format(method, kind, stream):
     row, want = example(method, kind)
     dataset = Dataset.from_list([row] * 3)
     got = served(dataset.to_iterable_dataset() if stream else dataset, method, "mine.jsonl")
-    assert [told(r, want) for r in got] == [want] * 3
+    assert [described(r, want) for r in got] == [want] * 3
 
 
 TOKENS = [(m, k) for m in ("sft", "dpo", "kto", "orpo") for k in ("UltraFeedback", "ShareGPT")]
@@ -170,13 +170,13 @@ def write(path, rows):
 
 @pytest.mark.parametrize(("method", "kind"), TOKENS)
 def test_every_shape_is_tokenised_like_its_plain_form(method, kind, tmp_path, embedded_folder):
-    found = []
+    tokenised = []
     for name, row in zip(("mine", "plain"), example(method, kind), strict=True):
         file = write(tmp_path / f"{name}.jsonl", [row] * 2)
         trainer = build(method, parse(method, flags(tmp_path, embedded_folder, dataset_name=file)))
         columns = [c for c in trainer.train_dataset.column_names if c.endswith(("ids", "labels", "mask"))]
-        found.append(trainer.train_dataset.select_columns(columns).to_list())
-    assert found[0] == found[1]
+        tokenised.append(trainer.train_dataset.select_columns(columns).to_list())
+    assert tokenised[0] == tokenised[1]
 
 
 @pytest.mark.parametrize("method", METHODS)

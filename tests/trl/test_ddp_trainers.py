@@ -31,7 +31,7 @@ RUNS = {
 
 def train(folder, name, batch_size):
     """Train; return the losses of all steps and the trained parameters."""
-    kind, how, options = RUNS[name]
+    kind, variant, options = RUNS[name]
     stock, fused, config = tiny.classes(kind)
     data = tiny.data(kind, ROWS)
     args = config(
@@ -50,15 +50,15 @@ def train(folder, name, batch_size):
         max_length=64,
         **options,
     )
-    trainer = (stock if how == "attach" else fused)(
+    trainer = (stock if variant == "attach" else fused)(
         model=AutoModelForCausalLM.from_pretrained(f"{folder}/model", attn_implementation="eager"),
         args=args,
         train_dataset=data.to_iterable_dataset() if "stream" in name else data,
         processing_class=tiny.tokenizer(),
-        **({"packed": True} if how == "packed" else {}),
+        **({"packed": True} if variant == "packed" else {}),
         **({"ref_logps": f"{folder}/ref.parquet"} if "cached" in name else {}),
     )
-    if how == "attach":
+    if variant == "attach":
         attach(trainer)
     trainer.train()
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]

@@ -185,6 +185,6 @@ def test_multi_turn_and_system_prompts_are_used_like_in_dpo(sequences, tokenizer
 
 def test_answers_are_truncated_like_stock_cpo(sequences, tokenizer):
     rows = plain_rows(4)
-    whole, cut = sequences("orpo", rows, tokenizer), sequences("orpo", rows, tokenizer, max_length=16)
-    assert any(len(p + a) > 16 for p, a in whole)
-    assert cut == [(p, a[: 16 - len(p)]) for p, a in whole]
+    full, cut = sequences("orpo", rows, tokenizer), sequences("orpo", rows, tokenizer, max_length=16)
+    assert any(len(p + a) > 16 for p, a in full)
+    assert cut == [(p, a[: 16 - len(p)]) for p, a in full]

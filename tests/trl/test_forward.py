@@ -83,15 +83,15 @@ def test_row_mean_logits_equal_those_of_full_logits(name, positions):
 @pytest.mark.parametrize("autocast", [True, False])
 def test_row_mean_logits_are_not_rounded_to_bf16(autocast):
     """The mean is far smaller than the averaged logits: rounded to bf16 it would be noise."""
-    kept, (ids, labels) = [], batch()
+    hidden_states, (ids, labels) = [], batch()
     model = fused(mean_positions=slice(None))
     model = model if autocast else model.bfloat16()
-    model.model.register_forward_hook(lambda module, args, out: kept.append(out[0]))
+    model.model.register_forward_hook(lambda module, args, out: hidden_states.append(out[0]))
     with torch.no_grad():
         model.lm_head.weight.add_(1.7)  # rows and columns with a non-zero mean
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             got = model(ids, labels=labels, fused_lm_head=True).row_mean_logits
-        want = (kept[0].double() @ model.lm_head.weight.double().T).mean((1, 2))
+        want = (hidden_states[0].double() @ model.lm_head.weight.double().T).mean((1, 2))
     torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
 
 
@@ -105,9 +105,9 @@ def test_without_fused_lm_head_the_model_is_unchanged():
     plain = transformers.Qwen3ForCausalLM(model.config).eval()
     plain.load_state_dict(model.state_dict())
     aligned = labels.roll(-3, 1)
-    for more in ({"labels": labels}, {"labels": labels, "num_items_in_batch": 50}, {}):
-        for aligned_too in ({}, {"shift_labels": aligned}) if more else ({},):
-            got, want = (x(ids, **more, **aligned_too) for x in (model, plain))
+    for arguments in ({"labels": labels}, {"labels": labels, "num_items_in_batch": 50}, {}):
+        for aligned_too in ({}, {"shift_labels": aligned}) if arguments else ({},):
+            got, want = (x(ids, **arguments, **aligned_too) for x in (model, plain))
             assert torch.equal(got.logits, want.logits)
             assert got.loss == want.loss
     assert plain(ids, labels=labels).loss not in (
@@ -160,12 +160,12 @@ def test_a_forward_with_few_arguments_gets_only_those():
 
 def test_the_backbone_keeps_no_cache():
     """Even if the caller or the configuration enables one."""
-    model, (ids, labels), seen = fused(), batch(), []
-    model.model.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs), with_kwargs=True)
+    model, (ids, labels), caches = fused(), batch(), []
+    model.model.register_forward_pre_hook(lambda module, args, kwargs: caches.append(kwargs), with_kwargs=True)
     model.config.use_cache = True
     model(ids, labels=labels, fused_lm_head=True)
     model(ids, labels=labels, fused_lm_head=True, use_cache=True)
-    assert [kwargs["use_cache"] for kwargs in seen] == [False, False]
+    assert [kwargs["use_cache"] for kwargs in caches] == [False, False]
 
 
 def test_a_model_that_is_its_own_backbone_is_refused():
@@ -190,13 +190,13 @@ def test_the_expert_balancing_loss_equals_the_models_own(name):
     want, got = model(**inputs), model(**inputs, fused_lm_head=True)
     torch.testing.assert_close(got.aux_loss, want.aux_loss)
     torch.testing.assert_close(got.loss, want.loss)
-    without = model(**inputs, fused_lm_head=True, output_router_logits=False)
-    assert without.aux_loss is None
-    torch.testing.assert_close(without.loss, model(**inputs, output_router_logits=False).loss)
+    disabled = model(**inputs, fused_lm_head=True, output_router_logits=False)
+    assert disabled.aux_loss is None
+    torch.testing.assert_close(disabled.loss, model(**inputs, output_router_logits=False).loss)
     model.config.output_router_logits = False
     assert model(**inputs, fused_lm_head=True).aux_loss is None
-    asked = model(**inputs, fused_lm_head=True, output_router_logits=True)
-    torch.testing.assert_close(asked.loss, want.loss)
+    enabled = model(**inputs, fused_lm_head=True, output_router_logits=True)
+    torch.testing.assert_close(enabled.loss, want.loss)
 
 
 def test_expert_counts_under_another_name_are_found():

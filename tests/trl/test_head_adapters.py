@@ -29,16 +29,16 @@ ADAPTERS = {
 }
 
 
-def options(kind, adapter, **more):
+def options(kind, adapter, **extra):
     model, config = ADAPTERS[adapter]
-    more = {"model": model, "arguments": [("peft_config", config)], "learning_rate": 1e-2, **more}
+    extra = {"model": model, "arguments": [("peft_config", config)], "learning_rate": 1e-2, **extra}
     if kind == "simpo":
-        return "cpo", more | {"loss_type": "simpo", "cpo_alpha": 0.5}
-    return kind, more
+        return "cpo", extra | {"loss_type": "simpo", "cpo_alpha": 0.5}
+    return kind, extra
 
 
-def assert_as_with_logits(build, kind, more):
-    got, want = (tiny.history(build(kind, how, **more)) for how in ("fused", "plain"))
+def assert_as_with_logits(build, kind, config):
+    got, want = (tiny.history(build(kind, variant, **config)) for variant in ("fused", "plain"))
     tiny.assert_same(got, want)
     assert any(row.get("grad_norm", 0) > 0 for row in got)
 
@@ -99,24 +99,24 @@ def test_an_adapter_trained_further_equals_full_logits(build, kind, adapter):
 def test_no_step_allocates_logits_or_anything_of_head_size(build, kind):
     """LoRA on the head, a complete training of one step including the optimiser: [V, D] is 6704, N * V is more."""
 
-    def largest(how):
-        name, more = options(kind, "lora", max_steps=1, per_device_train_batch_size=2)
-        trainer = build(name, how, **more)
+    def largest(variant):
+        name, config_options = options(kind, "lora", max_steps=1, per_device_train_batch_size=2)
+        trainer = build(name, variant, **config_options)
         config = trainer.model.config
         with Allocations() as allocations:
             trainer.train()
         return allocations.largest(), config.vocab_size * config.hidden_size
 
-    made, head = largest("fused")
-    assert made < head
+    allocated, head = largest("fused")
+    assert allocated < head
     if kind == "sft":  # the check can fail: full logits
-        made, head = largest("plain")
-        assert made >= head
+        allocated, head = largest("plain")
+        assert allocated >= head
 
 
 @pytest.mark.parametrize("kind", ["sft", "dpo", "kto", "cpo", "orpo", "tpo"])
 def test_dora_is_refused_at_construction(build, kind):
-    name, more = options(kind, "lora", arguments=[("peft_config", lambda: peft.LoraConfig(**LORA, use_dora=True))])
+    name, config = options(kind, "lora", arguments=[("peft_config", lambda: peft.LoraConfig(**LORA, use_dora=True))])
     use = r"use LoRA \(also use_rslora=True\), trainable_token_indices or modules_to_save for the head"
     with pytest.raises(TypeError, match=rf"lm_head to have plain LoRA, got Dora\w* in adapter 'default'; {use}"):
-        build(name, "fused", **more)
+        build(name, "fused", **config)

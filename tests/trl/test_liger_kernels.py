@@ -125,11 +125,11 @@ def test_a_named_model_gets_kernels(build, liger, tiny_folder, kind):
 
 
 @pytest.mark.parametrize("kind", ["sft", "dpo", "cpo"])
-@pytest.mark.parametrize("given", ["configuration", "PeftModel"])
-def test_adapted_models_get_kernels(build, liger, kind, given):
+@pytest.mark.parametrize("source", ["configuration", "PeftModel"])
+def test_adapted_models_get_kernels(build, liger, kind, source):
     """The reference is the same model with its adapters disabled or switched."""
     options = {"prepare": lambda model: peft.get_peft_model(model, tiny.lora())}
-    if given == "configuration":
+    if source == "configuration":
         options = {"arguments": [("peft_config", tiny.lora)]}
     trainer = build(kind, "fused", max_steps=1, **options, **LIGER)
     assert liger.models == [trainer.model.get_base_model()]
@@ -171,13 +171,13 @@ def test_kernels_do_not_change_the_metrics(build, stock_history, liger, kind):
 def test_the_key_of_a_precomputed_reference_depends_on_kernels(build, liger):
     """However the kernels were added: the key describes the functions that run."""
     trainer = build("dpo", "fused")
-    without = reference_key(trainer)
+    key = reference_key(trainer)
     add_liger_kernels(trainer.ref_model)
-    both = ["liger_kernel.transformers.rms_norm.LigerRMSNorm.forward", "liger_kernel.transformers.rope"]
+    expected = ["liger_kernel.transformers.rms_norm.LigerRMSNorm.forward", "liger_kernel.transformers.rope"]
     parts = liger_parts(trainer.ref_model)
-    assert parts[0] == both[0]
-    assert parts[1].startswith(both[1])
-    assert reference_key(trainer) != without
+    assert parts[0] == expected[0]
+    assert parts[1].startswith(expected[1])
+    assert reference_key(trainer) != key
 
 
 # ------------------------------------------------------------------------------------------------------------ refusals
@@ -222,15 +222,15 @@ def test_use_liger_kernel_at_the_same_time_is_refused(build, liger, kind):
         build(kind, "fused", use_liger_kernel=True, **LIGER)
 
 
-@pytest.mark.parametrize(("kind", "model", "named"), [
+@pytest.mark.parametrize(("kind", "model", "name"), [
     ("sft", "phi", "PhiForCausalLM with model_type 'phi'"),
     ("dpo", "cohere", "CohereForCausalLM with model_type 'cohere'"),
     ("cpo", "mixtral", "MixtralForCausalLM with model_type 'mixtral'"),
     ("orpo", "t5", "T5ForConditionalGeneration with model_type 't5'"),
 ])  # fmt: skip
-def test_an_architecture_without_kernels_is_refused(build, liger, kind, model, named):
+def test_an_architecture_without_kernels_is_refused(build, liger, kind, model, name):
     options = {"max_completion_length": 16} if model == "t5" else {}
-    with pytest.raises(ValueError, match=f"has kernels for, got {named}: leave it out; there are qwen3$"):
+    with pytest.raises(ValueError, match=f"has kernels for, got {name}: leave it out; there are qwen3$"):
         build(kind, "fused", model=model, **options, **LIGER)
     assert liger.models == []
 
@@ -252,17 +252,17 @@ def test_a_model_on_several_devices_is_refused(liger):
     add_liger_kernels(model)
 
 
-@pytest.mark.parametrize("what", ["raises", "changes nothing"])
-def test_a_kernel_function_that_does_not_fit_is_refused(build, monkeypatch, liger, what):
+@pytest.mark.parametrize("fault", ["raises", "changes nothing"])
+def test_a_kernel_function_that_does_not_fit_is_refused(build, monkeypatch, liger, fault):
     def apply_liger_kernel_to_qwen3(model=None):
-        if what == "raises":
+        if fault == "raises":
             raise ImportError("cannot import name\n'Norm'")
 
     monkeypatch.setattr(kernels, "_find", lambda: Found({"qwen3": apply_liger_kernel_to_qwen3}, None))
     message = {
         "raises": "can change, got Qwen3ForCausalLM and ImportError: cannot import name 'Norm'$",
         "changes nothing": "changes, got Qwen3ForCausalLM$",
-    }[what]
+    }[fault]
     with pytest.raises(ValueError, match=f"liger_kernels=True needs a model that Liger Kernel {message}"):
         build("sft", "fused", **LIGER)
 
@@ -381,7 +381,7 @@ def test_a_step_is_as_close_to_fp64_as_without_kernels(build, interpreted, kind,
         options["prepare"] = _moved
     double = options | {"prepare": lambda m: options.get("prepare", lambda m: m)(m).double()}
     exact = _loss_and_gradients(build(kind, "fused", **double))
-    without = _loss_and_gradients(build(kind, "fused", **options))
+    plain = _loss_and_gradients(build(kind, "fused", **options))
     trainer = build(kind, "fused", **options, **LIGER)
     got = _loss_and_gradients(trainer)
     for model in _models(trainer):
@@ -389,7 +389,7 @@ def test_a_step_is_as_close_to_fp64_as_without_kernels(build, interpreted, kind,
         assert all(part in parts for part in ("LigerRMSNorm.forward", "liger_rotary_pos_emb", "GLUMLP.forward"))
         assert fused_by(model) == "fusedalign"
     assert torch.nn.functional.cross_entropy.__module__ == "torch.nn.functional"
-    for a, b, c in zip(got, without, exact, strict=True):
+    for a, b, c in zip(got, plain, exact, strict=True):
         eps = torch.finfo(torch.float32).eps
         assert (a - c).norm() <= 2 * (b - c).norm() + eps * c.norm()
 
@@ -414,8 +414,8 @@ ACTIVATIONS = {
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_the_activations_of_liger_layers_are_known(name):
     config, cls, *activations = ACTIVATIONS[name]
-    more = {**tiny.EXPERTS, "num_experts": 4, "moe_intermediate_size": 16} if name == "qwen3_moe" else {}
-    own, other = (cls(config(**tiny.SMALL, **more, hidden_act=activation)) for activation in activations)
+    experts = {**tiny.EXPERTS, "num_experts": 4, "moe_intermediate_size": 16} if name == "qwen3_moe" else {}
+    own, other = (cls(config(**tiny.SMALL, **experts, hidden_act=activation)) for activation in activations)
     add_liger_kernels(own)
     with pytest.raises(ValueError, match=r"liger_kernels=True needs the activation of Liger\w+, which"):
         add_liger_kernels(other)
@@ -431,7 +431,7 @@ def test_metrics_on_a_gpu_are_as_close_to_fp32_as_without_kernels(build, kind):
     def history(**options):
         return tiny.history(build(kind, "fused", learning_rate=0.0, use_cpu=False, **options))
 
-    fp32, without = history(), history(bf16=True)
+    fp32, plain = history(), history(bf16=True)
     got = history(bf16=True, **LIGER)
 
     def distances(rows):
@@ -444,8 +444,8 @@ def test_metrics_on_a_gpu_are_as_close_to_fp32_as_without_kernels(build, kind):
                 largest[name] = max(largest[name], abs(row[key] - exact[key]))
         return largest
 
-    mine, budget = distances(got), distances(without)
-    assert all(mine[name] <= 2 * budget[name] for name in mine), (mine, budget)
+    error, budget = distances(got), distances(plain)
+    assert all(error[name] <= 2 * budget[name] for name in error), (error, budget)
 
 
 @needs_liger
@@ -453,5 +453,5 @@ def test_metrics_on_a_gpu_are_as_close_to_fp32_as_without_kernels(build, kind):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("kind", ["sft", "dpo"])
 def test_fp32_training_on_a_gpu_equals_that_without_kernels(build, kind):
-    without = tiny.history(build(kind, "fused", use_cpu=False, max_steps=2))
-    tiny.assert_same(tiny.history(build(kind, "fused", use_cpu=False, max_steps=2, **LIGER)), without, 1e-4)
+    plain = tiny.history(build(kind, "fused", use_cpu=False, max_steps=2))
+    tiny.assert_same(tiny.history(build(kind, "fused", use_cpu=False, max_steps=2, **LIGER)), plain, 1e-4)

@@ -60,7 +60,7 @@ CASES = {
     "tpo, tpo-l": ("tpo", {"loss_type": "tpo-l", "label_smoothing": 0.1}),
     "tpo, no gold": ("tpo", {"tpo_alpha": 0.0}),
 }
-CASES |= {f"dpo, {name}": ("dpo", {"loss_type": [name], **more}) for name, more in DPO_LOSSES.items()}
+CASES |= {f"dpo, {name}": ("dpo", {"loss_type": [name], **settings}) for name, settings in DPO_LOSSES.items()}
 CASES |= {f"{kind}, {name}": (kind, {"model": name}) for kind in ("sft", "dpo", "cpo", "orpo") for name in FAMILIES}
 ATTACHABLE = ("sft", "dpo", "kto")
 
@@ -74,7 +74,7 @@ def costly(name):
     return name in ("dpo, falcon_h1", "orpo, falcon_h1")
 
 
-def twice(name):
+def also_fused(name):
     """Cases already covered by the Fused trainers: the switch of `attach` depends on neither loss nor family."""
     kind, _, option = name.partition(", ")
     return kind == "dpo" and (option in FAMILIES or (option in DPO_LOSSES and option != "sigmoid"))
@@ -88,7 +88,7 @@ def test_fused_trainers_log_the_metrics_of_stock_trl(build, stock_history, name)
     assert len({row["loss"] for row in got if "loss" in row}) > 1  # the model was trained
 
 
-@pytest.mark.parametrize("name", cases((name for name, (kind, _) in CASES.items() if kind in ATTACHABLE), twice))
+@pytest.mark.parametrize("name", cases((name for name, (kind, _) in CASES.items() if kind in ATTACHABLE), also_fused))
 def test_attached_trainers_log_the_metrics_of_stock_trl(build, stock_history, name):
     kind, options = CASES[name]
     tiny.assert_same(tiny.history(build(kind, "attach", **options)), stock_history(kind, **options))

@@ -207,21 +207,21 @@ def test_kto_rows_run_together_if_that_takes_fewer_tokens(build, prompts, precom
     trainer.model.base_model.register_forward_pre_hook(
         lambda m, a, k: widths.append((k["input_ids"].shape[1], torch.is_grad_enabled())), with_kwargs=True
     )
-    of_reference = []
+    reference_calls = []
     if trainer.ref_model is not None and not precomputed:
-        trainer.ref_model.base_model.register_forward_pre_hook(lambda m, a: of_reference.append(m))
+        trainer.ref_model.base_model.register_forward_pre_hook(lambda m, a: reference_calls.append(m))
     got = tiny.history(trainer, evaluate=False)
     want = tiny.history(build("kto", "stock", **options), evaluate=False)
     tiny.assert_same(got, want)
     assert len(widths) == 3 * (1 if prompts == "long" else 2)
-    assert len(of_reference) == (0 if precomputed else 3)
+    assert len(reference_calls) == (0 if precomputed else 3)
 
 
 # --------------------------------------------------------------------------------------------------------- in practice
 
 
 @pytest.mark.parametrize(
-    ("kind", "how", "options"),
+    ("kind", "variant", "options"),
     [
         ("dpo", "fused", {}),
         ("dpo", "fused", {"precompute_ref_log_probs": True}),
@@ -231,14 +231,15 @@ def test_kto_rows_run_together_if_that_takes_fewer_tokens(build, prompts, precom
         ("tpo", "fused", {}),
     ],
 )
-def test_answers_share_their_prompt(build, kind, how, options):
+def test_answers_share_their_prompt(build, kind, variant, options):
     """Every forward computes each prompt once."""
     options, answers = options | {"max_steps": 2}, 3 if kind == "tpo" else 2
     if kind != "tpo":
         options["data"] = long_prompts(kind)
-    trainer = build(kind, "stock" if how == "attached" else "fused", head=[] if how == "attached" else PACK, **options)
-    if how == "attached":
-        attach(trainer, packed=True)
+    if variant == "attached":
+        trainer = attach(build(kind, "stock", **options), packed=True)
+    else:
+        trainer = build(kind, "fused", head=PACK, **options)
     sizes, expected = [], []
     for model in trl_layouts.models_of(trainer):
         model.get_input_embeddings().register_forward_pre_hook(lambda m, args: sizes.append(args[0].numel()))
@@ -252,8 +253,8 @@ def test_answers_share_their_prompt(build, kind, how, options):
         for first, *others in zip(*groups, strict=True):
             count += len(first)
             for row in others:
-                same = [x == y for x, y in zip(first, row, strict=False)]
-                count += len(row) - [*same, False].index(False)
+                equal = [x == y for x, y in zip(first, row, strict=False)]
+                count += len(row) - [*equal, False].index(False)
         expected.append(count)
         assert layout.input_ids.numel() == count < layout.valid.sum()
     tiny.history(trainer, evaluate=False)
@@ -357,7 +358,7 @@ def test_consecutive_trainers_on_one_model_do_not_interfere(build):
 
     def runs(own):
         model = None
-        for kind, how, packed in (
+        for kind, variant, packed in (
             ("sft", "fused", True),
             ("dpo", "fused", False),
             ("dpo", "stock", None),
@@ -366,7 +367,7 @@ def test_consecutive_trainers_on_one_model_do_not_interfere(build):
             if model is not None and own:
                 model = tiny_copy(model)
             arguments = [] if model is None else [("model", lambda m=model: m)]
-            trainer = build(kind, how, max_steps=2, arguments=arguments, head=[("packed", packed)])
+            trainer = build(kind, variant, max_steps=2, arguments=arguments, head=[("packed", packed)])
             yield tiny.history(trainer)
             model = trainer.model
 
@@ -495,12 +496,12 @@ def test_auto_on_a_cpu_pads_and_logs_it(build, tiny_folder, caplog):
 # ---------------------------------------------------------------------------------- right-padded rows, other collators
 
 
-def layouts_seen(trainer):
-    seen = []
+def recorded_layouts(trainer):
+    layout_types = []
     trainer.model.base_model.register_forward_pre_hook(
-        lambda m, a, k: seen.append(type(k.get("layout")).__name__), with_kwargs=True
+        lambda m, a, k: layout_types.append(type(k.get("layout")).__name__), with_kwargs=True
     )
-    return seen
+    return layout_types
 
 
 @pytest.mark.parametrize("kind", ["sft", "dpo", "kto", "tpo"])
@@ -508,27 +509,28 @@ def test_right_padded_rows_take_no_mask(build, tiny_folder, kind):
     arguments = [("model", sdpa("qwen3", tiny_folder))]
     trainer = build(kind, "fused", arguments=arguments)
     assert trainer.layouts.kind == UNMASKED
-    seen = layouts_seen(trainer)
+    layout_types = recorded_layouts(trainer)
     got, want = tiny.history(trainer), tiny.history(build(kind, "stock", arguments=arguments))
-    assert set(seen) == {RightPadded.__name__}
+    assert set(layout_types) == {RightPadded.__name__}
     tiny.assert_same(without_mean_logits(kind, got), without_mean_logits(kind, want))
 
 
 class LeftPadding:
-    """A collator of left-padded SFT rows; `first`: label the first token too; `mask`, `more`: other tensors."""
+    """A collator of left-padded SFT rows; `mask` and `tensors`: functions of the default mask and of the ids."""
 
-    def __init__(self, first=False, mask=None, **more):
-        self.first, self.mask, self.more = first, mask, more
+    def __init__(self, label_first=False, mask=None, **tensors):
+        self.label_first, self.mask, self.tensors = label_first, mask, tensors
 
     def __call__(self, examples):
         rows = [list(x["input_ids"]) for x in examples]
         width = max(map(len, rows))
         ids = torch.tensor([[0] * (width - len(row)) + row for row in rows])
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-        counted = mask.bool() if self.first else mask.cumsum(1) > 1
-        more = {name: make(ids) for name, make in self.more.items()}
+        counted = mask.bool() if self.label_first else mask.cumsum(1) > 1
+        tensors = {name: make(ids) for name, make in self.tensors.items()}
         attention_mask = mask if self.mask is None else self.mask(mask)
-        return {"input_ids": ids, "attention_mask": attention_mask, "labels": ids.masked_fill(~counted, -100), **more}
+        labels = ids.masked_fill(~counted, -100)
+        return {"input_ids": ids, "attention_mask": attention_mask, "labels": labels, **tensors}
 
 
 def with_collator(tiny_folder, make):
@@ -539,15 +541,15 @@ def with_collator(tiny_folder, make):
 def test_left_padded_rows_train_like_padded_ones(build, tiny_folder, packed):
     options = with_collator(tiny_folder, LeftPadding)
     trainer = build("sft", "fused", head=[("packed", packed)], **options)
-    seen = layouts_seen(trainer)
+    layout_types = recorded_layouts(trainer)
     got = tiny.history(trainer)
-    assert set(seen) == {"PackedBatch" if packed is True else "NoneType"}
+    assert set(layout_types) == {"PackedBatch" if packed is True else "NoneType"}
     tiny.assert_same(got, tiny.history(build("sft", "fused", head=[("packed", False)], **options)))
 
 
 #: Collators of unpackable batches: a label predicted by padding, a hole in a row, another mask or argument.
 UNPACKABLE = {
-    "label": (lambda: LeftPadding(first=True), "packed rows need labels of -100 for a first token after padding"),
+    "label": (lambda: LeftPadding(label_first=True), "packed rows need labels of -100 for a first token after padding"),
     "hole": (lambda: LeftPadding(mask=_with_hole), "first token after padding"),
     "mask": (lambda: LeftPadding(mask=_square), "must both be .rows, length."),
     "positions": (
@@ -569,8 +571,8 @@ def _with_hole(mask):
 
 def _square(mask):
     """A causal mask over windows of two tokens, [B, 1, L, L]."""
-    seen = torch.ones(mask.shape[1], mask.shape[1], dtype=torch.bool).tril().triu(-1)
-    return (seen & mask.bool()[:, None, None]) | torch.eye(mask.shape[1], dtype=torch.bool)
+    window = torch.ones(mask.shape[1], mask.shape[1], dtype=torch.bool).tril().triu(-1)
+    return (window & mask.bool()[:, None, None]) | torch.eye(mask.shape[1], dtype=torch.bool)
 
 
 def test_a_layout_of_other_rows_is_rebuilt(tiny_folder):
@@ -594,16 +596,16 @@ def test_unpackable_batches_stay_padded(build, tiny_folder, name):
     for kind in (PACKED, UNMASKED):  # as "auto" selects on CUDA and on a CPU
         trainer = build("sft", "fused", **options)
         trainer.layouts.kind = kind
-        seen = layouts_seen(trainer)
+        layout_types = recorded_layouts(trainer)
         tiny.assert_same(tiny.history(trainer), want)
-        assert set(seen) == {"NoneType"}
+        assert set(layout_types) == {"NoneType"}
 
 
 # ------------------------------------------------------------------------------------------------------ command line
 
 
-@pytest.mark.parametrize("how", ["flag", "file"])
-def test_the_command_packs(embedded_folder, tmp_path, capsys, how):
+@pytest.mark.parametrize("source", ["flag", "file"])
+def test_the_command_packs(embedded_folder, tmp_path, capsys, source):
     from fusedalign.cli import main
 
     rows = tmp_path / "rows.jsonl"
@@ -622,7 +624,7 @@ def test_the_command_packs(embedded_folder, tmp_path, capsys, how):
     }
 
     def run(packed):
-        if how == "file":
+        if source == "file":
             (tmp_path / "config.yaml").write_text(json.dumps(options | {"fused_packed": packed}))
             return main(["dpo", "--config", str(tmp_path / "config.yaml")])
         words = [str(w).lower() if isinstance(w, bool) else str(w) for n, x in options.items() for w in (f"--{n}", x)]
@@ -668,17 +670,17 @@ def activated_lora():
 
 
 @pytest.mark.parametrize("packed", [True, "auto"])
-@pytest.mark.parametrize("how", ["fused", "attach"])
-def test_attention_set_after_construction_trains_like_stock(build, tiny_folder, packed, how):
+@pytest.mark.parametrize("variant", ["fused", "attach"])
+def test_attention_set_after_construction_trains_like_stock(build, tiny_folder, packed, variant):
     """The new attention runs batches without a layout; layouts are used as before."""
 
-    def run(how):
+    def run(variant):
         options = {"arguments": [("model", sdpa("qwen3", tiny_folder))], "max_steps": 2}
-        trainer = build("dpo", how, head=[] if how == "stock" else [("packed", packed)], **options)
+        trainer = build("dpo", variant, head=[] if variant == "stock" else [("packed", packed)], **options)
         trainer.model.set_attn_implementation("eager")
         return tiny.history(trainer)
 
-    tiny.assert_same(run(how), run("stock"))
+    tiny.assert_same(run(variant), run("stock"))
 
 
 class OtherTypes(LeftPadding):
@@ -695,9 +697,9 @@ class OtherTypes(LeftPadding):
 def test_batches_of_other_types_are_packed(build, tiny_folder):
     options = with_collator(tiny_folder, OtherTypes)
     trainer = build("sft", "fused", head=PACK, **options)
-    seen = layouts_seen(trainer)
+    layout_types = recorded_layouts(trainer)
     got = tiny.history(trainer)
-    assert set(seen) == {"PackedBatch"}
+    assert set(layout_types) == {"PackedBatch"}
     tiny.assert_same(got, tiny.history(build("sft", "fused", head=[("packed", False)], **options)))
 
 

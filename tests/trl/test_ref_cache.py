@@ -119,12 +119,12 @@ def test_an_adapter_trained_further_is_its_own_reference(build, cache, loaded, c
         if "default" in name:
             parameter.data.add_(0.1 * torch.randn_like(parameter))
     path = cache("dpo", model)
-    given = [("model", lambda: copy.deepcopy(model))]
-    trainer = build("dpo", "fused", arguments=given, **_with(path))
+    arguments = [("model", lambda: copy.deepcopy(model))]
+    trainer = build("dpo", "fused", arguments=arguments, **_with(path))
     assert list(trainer.model.peft_config) == ["default"]
     assert trainer.model.active_adapter == "default"
     assert any(parameter.requires_grad for parameter in trainer.model.parameters())
-    tiny.assert_same(tiny.history(trainer), tiny.history(build("dpo", "fused", arguments=given)))
+    tiny.assert_same(tiny.history(trainer), tiny.history(build("dpo", "fused", arguments=arguments)))
     with pytest.raises(ValueError, match="weights of the model as it is given"):
         build("dpo", "fused", arguments=[("model", lambda: model.get_base_model())], **_with(path))
 
@@ -133,10 +133,10 @@ def test_a_prompt_tuning_adapter_is_trained_further(build, cache, loaded):
     torch.manual_seed(3)
     config = peft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
     model = peft.get_peft_model(loaded, config)
-    given = [("model", lambda: copy.deepcopy(model))]
-    trainer = build("dpo", "fused", arguments=given, **_with(cache("dpo", model)))
+    arguments = [("model", lambda: copy.deepcopy(model))]
+    trainer = build("dpo", "fused", arguments=arguments, **_with(cache("dpo", model)))
     assert list(trainer.model.peft_config) == ["default"]
-    tiny.assert_same(tiny.history(trainer), tiny.history(build("dpo", "fused", arguments=given)))
+    tiny.assert_same(tiny.history(trainer), tiny.history(build("dpo", "fused", arguments=arguments)))
 
 
 def test_a_named_model_and_several_evaluation_sets_work(build, cache, tiny_folder):
@@ -165,15 +165,15 @@ def test_other_cached_data_are_evaluated_after_training(build, cache):
 @pytest.mark.parametrize("kind", ["dpo", "kto"])
 def test_a_resumed_training_uses_the_cache(build, cache, kind, tmp_path):
     options = {"output_dir": str(tmp_path / "out"), "save_strategy": "steps", "save_steps": 2, **_with(cache(kind))}
-    whole = tiny.history(build(kind, "fused", **options), evaluate=False)
+    uninterrupted = tiny.history(build(kind, "fused", **options), evaluate=False)
     trainer = build(kind, "fused", **options)
     trainer.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
     ignored = (*tiny.UNTIMED, "num_tokens")  # TRL counts it from 0 again
-    whole, resumed = (
+    uninterrupted, resumed = (
         [{k: v for k, v in row.items() if not k.endswith(ignored)} for row in rows[:5]]
-        for rows in (whole, trainer.state.log_history)
+        for rows in (uninterrupted, trainer.state.log_history)
     )
-    tiny.assert_same(resumed, whole)
+    tiny.assert_same(resumed, uninterrupted)
     trainer.save_model(str(tmp_path / "model"))
     files = [path.read_text() for path in (tmp_path / "model").glob("*.json")]
     assert files
@@ -230,7 +230,7 @@ ROW = "every row of the train data set, got .* without the"
 
 
 @pytest.mark.parametrize(
-    ("kind", "scored", "trained", "message"),
+    ("kind", "scored", "settings", "message"),
     [
         ("dpo", {}, {"prepare": _moved}, WEIGHTS),
         ("kto", {}, {"prepare": _moved}, WEIGHTS),
@@ -264,15 +264,15 @@ ROW = "every row of the train data set, got .* without the"
         ("kto", {}, {"data": tiny.data("kto", 12).add_column("image", [None] * 12)}, "with the column image: leave"),
     ],
 )
-def test_a_cache_of_other_settings_is_refused(build, cache, tiny_folder, kind, scored, trained, message):
-    trained, arguments = dict(trained), {}
-    if trained.pop("ref_model", False):
+def test_a_cache_of_other_settings_is_refused(build, cache, tiny_folder, kind, scored, settings, message):
+    settings, arguments = dict(settings), {}
+    if settings.pop("ref_model", False):
         arguments["ref_model"] = lambda: _load(tiny_folder)
-    if (change := trained.pop("tokenizer", None)) is not None:
+    if (change := settings.pop("tokenizer", None)) is not None:
         arguments["processing_class"] = lambda: change(tiny.tokenizer())
     path = cache(kind, **scored)
     with pytest.raises(ValueError, match=message) as caught:
-        build(kind, "fused", arguments=arguments, **trained, **_with(path))
+        build(kind, "fused", arguments=arguments, **settings, **_with(path))
     text = str(caught.value)
     assert "\n" not in text
     assert "ref_logps" in text
@@ -291,8 +291,8 @@ def test_a_named_model_with_other_weights_is_refused(build, cache, tiny_folder, 
 def test_a_cache_of_another_adapter_is_refused(build, cache, loaded):
     """Doubled, changed or replaced by a new one; a new one with no effect equals the base model."""
     torch.manual_seed(3)
-    given = peft.get_peft_model(loaded, _lora_config(init_lora_weights=False))
-    path = cache("dpo", given)
+    adapted = peft.get_peft_model(loaded, _lora_config(init_lora_weights=False))
+    path = cache("dpo", adapted)
 
     def doubled(model):
         config = _lora_config(init_lora_weights=False, lora_alpha=16)
@@ -310,10 +310,10 @@ def test_a_cache_of_another_adapter_is_refused(build, cache, loaded):
 
     for change in (doubled, moved, new):
         with pytest.raises(ValueError, match="with the weights of the model as it is given"):
-            build("dpo", "fused", arguments=[("model", lambda change=change: change(given))], **_with(path))
-    base = copy.deepcopy(given).unload()
-    assert weights_digest(new(given)) == weights_digest(base)
-    build("dpo", "fused", arguments=[("model", lambda: new(given))], **_with(cache("dpo", base)))
+            build("dpo", "fused", arguments=[("model", lambda change=change: change(adapted))], **_with(path))
+    base = copy.deepcopy(adapted).unload()
+    assert weights_digest(new(adapted)) == weights_digest(base)
+    build("dpo", "fused", arguments=[("model", lambda: new(adapted))], **_with(cache("dpo", base)))
 
 
 NAME = b"fusedalign.ref_cache"
@@ -386,17 +386,17 @@ def test_a_damaged_file_is_refused(cache, damage, message):
 
 def test_any_damaged_byte_is_detected(cache):
     path = cache("dpo", datasets=[tiny.data("dpo", 2)])
-    whole, before, found = path.read_bytes(), read_cache(path), []
-    for place in range(0, len(whole), max(len(whole) // 60, 1)):
-        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x55]) + whole[place + 1 :])
+    content, before, unchanged = path.read_bytes(), read_cache(path), []
+    for place in range(0, len(content), max(len(content) // 60, 1)):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 0x55]) + content[place + 1 :])
         try:
             after = read_cache(path)
         except ValueError as error:
-            found.append(str(error))
+            unchanged.append(str(error))
         else:
             assert after == before, place  # in bytes that do not affect the content
-    assert len(found) > 20
-    assert all(text.startswith("ref_logps must be") and "\n" not in text for text in found)
+    assert len(unchanged) > 20
+    assert all(text.startswith("ref_logps must be") and "\n" not in text for text in unchanged)
 
 
 def test_a_path_that_is_not_a_file_is_refused(tmp_path):
@@ -531,8 +531,8 @@ def test_the_digest_depends_on_weights_not_on_their_execution(build, tiny_folder
     assert config_digest(loaded) == config
     assert weights_digest(torch.compile(loaded, backend="eager")) == want
     loaded.save_pretrained(tmp_path / "again")
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again", attention_dropout=0.1)
-    assert (weights_digest(again), config_digest(again)) == (want, config)
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "again", attention_dropout=0.1)
+    assert (weights_digest(reloaded), config_digest(reloaded)) == (want, config)
     for name, tensor in loaded.state_dict().items():
         before = tensor.clone()
         tensor.flatten()[-1].mul_(2).add_(1e-3)
@@ -567,11 +567,11 @@ def test_digests_work_in_every_dtype_and_chunk_size(monkeypatch):
         module.register_buffer(f"x{i}", torch.arange(30).reshape(5, 6).t().to(dtype))
     module.register_buffer("scalar", torch.tensor(3.0))
     module.register_buffer("empty", torch.zeros(0, 4))
-    whole = weights_digest(module)
+    digest = weights_digest(module)
     monkeypatch.setattr(digests, "_CHUNK", 7)
-    assert weights_digest(module) == whole
+    assert weights_digest(module) == digest
     module.x1 = module.x1.to(torch.float16)
-    assert weights_digest(module) != whole
+    assert weights_digest(module) != digest
 
 
 def test_tokenizers_are_identified_by_their_output(tmp_path):
@@ -581,9 +581,9 @@ def test_tokenizers_are_identified_by_their_output(tmp_path):
     tokenizer.pad_token = tokenizer.eos_token
     assert tokenizer_digest(tokenizer) == want
     tokenizer.save_pretrained(tmp_path)
-    again = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    assert tokenizer_digest(again) == want
-    assert tokenizer_digest(_grown(again)) != want
+    reloaded = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert tokenizer_digest(reloaded) == want
+    assert tokenizer_digest(_grown(reloaded)) != want
     tokenizer.eos_token = "<unk>"
     assert tokenizer_digest(tokenizer) != want
     assert template_digest(tokenizer) != template_digest(_templated(tokenizer))
@@ -629,9 +629,9 @@ def test_a_command_trains_with_a_cache(cache, words, tmp_path, kind, capsys):
     config = tmp_path / "config.yaml"
     config.write_text(f"ref_logps: {cache(kind)}\n")
     rows = []
-    for more in (["--config", str(config)], []):
-        out = tmp_path / f"out{len(more)}"
-        assert main([kind, *words(kind, output_dir=out), *more]) == 0, capsys.readouterr().err
+    for flags in (["--config", str(config)], []):
+        out = tmp_path / f"out{len(flags)}"
+        assert main([kind, *words(kind, output_dir=out), *flags]) == 0, capsys.readouterr().err
         rows.append([json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()])
     for got, want in zip(*rows, strict=True):
         for name in ("loss", "rewards/chosen", "rewards/margins", "logps/chosen"):

@@ -260,15 +260,15 @@ def test_an_initialisation_that_changes_the_base_weights_is_refused(build, loade
 @pytest.fixture
 def precomputations(monkeypatch):
     """A list with the batch size of each computation of a reference."""
-    made = []
+    batch_sizes = []
     for cls in (trl.DPOTrainer, trl.KTOTrainer):
 
         def recorded(self, model, inputs, original=cls.compute_ref_log_probs):
-            made.append(len(inputs["input_ids"]))
+            batch_sizes.append(len(inputs["input_ids"]))
             return original(self, model, inputs)
 
         monkeypatch.setattr(cls, "compute_ref_log_probs", recorded)
-    return made
+    return batch_sizes
 
 
 @pytest.fixture

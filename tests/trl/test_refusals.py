@@ -68,10 +68,10 @@ def test_attach_refuses_zero_3(build, pretend, kind):
         attach(trainer)
 
 
-@pytest.mark.parametrize("how", ["fused", "attach"])
-def test_zero_2_is_not_refused(build, pretend, how):
+@pytest.mark.parametrize("variant", ["fused", "attach"])
+def test_zero_2_is_not_refused(build, pretend, variant):
     pretend("zero", 2)
-    build("sft", how)
+    build("sft", variant)
 
 
 # --------------------------------------------------------------------------------------------------------------- Liger
@@ -146,13 +146,13 @@ def test_model_init_is_refused(build, kind):
         build(kind, "fused", arguments=[("model_init", lambda: lambda: None)])
 
 
-@pytest.mark.parametrize("how", ["attach", "fused"])
-def test_label_smoothing_of_sft_is_refused(build, how):
+@pytest.mark.parametrize("variant", ["attach", "fused"])
+def test_label_smoothing_of_sft_is_refused(build, variant):
     """fusedalign.sft_loss supports it; DFT ignores it, as in TRL, and is not refused."""
     instead = r"which takes the logits: in a loop of your own fusedalign\.sft_loss has label_smoothing"
     with pytest.raises(ValueError, match=rf"needs label_smoothing_factor=0, got 0\.1, {instead}"):
-        build("sft", how, label_smoothing_factor=0.1)
-    build("sft", how, label_smoothing_factor=0.1, loss_type="dft")
+        build("sft", variant, label_smoothing_factor=0.1)
+    build("sft", variant, label_smoothing_factor=0.1, loss_type="dft")
 
 
 NAN, INF = float("nan"), float("inf")
@@ -193,21 +193,21 @@ BAD_NUMBERS = {
 @pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind, numbers in BAD_NUMBERS.items() for name in numbers])
 def test_invalid_loss_numbers_are_refused(build, kind, name):
     for bad in BAD_NUMBERS[kind][name]:
-        for how in ("fused", "attach") if kind in ("sft", "dpo", "kto") and bad is NAN else ("fused",):
+        for variant in ("fused", "attach") if kind in ("sft", "dpo", "kto") and bad is NAN else ("fused",):
             with pytest.raises(ValueError, match=rf"^{name} must be .*, got {bad}$"):
-                build(kind, how, model="qwen3_moe" if name.startswith("router") else "qwen3", **{name: bad})
+                build(kind, variant, model="qwen3_moe" if name.startswith("router") else "qwen3", **{name: bad})
 
 
 def test_every_number_of_a_loss_is_checked():
     """All numeric fields of TRL's configurations except those known not to enter a loss are checked."""
-    others = {"precompute_ref_batch_size", "ref_model_sync_steps", "max_completion_length"}
-    others |= {"pad_to_multiple_of", "padding_value", "dataset_num_proc", "learning_rate"}
+    exempt = {"precompute_ref_batch_size", "ref_model_sync_steps", "max_completion_length"}
+    exempt |= {"pad_to_multiple_of", "padding_value", "dataset_num_proc", "learning_rate"}
     for kind, numbers in BAD_NUMBERS.items():
         config = tiny.classes(kind)[2]
         own = {f.name: str(f.type) for f in dataclasses.fields(config)}
         base = {f.name for f in dataclasses.fields(transformers.TrainingArguments)}
-        found = {name for name, kind in own.items() if ("float" in kind or "int" in kind) and name not in base}
-        assert found - others - {"loss_weights"} <= set().union(*BAD_NUMBERS.values()), kind
+        numeric = {name for name, kind in own.items() if ("float" in kind or "int" in kind) and name not in base}
+        assert numeric - exempt - {"loss_weights"} <= set().union(*BAD_NUMBERS.values()), kind
         assert numbers.keys() <= own.keys()
 
 
@@ -276,11 +276,11 @@ def test_label_smoothing_in_training_arguments_is_refused(tmp_path):
         FusedSFTTrainer(tiny.MODELS["qwen3"](), args, train_dataset=data, processing_class=tokenizer)
 
 
-@pytest.mark.parametrize(("kind", "how"), [("sft", "fused"), ("sft", "attach"), ("orpo", "fused")])
-def test_adapters_that_need_logits_are_refused(build, kind, how):
+@pytest.mark.parametrize(("kind", "variant"), [("sft", "fused"), ("sft", "attach"), ("orpo", "fused")])
+def test_adapters_that_need_logits_are_refused(build, kind, variant):
     cpt = {"cpt_token_ids": [3, 4], "cpt_mask": [1, 1], "cpt_tokens_type_mask": [1, 2], "task_type": "CAUSAL_LM"}
     with pytest.raises(ValueError, match="has no way for CPT, whose model calls the forward with logits"):
-        build(kind, how, arguments=[("peft_config", lambda: peft.CPTConfig(**cpt))])
+        build(kind, variant, arguments=[("peft_config", lambda: peft.CPTConfig(**cpt))])
 
 
 def test_trl_trainers_with_a_loss_on_logits_are_refused(build):
@@ -306,14 +306,14 @@ def test_experts_with_their_own_balancing_loss_are_refused(build, monkeypatch):
 
 def test_construction_checks_that_the_impl_supports_the_head(build, monkeypatch):
     """With an impl that refuses everything: all outputs, a bias and the dtype of mixed precision are passed on."""
-    seen, asked = [], []
-    monkeypatch.setattr(pytorch.IMPL, "supports", lambda problem: seen.append(problem) or "it is asked too much")
+    problems, first_problems = [], []
+    monkeypatch.setattr(pytorch.IMPL, "supports", lambda problem: problems.append(problem) or "it is asked too much")
     for kind, model, options in (("sft", "phi", {}), ("dpo", "gemma2", {}), ("orpo", "qwen3", {"bf16": True})):
         with pytest.raises(ValueError, match="cannot do this: it is asked too much"):
             build(kind, "fused", model=model, head=[("impl", "pytorch")], **options)
-        asked.append(seen[0])
-        seen.clear()
-    sft, dpo, orpo = asked
+        first_problems.append(problems[0])
+        problems.clear()
+    sft, dpo, orpo = first_problems
     assert sft.outputs == {"entropy", "is_top1"}
     assert sft.bias is not None
     assert dpo.outputs == {"entropy", "mean_logit", "is_top1"}
@@ -321,8 +321,8 @@ def test_construction_checks_that_the_impl_supports_the_head(build, monkeypatch)
     assert (sft.operand_dtype, orpo.operand_dtype) == (torch.float32, torch.bfloat16)
 
 
-@pytest.mark.parametrize("how", ["attach", "fused"])
-def test_compute_loss_func_is_refused(build, how):
+@pytest.mark.parametrize("variant", ["attach", "fused"])
+def test_compute_loss_func_is_refused(build, variant):
     instead = "it is given the logits; override compute_loss of a subclass instead"
     with pytest.raises(ValueError, match=f"needs compute_loss_func=None, got a function: {instead}"):
-        build("sft", how, arguments=[("compute_loss_func", lambda: lambda *a, **k: None)])
+        build("sft", variant, arguments=[("compute_loss_func", lambda: lambda *a, **k: None)])

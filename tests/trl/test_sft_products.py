@@ -26,11 +26,11 @@ def products(trainer):
     return (step.get_total_flops() - backbone.get_total_flops()) / (2 * tokens * d * v)
 
 
-@pytest.mark.parametrize("how", ["attach", "fused"])
+@pytest.mark.parametrize("variant", ["attach", "fused"])
 @pytest.mark.parametrize("loss_type", ["nll", "dft"])
 @pytest.mark.parametrize("model", ["qwen3", "tied"])
-def test_a_step_takes_three_products(build, how, loss_type, model):
-    assert products(build("sft", how, model=model, loss_type=loss_type, head=PYTORCH)) == 3
+def test_a_step_takes_three_products(build, variant, loss_type, model):
+    assert products(build("sft", variant, model=model, loss_type=loss_type, head=PYTORCH)) == 3
 
 
 class _Weighted:
@@ -50,13 +50,13 @@ class _Fused(_Weighted, FusedSFTTrainer):
     pass
 
 
-@pytest.mark.parametrize("how", ["attach", "fused"])
-def test_a_custom_loss_gets_no_hint(build, how):
+@pytest.mark.parametrize("variant", ["attach", "fused"])
+def test_a_custom_loss_gets_no_hint(build, variant):
     """With a hint its gradients would be computed twice."""
-    assert products(build("sft", how, cls=_Fused if how == "fused" else _Stock, head=PYTORCH)) == 4
+    assert products(build("sft", variant, cls=_Fused if variant == "fused" else _Stock, head=PYTORCH)) == 4
 
 
-@pytest.mark.parametrize("how", ["attach", "fused"])
+@pytest.mark.parametrize("variant", ["attach", "fused"])
 @pytest.mark.parametrize(
     "options",
     [
@@ -67,22 +67,22 @@ def test_a_custom_loss_gets_no_hint(build, how):
     ],
     ids=str,
 )
-def test_no_step_recomputes_its_logits(build, stock_history, how, options, monkeypatch):
+def test_no_step_recomputes_its_logits(build, stock_history, variant, options, monkeypatch):
     """Whatever the loss is divided by and added to; all metrics equal TRL's."""
     options = {"max_steps": 3} | options
     want = stock_history("sft", **options)
     monkeypatch.setattr(pytorch.IMPL, "two_pass_grads", None)
-    tiny.assert_same(tiny.history(build("sft", how, head=PYTORCH, **options)), want)
+    tiny.assert_same(tiny.history(build("sft", variant, head=PYTORCH, **options)), want)
 
 
 def test_dpo_gives_no_hint(build, monkeypatch):
     """Its token weights depend on complete sequences."""
     monkeypatch.setattr(pytorch.IMPL, "one_pass", None)
-    for how in ("attach", "fused"):
-        build("dpo", how, head=PYTORCH, max_steps=1).train()
+    for variant in ("attach", "fused"):
+        build("dpo", variant, head=PYTORCH, max_steps=1).train()
 
 
 def test_an_evaluation_computes_no_gradient(build, monkeypatch):
     monkeypatch.setattr(pytorch.IMPL, "one_pass", None)
-    for how in ("attach", "fused"):
-        build("sft", how, head=PYTORCH).evaluate()
+    for variant in ("attach", "fused"):
+        build("sft", variant, head=PYTORCH).evaluate()

@@ -80,14 +80,14 @@ def test_a_stock_trainer_is_built_while_a_fused_one_is_under_construction(build,
 
 def test_an_object_is_replaced_only_in_its_thread():
     module = types.ModuleType("module_of_a_test")
-    loud, quiet = types.SimpleNamespace(level="all"), types.SimpleNamespace(level="none")
-    module.logger = loud
-    with replaced(module, logger=quiet):
+    original, replacement = types.SimpleNamespace(level="all"), types.SimpleNamespace(level="none")
+    module.logger = original
+    with replaced(module, logger=replacement):
         assert module.logger.level == "none"
         assert _together(lambda: module.logger.level) == ["all"]
         with pytest.raises(AttributeError):
             _ = module.logger.name
-    assert module.logger is loud
+    assert module.logger is original
 
 
 class _Building(transformers.TrainerCallback):
@@ -102,17 +102,17 @@ class _Building(transformers.TrainerCallback):
 
 @pytest.mark.parametrize("inner", ["fused", "stock"])
 def test_a_trainer_built_during_another_construction_gets_its_own_head(build, monkeypatch, inner):
-    given, built, original = [], [], trainers.add_lm_head
+    impls, built, original = [], [], trainers.add_lm_head
     monkeypatch.setattr(
         trainers,
         "add_lm_head",
-        lambda *a, options, **k: given.append(options.impl) or original(*a, options=options, **k),
+        lambda *a, options, **k: impls.append(options.impl) or original(*a, options=options, **k),
     )
     callback = _Building(lambda: built.append(build("sft", inner, head=[("impl", "reference")])))
     outer = build("sft", "fused", head=[("impl", "pytorch")], arguments=[("callbacks", lambda: [callback])])
     assert fused_by(outer.model) == "fusedalign"
     assert fused_by(built[0].model) == ("trl" if inner == "stock" else "fusedalign")
-    assert given == (["pytorch"] if inner == "stock" else ["reference", "pytorch"])
+    assert impls == (["pytorch"] if inner == "stock" else ["reference", "pytorch"])
 
 
 def test_a_failed_construction_restores_trl(build):
@@ -135,9 +135,9 @@ def test_patches_of_another_library_stay(build, monkeypatch):
         )
         return module.add_fused_lm_head
 
-    theirs = patch()
+    first_patch = patch()
     assert fused_by(build("sft", "fused").model) == "fusedalign"
-    assert module.add_fused_lm_head is theirs
+    assert module.add_fused_lm_head is first_patch
     assert not served
 
     patched = []
@@ -177,23 +177,23 @@ def _with_globals(function, names):
 
 
 def test_detach_and_attach_may_run_concurrently(build):
-    leaving, coming = build("sft", "attach"), build("sft", "stock")
+    attached_trainer, stock_trainer = build("sft", "attach"), build("sft", "stock")
     threads = []
 
     def register(*args, **kwargs):
-        threads.append(threading.Thread(target=detach, args=(leaving,)))
+        threads.append(threading.Thread(target=detach, args=(attached_trainer,)))
         threads[-1].start()
         threads[-1].join(timeout=1)
-        return type(coming.model).register_forward_pre_hook(coming.model, *args, **kwargs)
+        return type(stock_trainer.model).register_forward_pre_hook(stock_trainer.model, *args, **kwargs)
 
-    coming.model.register_forward_pre_hook = register
-    attach(coming)
+    stock_trainer.model.register_forward_pre_hook = register
+    attach(stock_trainer)
     for thread in threads:
         thread.join(timeout=60)
-    assert coming in attach_module._attached
-    assert leaving not in attach_module._attached
+    assert stock_trainer in attach_module._attached
+    assert attached_trainer not in attach_module._attached
     assert isinstance(trl_utils._ChunkedLogProbFunction, attach_module._Switch)
-    detach(coming)
+    detach(stock_trainer)
     assert not isinstance(trl_utils._ChunkedLogProbFunction, attach_module._Switch)
 
 

@@ -39,11 +39,11 @@ def test_prompt_tuning_trains_like_stock(build, stock_history, kind):
     tiny.assert_same(tiny.history(build(kind, "fused", **options)), stock_history(kind, **options))
 
 
-@pytest.mark.parametrize("how", ["attach", "fused"])
-def test_an_adapter_trained_further_is_its_own_reference(build, stock_history, how):
+@pytest.mark.parametrize("variant", ["attach", "fused"])
+def test_an_adapter_trained_further_is_its_own_reference(build, stock_history, variant):
     """TRL copies it to an adapter "ref" and switches to that."""
     options = {"prepare": _with_adapter}
-    tiny.assert_same(tiny.history(build("dpo", how, **options)), stock_history("dpo", **options))
+    tiny.assert_same(tiny.history(build("dpo", variant, **options)), stock_history("dpo", **options))
 
 
 def _with_adapter(model):
@@ -70,8 +70,8 @@ def test_mixed_precision_is_as_close_to_fp32_as_stock(build, stock_history, kind
     """With a learning rate of 0: updated bf16 weights diverge anyway, which would hide differences."""
     device = {name: x for name, x in low.items() if name == "use_cpu"}
     fp32, stock = (stock_history(kind, learning_rate=0.0, **options) for options in (device, low))
-    ours = tiny.history(build(kind, "fused", learning_rate=0.0, **low))
-    assert [row.keys() for row in ours] == [row.keys() for row in stock]
+    fused = tiny.history(build(kind, "fused", learning_rate=0.0, **low))
+    assert [row.keys() for row in fused] == [row.keys() for row in stock]
 
     def distances(rows):
         """The largest distance per metric over all training and evaluation batches."""
@@ -82,7 +82,7 @@ def test_mixed_precision_is_as_close_to_fp32_as_stock(build, stock_history, kind
                 largest[name] = max(largest[name], abs(row[key] - exact[key]))
         return largest
 
-    got, budget = distances(ours), distances(stock)
+    got, budget = distances(fused), distances(stock)
     assert all(got[name] <= 2 * budget[name] for name in got), (got, budget)
 
 
@@ -91,8 +91,8 @@ def test_mixed_precision_is_as_close_to_fp32_as_stock(build, stock_history, kind
 def test_no_step_allocates_the_logits(build, kind, mode):
     """Allocations stay below counted tokens x V; the step of stock TRL shows that the check can fail."""
 
-    def largest(how):
-        trainer = build(kind, how, per_device_train_batch_size=12)
+    def largest(variant):
+        trainer = build(kind, variant, per_device_train_batch_size=12)
         batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
         trainer.model.train(mode == "train")
         with Allocations() as allocations:
@@ -104,10 +104,10 @@ def test_no_step_allocates_the_logits(build, kind, mode):
         counted = batch[names[kind]] != -100 if kind in names else batch["completion_mask"]
         return allocations.largest(), int(counted.sum()) * trainer.model.config.vocab_size
 
-    made, logits = largest("fused")
-    assert made < logits
-    made, logits = largest("stock")
-    assert made >= logits
+    allocated, logits = largest("fused")
+    assert allocated < logits
+    allocated, logits = largest("stock")
+    assert allocated >= logits
 
 
 @pytest.mark.parametrize("kind", ["cpo", "orpo"])
@@ -123,9 +123,9 @@ def test_orpo_uses_padding_value(build, stock_history):
     tiny.assert_same(got, stock_history("orpo", padding_value=7))
 
 
-@pytest.mark.parametrize("how", ["fused", "attach"])
-def test_int32_labels_of_a_collator_are_accepted(build, stock_history, how):
-    trainer = build("sft", how)
+@pytest.mark.parametrize("variant", ["fused", "attach"])
+def test_int32_labels_of_a_collator_are_accepted(build, stock_history, variant):
+    trainer = build("sft", variant)
     collate = trainer.data_collator
 
     def short(rows):
@@ -213,8 +213,8 @@ def _reward(completions, **_):
 
 
 @pytest.mark.parametrize("kind", ["grpo", "rloo"])
-@pytest.mark.parametrize("more", [{}, {"beta": 0.1, "temperature": 0.7}])
-def test_attached_online_trainers_train_like_stock(build, stock_history, kind, more):
+@pytest.mark.parametrize("extra", [{}, {"beta": 0.1, "temperature": 0.7}])
+def test_attached_online_trainers_train_like_stock(build, stock_history, kind, extra):
     options = {
         "arguments": [("reward_funcs", lambda: _reward)],
         "max_steps": 2,
@@ -222,7 +222,7 @@ def test_attached_online_trainers_train_like_stock(build, stock_history, kind, m
         "max_completion_length": 6,
         "optim": "sgd",  # Adam's first steps follow the signs of gradients, which may be rounding noise
         "learning_rate": 0.1,
-        **more,
+        **extra,
     }
     got = tiny.history(build(kind, "attach", **options), evaluate=False)
     want = tiny.history(build(kind, "stock", **options), evaluate=False)
@@ -241,7 +241,7 @@ def test_attached_grpo_with_an_fp32_head_trains_like_stock(build):
         "cast_lm_head_to_fp32": True,
         "bf16": True,
     }
-    got, want = (tiny.history(build("grpo", how, **options), evaluate=False) for how in ("attach", "stock"))
+    got, want = (tiny.history(build("grpo", variant, **options), evaluate=False) for variant in ("attach", "stock"))
     tiny.assert_same(got, want, tolerance=1e-2)
 
 
@@ -283,12 +283,12 @@ def test_attach_checks_its_options(build):
 
 
 def test_the_workspace_reaches_the_head(build, monkeypatch):
-    seen = []
+    workspaces = []
     plan = pytorch._plan
-    monkeypatch.setattr(pytorch, "_plan", lambda p: seen.append(p.tiling.workspace) or plan(p))
-    for how in ("attach", "fused"):
-        build("dpo", how, max_steps=1, head=[("workspace", 77_777)]).train()
-    assert set(seen) == {77_777}
+    monkeypatch.setattr(pytorch, "_plan", lambda p: workspaces.append(p.tiling.workspace) or plan(p))
+    for variant in ("attach", "fused"):
+        build("dpo", variant, max_steps=1, head=[("workspace", 77_777)]).train()
+    assert set(workspaces) == {77_777}
 
 
 def test_a_head_that_cannot_be_read_is_refused_at_construction(build):
@@ -327,10 +327,10 @@ def test_the_fused_classes_extend_those_of_trl():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["attach", "fused"])
+@pytest.mark.parametrize("variant", ["attach", "fused"])
 @pytest.mark.parametrize("kind", ["sft", "dpo", "orpo"])
-def test_torch_compile_trains_like_stock(build, stock_history, kind, how):
-    if how == "attach" and kind == "orpo":
+def test_torch_compile_trains_like_stock(build, stock_history, kind, variant):
+    if variant == "attach" and kind == "orpo":
         pytest.skip("attach serves other trainers")
-    got = tiny.history(build(kind, how, torch_compile=True, max_steps=2))
+    got = tiny.history(build(kind, variant, torch_compile=True, max_steps=2))
     tiny.assert_same(got, stock_history(kind, max_steps=2), tolerance=1e-4)

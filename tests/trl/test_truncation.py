@@ -49,8 +49,8 @@ def test_fully_truncated_data_are_a_one_line_error(method, tmp_path, embedded_fo
 def test_a_fully_truncated_stream_is_an_error(method, tmp_path, embedded_folder, capsys):
     options = {"max_length": 4, "dataset_streaming": "true"}
     assert main(argv(method, tmp_path, embedded_folder, **options)) == 2
-    which = "any of the" if method == "dpo" else "the first 64"  # DPO drops such rows itself, so all are read
-    message = f"max_length=4 leaves no completion token to train on in {which} training rows: raise max_length"
+    scope = "any of the" if method == "dpo" else "the first 64"  # DPO drops such rows itself, so all are read
+    message = f"max_length=4 leaves no completion token to train on in {scope} training rows: raise max_length"
     assert message in error(capsys)
 
 
@@ -118,11 +118,11 @@ FUSED = ["sft", "dpo", "kto", "cpo", "orpo", "tpo"]
 @pytest.mark.parametrize("method", FUSED)
 def test_fully_truncated_rows_are_counted(method, trainer, caplog):
     built = trainer(method, rows_of([2, 9, 3, 4, 12, 7]), max_length=7)
-    lost, rows = (6, 12) if method == "kto" else (3, 6)
-    message = f"max_length=7 leaves no completion token to train on in {lost} of the {rows} training rows"
+    lost_rows, rows = (6, 12) if method == "kto" else (3, 6)
+    message = f"max_length=7 leaves no completion token to train on in {lost_rows} of the {rows} training rows"
     assert [message in r.getMessage() for r in caplog.records].count(True) == 1
-    kept = 6 if method in ("cpo", "orpo", "tpo") else rows - lost  # the others drop such rows
-    assert len(built.train_dataset) == kept
+    kept_rows = 6 if method in ("cpo", "orpo", "tpo") else rows - lost_rows  # the others drop such rows
+    assert len(built.train_dataset) == kept_rows
 
 
 @pytest.mark.parametrize("method", FUSED)

@@ -112,22 +112,22 @@ def rows(n):
 
 def data(kind, n):
     """A data set of n rows in the format of the trainer `kind`."""
-    every = list(rows(n))
+    all_rows = list(rows(n))
     if kind == "sft":
-        return Dataset.from_list([{"prompt": r["prompt"], "completion": r["chosen"]} for r in every])
+        return Dataset.from_list([{"prompt": r["prompt"], "completion": r["chosen"]} for r in all_rows])
     if kind == "kto":
         sides = [("chosen", True), ("rejected", False)]
         return Dataset.from_list(
             [
                 {"prompt": r["prompt"], "completion": r[side], "label": label}
-                for i, r in enumerate(every)
+                for i, r in enumerate(all_rows)
                 for side, label in [sides[i % 3 == 1]]
             ]
         )
     if kind in ("grpo", "rloo"):
-        return Dataset.from_list([{"prompt": r["prompt"]} for r in every])
+        return Dataset.from_list([{"prompt": r["prompt"]} for r in all_rows])
     columns = ["prompt", "chosen", "rejected", *(["reference"] if kind == "tpo" else [])]
-    return Dataset.from_list([{name: r[name] for name in columns} for r in every])
+    return Dataset.from_list([{name: r[name] for name in columns} for r in all_rows])
 
 
 def classes(kind):
