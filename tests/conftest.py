@@ -1,9 +1,10 @@
 """Set up every test: no network, NaN in uninitialised memory, and Triton's interpreter if there is no GPU."""
 
+import contextlib
 import importlib
 import itertools
 import os
-import traceback
+import unittest.mock
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -44,37 +45,42 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.hookimpl(wrapper=True)
 def pytest_pyfunc_call(pyfuncitem):
-    """Hold an adapter to what it says of itself: refusals skip, and exactness is not asked of one with a caveat.
+    """Judge tests of adapters by what the adapter claims: refusals skip, and a caveat excuses inexact results.
 
-    Budgets that eager code sets (`helpers.assert_within_budget`) bind it all the same. tests/test_adapters.py names
-    what is refused and why.
+    The budgets of eager code (`helpers.BudgetError`) hold in spite of a caveat. tests/test_library_adapters.py checks
+    refusals and caveats themselves.
     """
+    from helpers import BudgetError
+
     from fusedalign import impls
 
     impl = _params(pyfuncitem).get("impl")
     if impl not in impls.impl_names("adapter"):
         return (yield)
-    caveats, adapter = set(), importlib.import_module(impls.MODULES[impl].module).IMPL
-    supports = adapter.supports
+    with _recorded_caveats(importlib.import_module(impls.MODULES[impl].module).IMPL) as caveats:
+        try:
+            return (yield)
+        except ValueError as error:
+            if str(error).startswith(f"impl={impl!r} cannot do this: "):
+                pytest.skip(f"refused: {str(error).partition(': ')[2].partition('; impls')[0]}")
+            raise
+        except AssertionError as error:
+            if caveats and not isinstance(error, BudgetError):
+                pytest.xfail(f"not exact, as documented: {'; '.join(sorted(caveats))}")
+            raise
 
-    def listening(problem):
-        caveats.add(adapter.caveat(problem))
+
+@contextlib.contextmanager
+def _recorded_caveats(adapter):
+    """The set of caveats that `adapter` has for the problems that it is asked to support."""
+    caveats, supports = set(), adapter.supports
+
+    def supports_and_record(problem):
+        caveats.update(filter(None, [adapter.caveat(problem)]))
         return supports(problem)
 
-    adapter.supports = listening
-    try:
-        return (yield)
-    except ValueError as error:
-        if str(error).startswith(f"impl={impl!r} cannot do this: "):
-            pytest.skip(f"refused: {str(error).partition(': ')[2].partition('; impls')[0]}")
-        raise
-    except AssertionError as error:
-        inexact = caveats - {None}
-        if inexact and not any(entry.name == "_assert_each" for entry in traceback.extract_tb(error.__traceback__)):
-            pytest.xfail(f"not exact, as it says: {'; '.join(sorted(inexact))}")
-        raise
-    finally:
-        adapter.supports = supports
+    with unittest.mock.patch.object(adapter, "supports", supports_and_record):
+        yield caveats
 
 
 def _params(item) -> dict:
