@@ -288,7 +288,7 @@ def test_merged_and_disabled_adapters_are_followed(model, config):
         assert error(fused(wrapped), want) < 1e-7
 
 
-# --- precision -------------------------------------------------------------------------------------------------------
+# Precision
 
 
 def head_alone(layer, hidden, targets):
@@ -368,7 +368,7 @@ def test_trained_tokens_are_rounded_like_merged_ones():
         torch.testing.assert_close(got, of(lm_head(wrapped), hidden, targets).logps, rtol=1e-5, atol=1e-5)
 
 
-# --- cost ------------------------------------------------------------------------------------------------------------
+# Cost
 
 
 def layer_and_hidden(config, v=601, n=96):
@@ -439,7 +439,7 @@ def test_the_backward_never_touches_a_frozen_head(config, f):
             assert torch.equal(p.grad, want[name]), name
 
 
-# --- prompt learning -------------------------------------------------------------------------------------------------
+# Prompt learning
 
 
 @pytest.mark.parametrize(
@@ -468,7 +468,7 @@ def test_prompt_learning_uses_the_models_own_head(config):
     torch.testing.assert_close(torch.autograd.grad(got, parameters), want_grads)
 
 
-# --- refused ---------------------------------------------------------------------------------------------------------
+# Refusals
 
 
 def refused(error_type, match, model):

@@ -29,7 +29,7 @@ def report_of(impls, *, tasks=tuple(TASKS), case=SMALL, dtype=torch.float32):
     return report, {(t.task, row.impl): row for t in report.cases[0].tables for row in t.rows}
 
 
-# ------------------------------------------------------------------------------------------------------------- the data
+# The data
 
 
 def test_trained_data_resemble_a_trained_model():
@@ -88,7 +88,7 @@ def test_custom_cases_are_parsed():
     assert names[2].flops == 2 * 64 * 8 * 100
 
 
-# ----------------------------------------------------------------------------------------------------- the exact answer
+# The exact answer
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -115,7 +115,7 @@ def test_relative_error_equals_hand_computed_values():
     assert relative_error(exact.bfloat16(), exact) < 2**-8
 
 
-# -------------------------------------------------------------------------------------------------------- measurements
+# Measurements
 
 
 def test_peak_counts_simultaneous_allocations():
@@ -138,7 +138,7 @@ def test_the_median_is_of_at_least_5_runs_after_2_warmups():
     assert len(calls) == 2 + 20
 
 
-# --------------------------------------------------------------------------------------------------------------- rows
+# Rows
 
 
 def test_the_pytorch_impl_is_exact_in_every_task():
@@ -269,7 +269,7 @@ def test_every_own_impl_is_a_row(monkeypatch):
     assert "impl='new' cannot do this" in rows["logps", "new"].reason
 
 
-# -------------------------------------------------------------------------------------------------------- the command
+# The command
 
 
 def test_the_command_writes_what_it_prints(tmp_path, capsys):

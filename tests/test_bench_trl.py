@@ -37,7 +37,7 @@ def words(text):
     return len(text.split())
 
 
-# ---------------------------------------------------------------------------------------------------------------- data
+# Data
 
 
 @pytest.mark.parametrize("lengths", [LogNormal(150, 1.0, 1024), LogNormal(1400, 0.6, 3000), LogNormal(240, 0.8, 1024)])
@@ -98,7 +98,7 @@ def test_tokens_are_counted_as_the_trainer_sees_them(training, columns, tmp_path
     assert 1 not in {token for column in columns for ids in data[column] for token in ids}  # <unk>
 
 
-# --------------------------------------------------------------------------------------------------------- one training
+# One training
 
 
 def test_a_row_has_the_times_tokens_slots_and_losses_of_its_steps(monkeypatch, tmp_path):
@@ -157,7 +157,7 @@ def test_a_trainer_exception_becomes_the_reason(monkeypatch):
     assert measure(Job("sft", "tiny", "chat", "trl")) == Measured(reason="RuntimeError: a | kernel broke")
 
 
-# ------------------------------------------------------------------------------------------------------------ processes
+# Processes
 
 
 @pytest.mark.slow
@@ -204,7 +204,7 @@ def test_a_dead_process_reports_its_reason(monkeypatch, tmp_path, script, reason
     assert processes.measure_alone(Job("sft", "tiny", "chat", "trl")) == Measured(reason=reason)
 
 
-# -------------------------------------------------------------------------------------------------------------- command
+# Command
 
 GIB = 2**30
 FIGURES = {

@@ -93,7 +93,7 @@ def assert_equal(got, want, tolerance=1e-4):
     assert [x for _, x in got] == [x for _, x in want]
 
 
-# ------------------------------------------------------------------------------------------------------ loglikelihood
+# Loglikelihood
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, "auto"])
@@ -222,7 +222,7 @@ def test_truncated_rows_are_counted(tiny, caplog):
     assert "2 of 3 requests are cut from the left to max_length=48" in caplog.text
 
 
-# -------------------------------------------------------------------------------------------------------------- rolling
+# Rolling
 
 
 @pytest.mark.parametrize("batch_size", [2, "auto"])
@@ -247,7 +247,7 @@ def test_ranks_with_fewer_windows_run_as_many(fused, hf):
     assert fused.loglikelihood_rolling(texts, disable_tqdm=True) == pytest.approx(want, rel=1e-5)
 
 
-# ------------------------------------------------------------------------------------------------------- rows, batches
+# Rows, batches
 
 
 def packed_tokens(monkeypatch, model, requests):
@@ -331,7 +331,7 @@ def test_questions_of_different_length_form_separate_groups():
     assert [[row.shared for row in group] for group in groups] == [[0, 36, 36]] * 2
 
 
-# --------------------------------------------------------------------------------------------------------------- faults
+# Faults
 
 
 @pytest.mark.parametrize("name", ["qwen3", "gemma2"])
@@ -394,7 +394,7 @@ def test_prompt_learning_is_refused(tiny):
         FusedLM(model, tokenizer=tiny.tokenizer())
 
 
-# ------------------------------------------------------------------------------------------------ the harness around it
+# Integration with the harness
 
 
 def test_the_registry_knows_the_name():

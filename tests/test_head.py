@@ -291,7 +291,7 @@ def test_a_scale_on_the_backbone_is_used():
     assert lm_head(model).scale == 0.9
 
 
-# --- refused ---------------------------------------------------------------------------------------------------------
+# Refusals
 
 
 def refused(error, match, model):
@@ -607,7 +607,7 @@ def test_refuses_truncated_logits():
     refused(ValueError, f"unpadded_vocab_size={V - 1}", model)
 
 
-# --- PEFT; adapters on the head itself: test_adapters.py --------------------------------------------------------------
+# PEFT; adapters on the head itself: test_adapters.py
 
 
 def peft_model(model, adapter="default", **config):

@@ -41,7 +41,7 @@ def problem(hidden=HIDDEN, weight=WEIGHT, **options):
     return Problem(hidden, weight, TARGETS[: len(hidden)], dtype, **options)
 
 
-# ------------------------------------------------------------------------------------------------------ CCE, a stand-in
+# CCE, a stand-in
 
 
 def from_logits(e, c, targets, bias, softcap, reduction):
@@ -177,7 +177,7 @@ def test_cce_reports_a_caveat_if_it_is_not_exact(stand_in):
             assert "rounds the target's logit" in row.caveat
 
 
-# ------------------------------------------------------------------------------------------------- what is refused, why
+# Refusals
 
 
 CCE_REFUSALS = {
@@ -246,7 +246,7 @@ def test_liger_reports_its_rounding(monkeypatch):
     assert "1024 tokens at a time" in liger.IMPL.caveat(many)
 
 
-# ---------------------------------------------------------------------------------------------------------------- Liger
+# Liger
 
 
 @needs_liger
@@ -310,7 +310,7 @@ def test_liger_computes_gradients_in_the_forward_unless_disabled(interpreted, ke
     assert (case.weight.data_ptr() in saved) == (not keep_head)
 
 
-# ----------------------------------------------------------------------------------------------------------------- auto
+# Auto
 
 
 def test_auto_skips_inexact_impls_and_logs_it_once(monkeypatch, stand_in, caplog):
@@ -371,7 +371,7 @@ def test_a_library_that_is_missing_says_how_to_get_it():
     assert library.reason == "a_package_that_nobody_has is not installed: pip install it"
 
 
-# ------------------------------------------------------------------------------------------- the libraries, on a GPU
+# The libraries, on a GPU
 
 
 @pytest.mark.gpu

@@ -69,7 +69,7 @@ def real_model(family, dtype):
     return transformers.AutoModelForCausalLM.from_config(config(family), dtype=getattr(torch, dtype)).train()
 
 
-# -------------------------------------------------------------------------------------------------- against real models
+# Against real models
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -264,7 +264,7 @@ def test_layers_that_need_numbers_are_refused_with_the_reason():
     assert len(model.model.layers) == 3
 
 
-# ----------------------------------------------------------------------------------------------------------- arithmetic
+# Arithmetic
 
 
 def replace(step=STEP, **more):
@@ -411,7 +411,7 @@ def evaluated(formula):
     return total
 
 
-# --------------------------------------------------------------------------------------------------------------- advice
+# Advice
 
 
 def test_the_best_change_reduces_the_largest_part():
@@ -481,7 +481,7 @@ def test_a_plan_says_what_fits():
     assert "\nnot enough even together: LoRA" in render(plan(source, step, sizes.CONTEXT))
 
 
-# -------------------------------------------------------------------------------------------------------------- command
+# Command
 
 
 def saved_config(folder, model_config=None):

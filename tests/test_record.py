@@ -112,7 +112,7 @@ def stop_at(monkeypatch, step, what=KeyboardInterrupt):
     monkeypatch.setattr(transformers.trainer_callback.DefaultFlowCallback, "on_log", end, raising=False)
 
 
-# ------------------------------------------------------------------------------------------------ metrics over two runs
+# Metrics over two runs
 
 
 @pytest.mark.parametrize("word", ["last", "true", "True"])
@@ -173,7 +173,7 @@ def test_words_for_no_resume_start_a_new_run(model, tmp_path, word):
     assert steps(out) == [1]
 
 
-# ------------------------------------------------------------------------------------------------------ what is refused
+# What is refused
 
 
 def test_a_finished_folder_is_refused_and_untouched(model, finished_run, capsys, monkeypatch):
@@ -272,7 +272,7 @@ def test_a_checkpoint_of_another_model_is_an_error(model, finished_run, tmp_path
     assert not (finished_run / "run.lock").exists()
 
 
-# ------------------------------------------------------------------------------------------------------------- the lock
+# The lock
 
 
 def holder(pid, host=None, started=None):
@@ -359,7 +359,7 @@ def test_an_output_directory_that_is_a_file_is_an_error(model, tmp_path, capsys)
     assert f"output_dir must be a folder that can be written to, got {tmp_path / 'out'}" in error(capsys)
 
 
-# ---------------------------------------------------------------------------------------------------------- valid lines
+# Valid JSON lines
 
 
 def test_nan_is_written_as_null(model, tmp_path, monkeypatch):
@@ -408,7 +408,7 @@ def test_torch_and_numpy_scalars_are_written_as_numbers():
     }
 
 
-# ----------------------------------------------------------------------------------------------------------- full disks
+# Full disks
 
 
 def test_a_disk_that_fills_up_warns_once_and_training_continues(model, tmp_path, monkeypatch, capsys):
@@ -524,7 +524,7 @@ def test_the_demo_runs_twice_and_without_matplotlib(model, tmp_path, monkeypatch
     assert messages == ["fusedalign: warning: the plot was left out: it needs matplotlib (pip install matplotlib)"]
 
 
-# --------------------------------------------------------------------------------------------------------------- Ctrl-C
+# Ctrl-C
 
 
 def test_ctrl_c_reports_what_is_kept_and_how_to_resume(model, tmp_path, monkeypatch, capsys):

@@ -59,7 +59,7 @@ def problem_of(case: Case, operand_dtype=None, **options) -> Problem:
     return Problem(case.hidden[valid], case.weight, case.targets[valid], dtype, case.bias, **case.head, **options)
 
 
-# ------------------------------------------------------------------------------------------------------------- refusals
+# Refusals
 
 
 @pytest.mark.parametrize("operands", [("hidden",), ("weight",), ("hidden", "weight")])
@@ -127,7 +127,7 @@ def test_auto_never_selects_the_interpreter(device):
     assert {v.impl: v.auto for v in explain(problem)}["triton"] is not INTERPRETED
 
 
-# -------------------------------------------------------------------------------------------------------- a frozen head
+# A frozen head
 
 
 @pytest.fixture
@@ -230,7 +230,7 @@ def test_frozen_head_gradients_are_exact_over_several_token_tiles(device, dtype)
         assert_loss_within_budget(case, got, z_loss=0.01)
 
 
-# ----------------------------------------------------------------------------------------------------------- confidence
+# Confidence
 
 
 @devices
@@ -257,7 +257,7 @@ def test_the_gradient_of_a_confident_target_is_exact(device, kind, path):
             assert relative < 0.01, (name, relative)
 
 
-# ------------------------------------------------------------------------------------------------------------- one pass
+# One pass
 
 
 @pytest.fixture
@@ -391,7 +391,7 @@ def test_mixed_dtypes_and_autocast_are_within_budget(device, dtypes):
     assert_loss_within_budget(rounded, frozen_loss)
 
 
-# ----------------------------------------------------------------------------------------------------------- every path
+# Every path
 
 
 def no_grad(case: Case, outputs=OUTPUTS, **options) -> dict[str, torch.Tensor]:
@@ -558,7 +558,7 @@ def test_nan_in_the_head_reaches_every_token(device, dtype, path):
         assert got["loss"].isnan()
 
 
-# ------------------------------------------------------------------------------------------------------------- on a GPU
+# On a GPU
 
 
 WHOLE = {"vocab_chunk": 60_000, "token_chunk": 40_000, "workspace": 16 * 2**30}
@@ -672,7 +672,7 @@ def test_random_problems_are_within_budget(seed):
     check_random_problem(seed, "cpu", 100)
 
 
-# ------------------------------------------------------------------------------------------------------------- training
+# Training
 
 
 class Model(torch.nn.Module):

@@ -143,7 +143,7 @@ def test_an_alpha_that_fp32_cannot_hold_is_simpo():
     torch.testing.assert_close(small, C.double(), rtol=1e-11, atol=0)
 
 
-# ------------------------------------------------------------------------------------------------ numbers that are data
+# Numbers passed as tensors
 
 #: name -> (a function of the tensor, valid values, invalid values)
 NOT_FINITE = (math.nan, math.inf, -math.inf)
@@ -252,7 +252,7 @@ def test_num_items_works_in_a_graph():
     assert compiled(hidden, WEIGHT, TARGETS, num_items=torch.tensor(-2.0), impl="pytorch").isnan()
 
 
-# --------------------------------------------------------------------------------------------------- PyTorch's default
+# PyTorch's default
 
 
 @pytest.fixture

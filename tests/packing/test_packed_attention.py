@@ -141,7 +141,7 @@ def test_gradients_of_shared_keys_are_summed():
     assert torch.autograd.gradcheck(lambda k, v: _WithPrefixes.apply(k, v, *batch.shared), (keys, values))
 
 
-# ------------------------------------------------------------------------------------------------------------- on a GPU
+# On a GPU
 
 SIZES = [(64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (256, 256)]
 

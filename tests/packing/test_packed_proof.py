@@ -184,7 +184,7 @@ def test_without_a_layout_nothing_changes():
         assert all(map(torch.equal, answers(model), before))
 
 
-# ------------------------------------------------------------------------------------------------- broken on purpose
+# Injected faults
 
 
 def _positions(monkeypatch):

@@ -318,7 +318,7 @@ def test_two_processes_write_the_same_file(run, folder, tmp_path, launcher):
     assert not list(tmp_path.glob("two.parquet.*"))
 
 
-# ---------------------------------------------------------------------------------------------------------- in Python
+# In Python
 
 
 def test_score_returns_a_data_set_in_python(model, tokenizer, tmp_path):

@@ -95,7 +95,7 @@ def test_row_mean_logits_are_not_rounded_to_bf16(autocast):
     torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
 
 
-# ------------------------------------------------------------------------------------------------- without the argument
+# Without fused_lm_head
 
 
 def test_without_fused_lm_head_the_model_is_unchanged():
@@ -178,7 +178,7 @@ def test_a_model_that_is_its_own_backbone_is_refused():
         add_lm_head(Alone(transformers.Qwen3Config(**tiny.SMALL, head_dim=8)), options=HeadOptions())
 
 
-# -------------------------------------------------------------------------------------------------------------- experts
+# Experts
 
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
@@ -224,7 +224,7 @@ def test_experts_of_a_nested_text_configuration_are_found():
     )
 
 
-# -------------------------------------------------------------------------------------------------- whose forward it is
+# Origin of the forward
 
 
 def test_fused_by_names_the_library_of_the_forward():

@@ -94,7 +94,7 @@ def _models(trainer):
     return [m for m in (trainer.model, getattr(trainer, "ref_model", None)) if m is not None]
 
 
-# ------------------------------------------------------------------------------------------------------ which models
+# Which models
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -180,7 +180,7 @@ def test_the_key_of_a_precomputed_reference_depends_on_kernels(build, liger):
     assert reference_key(trainer) != key
 
 
-# ------------------------------------------------------------------------------------------------------------ refusals
+# Refusals
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -300,7 +300,7 @@ def test_attach_has_no_liger_kernels_option(build):
         attach(build("sft", "stock"), liger_kernels=True)
 
 
-# ------------------------------------------------------------------------------------------------------------- command
+# Command
 
 
 @pytest.mark.parametrize("method", ["sft", "dpo", "kto", "cpo", "simpo", "orpo"])
@@ -335,7 +335,7 @@ def test_the_command_refuses_in_one_line(tmp_path, liger, monkeypatch, capsys):
     assert "liger_kernels must be false where the trainer is TRL's own, as under FSDP" in capsys.readouterr().err
 
 
-# ---------------------------------------------------------------------------------------------------------- Liger's own
+# Liger's own
 
 needs_liger = pytest.mark.skipif(importlib.util.find_spec("liger_kernel") is None, reason="needs liger-kernel")
 

@@ -41,7 +41,7 @@ def long_prompts(kind, n=8, longest=12):
     return Dataset.from_list(rows)
 
 
-# ----------------------------------------------------------------------------------------------------------- metrics
+# Metrics
 
 CASES = {
     "sft": ("sft", {}),
@@ -128,7 +128,7 @@ def test_padded_rows_keep_their_mask_if_mean_logits_include_padding(build, kind)
     assert build(kind, "fused", max_steps=1).layouts.kind == MASKED
 
 
-# --------------------------------------------------------------------------------------------------------- gradients
+# Gradients
 
 
 def gradients(trainer, name=None):
@@ -190,7 +190,7 @@ def test_packed_lora_reference_equals_the_padded_one(build, options):
     tiny.assert_same(got, want)
 
 
-# --------------------------------------------------------------------------------------------------------------- KTO
+# KTO
 
 
 @pytest.mark.parametrize("prompts", ["short", "long"])
@@ -217,7 +217,7 @@ def test_kto_rows_run_together_if_that_takes_fewer_tokens(build, prompts, precom
     assert len(reference_calls) == (0 if precomputed else 3)
 
 
-# --------------------------------------------------------------------------------------------------------- in practice
+# Complete trainings
 
 
 @pytest.mark.parametrize(
@@ -380,7 +380,7 @@ def test_consecutive_trainers_on_one_model_do_not_interfere(build):
         tiny.assert_same(got, want)
 
 
-# ------------------------------------------------------------------------------------------------------------- attach
+# Attach
 
 
 @pytest.mark.parametrize(
@@ -434,7 +434,7 @@ def test_an_attached_trainer_is_garbage_collected(build):
     assert reference() is None
 
 
-# ----------------------------------------------------------------------------------------------------------- refusals
+# Refusals
 
 
 @pytest.mark.parametrize("packed", ["auto", True])
@@ -493,7 +493,7 @@ def test_auto_on_a_cpu_pads_and_logs_it(build, tiny_folder, caplog):
         assert messages[0].startswith(line)
 
 
-# ---------------------------------------------------------------------------------- right-padded rows, other collators
+# Right-padded rows, other collators
 
 
 def recorded_layouts(trainer):
@@ -601,7 +601,7 @@ def test_unpackable_batches_stay_padded(build, tiny_folder, name):
         assert set(layout_types) == {"NoneType"}
 
 
-# ------------------------------------------------------------------------------------------------------ command line
+# Command line
 
 
 @pytest.mark.parametrize("source", ["flag", "file"])
@@ -639,7 +639,7 @@ def test_the_command_packs(embedded_folder, tmp_path, capsys, source):
     assert "maybe" in error
 
 
-# -------------------------------------------------------------------------------------- what goes by padded rows
+# Features that depend on padded rows
 
 
 @pytest.mark.parametrize(

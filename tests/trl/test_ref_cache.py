@@ -60,7 +60,7 @@ def _lora_config(**options):
     return peft.LoraConfig(**{"r": 4, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"} | options)
 
 
-# ------------------------------------------------------------------------------------------------------------- numbers
+# Numbers
 
 
 @pytest.mark.parametrize(
@@ -201,7 +201,7 @@ def _with_defaults(original):
     return init
 
 
-# ------------------------------------------------------------------------------------------------------------ refusals
+# Refusals
 
 
 def _moved(model):
@@ -408,7 +408,7 @@ def test_a_path_that_is_not_a_file_is_refused(tmp_path):
         read_cache(3)
 
 
-# ------------------------------------------------------------------------------------------------------------ the file
+# The file
 
 ABOUT = About(64, "keep_start", None, "t", "c", "float32", "f", "w", "the-model", {"trl": "1"})
 
@@ -458,7 +458,7 @@ def test_a_key_depends_on_the_tokens_and_the_completion_start():
     assert keys[0] == "e0d562fac24d530adad3102e07398323"
 
 
-# ------------------------------------------------------------------------------------------------ sequences and digests
+# Sequences and digests
 
 
 @pytest.mark.parametrize(
@@ -589,7 +589,7 @@ def test_tokenizers_are_identified_by_their_output(tmp_path):
     assert template_digest(tokenizer) != template_digest(_templated(tokenizer))
 
 
-# --------------------------------------------------------------------------------------------------------- the command
+# The command
 
 
 @pytest.fixture

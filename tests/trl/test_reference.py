@@ -254,7 +254,7 @@ def test_an_initialisation_that_changes_the_base_weights_is_refused(build, loade
         build("dpo", "fused", arguments=[("model", lambda: loaded), ("peft_config", lambda: config)])
 
 
-# --------------------------------------------------------------------------------------------------------- precomputed
+# Precomputed
 
 
 @pytest.fixture

@@ -74,7 +74,7 @@ def test_zero_2_is_not_refused(build, pretend, variant):
     build("sft", variant)
 
 
-# --------------------------------------------------------------------------------------------------------------- Liger
+# Liger
 
 
 @pytest.fixture
@@ -129,7 +129,7 @@ def test_attach_names_a_liger_forward(build, kind):
         lce_forward.__globals__["__name__"] = before
 
 
-# ------------------------------------------------------------------------------------------------ arguments and options
+# Arguments and options
 
 
 @pytest.mark.parametrize("kind", ["cpo", "orpo"])

@@ -173,7 +173,7 @@ def _with_globals(function, names):
     return other
 
 
-# ------------------------------------------------------------------------------------------------------------ attach()
+# attach()
 
 
 def test_detach_and_attach_may_run_concurrently(build):

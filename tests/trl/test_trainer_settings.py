@@ -261,7 +261,7 @@ def test_a_subclass_trains_like_stock(build, stock_history):
     tiny.assert_same(tiny.history(build("dpo", "fused", cls=Mine)), stock_history("dpo"))
 
 
-# ------------------------------------------------------------------------------------------------------------ refusals
+# Refusals
 
 
 @pytest.mark.parametrize("kind", ["sft", "cpo"])
