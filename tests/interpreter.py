@@ -28,11 +28,11 @@ def _patch_once_a_launch() -> None:
         return patch(fn)
 
     @functools.wraps(launch)
-    def launch_afresh(*args, **options):
+    def launch_and_reset(*args, **options):
         patched.clear()
         return launch(*args, **options)
 
-    interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch_once, launch_afresh
+    interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch_once, launch_and_reset
 
 
 def _by_name(np_dtype_of):

@@ -76,7 +76,7 @@ def batch():
     return ids, ids.roll(-1, 1).index_fill(1, torch.tensor([0, 6]), -100)
 
 
-def of(head, hidden, targets, f=linear_logps, **options):
+def apply_head(head, hidden, targets, f=linear_logps, **options):
     options |= {"bias": head.bias, "scale": head.scale, "softcap": head.softcap}
     return f(head.expand(hidden), head.weight, targets, **options)
 
@@ -90,13 +90,13 @@ def eager_logps(model):
 def fused(model):
     ids, targets = batch()
     hidden = model.get_base_model().model(input_ids=ids, use_cache=False)[0]
-    return of(lm_head(model), hidden, targets).logps
+    return apply_head(lm_head(model), hidden, targets).logps
 
 
 def fused_loss(model):
     ids, targets = batch()
     hidden = model.get_base_model().model(input_ids=ids, use_cache=False)[0]
-    return of(lm_head(model), hidden, targets, linear_cross_entropy, reduction="sum")
+    return apply_head(lm_head(model), hidden, targets, linear_cross_entropy, reduction="sum")
 
 
 def grads(model, f, weights=None):
@@ -232,7 +232,7 @@ def test_lora_on_lora_is_exact():
         ids, targets = batch()
         base = inner.get_base_model()
         hidden = base.model(input_ids=ids, use_cache=False)[0]
-        got, want = of(lm_head(outer), hidden, targets).logps, eager_logps(outer)
+        got, want = apply_head(lm_head(outer), hidden, targets).logps, eager_logps(outer)
     assert error(got, want) < 1e-7
 
 
@@ -325,7 +325,7 @@ def test_fp32_adapters_on_a_bf16_head_are_within_budget(config, autocast, impl, 
             eager = head_alone(layer, hidden, targets) | {"hidden": hidden.grad}
             hidden.grad = None
             layer.zero_grad()
-            out = of(lm_head(wrapped), hidden, targets, impl=impl)
+            out = apply_head(lm_head(wrapped), hidden, targets, impl=impl)
         (-out.logps.sum()).backward()
         got = {n: p.grad for n, p in layer.named_parameters() if p.requires_grad}
         got |= {"logps": out.logps[..., None].detach(), "hidden": hidden.grad}
@@ -352,7 +352,7 @@ def test_logits_of_trained_tokens_are_not_rounded(autocast):
             parameter.data = parameter.bfloat16().double()
         want, targets = exact(hidden.double()).log_softmax(-1), torch.full((50,), 4)
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            got, eager = of(lm_head(wrapped), inputs, targets).logps, layer(inputs).double().log_softmax(-1)
+            got, eager = apply_head(lm_head(wrapped), inputs, targets).logps, layer(inputs).double().log_softmax(-1)
     assert error(eager[:, 4], want[:, 4]) > 0.02
     assert error(got, want[:, 4]) < 2e-4
 
@@ -363,9 +363,9 @@ def test_trained_tokens_are_rounded_like_merged_ones():
     assert wrapped.get_base_model().lm_head.token_adapter.trainable_tokens_delta["default"].dtype == torch.float32
     hidden, targets = torch.randn(50, D), torch.full((50,), 4)
     with torch.no_grad():
-        got = of(lm_head(wrapped), hidden, targets).logps
+        got = apply_head(lm_head(wrapped), hidden, targets).logps
         wrapped.merge_adapter()
-        torch.testing.assert_close(got, of(lm_head(wrapped), hidden, targets).logps, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(got, apply_head(lm_head(wrapped), hidden, targets).logps, rtol=1e-5, atol=1e-5)
 
 
 # Cost
@@ -382,7 +382,7 @@ def layer_and_hidden(config, v=601, n=96):
 def test_nothing_of_head_size_is_allocated(f, config):
     wrapped, hidden, targets = layer_and_hidden(CONFIGS[config])
     with Allocations() as allocations:
-        out = of(lm_head(wrapped), hidden, targets, f)
+        out = apply_head(lm_head(wrapped), hidden, targets, f)
         getattr(out, "logps", out).sum().backward()
     assert 601 * 4 <= allocations.largest() < 601 * D
     with Allocations() as allocations:
@@ -463,7 +463,7 @@ def test_prompt_learning_uses_the_models_own_head(config):
     parameters = [p for p in wrapped.parameters() if p.requires_grad]
     want_grads = torch.autograd.grad(want, parameters, retain_graph=True)
     handle.remove()
-    got = of(lm_head(wrapped), hidden_states[-1][:, -ids.shape[1] :], targets, linear_cross_entropy)
+    got = apply_head(lm_head(wrapped), hidden_states[-1][:, -ids.shape[1] :], targets, linear_cross_entropy)
     torch.testing.assert_close(got, want)
     torch.testing.assert_close(torch.autograd.grad(got, parameters), want_grads)
 

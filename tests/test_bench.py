@@ -121,15 +121,15 @@ def test_relative_error_equals_hand_computed_values():
 def test_peak_counts_simultaneous_allocations():
     """Two tensors allocated in turn count once, two at the same time count twice."""
 
-    def after():
+    def in_turn():
         torch.ones(2**18)
         torch.ones(2**18)
 
-    def together():
+    def at_the_same_time():
         return torch.ones(2**18), torch.ones(2**18)
 
-    assert peak_bytes(after, "cpu") == 2**20
-    assert peak_bytes(together, "cpu") == 2**21
+    assert peak_bytes(in_turn, "cpu") == 2**20
+    assert peak_bytes(at_the_same_time, "cpu") == 2**21
 
 
 def test_the_median_is_of_at_least_5_runs_after_2_warmups():

@@ -245,11 +245,11 @@ def test_accelerate_config_relaunches_the_command(tmp_path, llama, monkeypatch, 
 
     calls = []
 
-    class Done:
+    class Process:
         returncode = 0
 
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
-    monkeypatch.setattr(module.subprocess, "run", lambda command: calls.append(command) or Done())
+    monkeypatch.setattr(module.subprocess, "run", lambda command: calls.append(command) or Process())
     config = tmp_path / "mine.yaml"
     config.write_text("accelerate_config: multi_gpu\nlearning_rate: 0.1\n")
     assert main(["dpo", "--config", str(config)]) == 0

@@ -15,11 +15,11 @@ def launched(monkeypatch):
 
     calls = []
 
-    class Done:
+    class Process:
         returncode = 0
 
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
-    monkeypatch.setattr(launch.subprocess, "run", lambda command: calls.append(command[3:]) or Done())
+    monkeypatch.setattr(launch.subprocess, "run", lambda command: calls.append(command[3:]) or Process())
     return calls
 
 

@@ -276,7 +276,7 @@ MODEL = Model("m", parameters=1000, item=2, vocab=50, width=4)
 TRACE = Trace(tokens=10, width=4, item=2, kinds=(LAYER,), order=(0, 0, 0), before=20, after=30)
 
 
-class Made:
+class SyntheticSource:
     """A synthetic source of records: activations scale with tokens, weights with the dtype."""
 
     def __init__(self, parameters=1000, layer=LAYER, adapters=10):
@@ -416,18 +416,18 @@ def evaluated(formula):
 
 def test_the_best_change_reduces_the_largest_part():
     few = replace(batch=1, length=4, prompt=0)
-    heavy_weights = ranked(few, peak_of(Made(parameters=10**9)))
+    heavy_weights = ranked(few, peak_of(SyntheticSource(parameters=10**9)))
     assert heavy_weights[0].about.startswith("LoRA")
     activations = replace(batch=64, length=1000, checkpointing=False)
-    assert ranked(activations, peak_of(Made(parameters=10)))[0].about == "gradient checkpointing"
+    assert ranked(activations, peak_of(SyntheticSource(parameters=10)))[0].about == "gradient checkpointing"
     checkpointed = replace(activations, checkpointing=True)
-    assert ranked(checkpointed, peak_of(Made(parameters=10)))[0].about == "--batch 32 --accumulation 2"
+    assert ranked(checkpointed, peak_of(SyntheticSource(parameters=10)))[0].about == "--batch 32 --accumulation 2"
     with_lora = replace(few, lora_r=8, dtype="float32")
-    assert ranked(with_lora, peak_of(Made(parameters=10**9)))[0].about == "weights in bf16, --dtype bfloat16"
+    assert ranked(with_lora, peak_of(SyntheticSource(parameters=10**9)))[0].about == "weights in bf16, --dtype bfloat16"
 
 
 def test_changes_save_what_they_claim_and_are_sorted():
-    peak, step = peak_of(Made(parameters=10**6)), replace(dtype="float32", checkpointing=False)
+    peak, step = peak_of(SyntheticSource(parameters=10**6)), replace(dtype="float32", checkpointing=False)
     found = ranked(step, peak)
     assert [x.saved for x in found] == sorted((x.saved for x in found), reverse=True)
     assert all(x.saved == peak(step) - peak(x.step) > 0 and x.bytes == peak(x.step) for x in found)
@@ -449,7 +449,7 @@ def test_a_smaller_micro_batch_keeps_the_rows_per_step(batch, less):
 
 
 def test_changes_are_combined_until_the_step_fits():
-    peak, step = peak_of(Made(parameters=10**6)), replace(dtype="float32", checkpointing=False)
+    peak, step = peak_of(SyntheticSource(parameters=10**6)), replace(dtype="float32", checkpointing=False)
     assert together(step, peak, peak(step)) == []
     best = ranked(step, peak)[0]
     assert [x.about for x in together(step, peak, best.bytes)] == [best.about]
@@ -469,7 +469,7 @@ def test_a_single_row_is_printed_in_the_singular():
 
 
 def test_a_plan_says_what_fits():
-    source, step = Made(parameters=10**6), replace(batch=2)
+    source, step = SyntheticSource(parameters=10**6), replace(batch=2)
     needed = plan(source, step).needed
     assert plan(source, step, needed).together == []
     assert ": yes, 0.0 MiB free" in render(plan(source, step, needed)).replace("\n  ", " ")

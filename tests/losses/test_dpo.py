@@ -9,7 +9,7 @@ import torch
 from fusedalign import dpo_loss
 
 
-def four(b=3, dtype=torch.float32, seed=0):
+def random_logps(b=3, dtype=torch.float32, seed=0):
     g = torch.Generator().manual_seed(seed)
     return [-20 * torch.rand(b, generator=g).to(dtype) for _ in range(4)]
 
@@ -24,7 +24,7 @@ def test_loss_equals_hand_computed_values():
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_the_first_step_is_log_2(dtype):
-    c, r, *_ = four(dtype=dtype)
+    c, r, *_ = random_logps(dtype=dtype)
     out = dpo_loss(c, r, c, r)
     assert out.losses.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     torch.testing.assert_close(out.losses, torch.full_like(out.losses, math.log(2)))
@@ -32,7 +32,7 @@ def test_the_first_step_is_log_2(dtype):
 
 @pytest.mark.parametrize("b", [1, 2, 7])
 def test_gradients_equal_the_closed_form(b):
-    c, r, rc, rr = four(b, torch.float64)
+    c, r, rc, rr = random_logps(b, torch.float64)
     assert torch.autograd.gradcheck(
         lambda *x: dpo_loss(*x, beta=0.3).losses, [x.requires_grad_() for x in (c, r, rc, rr)]
     )
@@ -42,14 +42,14 @@ def test_gradients_equal_the_closed_form(b):
 
 
 def test_rewards_carry_no_gradient():
-    out = dpo_loss(*(x.requires_grad_() for x in four()))
+    out = dpo_loss(*(x.requires_grad_() for x in random_logps()))
     assert out.losses.requires_grad
     assert not out.chosen_rewards.requires_grad
     assert not out.rejected_rewards.requires_grad
 
 
 def test_swapping_chosen_and_rejected_flips_the_margin():
-    c, r, rc, rr = four()
+    c, r, rc, rr = random_logps()
     forth, back = dpo_loss(c, r, rc, rr), dpo_loss(r, c, rr, rc)
     torch.testing.assert_close(back.chosen_rewards, forth.rejected_rewards)
     margin = forth.chosen_rewards - forth.rejected_rewards
@@ -58,7 +58,7 @@ def test_swapping_chosen_and_rejected_flips_the_margin():
 
 def test_losses_do_not_depend_on_the_other_pairs():
     order = torch.tensor([2, 0, 1])
-    args = four()
+    args = random_logps()
     torch.testing.assert_close(dpo_loss(*(x[order] for x in args)).losses, dpo_loss(*args).losses[order])
 
 

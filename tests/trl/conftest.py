@@ -29,7 +29,7 @@ def _quick_garbage_collection():
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _packages_looked_for_once():
+def _cached_package_lookup():
     """Cache a package lookup that every training step repeats many times."""
     original = imports._is_package_available
     imports._is_package_available = functools.cache(original)

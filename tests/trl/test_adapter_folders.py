@@ -92,7 +92,7 @@ def logits(model):
         return model.eval()(input_ids=ids).logits
 
 
-def whole(folder, name):
+def merged_model(folder, name):
     base = transformers.AutoModelForCausalLM.from_pretrained(folder / ADAPTERS[name][0])
     return peft.PeftModel.from_pretrained(base, folder / name)
 
@@ -117,7 +117,7 @@ def test_a_merged_model_gives_the_logits_of_base_and_adapter(folder, tmp_path, n
     assert capsys.readouterr().out == f"model: {tmp_path / 'merged'}\n"
     merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert not isinstance(merged, peft.PeftModel)
-    want, base = logits(whole(folder, name)), transformers.AutoModelForCausalLM.from_pretrained(folder / "qwen3")
+    want, base = logits(merged_model(folder, name)), transformers.AutoModelForCausalLM.from_pretrained(folder / "qwen3")
     torch.testing.assert_close(logits(merged), want, rtol=1e-4, atol=1e-5)
     if name != "pissa":  # starts at the base model
         assert not torch.allclose(logits(base), want, atol=1e-3)
@@ -144,7 +144,7 @@ def test_the_reference_is_the_base_model_with_its_adapter(folder, tmp_path, name
     """Also for adapters that TRL copies only in part: trained tokens, LoRA on embeddings, IA3, VeRA."""
     start = train("dpo", folder, folder / name, tmp_path / "out")[0]
     assert start["loss"] == pytest.approx(math.log(2), abs=1e-6)
-    assert start["logps/chosen"] == pytest.approx(chosen_logps(whole(folder, name), folder), abs=1e-3)
+    assert start["logps/chosen"] == pytest.approx(chosen_logps(merged_model(folder, name), folder), abs=1e-3)
 
 
 @pytest.mark.parametrize("name", ["lora", "embedding"])
@@ -168,14 +168,14 @@ def test_adapters_are_merged_on_request_and_under_a_new_adapter(folder, tmp_path
     """The reference is the merged model, saved in the folder that the new adapter names as its base model."""
     start = train("dpo", folder, folder / "lora", tmp_path / "out", *flags)[0]
     assert start["loss"] == pytest.approx(math.log(2), abs=1e-6)
-    assert start["logps/chosen"] == pytest.approx(chosen_logps(whole(folder, "lora"), folder), abs=1e-3)
+    assert start["logps/chosen"] == pytest.approx(chosen_logps(merged_model(folder, "lora"), folder), abs=1e-3)
     if "--use_peft" in flags:
         config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
         assert config["base_model_name_or_path"] == str(tmp_path / "out" / "merged-model")
         assert config["target_modules"] == ["k_proj"]
     else:
         merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-        assert not torch.equal(logits(merged), logits(whole(folder, "lora")))
+        assert not torch.equal(logits(merged), logits(merged_model(folder, "lora")))
 
 
 def test_added_tokens_are_loaded_with_the_adapter(folder, tmp_path):

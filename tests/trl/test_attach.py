@@ -196,20 +196,20 @@ def test_detach_restores_the_methods_of_an_instance(build):
     trainer, calls = build("sft", "stock", max_steps=1), []
     original = trainer.compute_loss
 
-    def own(*args, **kwargs):
+    def counted_compute_loss(*args, **kwargs):
         calls.append("own")
         return original(*args, **kwargs)
 
-    trainer.compute_loss = own
+    trainer.compute_loss = counted_compute_loss
     attach(trainer)
     trainer.train()
     assert calls == ["own"]
     detach(trainer)
-    assert vars(trainer)["compute_loss"] is own
+    assert vars(trainer)["compute_loss"] is counted_compute_loss
     assert "training_step" not in vars(trainer)
     attach(attach(trainer))  # the second time replaces the first
     detach(trainer)
-    assert vars(trainer)["compute_loss"] is own
+    assert vars(trainer)["compute_loss"] is counted_compute_loss
 
     attach(trainer)
     step = trainer.compute_loss

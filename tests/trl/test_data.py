@@ -19,12 +19,12 @@ SYSTEM = {"role": "system", "content": "Be kind."}
 MORE = {"role": "user", "content": "And?"}
 
 
-def say(user, **more):
-    return [{"role": "user", "content": user, **more}]
+def user_turn(user, **fields):
+    return [{"role": "user", "content": user, **fields}]
 
 
-def answer(assistant, **more):
-    return [{"role": "assistant", "content": assistant, **more}]
+def assistant_turn(assistant, **fields):
+    return [{"role": "assistant", "content": assistant, **fields}]
 
 
 TEXT = {"prompt": "Hi?", "chosen": " Hello.", "rejected": " No."}
@@ -126,7 +126,7 @@ def example(method, kind):
     return row, row if want is None else want
 
 
-def described(row, want):
+def relevant_columns(row, want):
     return {name: row[name] for name in row if name in {*want, "prompt", "messages", "text", "completion", "label"}}
 
 
@@ -136,7 +136,7 @@ def test_every_shape_is_converted_to_the_trainers_format(method, kind, stream):
     row, want = example(method, kind)
     dataset = Dataset.from_list([row] * 3)
     got = served(dataset.to_iterable_dataset() if stream else dataset, method, "mine.jsonl")
-    assert [described(r, want) for r in got] == [want] * 3
+    assert [relevant_columns(r, want) for r in got] == [want] * 3
 
 
 TOKENS = [(m, k) for m in ("sft", "dpo", "kto", "orpo") for k in ("UltraFeedback", "ShareGPT")]
@@ -237,8 +237,8 @@ WRONG = {
     "no chosen": ("orpo", CHAT, {"chosen": None}, f"chosen {NEITHER} None"),
     "number": ("simpo", TEXT, {"rejected": 3}, f"rejected {NEITHER} 3"),
     "no messages": ("dpo", CHAT, {"chosen": []}, f"chosen {NEITHER} []"),
-    "no content": ("dpo", CHAT, {"prompt": say(None)}, "prompt[0].content must be text, got None"),
-    "number as content": ("cpo", CHAT, {"prompt": say(7)}, "prompt[0].content must be text, got 7"),
+    "no content": ("dpo", CHAT, {"prompt": user_turn(None)}, "prompt[0].content must be text, got None"),
+    "number as content": ("cpo", CHAT, {"prompt": user_turn(7)}, "prompt[0].content must be text, got 7"),
     "no role": ("dpo", CHAT, {"prompt": [{"content": "a"}]}, "prompt[0].role must be text, got None"),
     "no message": ("dpo", CHAT, {"prompt": ["a"]}, "prompt[0] must be a message with role and content, got 'a'"),
     "text and messages": ("kto", CHAT, {"chosen": "a"}, "chosen and rejected must both be text or both be messages"),
@@ -286,7 +286,7 @@ def test_a_bad_row_is_named(name, stream, tmp_path, embedded_folder, capsys):
 
 def test_messages_with_tool_calls_and_parts_are_accepted():
     call = {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": {"name": "f"}}]}
-    rows = [{"messages": [USER, call]}, {"messages": say([{"type": "text", "text": "a"}])}]
+    rows = [{"messages": [USER, call]}, {"messages": user_turn([{"type": "text", "text": "a"}])}]
     for row in rows:
         dataset = Dataset.from_list([row])
         assert served(dataset, "sft", "mine.jsonl").to_list() == dataset.to_list()

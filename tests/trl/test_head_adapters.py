@@ -50,13 +50,13 @@ def cases(kinds, adapters, quick):
         yield pytest.param(kind, adapter, marks=marks, id=f"{kind}, {adapter}")
 
 
-def one_each(adapter, kind):
+def is_quick(adapter, kind):
     """LoRA in every trainer, and every adapter in DPO and in two more trainers."""
     turn = list(ADAPTERS).index(adapter) % len(KINDS)
     return adapter == "lora" or kind in ("dpo", KINDS[turn], KINDS[(turn + 3) % len(KINDS)])
 
 
-@pytest.mark.parametrize(("kind", "adapter"), cases(KINDS, list(ADAPTERS)[:-1], one_each))
+@pytest.mark.parametrize(("kind", "adapter"), cases(KINDS, list(ADAPTERS)[:-1], is_quick))
 def test_head_adapters_train_like_full_logits(build, kind, adapter):
     """DPO and KTO use the model with disabled adapters as reference. "head to save": see test_trainer_settings."""
     assert_as_with_logits(build, *options(kind, adapter))

@@ -65,7 +65,7 @@ class _StandIn:
 
 
 @pytest.fixture(autouse=True)
-def _as_before():
+def _restored_modules():
     """Restore the modules of transformers, which Liger changes for all models."""
     modules = [m for n, m in sys.modules.items() if n.startswith("transformers.models.") and ".modeling_" in n]
     before = [(module, dict(vars(module))) for module in modules]

@@ -69,7 +69,7 @@ def cases(names, slow=lambda name: False):
     return [pytest.param(name, marks=[pytest.mark.slow] if slow(name) else []) for name in names]
 
 
-def costly(name):
+def is_slow(name):
     """The slowest family, with a kind of head that others have too: tested in two of four trainers."""
     return name in ("dpo, falcon_h1", "orpo, falcon_h1")
 
@@ -80,7 +80,7 @@ def also_fused(name):
     return kind == "dpo" and (option in FAMILIES or (option in DPO_LOSSES and option != "sigmoid"))
 
 
-@pytest.mark.parametrize("name", cases(CASES, costly))
+@pytest.mark.parametrize("name", cases(CASES, is_slow))
 def test_fused_trainers_log_the_metrics_of_stock_trl(build, stock_history, name):
     kind, options = CASES[name]
     got = tiny.history(build(kind, "fused", **options))

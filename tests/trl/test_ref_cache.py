@@ -52,7 +52,7 @@ def cache(tmp_path, tiny_folder):
     return write
 
 
-def _with(path, **head):
+def _ref_options(path, **head):
     return {"head": [("ref_logps", path), *head.items()]}
 
 
@@ -80,7 +80,7 @@ def _lora_config(**options):
 def test_metrics_equal_those_of_live_and_precomputed_references(build, cache, kind, options):
     head = {"packed": options.pop("packed", False)}
     scored = {name: x for name, x in options.items() if name in ("max_length", "truncation_mode", "loss_type")}
-    trainer = build(kind, "fused", **options, **_with(cache(kind, **scored), **head))
+    trainer = build(kind, "fused", **options, **_ref_options(cache(kind, **scored), **head))
     assert trainer.ref_model is None
     got = tiny.history(trainer)
     for reference in ({}, {"precompute_ref_log_probs": True}):
@@ -99,7 +99,7 @@ def test_metrics_equal_those_of_live_and_precomputed_references(build, cache, ki
 @pytest.mark.parametrize("kind", ["dpo", "kto"])
 def test_a_new_adapter_has_the_base_model_as_its_reference(build, cache, loaded, kind):
     arguments = [("peft_config", lambda: tiny.lora())]
-    trainer = build(kind, "fused", arguments=arguments, **_with(cache(kind, loaded)))
+    trainer = build(kind, "fused", arguments=arguments, **_ref_options(cache(kind, loaded)))
     assert list(trainer.model.peft_config) == ["default"]
     tiny.assert_same(tiny.history(trainer), tiny.history(build(kind, "fused", arguments=arguments)))
 
@@ -120,13 +120,13 @@ def test_an_adapter_trained_further_is_its_own_reference(build, cache, loaded, c
             parameter.data.add_(0.1 * torch.randn_like(parameter))
     path = cache("dpo", model)
     arguments = [("model", lambda: copy.deepcopy(model))]
-    trainer = build("dpo", "fused", arguments=arguments, **_with(path))
+    trainer = build("dpo", "fused", arguments=arguments, **_ref_options(path))
     assert list(trainer.model.peft_config) == ["default"]
     assert trainer.model.active_adapter == "default"
     assert any(parameter.requires_grad for parameter in trainer.model.parameters())
     tiny.assert_same(tiny.history(trainer), tiny.history(build("dpo", "fused", arguments=arguments)))
     with pytest.raises(ValueError, match="weights of the model as it is given"):
-        build("dpo", "fused", arguments=[("model", lambda: model.get_base_model())], **_with(path))
+        build("dpo", "fused", arguments=[("model", lambda: model.get_base_model())], **_ref_options(path))
 
 
 def test_a_prompt_tuning_adapter_is_trained_further(build, cache, loaded):
@@ -134,7 +134,7 @@ def test_a_prompt_tuning_adapter_is_trained_further(build, cache, loaded):
     config = peft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
     model = peft.get_peft_model(loaded, config)
     arguments = [("model", lambda: copy.deepcopy(model))]
-    trainer = build("dpo", "fused", arguments=arguments, **_with(cache("dpo", model)))
+    trainer = build("dpo", "fused", arguments=arguments, **_ref_options(cache("dpo", model)))
     assert list(trainer.model.peft_config) == ["default"]
     tiny.assert_same(tiny.history(trainer), tiny.history(build("dpo", "fused", arguments=arguments)))
 
@@ -144,14 +144,14 @@ def test_a_named_model_and_several_evaluation_sets_work(build, cache, tiny_folde
     evaluations = {"first": tiny.data("dpo", 4), "second": tiny.data("dpo", 6)}
     arguments = [("model", lambda: str(tiny_folder("qwen3"))), ("eval_dataset", lambda: evaluations)]
     data = tiny.data("dpo", 12)
-    trainer = build("dpo", "fused", data=data, arguments=arguments, **_with(cache("dpo")))
+    trainer = build("dpo", "fused", data=data, arguments=arguments, **_ref_options(cache("dpo")))
     tiny.assert_same(tiny.history(trainer), tiny.history(build("dpo", "fused", data=data, arguments=arguments)))
 
 
 def test_other_cached_data_are_evaluated_after_training(build, cache):
     """Without a reference model."""
     other, train = tiny.data("dpo", 9), tiny.data("dpo", 12)
-    trainer = build("dpo", "fused", **_with(cache("dpo", datasets=[other, train])), max_steps=2)
+    trainer = build("dpo", "fused", **_ref_options(cache("dpo", datasets=[other, train])), max_steps=2)
     live = build("dpo", "fused", max_steps=2)
     for each in (trainer, live):
         each.train()
@@ -164,7 +164,12 @@ def test_other_cached_data_are_evaluated_after_training(build, cache):
 
 @pytest.mark.parametrize("kind", ["dpo", "kto"])
 def test_a_resumed_training_uses_the_cache(build, cache, kind, tmp_path):
-    options = {"output_dir": str(tmp_path / "out"), "save_strategy": "steps", "save_steps": 2, **_with(cache(kind))}
+    options = {
+        "output_dir": str(tmp_path / "out"),
+        "save_strategy": "steps",
+        "save_steps": 2,
+        **_ref_options(cache(kind)),
+    }
     uninterrupted = tiny.history(build(kind, "fused", **options), evaluate=False)
     trainer = build(kind, "fused", **options)
     trainer.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
@@ -204,7 +209,7 @@ def _with_defaults(original):
 # Refusals
 
 
-def _moved(model):
+def _perturbed(model):
     model.model.layers[0].mlp.up_proj.weight.data[0, 0] += 1e-3
     return model
 
@@ -232,8 +237,8 @@ ROW = "every row of the train data set, got .* without the"
 @pytest.mark.parametrize(
     ("kind", "scored", "settings", "message"),
     [
-        ("dpo", {}, {"prepare": _moved}, WEIGHTS),
-        ("kto", {}, {"prepare": _moved}, WEIGHTS),
+        ("dpo", {}, {"prepare": _perturbed}, WEIGHTS),
+        ("kto", {}, {"prepare": _perturbed}, WEIGHTS),
         ("dpo", {}, {"prepare": _wider_rope}, CONFIG),
         ("dpo", {}, {"model": "mistral"}, CONFIG),
         (
@@ -272,7 +277,7 @@ def test_a_cache_of_other_settings_is_refused(build, cache, tiny_folder, kind, s
         arguments["processing_class"] = lambda: change(tiny.tokenizer())
     path = cache(kind, **scored)
     with pytest.raises(ValueError, match=message) as caught:
-        build(kind, "fused", arguments=arguments, **settings, **_with(path))
+        build(kind, "fused", arguments=arguments, **settings, **_ref_options(path))
     text = str(caught.value)
     assert "\n" not in text
     assert "ref_logps" in text
@@ -282,10 +287,10 @@ def test_a_cache_of_other_settings_is_refused(build, cache, tiny_folder, kind, s
 def test_a_named_model_with_other_weights_is_refused(build, cache, tiny_folder, loaded, tmp_path):
     """It is refused before the data are read, which takes longer."""
     path = cache("dpo")
-    _moved(loaded).save_pretrained(tmp_path / "moved")
+    _perturbed(loaded).save_pretrained(tmp_path / "moved")
     model = ("model", lambda: str(tmp_path / "moved"))
     with pytest.raises(ValueError, match="with the weights of the model as it is given"):
-        build("dpo", "fused", data=Dataset.from_list([{"nothing": 1}]), arguments=[model], **_with(path))
+        build("dpo", "fused", data=Dataset.from_list([{"nothing": 1}]), arguments=[model], **_ref_options(path))
 
 
 def test_a_cache_of_another_adapter_is_refused(build, cache, loaded):
@@ -310,10 +315,10 @@ def test_a_cache_of_another_adapter_is_refused(build, cache, loaded):
 
     for change in (doubled, moved, new):
         with pytest.raises(ValueError, match="with the weights of the model as it is given"):
-            build("dpo", "fused", arguments=[("model", lambda change=change: change(adapted))], **_with(path))
+            build("dpo", "fused", arguments=[("model", lambda change=change: change(adapted))], **_ref_options(path))
     base = copy.deepcopy(adapted).unload()
     assert weights_digest(new(adapted)) == weights_digest(base)
-    build("dpo", "fused", arguments=[("model", lambda: new(adapted))], **_with(cache("dpo", base)))
+    build("dpo", "fused", arguments=[("model", lambda: new(adapted))], **_ref_options(cache("dpo", base)))
 
 
 NAME = b"fusedalign.ref_cache"
@@ -509,7 +514,7 @@ def test_conversations_in_pairs_are_cached(build, cache, kind):
     )
     path = cache(kind, datasets=[data], tokenizer=tokenizer)
     arguments = [("processing_class", lambda: tokenizer)]
-    trainer = build(kind, "fused", data=data, arguments=arguments, max_steps=1, **_with(path))
+    trainer = build(kind, "fused", data=data, arguments=arguments, max_steps=1, **_ref_options(path))
     trainer.train()
     first = trainer.state.log_history[0]
     assert first["loss"] == pytest.approx({"dpo": 0.693147, "kto": 0.5}[kind], abs=1e-5)
@@ -550,7 +555,7 @@ def test_inactive_adapters_do_not_change_the_digest(loaded):
     want = weights_digest(model)
     model.add_adapter("norm", _lora_config(init_lora_weights=False, target_modules=["k_proj"]))
     assert weights_digest(model) == want != plain
-    _moved(model.base_model.model)
+    _perturbed(model.base_model.model)
     assert weights_digest(model) != want
 
 

@@ -23,7 +23,7 @@ def loaded(tiny_folder):
     return AutoModelForCausalLM.from_pretrained(tiny_folder("qwen3"), attn_implementation="eager")
 
 
-def _moved(model):
+def _perturbed(model):
     """Change every trainable weight, as training does."""
     generator = torch.Generator().manual_seed(5)
     for parameter in model.parameters():
@@ -33,14 +33,14 @@ def _moved(model):
 
 
 def _merged(model):
-    model = _moved(peft.get_peft_model(model, tiny.lora())).merge_and_unload()
+    model = _perturbed(peft.get_peft_model(model, tiny.lora())).merge_and_unload()
     return model.requires_grad_(True)
 
 
 def _grown(model):
     torch.manual_seed(0)
     model.resize_token_embeddings(430)
-    return _moved(model)
+    return _perturbed(model)
 
 
 def _nameless(model):
@@ -48,7 +48,7 @@ def _nameless(model):
     return model
 
 
-def _of_own_class(model):
+def _user_defined_class(model):
     class Config(transformers.Qwen3Config):
         model_type = "of_a_user"
 
@@ -61,7 +61,7 @@ def _of_own_class(model):
 
 
 def _compiled(model):
-    return torch.compile(_moved(model), backend="eager")
+    return torch.compile(_perturbed(model), backend="eager")
 
 
 def _lora(model, **options):
@@ -70,16 +70,16 @@ def _lora(model, **options):
 
 
 def _embedding_lora(model):
-    return _moved(_lora(model, target_modules=["embed_tokens", "q_proj"], use_dora=True))
+    return _perturbed(_lora(model, target_modules=["embed_tokens", "q_proj"], use_dora=True))
 
 
 def _ia3(model):
     config = peft.IA3Config(target_modules=["k_proj", "v_proj"], feedforward_modules=[], task_type="CAUSAL_LM")
-    return _moved(peft.get_peft_model(model, config))
+    return _perturbed(peft.get_peft_model(model, config))
 
 
 def _prompt(model):
-    return _moved(peft.get_peft_model(model, peft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")))
+    return _perturbed(peft.get_peft_model(model, peft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")))
 
 
 def _two_adapters(model):
@@ -110,10 +110,10 @@ def _assert_starts_at_its_reference(build, kind, model, **options):
         ("dpo", _merged, {}),
         ("dpo", _grown, {}),
         ("dpo", _nameless, {}),
-        ("dpo", _of_own_class, {}),
+        ("dpo", _user_defined_class, {}),
         ("dpo", _compiled, {}),
-        ("dpo", _moved, {"bf16": True}),
-        ("dpo", _moved, {"sync_ref_model": True, "ref_model_sync_steps": 2}),
+        ("dpo", _perturbed, {"bf16": True}),
+        ("dpo", _perturbed, {"sync_ref_model": True, "ref_model_sync_steps": 2}),
         ("dpo", _grown, {"precompute_ref_log_probs": True}),
         ("kto", _merged, {}),
         ("kto", _nameless, {"precompute_ref_log_probs": True}),
@@ -196,19 +196,19 @@ def test_a_bound_forward_is_rebound_in_the_copy(loaded):
     loaded.model.forward = types.MethodType(lambda self, *a, **k: forward(self, *a, **k), loaded.model)
     copied, ids = reference_copy(loaded), torch.tensor([[3, 5, 6]])
     want = copied(ids).logits
-    _moved(loaded)
+    _perturbed(loaded)
     assert torch.equal(copied(ids).logits, want)
 
 
 def test_a_passed_reference_is_used_unchanged(build, loaded):
-    reference = _moved(copy.deepcopy(loaded))
+    reference = _perturbed(copy.deepcopy(loaded))
     arguments = [("model", lambda: loaded), ("ref_model", lambda: reference)]
     trainer = build("dpo", "fused", arguments=arguments)
     assert trainer.ref_model is reference
     assert fused_by(reference) == "fusedalign"
 
 
-def _called(model, name):
+def _with_name(model, name):
     return peft.get_peft_model(model, _lora_config(), adapter_name=name)
 
 
@@ -233,7 +233,11 @@ def _own_ref(model):
 @pytest.mark.parametrize(
     ("kind", "change", "message"),
     [
-        ("dpo", lambda model: _called(model, "mine"), "the adapter 'default' to be active, .* got mine of mine: load"),
+        (
+            "dpo",
+            lambda model: _with_name(model, "mine"),
+            "the adapter 'default' to be active, .* got mine of mine: load",
+        ),
         ("kto", _other_active, "the adapter 'default' to be active, .* got other of default, other: load"),
         ("dpo", _both_active, "the adapter 'default' to be active, .* got default and other of default, other: load"),
         ("kto", _own_ref, "expected no adapter called 'ref', .* got default, ref: delete or rename it"),

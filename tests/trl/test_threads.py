@@ -24,7 +24,7 @@ def _globals(module="sft"):
     return {name: vars(sys.modules[f"trl.trainer.{module}_trainer"])[name] for name in NAMES}
 
 
-def _together(*functions):
+def _run_concurrently(*functions):
     """Call all functions concurrently, each in its own thread; return the results."""
     with ThreadPoolExecutor(len(functions)) as pool:
         return [future.result(timeout=60) for future in [pool.submit(function) for function in functions]]
@@ -48,7 +48,7 @@ def test_trainers_built_concurrently_get_their_own_heads(build, monkeypatch):
         del model.forward
     monkeypatch.setattr(trl.SFTTrainer, "_prepare_dataset", wait)
     arguments = [[("model", lambda model=model: model)] for model in models]
-    built = _together(
+    built = _run_concurrently(
         *(functools.partial(build, "sft", *x[:1], arguments=x[1]) for x in zip(kinds, arguments, strict=True))
     )
     assert [fused_by(trainer.model) for trainer in built] == ["fusedalign", "trl", "fusedalign", "trl"]
@@ -84,7 +84,7 @@ def test_an_object_is_replaced_only_in_its_thread():
     module.logger = original
     with replaced(module, logger=replacement):
         assert module.logger.level == "none"
-        assert _together(lambda: module.logger.level) == ["all"]
+        assert _run_concurrently(lambda: module.logger.level) == ["all"]
         with pytest.raises(AttributeError):
             _ = module.logger.name
     assert module.logger is original
@@ -222,7 +222,7 @@ def test_two_threads_may_step_one_trainer(build, monkeypatch):
             if name == "early":
                 one_left.set()
 
-    losses = _together(lambda: step("early"), lambda: step("late"))
+    losses = _run_concurrently(lambda: step("early"), lambda: step("late"))
     assert losses[0] == losses[1]
     assert calls == ["pytorch"] * 2
     detach(trainer)
@@ -257,7 +257,7 @@ def test_two_threads_may_run_the_forward_of_one_model(build, monkeypatch):
         finally:
             first_out.set()
 
-    _together(lambda: step("sft", *batches[0]), lambda: step("dpo", *batches[1]))
+    _run_concurrently(lambda: step("sft", *batches[0]), lambda: step("dpo", *batches[1]))
     handle.remove()
     assert sorted(calls) == ["pytorch", "pytorch", "reference"]
     assert torch.is_grad_enabled()
