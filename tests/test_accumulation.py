@@ -124,17 +124,17 @@ def test_observable_gradients_are_returned_to_autograd(monkeypatch, impl, device
     loss().backward(inputs=[case.hidden])
     assert torch.equal(weight.grad, first)
 
-    seen = []
+    hooked_grads = []
     for register in (weight.register_hook, weight.register_post_accumulate_grad_hook):
-        handle = register(lambda x: seen.append(x.detach().clone()))
+        handle = register(lambda x: hooked_grads.append(x.detach().clone()))
         loss().backward()
         handle.remove()
-    torch.testing.assert_close(seen[0], first)
+    torch.testing.assert_close(hooked_grads[0], first)
     torch.testing.assert_close(weight.grad, 3 * first)
 
-    kept = loss()
-    kept.backward(retain_graph=True)
-    kept.backward()
+    loss_value = loss()
+    loss_value.backward(retain_graph=True)
+    loss_value.backward()
     torch.testing.assert_close(weight.grad, 5 * first)
     assert count() == 1  # the last backward of a retained graph
     loss().backward(inputs=[weight])

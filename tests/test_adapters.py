@@ -244,13 +244,13 @@ def test_switching_and_disabling_adapters_is_followed():
     for number, name in enumerate(("policy", "reference", "elsewhere")):
         wrapped.set_adapter(name)
         randomised(wrapped, seed=number)
-    seen = {}
+    outputs = {}
     for names in (["policy"], ["reference"], ["elsewhere"], ["policy", "reference"], []):
         wrapped.base_model.set_adapter(names or ["policy"])
         with wrapped.disable_adapter() if not names else contextlib.nullcontext():
             with torch.no_grad():
-                seen[tuple(names)] = fused(wrapped)
-                assert error(seen[tuple(names)], eager_logps(wrapped)) < 1e-7
+                outputs[tuple(names)] = fused(wrapped)
+                assert error(outputs[tuple(names)], eager_logps(wrapped)) < 1e-7
             parts = lm_head(wrapped).weight
         if names and names != ["elsewhere"]:
             assert_same(wrapped)
@@ -258,7 +258,7 @@ def test_switching_and_disabling_adapters_is_followed():
             assert [x.requires_grad for x in parts] == [False] + [True] * len(names)
         else:
             assert parts is wrapped.get_base_model().lm_head.base_layer.weight
-    values = list(seen.values())
+    values = list(outputs.values())
     assert all(error(a, b) > 0.01 for i, a in enumerate(values) for b in values[:i])
 
 
@@ -481,7 +481,7 @@ HEAD = {"target_modules": ["lm_head"], "task_type": "CAUSAL_LM"}
 
 
 @pytest.mark.parametrize(
-    ("config", "came"),
+    ("config", "adapter_name"),
     [
         (lora(use_dora=True), "plain LoRA, got DoraLinearVariant in adapter 'default'"),
         (lora(target_modules=[], target_parameters=["lm_head.weight"]), "got peft.tuners.lora.layer.ParamWrapper"),
@@ -493,22 +493,22 @@ HEAD = {"target_modules": ["lm_head"], "task_type": "CAUSAL_LM"}
     ],
     ids=lambda x: "" if isinstance(x, str) else type(x).__name__,
 )
-def test_refuses_other_adapters_by_name(config, came):
+def test_refuses_other_adapters_by_name(config, adapter_name):
     wrapped = peft.get_peft_model(build("llama", torch.float32), config)
-    refused(TypeError, f"{came}.*; use LoRA .* or modules_to_save for the head", wrapped)
+    refused(TypeError, f"{adapter_name}.*; use LoRA .* or modules_to_save for the head", wrapped)
 
 
 def test_refuses_batches_of_mixed_adapters():
     wrapped = adapted("llama", lora()).eval()
-    seen = []
+    calls = []
 
     def ask(*_):
         refused(TypeError, "expected the same adapters for all of a batch .* got adapter_names", wrapped)
-        seen.append(1)
+        calls.append(1)
 
     wrapped.get_base_model().model.register_forward_hook(ask)
     wrapped(input_ids=batch()[0], adapter_names=["default", "__base__", "default"])
-    assert seen
+    assert calls
 
 
 def test_refuses_quantised_layers_below_lora():

@@ -79,15 +79,15 @@ def test_parameters_gradients_and_optimizer_state_match_a_trained_model(family):
     model(input_ids=ids, labels=ids).loss.backward()
     optimiser = torch.optim.AdamW(model.parameters(), fused=True)
     optimiser.step()
-    found = shapes(family).model(STEP)
-    assert found.parameters == sum(p.numel() for p in model.parameters())
-    assert sizes.gradients(found).bytes == sum(p.grad.nbytes for p in model.parameters())
-    sizes_by_name = {part.name: part.bytes for part in sizes.held(found, STEP)}
+    model_record = shapes(family).model(STEP)
+    assert model_record.parameters == sum(p.numel() for p in model.parameters())
+    assert sizes.gradients(model_record).bytes == sum(p.grad.nbytes for p in model.parameters())
+    sizes_by_name = {part.name: part.bytes for part in sizes.held(model_record, STEP)}
     averages = [x for state in optimiser.state.values() for name, x in state.items() if name.startswith("exp_avg")]
     assert sizes_by_name["optimiser"] == sum(x.nbytes for x in averages)
     assert sizes_by_name["weights"] == sizes_by_name["reference model"] == sum(p.nbytes for p in model.parameters())
-    assert (found.vocab, found.width) == tuple(model.get_output_embeddings().weight.shape)
-    assert found.tied is (model.get_output_embeddings().weight is model.get_input_embeddings().weight)
+    assert (model_record.vocab, model_record.width) == tuple(model.get_output_embeddings().weight.shape)
+    assert model_record.tied is (model.get_output_embeddings().weight is model.get_input_embeddings().weight)
 
 
 def saved_by_the_last_layer(model, tokens, keys):
@@ -134,10 +134,10 @@ def test_layer_activations_match_what_autograd_saves(family, dtype):
         pytest.skip("a CPU has no LayerNorm of fp32 numbers with bf16 weights, which a GPU has")
     for keys in (TOKENS, TOKENS + 16):
         step = Step("sft", 1, TOKENS, dtype=dtype)
-        found = trace(build(config(family), step), TOKENS, keys=keys)
-        assert len(found.order) == 3
-        assert found.tokens == TOKENS
-        assert found.layers[-1].kept == saved_by_the_last_layer(model, TOKENS, keys)
+        record = trace(build(config(family), step), TOKENS, keys=keys)
+        assert len(record.order) == 3
+        assert record.tokens == TOKENS
+        assert record.layers[-1].kept == saved_by_the_last_layer(model, TOKENS, keys)
 
 
 def test_a_copied_prompt_costs_its_keys_and_values():
@@ -162,23 +162,23 @@ def test_backbone_memory_moments_match_a_real_step(family, tokens, checkpointing
         del hidden
         seed.backward()
     source, step = shapes(family), replace(method="sft", batch=1, length=tokens, prompt=0, checkpointing=checkpointing)
-    found = sizes.largest(source.model(step), step, source.trace(step), 0)
-    assert found.bytes == pytest.approx(living.peak, rel=0.03)
+    moment = sizes.largest(source.model(step), step, source.trace(step), 0)
+    assert moment.bytes == pytest.approx(living.peak, rel=0.03)
     assert 0 < head.nbytes < living.peak
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_checkpoint_stores_one_hidden_state_per_token(dtype):
-    found = trace(build(config(), replace(dtype=dtype)), TOKENS)
+    record = trace(build(config(), replace(dtype=dtype)), TOKENS)
     item = {"bfloat16": 2, "float32": 4}[dtype]
-    assert [layer.checkpoint for layer in found.layers] == [TOKENS * 32 * item] * 3
-    assert (found.width, found.item) == (32, item)
+    assert [layer.checkpoint for layer in record.layers] == [TOKENS * 32 * item] * 3
+    assert (record.width, record.item) == (32, item)
 
 
 def test_layer_gradients_sum_to_those_of_the_model_without_embeddings_and_head():
-    found = trace(build(config(), STEP), TOKENS)
+    record = trace(build(config(), STEP), TOKENS)
     model = real_model("qwen3", "bfloat16")
-    assert sum(layer.grads for layer in found.layers) == sum(p.nbytes for p in model.model.layers.parameters())
+    assert sum(layer.grads for layer in record.layers) == sum(p.nbytes for p in model.model.layers.parameters())
 
 
 def test_recomputation_takes_as_much_memory_as_the_layer_without_checkpointing():
@@ -190,10 +190,10 @@ def test_recomputation_takes_as_much_memory_as_the_layer_without_checkpointing()
 
 def test_layers_of_different_kinds_are_traced_separately():
     options = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "mlp_only_layers": [1]}
-    found = trace(build(config("qwen3_moe", **options), STEP), TOKENS)
-    assert len(found.kinds) == 2
-    assert found.order == (0, 1, 0)
-    assert found.layers[0].grads != found.layers[1].grads
+    record = trace(build(config("qwen3_moe", **options), STEP), TOKENS)
+    assert len(record.kinds) == 2
+    assert record.order == (0, 1, 0)
+    assert record.layers[0].grads != record.layers[1].grads
 
 
 def test_vision_models_are_traced_by_their_text_layers():
@@ -214,12 +214,12 @@ def test_with_lora_only_adapters_have_gradients_and_layers_save_less():
     model = real_model("qwen3", "bfloat16")
     adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
     trained = [p for p in adapted.parameters() if p.requires_grad]
-    found, full = source.model(step), source.model(STEP)
-    assert found.adapters == sum(p.numel() for p in trained)
-    assert found.parameters == full.parameters
-    assert sizes.gradients(found).bytes == sum(p.nbytes for p in trained)
-    assert sum(layer.grads for layer in source.trace(step).layers) == sizes.gradients(found).bytes
-    parts = {part.name: part.bytes for part in sizes.held(found, step)}
+    lora, full_training = source.model(step), source.model(STEP)
+    assert lora.adapters == sum(p.numel() for p in trained)
+    assert lora.parameters == full_training.parameters
+    assert sizes.gradients(lora).bytes == sum(p.nbytes for p in trained)
+    assert sum(layer.grads for layer in source.trace(step).layers) == sizes.gradients(lora).bytes
+    parts = {part.name: part.bytes for part in sizes.held(lora, step)}
     assert parts["reference model"] == 0
     assert parts["optimiser"] == 2 * parts["adapters"]
 
@@ -353,11 +353,11 @@ def test_the_loss_layer_equals_a_hand_computed_sum(method):
     model, step = Model("m", 10**9, 2, 150_000, 2048), Step(method, 8, 2048, 0, dtype="bfloat16")
     n = step.rows * 2048
     picked, gradient, both_grads = n * 2048 * 4, 150_000 * 2048 * 2, (n + 150_000) * 2048 * 4
-    found = {part.name: part.bytes - gradient for part in sizes.head_layers(model, step)}
+    extra_bytes = {part.name: part.bytes - gradient for part in sizes.head_layers(model, step)}
     stock = picked + both_grads + 4096 * 32768 * 2
     if method in ("cpo", "simpo", "orpo"):
         stock = n * 150_000 * (8 if method == "simpo" else 10)
-    assert found == {
+    assert extra_bytes == {
         "triton": picked + 256 * 2**20,
         "pytorch": picked + 256 * 2**20,
         "liger": picked + 512 * 150_000 * 4,
@@ -365,7 +365,7 @@ def test_the_loss_layer_equals_a_hand_computed_sum(method):
         "stock TRL": stock,
     }
     frozen = {part.name: part.bytes for part in sizes.head_layers(replace(model, adapters=10), step)}
-    assert frozen["triton"] == found["triton"]
+    assert frozen["triton"] == extra_bytes["triton"]
     assert frozen["cce"] == picked + n * 2048 * 4
 
 
@@ -381,13 +381,13 @@ def test_the_fused_head_of_trl_matches_measured_memory():
 @pytest.mark.parametrize("method", METHODS)
 def test_more_tokens_take_more_memory(qwen3, method, checkpointing):
     peak = peak_of(qwen3)
-    found = [
+    totals = [
         [peak(Step(method, batch, length, dtype="bfloat16", checkpointing=checkpointing)) for length in (64, 256)]
         for batch in (1, 8)
     ]
     for i in range(2):
-        assert found[i] == sorted(set(found[i]))
-        column = [row[i] for row in found]
+        assert totals[i] == sorted(set(totals[i]))
+        column = [row[i] for row in totals]
         assert column == sorted(set(column))
 
 

@@ -102,8 +102,8 @@ def test_every_column_is_described():
     scores = (Score(-3.0, 1, False, {"logps": [-3.0], "entropy": [1.0], "ranks": [2.0]}),)
     table = columns.table([single(0, 7, "text")], [scores], [scores], 0.1)
     pairs = columns.table([pair(0)], [scores * 2], [scores * 2], 0.1)
-    every = {columns.prefixed(answer, name) for answer in ("text", "chosen", "rejected") for name in described}
-    assert {*table.column_names, *pairs.column_names} <= every
+    documented = {columns.prefixed(answer, name) for answer in ("text", "chosen", "rejected") for name in described}
+    assert {*table.column_names, *pairs.column_names} <= documented
     assert set(table.column_names) | {"margin", "accuracy", "reward_margin", "reward_accuracy"} == set(described)
 
 

@@ -104,8 +104,8 @@ def test_a_reference_model_adds_rewards(run, other_folder, folder):
         assert row["reward_margin"] == pytest.approx(reward["chosen"] - reward["rejected"], abs=1e-6)
         assert row["reward_accuracy"] == (row["reward_margin"] > 0)
     assert "reward" in printed.out
-    same, _ = run(PAIRS, "--ref_model", folder, out="same.parquet")
-    assert all(row["reward_margin"] == pytest.approx(0, abs=1e-6) for row in same)
+    self_rewards, _ = run(PAIRS, "--ref_model", folder, out="same.parquet")
+    assert all(row["reward_margin"] == pytest.approx(0, abs=1e-6) for row in self_rewards)
 
 
 @pytest.mark.parametrize("stride", [None, 5, 15])

@@ -85,8 +85,8 @@ def _pairs(method, data):
 @pytest.mark.parametrize("method", METHODS)
 def test_answers_of_the_recipes_have_one_end(method, sequences, tokenizer):
     rows = recipe_rows()
-    found = sequences(method, rows, tokenizer)
-    for (prompt, answer), text in zip(found, [row[side] for side in SIDES for row in rows], strict=True):
+    token_ids = sequences(method, rows, tokenizer)
+    for (prompt, answer), text in zip(token_ids, [row[side] for side in SIDES for row in rows], strict=True):
         assert tokenizer.decode(answer) == text[0]["content"] + END + "\n"
         assert answer.count(tokenizer.eos_token_id) == 1
         assert tokenizer.decode(prompt).endswith(f"{END}\n{START}assistant\n")
