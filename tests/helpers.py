@@ -26,7 +26,7 @@ OURS = [name for name in sorted(impl_names("own", "oracle")) if name != "triton"
 IMPLS = [*OURS, *ADAPTED]
 #: Without a CUDA device Triton's kernels run in its (slow) CPU interpreter, enabled by tests/conftest.py.
 INTERPRETED = not torch.cuda.is_available()
-#: (leading dims, D, V): no size divides another or a block size.
+#: (leading dims, D, V): ragged sizes that no tile divides, several leading dims.
 RAGGED = [((2, 5), 7, 11), ((3, 17), 23, 252), ((2, 3, 9), 33, 507), ((2, 2, 2, 5), 16, 123), ((65,), 48, 401)]
 HEADS = [{}, {"softcap": 5.0}, {"scale": 0.3, "temperature": 0.7}, {"scale": 2.0, "softcap": 3.0, "temperature": 1.7}]
 
