@@ -44,7 +44,7 @@ def binder(kernel):
     return jit.create_function_from_signature(kernel.signature, kernel.params, backend)
 
 
-def record(kernel, *args, grid, warmup, **kwargs):
+def note(kernel, *args, grid, warmup, **kwargs):
     _, specialization, options = binder(kernel)(*args, **kwargs)
     signatures.add((kernel.__name__, str(specialization), str(sorted(options.items()))))
 
@@ -83,9 +83,9 @@ def entropy(p, needs):
 
 
 def one_pass(p, needs):
-    grads = impl.IMPL.one_pass(p, lambda logps, lse: (logps, logps, None), needs)
+    results = impl.IMPL.one_pass(p, lambda logps, lse: (logps, logps, None), needs)
     impl.IMPL.scale_(p.hidden.new_empty(p.hidden.shape), p.hidden.new_empty(()))
-    if grads is None:
+    if results is None:
         logps(p, needs)
 
 
@@ -113,23 +113,23 @@ def cases():
 
 
 def main(gpu):
-    jit.JITFunction.run = record
+    jit.JITFunction.run = note
     for module in (launch, impl):
         module.blocks_for = lambda device: GPUS[gpu]
     draw = random.Random(0)
     table = []
     for path, head, trained, outputs in cases():
         p = problem(head, 0, trained, outputs)
-        prepared = variants(path, head, trained, outputs, tokens_of_dry_runs(p))
-        if len(table) < 3:  # a common head must not even import the symbolic shapes of the compiler
+        first = variants(path, head, trained, outputs, tokens_of_dry_runs(p))
+        if len(table) < 3:  # a head as most have it, trained or not: not even what the compiler is made of
             assert "torch.fx.experimental.symbolic_shapes" not in sys.modules, path
         random_sizes = 45 if head == "Qwen3" else 5
         numbers = [1, 15, 16, 17, 4096, *(draw.randint(1, 4 * p.hidden.shape[1] + 3000) for _ in range(random_sizes))]
-        extra = variants(path, head, trained, outputs, numbers) - prepared
+        extra = variants(path, head, trained, outputs, numbers) - first
         table.append(
             {
                 "case": f"{path.__name__}, {head}, trained={trained}, outputs={len(outputs)}",
-                "first": sorted(name for name, *_ in prepared),
+                "first": sorted(name for name, *_ in first),
                 "later": sorted(map(str, extra)),
             }
         )

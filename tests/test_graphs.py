@@ -120,9 +120,9 @@ def test_options_survive_the_operator_schema():
     for tiling, filter_eps, softcap in itertools.product(
         (Tiling(), Tiling(5, None, 7, keep_head=False)), (None, 0.1), (None, 2.0)
     ):
-        packed_options = options("auto", torch.bfloat16, (1, 0, 1), OUTPUTS[:2])
-        packed_options = packed_options._replace(tiling=tiling, filter_eps=filter_eps, softcap=softcap)
-        assert graphs._unpacked(*packed_options.packed()) == packed_options
+        before = options("auto", torch.bfloat16, (1, 0, 1), OUTPUTS[:2])
+        before = before._replace(tiling=tiling, filter_eps=filter_eps, softcap=softcap)
+        assert graphs._unpacked(*before.packed()) == before
 
 
 @pytest.mark.parametrize("impl", IN_GRAPHS)

@@ -339,10 +339,10 @@ def test_out_of_memory_halves_the_batches(tiny, monkeypatch, caplog, name):
     hf, fused = hf_and_fused(tiny, name)
     fused._rows_per_batch = "auto"
     requests = token_requests(hf)
-    sizes = []
+    tried = []
 
     def scarce(hidden, *args, **options):
-        sizes.append(len(hidden))
+        tried.append(len(hidden))
         if len(hidden) > 40:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return original(hidden, *args, **options)
@@ -352,22 +352,22 @@ def test_out_of_memory_halves_the_batches(tiny, monkeypatch, caplog, name):
     with caplog.at_level(logging.WARNING, "fusedalign"):
         got = fused._loglikelihood_tokens(requests, disable_tqdm=True)
     assert_equal(got, hf._loglikelihood_tokens(requests, disable_tqdm=True))
-    failures = sum(size > 40 for size in sizes)
+    failures = sum(size > 40 for size in tried)
     limits = [int(x) for x in re.findall(r"out of memory: batches of at most (\d+) tokens", caplog.text)]
     assert len(limits) == failures >= 2
     assert all(2 * after <= before + 1 for before, after in itertools.pairwise(limits))
-    sizes.clear()
+    tried.clear()
     fused._loglikelihood_tokens(requests, disable_tqdm=True)
-    assert max(sizes) <= 40  # the smaller budget is kept
+    assert max(tried) <= 40  # the smaller budget is kept
 
 
 def test_a_row_that_does_not_fit_alone_raises(tiny, monkeypatch):
     _, fused = hf_and_fused(tiny, "qwen3")
 
-    def out_of_memory(*_, **__):
+    def full(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(harness_model, "linear_logps", out_of_memory)
+    monkeypatch.setattr(harness_model, "linear_logps", full)
     with pytest.raises(torch.OutOfMemoryError):
         fused._loglikelihood_tokens([(("", ""), [5, 6], [7]), (("", ""), [8, 9], [7])], disable_tqdm=True)
 

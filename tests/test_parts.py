@@ -46,8 +46,8 @@ class PartsCase(Case):
         other_grads = {"hidden": self.hidden.grad, "bias": None if self.bias is None else self.bias.grad}
         return other_grads | {f"weight{i}": x.grad for i, x in enumerate(self.weight)}
 
-    def concatenated(self, dtype):
-        """The case with the concatenated weight."""
+    def as_tensor(self, dtype):
+        """The same with one tensor."""
         return Case(self.hidden, torch.cat([x.to(dtype) for x in self.weight], 1), self.targets, self.bias, self.head)
 
 
@@ -69,11 +69,11 @@ def check(case: PartsCase, got, run_exact, run_rounded, roundings=1) -> None:
     grad_names = {f"dweight{i}" for i, t in enumerate(case.trained) if t}
     assert {k for k in got if k.startswith("dweight")} == grad_names
     assert all(got[f"dweight{i}"].dtype == x.dtype for i, x in enumerate(case.weight) if f"dweight{i}" in grad_names)
-    exact = split(case, run_exact(case.concatenated(torch.float64).to(torch.float64)))
-    eager = split(case, run_rounded(case.concatenated(case.weight[0].dtype)))
+    exact = split(case, run_exact(case.as_tensor(torch.float64).to(torch.float64)))
+    eager = split(case, run_rounded(case.as_tensor(case.weight[0].dtype)))
     if "is_top1" in got:
         assert torch.equal(got.pop("is_top1"), exact["is_top1"])
-    _assert_each(case.concatenated(case.weight[0].dtype), got, exact, eager, roundings)
+    _assert_each(case.as_tensor(case.weight[0].dtype), got, exact, eager, roundings)
 
 
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
@@ -148,7 +148,7 @@ def args(case):
 @each
 def test_autocast_rounds_only_the_operands(impl, device):
     case = make_parts((3, 9), (16, 8), 67, dtypes=(F32, F32), trained=(True, True), device=device, bias=False)
-    rounded = Case(case.hidden.bfloat16().double(), case.concatenated(F32).weight.bfloat16().double(), case.targets)
+    rounded = Case(case.hidden.bfloat16().double(), case.as_tensor(F32).weight.bfloat16().double(), case.targets)
     want = rounded.logps(impl="reference").logps
     with torch.autocast(device, dtype=BF16):
         got = case.leaves().logps(impl=impl).logps
@@ -160,7 +160,7 @@ def test_an_fp32_part_next_to_a_bf16_part_is_not_rounded(impl, device):
     """With fp32 hidden states products are in fp32, whatever the dtypes of the parts."""
     case = make_parts((3, 9), (16, 8, 4), 67, dtypes=(BF16, F32, BF16), trained=(False, True, True), device=device)
     case = replace(case, hidden=case.hidden.float() + 1e-3, bias=case.bias.float())
-    want = split(case, run(case.concatenated(F64).to(F64), ("logps",), impl="reference"))
+    want = split(case, run(case.as_tensor(F64).to(F64), ("logps",), impl="reference"))
     got = run(case, ("logps",), impl=impl)
     for name in ("logps", "dhidden", "dweight1", "dbias"):
         assert got[name].dtype == F32

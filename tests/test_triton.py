@@ -132,7 +132,7 @@ def test_auto_never_selects_the_interpreter(device):
 
 @pytest.fixture
 def recomputed(monkeypatch):
-    """A list with one entry per recomputation of the logits."""
+    """Grows by one whenever the logits are made a second time."""
     calls, original = [], impl.IMPL.two_pass_grads
     monkeypatch.setattr(
         impl.IMPL, "two_pass_grads", lambda *args, **options: calls.append(1) or original(*args, **options)
@@ -262,7 +262,7 @@ def test_the_gradient_of_a_confident_target_is_exact(device, kind, path):
 
 @pytest.fixture
 def stores(monkeypatch):
-    """Where the last one-pass call stores its tokens: {kind of store: number of tokens}."""
+    """Where the last one-pass call keeps its tokens, as {place: number of tokens}."""
     made, original = {}, impl._stores
 
     def record(problem, d_weight, *, workspace):
@@ -280,7 +280,7 @@ def stores(monkeypatch):
 
 
 def workspace_with_all_stores(case: Case, stores, operand_dtype=None) -> int:
-    """Nearly the smallest workspace with tokens stored in the memory of dW, in the workspace, and not at all."""
+    """The smallest, nearly, with which tokens are kept in the memory of dW, in the workspace, and nowhere."""
     for step in range(300):
         workspace = int(1000 * 1.05**step)
         problem = problem_of(case, operand_dtype, tiling=Tiling(workspace=workspace))
@@ -306,7 +306,7 @@ def many_tokens(device, dtype, head, seed=0) -> Case:
 @devices
 @early_dtypes
 @pytest.mark.parametrize("name", ONE_PASS)
-def test_one_pass_is_exact_with_every_kind_of_token_store(stores, device, dtype, name):
+def test_one_pass_with_tokens_kept_in_every_place(stores, device, dtype, name):
     options = dict(ONE_PASS[name])
     loss = {k: options.pop(k) for k in ("z_loss", "loss_type") if k in options}
     case = many_tokens(device, dtype, options)
@@ -320,8 +320,8 @@ def test_one_pass_is_exact_with_every_kind_of_token_store(stores, device, dtype,
 @devices
 @dtypes
 @pytest.mark.parametrize("name", ONE_PASS)
-def test_any_loss_is_exact_with_tokens_stored_in_gradient_memory(stores, device, dtype, name):
-    """Tokens without room are recomputed; upstream gradients differ by token."""
+def test_any_loss_with_tokens_kept_in_the_gradients_memory(stores, device, dtype, name):
+    """Those that find no room there are computed again; upstream gradients differ by token."""
     options = {k: x for k, x in ONE_PASS[name].items() if k not in ("z_loss", "loss_type")}
     case = many_tokens(device, dtype, options)
     got = run(case, ("logps", "lse"), impl="triton", outputs=("lse",))

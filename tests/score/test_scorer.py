@@ -37,20 +37,20 @@ def test_bf16_scores_are_within_bf16_rounding():
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_batches_fit_the_budget(packed):
+def test_batches_keep_to_the_budget(packed):
     units = list(Scorer(models.build(), packed=packed)._units(enumerate(models.pairs(30) + models.texts(5))))
-    planned = list(batches(units, 90, packed=packed))
-    assert sorted(place for batch in planned for unit in batch for place in unit.places) == sorted(
+    found = list(batches(units, 90, packed=packed))
+    assert sorted(place for batch in found for unit in batch for place in unit.places) == sorted(
         place for unit in units for place in unit.places
     )
-    for batch in planned:
+    for batch in found:
         assert len({len(unit.windows) for unit in batch}) == 1
         if packed:
-            tokens = sum(map(scorer_module._packed_tokens, batch))
+            taken = sum(map(scorer_module._packed_tokens, batch))
         else:
-            tokens = len(batch) * max(len(unit.windows[0].input_ids) for unit in batch)
-        assert tokens <= 90 or len(batch) == 1
-    assert len(planned) < len(units)
+            taken = len(batch) * max(len(unit.windows[0].input_ids) for unit in batch)
+        assert taken <= 90 or len(batch) == 1
+    assert len(found) < len(units)
 
 
 @pytest.mark.parametrize("long", [False, True])

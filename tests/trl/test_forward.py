@@ -227,8 +227,8 @@ def test_experts_of_a_nested_text_configuration_are_found():
 # Origin of the forward
 
 
-def test_fused_by_names_the_library_of_the_forward():
-    """Determined by the module of the function, also through the wrappers of mixed precision."""
+def test_whose_forward_it_is():
+    """Told by where a function was written, also below the wrappers of mixed precision."""
     model = fused()
     assert fused_by(model) == "fusedalign"
     inner = model.forward
