@@ -348,8 +348,8 @@ def test_repeated_backwards_are_exact_after_the_store_is_used_up(device, dtype):
 
 @devices
 @early_dtypes
-def test_the_token_store_does_not_change_the_error(stores, device, dtype):
-    """Each store gives the same error against fp64, up to a tenth."""
+def test_where_tokens_are_kept_does_not_matter(stores, device, dtype):
+    """To the gradients' error: each place is as near to fp64 as the others, up to a tenth."""
     case = many_tokens(device, dtype, {"softcap": 6.0})
     want = run_loss_exact(case, z_loss=0.01)
     errors, places = {}, []
@@ -424,8 +424,8 @@ def assert_path_within_budget(path: str, case: Case, got: dict[str, torch.Tensor
 @dtypes
 @paths
 @pytest.mark.parametrize("d", [7, 16, 24, 40])
-def test_descriptors_and_pointers_read_the_same_operands(monkeypatch, device, dtype, path, d):
-    """Tensor descriptors need rows of a multiple of 16 bytes; other rows are read by pointers."""
+def test_both_ways_of_reading_operands(monkeypatch, device, dtype, path, d):
+    """Tensor descriptors take rows whose length in bytes is a multiple of 16; the others are read by pointers."""
     sources, original = set(), launch.Rows.launch
     record = lambda *args: (out := original(*args), sources.add(out[0]["SOURCE"]))[0]  # noqa: E731
     monkeypatch.setattr(launch.Rows, "launch", record)
@@ -449,7 +449,7 @@ BLOCKS = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @paths
 @pytest.mark.parametrize("name", BLOCKS)
-def test_block_shapes_of_other_gpus_give_the_same_result(monkeypatch, dtype, path, name):
+def test_block_shapes_of_other_gpus(monkeypatch, dtype, path, name):
     chosen = launch.Blocks(16, 32, 16, **{"warps": 4, "stages": 2, "programs": 3, "descriptor": True} | BLOCKS[name])
     for module in (launch, impl):
         monkeypatch.setattr(module, "blocks_for", lambda device, **_: chosen)
@@ -458,8 +458,8 @@ def test_block_shapes_of_other_gpus_give_the_same_result(monkeypatch, dtype, pat
 
 
 @pytest.mark.parametrize("programs", [None, 132])
-def test_the_number_of_tokens_is_not_a_kernel_constant(programs):
-    """Otherwise every new batch size would wait for a compiler."""
+def test_the_number_of_tokens_is_no_constant_of_a_kernel(programs):
+    """Else every batch of another size would wait for a compiler."""
     blocks, constants = launch.Blocks(16, 32, 16, warps=4, stages=2, programs=programs), []
     for n in (20, 3000):
         case = make_case((n,), 16, 136, dtype=torch.bfloat16, ignored=0.0)
