@@ -394,7 +394,7 @@ def test_errors_are_one_line(capsys, argv, message):
 
 def test_profile_of_a_missing_peer_is_an_error(capsys):
     if "liger_kernel" in sys.modules:
-        pytest.skip("Liger is there")
+        pytest.skip("liger_kernel has been imported")
     assert main(["bench", "sft", "--profile", "liger-fused", "--cases", "N=16,D=8,V=300"]) == 2
     assert "liger-fused: " in capsys.readouterr().err
 

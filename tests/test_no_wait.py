@@ -89,7 +89,7 @@ def test_the_forward_of_the_fused_trainers_does_not_synchronise():
     except RuntimeError as error:
         if "synchroniz" not in str(error):
             raise
-        pytest.skip("this backbone waits for the GPU itself")
+        pytest.skip("this backbone synchronises with the GPU itself")
     with no_wait():
         got = model(ids, **arguments).log_probs
     assert torch.equal(got, expected)

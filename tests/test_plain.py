@@ -107,7 +107,7 @@ def test_dtensors_are_refused(mesh, call, name):
 def test_nested_and_sparse_tensors_are_refused(call, name):
     x = CALLS[call][1][name]
     if not x.ndim:
-        pytest.skip("one number")
+        pytest.skip("a 0-d tensor has no nested or sparse layout")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PyTorch's prototype warning
         nested = [torch.nested.nested_tensor([x, x], layout=layout) for layout in (torch.strided, torch.jagged)]

@@ -131,7 +131,7 @@ def saved_by_the_last_layer(model, tokens, keys):
 def test_layer_activations_match_what_autograd_saves(family, dtype):
     model = real_model(family, dtype)
     if dtype == "bfloat16" and any(isinstance(m, torch.nn.LayerNorm) for m in model.modules()):
-        pytest.skip("a CPU has no LayerNorm of fp32 numbers with bf16 weights, which a GPU has")
+        pytest.skip("LayerNorm of fp32 inputs with bf16 weights needs a GPU")
     for keys in (TOKENS, TOKENS + 16):
         step = Step("sft", 1, TOKENS, dtype=dtype)
         record = trace(build(config(family), step), TOKENS, keys=keys)

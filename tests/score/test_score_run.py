@@ -223,7 +223,7 @@ def test_a_full_tmpfs_keeps_finished_shards(tmp_path, uninterrupted):
     disk.mkdir()
     mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24k", "tmpfs", str(disk)], capture_output=True)
     if mount.returncode:
-        pytest.skip("may not mount a file system")
+        pytest.skip("needs permission to mount a file system")
     out = disk / "scores.parquet"
     try:
         with pytest.raises(OSError, match="No space left"):

@@ -331,6 +331,6 @@ def test_the_fused_classes_extend_those_of_trl():
 @pytest.mark.parametrize("kind", ["sft", "dpo", "orpo"])
 def test_torch_compile_trains_like_stock(build, stock_history, kind, variant):
     if variant == "attach" and kind == "orpo":
-        pytest.skip("attach serves other trainers")
+        pytest.skip("attach() does not support ORPO")
     got = tiny.history(build(kind, variant, torch_compile=True, max_steps=2))
     tiny.assert_same(got, stock_history(kind, max_steps=2), tolerance=1e-4)
