@@ -91,7 +91,7 @@ def test_parameters_gradients_and_optimizer_state_match_a_trained_model(family):
 
 
 def saved_by_the_last_layer(model, tokens, keys):
-    """Bytes of the storages that autograd saves in the last layer, and bytes of its output."""
+    """Bytes of the storages that autograd saves in the last layer, and of its output."""
     *_, layers = tracing._layers(model.base_model)
     known = {p.untyped_storage()._cdata for p in model.parameters()}
     saved: dict[int, torch.UntypedStorage] = {}
