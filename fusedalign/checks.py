@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fusedalign.private import is_fake, is_transformed
+
 _LIMITS = torch.finfo(torch.float32)  # nothing is computed in less, and its range is enough for fp64 too
 _PLAIN = (Tensor, torch.nn.Parameter)
-
-
-# -------------------------------------------------------------------------------------------------------------- numbers
 
 
 def check_finite(**numbers: Any) -> None:
@@ -70,7 +69,7 @@ def _check_is_number(name: str, value: Any) -> None:
 
 
 def values_within(name: str, x: Tensor, least: float = -_LIMITS.max) -> Tensor:
-    """Floating-point `x`, of which no value is NaN, infinite or below `least`.
+    """Floating-point `x`, after a check that no value is NaN, infinite or below `least`.
 
     On the CPU such a value raises. On other devices, where a look at values would wait for the device, and in graphs it
     becomes NaN, so that no plausible number is made of it.
@@ -91,13 +90,13 @@ def has_values(x: Tensor) -> bool:
     """Whether a look at the values of `x` waits for no device and breaks no graph or transform."""
     if torch.compiler.is_compiling() or x.device.type != "cpu" or type(x) not in _PLAIN:
         return False
-    return not torch._C._functorch.is_functorch_wrapped_tensor(x)
+    return not is_transformed(x)
 
 
 def check_plain(**tensors: Any) -> None:
-    """Refuses tensors that are more, or less, than memory with strides; looks at nothing else.
+    """Refuse tensors that are more, or less, than memory with strides; check nothing else.
 
-    Our kernels and backwards take memory as it lies. Of a DTensor that is this rank's shard, and so gradients would be
+    Our kernels and backwards use the memory itself. A DTensor's memory is this rank's shard, so gradients would be
     those of a shard, or unwritten memory.
 
     Raises:
@@ -120,15 +119,26 @@ def _more_than_memory(name: str, x: Tensor) -> str | None:
     if is_ordinary(x) or type(x).__torch_dispatch__ is Tensor.__torch_dispatch__:
         return None
     kind = type(x).__name__
-    if hasattr(x, "full_tensor"):
-        whole = f"{name}.full_tensor"
+    if is_dtensor(x):
+        gather = f"{name}.full_tensor"
         return (
-            f"a {kind} with placements {tuple(x.placements)}: pass {whole}() where all ranks hold the same tokens, "  # type: ignore[attr-defined]
-            f"{whole}(grad_placements=[Partial()]) where each holds its own, or attach() to TRL's trainer under FSDP2"
+            f"a {kind} with placements {tuple(getattr(x, 'placements', ()))}: pass {gather}() where all ranks hold the "
+            f"same tokens, {gather}(grad_placements=[Partial()]) where each holds its own, or attach() to TRL's "
+            "trainer under FSDP2"
         )
     return f"a {kind}, which brings its own arithmetic: pass the tensor that it stands for"
 
 
+def is_dtensor(x: Any) -> bool:
+    """Whether `x` is sharded or replicated over a device mesh."""
+    return isinstance(x, Tensor) and hasattr(x, "placements") and hasattr(x, "device_mesh")
+
+
+def is_row_sharded(x: Any) -> bool:
+    """Whether `x` is a DTensor with some of its rows on each rank of a mesh of one dimension."""
+    return is_dtensor(x) and x.device_mesh.ndim == 1 and x.placements[0].is_shard(0)
+
+
 def is_ordinary(x: Tensor) -> bool:
     """Whether `x` is of PyTorch's own two classes, or a stand-in for one of them while a graph is traced."""
-    return type(x) in _PLAIN or type(x).__module__.startswith("torch._subclasses.")
+    return type(x) in _PLAIN or is_fake(x)

@@ -16,7 +16,8 @@ from typing import TextIO
 import torch
 
 import fusedalign
-from fusedalign.impls import auto_choices, explain, reach
+from fusedalign.impls import explain
+from fusedalign.impls.survey import auto_choices, coverage
 from fusedalign.reports import warn
 
 _USAGE = """\
@@ -201,7 +202,7 @@ def _env(argv: list[str]) -> None:
     for v in explain():
         version = _version(v.package) if v.package else "-"
         row = [v.impl, "no" if v.reason else "yes", "yes" if v.auto else "no", version]
-        *can, caveats = reach(v.impl) if v.reason is None else [[]] * 6
+        *can, caveats = coverage(v.impl) if v.reason is None else [[]] * 6
         table.append([*row, *(" ".join(words) or "-" for words in can)])
         why.append(f"{v.impl:<{width}}  {v.reason or v.about}")
         why += [f"{'':<{width}}  not exact: {caveat}" for caveat in caveats]

@@ -1,24 +1,23 @@
-"""From tokens in any shape, some of them ignored, to the `Problem` of those that count, and back."""
+"""From tokens in any shape, some of them ignored, to the `Problem` of the valid ones, and back."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from fusedalign.problem import Parts, Problem
+from fusedalign.problem import Problem, Spec, SplitHead, with_tensors
 
 
 @dataclass(frozen=True)
-class Places:
-    """Where the N tokens of a problem come from."""
+class TokenIndex:
+    """The positions of a problem's N tokens in the caller's tensors."""
 
     shape: torch.Size
     """of the targets"""
     index: Tensor | None
-    """[N] int64 into the flattened targets; None: all of them"""
+    """[N] int64 into the flattened targets; None: all positions"""
 
     def scatter(self, x: Tensor) -> Tensor:
         """[N, ...] to [*shape, ...], zeros at the ignored tokens."""
@@ -33,41 +32,55 @@ class Places:
 
 
 def compact(
-    hidden: Tensor, weight: Tensor | Parts, targets: Tensor, *, ignore_index: int, **options: Any
-) -> tuple[Problem, Places]:
-    """The problem of the tokens that are not ignored, once their targets are known to be in range.
+    hidden: Tensor,
+    weight: Tensor | SplitHead,
+    targets: Tensor,
+    bias: Tensor | None,
+    spec: Spec,
+    ignore_index: int,
+    *,
+    vocab_size: int | None = None,
+) -> tuple[Problem, TokenIndex]:
+    """The problem of the tokens that are not ignored, after a check that their targets are in range.
 
-    One wait for the device of `hidden`, or none with targets on the CPU.
+    `vocab_size` is the range where `weight` has only some of the rows.
+    Waits once for the device of `hidden`, or not at all with targets on the CPU.
 
     Raises:
         ValueError: a target out of range.
     """
-    index = _those_that_count(targets.reshape(-1).cpu(), weight.shape[0], ignore_index)
-    places = Places(targets.shape, None if index is None else send(index, hidden.device))
+    index = _valid_positions(targets.reshape(-1).cpu(), vocab_size or weight.shape[0], ignore_index)
+    token_index = TokenIndex(targets.shape, None if index is None else send(index, hidden.device))
     targets = targets if targets.device == hidden.device else send(targets, hidden.device)
-    return Problem(places.gather(hidden), weight, places.gather(targets).contiguous(), **options), places
+    hidden, targets = token_index.gather(hidden), token_index.gather(targets).contiguous()
+    return with_tensors(spec, hidden, weight, targets, bias), token_index
 
 
-def _those_that_count(targets: Tensor, vocab: int, ignore_index: int) -> Tensor | None:
-    """Where the [N] targets are not ignored, [n] int64; None where none is. ValueError where one is out of range.
+def _valid_positions(targets: Tensor, vocab: int, ignore_index: int) -> Tensor | None:
+    """Where the [N] CPU targets are not ignored, [n] int64; None where none is ignored.
 
-    On the CPU: on a GPU it would take eight launches and, where tokens are ignored, two waits.
+    On a GPU this would take eight launches and, with ignored tokens, two waits.
+
+    Raises:
+        ValueError: a target out of range.
     """
     if not len(targets):
         return None
     least, most = (x.item() for x in targets.aminmax())
     if least >= 0 and most < vocab and not least <= ignore_index <= most:
         return None
-    counts = targets != ignore_index
-    wrong = counts & ((targets < 0) | (targets >= vocab))
+    valid = targets != ignore_index
+    wrong = valid & ((targets < 0) | (targets >= vocab))
     if wrong.any():
-        came = targets[wrong][0].item()
-        raise ValueError(f"targets must be in [0, {vocab}) or ignore_index={ignore_index}, got {came}")
-    return None if counts.all() else counts.nonzero().squeeze(-1)
+        got = targets[wrong][0].item()
+        raise ValueError(f"targets must be in [0, {vocab}) or ignore_index={ignore_index}, got {got}")
+    return None if valid.all() else valid.nonzero().squeeze(-1)
 
 
 def send(x: Tensor, device: torch.device) -> Tensor:
-    """`x`, which is on the CPU, on `device`, without a wait for that; the caller may write into `x` meanwhile."""
+    """Copy CPU tensor `x` to `device` without waiting for it; the caller may reuse `x` at once."""
     if device.type != "cuda":
         return x.to(device)
-    return torch.empty_like(x, pin_memory=True).copy_(x).to(device, non_blocking=True)  # others can have the CPU wait
+    return (
+        torch.empty_like(x, pin_memory=True).copy_(x).to(device, non_blocking=True)
+    )  # pageable memory would synchronise

@@ -5,7 +5,7 @@ that the vision model leaves out), so a name counts only where the forward that 
 be read with certainty is refused.
 
 Adapters on the head become further parts of its weight, with further columns of hidden states: no merged weight is
-made, and nothing of the head's size for a gradient.
+made, and no gradient of the head's size.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fusedalign.checks import check_plain, is_ordinary
+from fusedalign.checks import check_plain, is_ordinary, is_row_sharded
 from fusedalign.problem import operand_dtype
 
-#: Every name under which a forward reads a transform of its logits, and what it does with the value.
+#: Every configuration name of a transform of the logits, and the transform.
 _TRANSFORMS = {
     "final_logit_softcapping": "softcap",  # Gemma 2 and later, NanoChat, Muse
     "logits_soft_cap": "softcap",  # RecurrentGemma
@@ -54,7 +54,7 @@ _SOFTCAP_HELPERS = {"tanh", "soft_cap"}
 #: Configuration names with "logit" in them that are not about the LM head.
 _NOT_THE_HEAD = re.compile(r"to_keep|att(e)?n|router|moe|_init_value|ratio|time_logit")
 
-#: The columns of hidden [..., D] that an adapter's part of the head multiplies, in an operand dtype that is given.
+#: (hidden [..., D], operand dtype) -> the columns that an adapter's part of the head multiplies.
 Adapter = Callable[[Tensor, torch.dtype], Tensor]
 #: The parts of a linear head, its bias, and for each part but the first its columns.
 _Linear = tuple[tuple[Tensor, ...], "Tensor | None", tuple[Adapter, ...]]
@@ -68,8 +68,8 @@ class LMHead(NamedTuple):
     """logits = softcap * tanh(scale * (expand(hidden) @ weight.T + bias) / softcap); no tanh where softcap is None.
 
     `hidden` is the last hidden state that the backbone returns. Every head is served by `linear_logps(
-    head.expand(hidden), head.weight, targets, bias=head.bias, scale=head.scale, softcap=head.softcap)`, and by
-    `linear_cross_entropy` likewise.
+    head.expand(hidden), head.weight, targets, bias=head.bias, scale=head.scale, softcap=head.softcap)`; the same
+    arguments fit `linear_cross_entropy`.
     """
 
     weight: Tensor | tuple[Tensor, ...]
@@ -141,7 +141,7 @@ def lm_head(model: nn.Module) -> LMHead:
 
 
 def layer_head(layer: nn.Module, name: str = "output_embeddings") -> LMHead:
-    """The head that a layer alone is, without what its model does to hidden states or logits; `name` is for errors.
+    """The head of a layer alone, without the transforms of its model; `name` is for errors.
 
     Raises:
         TypeError: as `lm_head`, for what the layer is.
@@ -152,7 +152,7 @@ def layer_head(layer: nn.Module, name: str = "output_embeddings") -> LMHead:
 
 def _unwrap(model: Any) -> Any:
     """`model` without DDP, FSDP, DeepSpeed, torch.compile and PEFT, down to the class that defines a head."""
-    came = _name(model)
+    outermost = _name(model)
     while not hasattr(type(model), "get_output_embeddings"):
         if hasattr(type(model), "get_base_model"):
             model = model.get_base_model()
@@ -160,7 +160,7 @@ def _unwrap(model: Any) -> Any:
         inside = [getattr(model, name, None) for name in ("module", "_orig_mod")]
         model = next((module for module in inside if isinstance(module, nn.Module)), None)
         if model is None:
-            raise TypeError(f"expected a causal LM with get_output_embeddings(), got {came}")
+            raise TypeError(f"expected a causal LM with get_output_embeddings(), got {outermost}")
     return model
 
 
@@ -176,7 +176,7 @@ def _owner(model: Any, head: nn.Module) -> tuple[Any, str]:
 
 
 def _linear(head: Any, where: str) -> _Linear:
-    """What `head` computes; PEFT's layers resolved."""
+    """The linear function of `head`; PEFT's layers are resolved."""
     for hook in getattr(head, "_forward_pre_hooks", {}).values():  # PEFT has them while its forward runs
         if "adapter_names" in getattr(hook, "keywords", ()):
             raise TypeError(f"expected the same adapters for all of a batch in {where}, got adapter_names")
@@ -192,9 +192,9 @@ def _linear(head: Any, where: str) -> _Linear:
         return _with_tokens(layer, where)
     own_forward = "forward" in vars(head) and not hasattr(head, "_hf_hook")  # accelerate's hooks only move tensors
     if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward or own_forward:
-        came = f"{type(head).__module__}.{_name(head)}" + (" with a forward of its own" if own_forward else "")
-        use = f"; {_USE_INSTEAD}" if came.startswith("peft.") else ""
-        raise TypeError(f"expected {where} to be a plain nn.Linear, got {came}{use}")
+        got = f"{type(head).__module__}.{_name(head)}" + (" with a forward of its own" if own_forward else "")
+        use = f"; {_USE_INSTEAD}" if got.startswith("peft.") else ""
+        raise TypeError(f"expected {where} to be a plain nn.Linear, got {got}{use}")
     _check_tensor(head.weight, f"weight of {where}")
     if head.bias is not None:
         _check_tensor(head.bias, f"bias of {where}")
@@ -202,8 +202,14 @@ def _linear(head: Any, where: str) -> _Linear:
 
 
 def _check_tensor(tensor: Tensor, what: str) -> None:
-    check_plain(**{what: tensor})
-    if not is_ordinary(tensor) or tensor.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+    if not is_row_sharded(tensor):  # which `linear_logps` takes
+        check_plain(**{what: tensor})
+    if not (is_row_sharded(tensor) or is_ordinary(tensor)) or tensor.dtype not in (
+        torch.float64,
+        torch.float32,
+        torch.bfloat16,
+        torch.float16,
+    ):
         got = f"{type(tensor).__name__} of {tensor.dtype}"
         raise TypeError(f"expected the {what} to be a floating-point tensor, got {got}")
 
@@ -215,28 +221,28 @@ def _computes_as(layer: Any, module: str, name: str) -> bool:
 
 
 def _active(layer: Any) -> list[str]:
-    """The adapters of one of PEFT's layers that take part in its forward beside its base layer."""
+    """The adapters that a PEFT layer adds to its base layer in its forward."""
     if layer.disable_adapters and layer.merged:
         layer.unmerge()
     return [] if layer.disable_adapters or layer.merged else list(layer.active_adapters)
 
 
 def _with_lora(layer: Any, where: str) -> _Linear:
-    """weight, B1, B2, ... of which B1 multiplies scaling * A1(dropout(hidden))."""
+    """The base weight, B1, B2, ...; B1 multiplies scaling * A1(dropout(hidden))."""
     weight, bias, adapters = _linear(layer.base_layer, where)
     for name in _active(layer):
         if name not in layer.lora_A:
             continue
         variant = getattr(layer, "lora_variant", {}).get(name)
         if variant is not None or layer.use_dora.get(name):
-            came = _name(variant) if variant is not None else "DoRA"
-            raise TypeError(f"expected {where} to have plain LoRA, got {came} in adapter {name!r}; {_USE_INSTEAD}")
+            kind = _name(variant) if variant is not None else "DoRA"
+            raise TypeError(f"expected {where} to have plain LoRA, got {kind} in adapter {name!r}; {_USE_INSTEAD}")
         b = layer.lora_B[name]
         _check_tensor(b.weight, f"lora_B of {where}")
         weight, adapters = (*weight, b.weight), (*adapters, functools.partial(_lora_columns, layer, name))
         if b.bias is not None:
-            more = layer.scaling[name] * b.bias
-            bias = more if bias is None else bias + more
+            b_bias = layer.scaling[name] * b.bias
+            bias = b_bias if bias is None else bias + b_bias
     return weight, bias, adapters
 
 
@@ -248,7 +254,7 @@ def _lora_columns(layer: Any, name: str, hidden: Tensor, dtype: torch.dtype) -> 
 
 
 def _with_tokens(layer: Any, where: str) -> _Linear:
-    """weight, and what puts hidden @ (rows - weight[index]).T into the columns of the tokens whose rows are others."""
+    """The base weight and a selection matrix, which adds hidden @ (rows - weight[index]).T to the retrained tokens."""
     weight, bias, adapters = _linear(layer.base_layer, where)
     names = [name for name in _active(layer) if name in layer.token_indices]
     indices = [i for name in names for i in layer.token_indices[name]]
@@ -262,23 +268,23 @@ def _with_tokens(layer: Any, where: str) -> _Linear:
         raise ValueError(f"expected trainable tokens that differ in {where}, got some of {sorted(indices)} twice")
     rows = [layer.trainable_tokens_delta[name] for name in names]
     index = torch.tensor(indices, device=weight[0].device)
-    # Two columns for each token: a logit that came in one half-precision number would be off by 2**-9. Products like
+    # Two columns for each token: one half-precision number for a logit would be off by 2**-9. Products are fast with
     # multiples of 8 columns.
     width = -(-2 * len(indices) // 8) * 8
-    places = weight[0].new_zeros(len(weight[0]), width)
-    places[torch.cat([index, index]), torch.arange(2 * len(indices), device=index.device)] = 1
+    selection = weight[0].new_zeros(len(weight[0]), width)
+    selection[torch.cat([index, index]), torch.arange(2 * len(indices), device=index.device)] = 1
     adapters = (functools.partial(_token_columns, weight[0], index, rows, width),)
-    return (*weight, places), bias, adapters
+    return (*weight, selection), bias, adapters
 
 
 def _token_columns(
     weight: Tensor, index: Tensor, rows: list[Tensor], width: int, hidden: Tensor, dtype: torch.dtype
 ) -> Tensor:
-    wide = torch.promote_types(dtype, torch.float32)
+    fp32 = torch.promote_types(dtype, torch.float32)
     with torch.autocast(hidden.device.type, enabled=False):
-        # Each rounded as the product's operands are, the difference no more.
-        new = torch.cat([x.to(weight.dtype).to(dtype) for x in rows]).to(wide)
-        z = nn.functional.linear(hidden.to(dtype).to(wide), new - weight[index].to(dtype).to(wide))
+        # Both are rounded as operands of the product are; their difference is not.
+        retrained = torch.cat([x.to(weight.dtype).to(dtype) for x in rows]).to(fp32)
+        z = nn.functional.linear(hidden.to(dtype).to(fp32), retrained - weight[index].to(dtype).to(fp32))
     high = z.to(dtype)
     low = (z - high).detach().to(dtype)  # the gradient of one of them is that of z
     return torch.cat([high, low, z.new_zeros(*z.shape[:-1], width - 2 * len(index))], -1)
@@ -293,22 +299,22 @@ def _transforms(
     for name in sorted(names & _TRANSFORMS.keys()):
         values = (getattr(holder, name, _MISSING) for holder in (owner, backbone, config))
         value = next((v for v in values if v is not _MISSING), None if "getattr" in names else _MISSING)
-        how = _TRANSFORMS[name]
-        if how == "by family":
+        transform = _TRANSFORMS[name]
+        if transform == "by family":
             family = str(getattr(owner.config, "model_type", ""))
-            how = next((h for start, h in _LOGITS_SCALING.items() if family.startswith(start)), "")
+            transform = next((t for start, t in _LOGITS_SCALING.items() if family.startswith(start)), "")
         if value is None:
             continue
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
             got = "nothing" if value is _MISSING else repr(value)
             raise ValueError(f"expected {name} of {_name(owner)} to be a finite number or None, got {got}")
-        if how == "softcap" and value > 0 and softcap is None:
+        if transform == "softcap" and value > 0 and softcap is None:
             softcap = float(value)
-        elif how == "logits *":
+        elif transform == "logits *":
             scale *= value
-        elif (how == "logits /" or (how == "hidden /" and not has_bias)) and value != 0:
+        elif (transform == "logits /" or (transform == "hidden /" and not has_bias)) and value != 0:
             scale /= value
-        elif how != "vocabulary" or value < vocab:  # also a softcap of 0, a division by 0, a second cap
+        elif transform != "vocabulary" or value < vocab:  # also a softcap of 0, a division by 0, a second cap
             raise ValueError(f"{_CANNOT}, got {_name(owner)} with {name}={value}")
     read = names & _TRANSFORMS.keys()
     helpers = _SOFTCAP_HELPERS if any(_TRANSFORMS[name] == "softcap" for name in read) else set()
@@ -347,7 +353,8 @@ def _config(model: Any, *, text: bool) -> Any:
 def _forward_names(cls: type) -> set[str]:
     """Attributes and globals that the forward of `cls` mentions, with those of the forwards it reaches by super().
 
-    The class is asked, not the instance, whose forward accelerate, TRL and others wrap without changing the logits.
+    Those of the class, not of the instance: accelerate, TRL and others wrap an instance's forward without changing the
+    logits.
     """
     names: set[str] = set()
     for base in cls.__mro__:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from inspect import signature
 from typing import Any
 
 import torch
@@ -80,11 +81,11 @@ class LinearCrossEntropyLoss(nn.Module):
             raise ValueError(f"reduction='none' is for the plain NLL, got loss_type={loss_type!r}, z_loss={z_loss}")
         if unknown := options.keys() - _OPTIONS:
             raise TypeError(f"options must be among {', '.join(sorted(_OPTIONS))}, got {', '.join(sorted(unknown))}")
-        own = in_features is not None and out_features is not None
-        if (output_embeddings is None) != own or (not own and (in_features, out_features) != (None, None)):
+        sizes = in_features, out_features
+        if sizes != (None, None) if output_embeddings is not None else None in sizes:
             raise ValueError("expected output_embeddings, or in_features and out_features for a head of its own")
-        if own:
-            self.head = nn.Linear(in_features, out_features, bias, device, dtype)  # type: ignore[arg-type]
+        if in_features is not None and out_features is not None:
+            self.head = nn.Linear(in_features, out_features, bias, device, dtype)
         elif bias or device is not None or dtype is not None:
             raise ValueError("bias, device and dtype are those of a head of its own, output_embeddings has its own")
         self._lent = (output_embeddings,)  # in a tuple, which nn.Module does not register
@@ -133,9 +134,12 @@ class LinearCrossEntropyLoss(nn.Module):
         return targets
 
     def extra_repr(self) -> str:
-        """What is not the default of every option, for `print(module)`."""
+        """The options that have a value, for `print(module)`."""
         chosen = {"reduction": self.reduction, "shift": self.shift, **self.options}
         return ", ".join(f"{name}={value!r}" for name, value in chosen.items() if value is not None)
 
 
-_OPTIONS = {"scale", "softcap", "temperature", "filter_eps", "workspace", "vocab_chunk", "keep_head"}
+#: The options of both functions that are passed on as they are.
+_OPTIONS = (signature(linear_logps).parameters.keys() & signature(linear_cross_entropy).parameters.keys()) - {
+    *("hidden", "weight", "targets", "bias", "ignore_index", "impl", "token_chunk"),
+}

@@ -3,28 +3,25 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from dataclasses import KW_ONLY, dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-
-#: The optional per-token outputs, in the order in which `TokenLogps` holds them after `logps`.
-OUTPUTS = ("entropy", "lse", "mean_logit", "log_sum_sq_probs", "is_top1")
 
 #: Bytes that an impl may use for its tiles beyond inputs, results and saved tensors, when the caller names no number.
 DEFAULT_WORKSPACE = 256 * 2**20
 
 #: (logps [N], lse [N]) -> losses [N] and their derivatives by logps and by lse (None: zero): a loss summed over tokens,
 #: so that the gradient can be taken in the forward. The first is differentiable too. The lse may be None where the
-#: problem's outputs do not ask for it. One that weighs the NLL of all tokens alike may say so in an attribute
-#: `nll_weight`, a scalar tensor or None, for the libraries that have a function for just that.
+#: problem's outputs do not ask for it. A loss that weighs the NLL of all tokens alike may have an attribute
+#: `nll_weight`, a scalar tensor or None, for libraries that have a function for exactly that.
 TokenLoss = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor, Tensor | None]]
 
 
 class TokenLogps(NamedTuple):
-    """Per-token results of the head; every field has the shape of `targets`, those not asked for are None.
+    """Per-token results of the head; every field has the shape of `targets`, outputs not asked for are None.
 
     `p` is the softmax of the final logits (after bias, scale, softcap and temperature), V the vocabulary size. Floating
     fields are fp32, or fp64 where `hidden` is. At ignored positions every field is exactly 0 (False).
@@ -44,8 +41,70 @@ class TokenLogps(NamedTuple):
     """bool: whether the target is the first of the largest logits; False where `logps` is NaN; no gradient."""
 
 
-class Tiling(NamedTuple):
-    """What the caller wishes of tiles and memory, None: as the impl sees fit. It changes no result beyond rounding."""
+#: The optional per-token outputs.
+OUTPUTS = TokenLogps._fields[1:]
+
+
+class Upstream(NamedTuple):
+    """Upstream gradients of the differentiable fields of `TokenLogps`, by name; None where zero."""
+
+    logps: Tensor | None = None
+    entropy: Tensor | None = None
+    lse: Tensor | None = None
+
+    @classmethod
+    def of(cls, grads: Sequence[Tensor | None]) -> Upstream:
+        """From the gradients of all fields of `TokenLogps`, in their order."""
+        by_name = dict(zip(TokenLogps._fields, grads, strict=True))
+        return cls(*(by_name[name] for name in cls._fields))
+
+
+class FullLogits(NamedTuple):
+    """What the definitions of the outputs are written in."""
+
+    logits: Tensor
+    """[N, V] final logits"""
+    logps: Tensor
+    """[N, V] log-softmax of `logits`"""
+    targets: Tensor
+    """[N] int64"""
+
+    def target_logps(self) -> Tensor:
+        """log p(target), [N]."""
+        return self.logps.gather(-1, self.targets[:, None]).squeeze(-1)
+
+
+def _entropy(full: FullLogits) -> Tensor:
+    # A column masked by a bias of -inf has p = 0: clamped, it contributes 0 * -1e4 instead of 0 * -inf.
+    return -(full.logps.exp() * full.logps.clamp(min=-1e4)).sum(-1)
+
+
+#: Each optional output by its definition, from the logits in full: the oracle of the tests.
+DEFINITIONS: dict[str, Callable[[FullLogits], Tensor]] = {
+    "entropy": _entropy,
+    "lse": lambda full: full.logits.logsumexp(-1),
+    "mean_logit": lambda full: full.logits.detach().mean(-1),
+    "log_sum_sq_probs": lambda full: (2 * full.logps.detach()).logsumexp(-1),
+    "is_top1": lambda full: (full.logits.max(-1).indices == full.targets) & ~full.target_logps().isnan(),
+}
+
+
+class NeedsGrad(NamedTuple):
+    """Which inputs need a gradient."""
+
+    hidden: bool
+    weight: bool
+    """any tensor of the head"""
+    bias: bool
+
+    @property
+    def hidden_alone(self) -> bool:
+        """Whether the head is frozen, and hidden states are not."""
+        return self.hidden and not self.weight and not self.bias
+
+
+class MemoryOptions(NamedTuple):
+    """The caller's limits on tiles and memory; None: the impl decides. They change no result beyond rounding."""
 
     workspace: int | None = None
     """bytes"""
@@ -58,20 +117,20 @@ class Tiling(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Parts:
-    """A head of several tensors that stand side by side, of which a few rows at a time are ever put together.
+class SplitHead:
+    """An LM head split into column blocks. Rows are concatenated a tile at a time; the whole head never is.
 
-    It answers as the `[V, D]` tensor that `torch.cat(tensors, 1)` would be, as far as impls ask.
+    It answers as the `[V, D]` tensor `torch.cat(tensors, 1)` would, as far as impls ask.
     """
 
     tensors: tuple[Tensor, ...]
     """[V, D1], [V, D2], ..., in any dtypes"""
     dtype: torch.dtype
-    """of rows"""
+    """of concatenated rows"""
 
     @property
     def columns(self) -> tuple[slice, ...]:
-        """Where each tensor stands."""
+        """The columns of each tensor in the whole head."""
         ends = list(itertools.accumulate(x.shape[1] for x in self.tensors))
         return tuple(map(slice, [0, *ends[:-1]], ends))
 
@@ -86,70 +145,48 @@ class Parts:
         return any(x.requires_grad for x in self.tensors)
 
     def is_contiguous(self) -> bool:
-        """Rows are always a copy."""
+        """Always False: rows are copies."""
         return False
 
     def __getitem__(self, rows: slice) -> Tensor:
-        return self._beside([x[rows] for x in self.tensors])
+        return self._concatenate([x[rows] for x in self.tensors])
 
     def index_select(self, dim: int, index: Tensor) -> Tensor:
-        """Rows; `dim` is 0."""
-        return self._beside([x.index_select(dim, index) for x in self.tensors])
+        """Rows of the head; `dim` is 0."""
+        return self._concatenate([x.index_select(dim, index) for x in self.tensors])
 
-    def _beside(self, rows: list[Tensor]) -> Tensor:
-        """[n, D] of contiguous rows, each on a boundary of 16 bytes, as tensor cores like it."""
-        n, d = len(rows[0]), self.shape[1]
+    def _concatenate(self, blocks: list[Tensor]) -> Tensor:
+        """[n, D], padded so that every row starts 16-byte aligned (required for TMA and fast tensor-core loads)."""
+        n, d = len(blocks[0]), self.shape[1]
         unit = 16 // self.dtype.itemsize
-        out = rows[0].new_empty((n, -(-d // unit) * unit), dtype=self.dtype)[:, :d]
-        for columns, part in zip(self.columns, rows, strict=True):
-            out[:, columns] = part
+        out = blocks[0].new_empty((n, -(-d // unit) * unit), dtype=self.dtype)[:, :d]
+        for columns, block in zip(self.columns, blocks, strict=True):
+            out[:, columns] = block
         return out
 
 
-def beside(tensors: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor | Parts:
-    """A head of these tensors: one alone stays as it is."""
-    return tensors[0] if len(tensors) == 1 else Parts(tensors, dtype)
+def as_head(tensors: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor | SplitHead:
+    """The head with these column blocks; a single one is returned as it is."""
+    return tensors[0] if len(tensors) == 1 else SplitHead(tensors, dtype)
 
 
 @dataclass(frozen=True)
-class Problem:
-    """One head and N tokens that all count: checked by `ops`, without ignored positions, ready for an impl.
+class Spec:
+    """The arguments of a call that are not tensors, checked by `ops`; see `Problem` for the formula."""
 
-    logits = softcap * tanh(scale * (hidden @ weight.T + bias) / softcap) / temperature; no tanh where softcap is None.
-    """
-
-    hidden: Tensor
-    """[N, D] fp64/fp32/bf16/fp16"""
-    weight: Tensor | Parts
-    """[V, D], any of these dtypes"""
-    targets: Tensor
-    """[N] int64 in [0, V), contiguous"""
     operand_dtype: torch.dtype
     """What enters the head's product: autocast's dtype where that is on, else the wider of hidden's and the head's.
 
-    The head's is that of its first part.
+    The head's is that of its first tensor.
     """
-    bias: Tensor | None = None
-    """[V]"""
+    _: KW_ONLY
     scale: float = 1.0
     softcap: float | None = None
     temperature: float = 1.0
     outputs: frozenset[str] = frozenset()
     filter_eps: float | None = None
     """None asks for dense, exact gradients."""
-    tiling: Tiling = Tiling()  # noqa: RUF009 (immutable)
-    expected_loss: TokenLoss | None = None
-    """The loss that is likely to be made of logps alone, times any number. It changes no result beyond rounding."""
-    head_sums: tuple[Tensor | None, ...] = ()
-    """For gradients: of each tensor of the head, contiguous memory of its shape and dtype to which its gradient is to
-    be added; None, or nothing at all: the gradient is to be made."""
-
-    @property
-    def head(self) -> tuple[tuple[slice, Tensor], ...]:
-        """The tensors of the head, each with the columns of hidden that it multiplies."""
-        if isinstance(self.weight, Parts):
-            return tuple(zip(self.weight.columns, self.weight.tensors, strict=True))
-        return ((slice(None), self.weight),)
+    memory: MemoryOptions = MemoryOptions()  # noqa: RUF009 (immutable)
 
     @property
     def logit_dtype(self) -> torch.dtype:
@@ -157,15 +194,78 @@ class Problem:
         return torch.float64 if self.operand_dtype == torch.float64 else torch.float32
 
     @property
+    def logit_scale(self) -> float:
+        """d final logit / d raw logit without a softcap."""
+        return self.scale / self.temperature
+
+
+@dataclass(frozen=True, init=False)
+class Problem(Spec):
+    """One head and N tokens: checked by `ops`, without ignored positions, ready for an impl.
+
+    logits = softcap * tanh(scale * (hidden @ weight.T + bias) / softcap) / temperature; no tanh where softcap is None.
+
+    Args:
+        hidden, weight, targets, bias: below.
+        operand_dtype, options: the fields of `Spec`.
+    """
+
+    hidden: Tensor
+    """[N, D] fp64/fp32/bf16/fp16"""
+    weight: Tensor | SplitHead
+    """[V, D], any of these dtypes"""
+    targets: Tensor
+    """[N] int64 in [0, V), contiguous"""
+    bias: Tensor | None
+    """[V]"""
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor | SplitHead,
+        targets: Tensor,
+        operand_dtype: torch.dtype,
+        bias: Tensor | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(operand_dtype, **options)
+        vars(self).update(hidden=hidden, weight=weight, targets=targets, bias=bias)
+
+    @property
+    def spec(self) -> Spec:
+        """The problem without its tensors."""
+        return Spec(**{name: getattr(self, name) for name in Spec.__dataclass_fields__})
+
+    @property
+    def head(self) -> tuple[tuple[slice, Tensor], ...]:
+        """The tensors of the head, each with the columns of hidden that it multiplies."""
+        if isinstance(self.weight, SplitHead):
+            return tuple(zip(self.weight.columns, self.weight.tensors, strict=True))
+        return ((slice(None), self.weight),)
+
+    @property
+    def requires_grad(self) -> NeedsGrad:
+        """The flags of the tensors, whatever the grad mode."""
+        bias = self.bias is not None and self.bias.requires_grad
+        return NeedsGrad(self.hidden.requires_grad, self.weight.requires_grad, bias)
+
+    @property
     def result_dtype(self) -> torch.dtype:
         """The dtype of `TokenLogps`: fp64 where hidden is, else fp32."""
         return torch.float64 if self.hidden.dtype == torch.float64 else torch.float32
 
 
+def with_tensors(
+    spec: Spec, hidden: Tensor, weight: Tensor | SplitHead, targets: Tensor, bias: Tensor | None = None
+) -> Problem:
+    """The problem of a spec and tensors."""
+    return Problem(hidden, weight, targets, bias=bias, **vars(spec))
+
+
 def operand_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     """What enters the head's product: autocast's dtype where that is on, else the wider of the two.
 
-    `weight` is the head or, of several parts, the first.
+    `weight` is the head or, of a split one, the first tensor.
     """
     wider = torch.promote_types(hidden.dtype, weight.dtype)
     device = hidden.device.type

@@ -3,7 +3,7 @@
 Every function refuses tensors that are not plain memory, such as DTensors, with a TypeError.
 
 T is the length of a row, B the number of rows. `labels[t]` is the token at t, -100 where it does not count;
-`targets[t]` is what the hidden state at t predicts: the label at t + 1.
+`targets[t]` is the label at t + 1, which the hidden state at t predicts.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ class Pairs(NamedTuple):
 
 
 class PreferencePair(NamedTuple):
-    """What preference losses take, from one batch of pairs; all [B]."""
+    """The inputs of preference losses, from one batch of pairs; all [B]."""
 
     chosen_logps: Tensor
     """summed over the completion, nats"""
     rejected_logps: Tensor
-    """likewise"""
+    """summed over the completion, nats"""
     chosen_lengths: Tensor
     """int64, tokens of the completion"""
     rejected_lengths: Tensor
-    """likewise"""
+    """int64, tokens of the completion"""
 
     @property
     def chosen_mean_logps(self) -> Tensor:
@@ -44,7 +44,7 @@ class PreferencePair(NamedTuple):
 
     @property
     def rejected_mean_logps(self) -> Tensor:
-        """likewise"""
+        """averaged over the completion; 0 for an empty one"""
         return self.rejected_logps / self.rejected_lengths.clamp(min=1)
 
 
@@ -54,7 +54,7 @@ def completion_labels(input_ids: Tensor, completion_mask: Tensor, *, ignore_inde
     Args:
         input_ids: [B, T] int64.
         completion_mask: [B, T] bool (or 0/1), the completion's tokens; False on prompt and padding.
-        ignore_index: what stands elsewhere.
+        ignore_index: the label of all other positions.
 
     Returns:
         [B, T] int64; unshifted.
@@ -75,7 +75,7 @@ def completion_mask(prompt_lengths: Tensor, attention_mask: Tensor) -> Tensor:
 
     Args:
         prompt_lengths: [B] integers, the prompt's tokens of each row, padding not counted.
-        attention_mask: [B, T] bool (or 0/1), False on padding, which may stand on either side.
+        attention_mask: [B, T] bool (or 0/1), False on padding, on either side.
 
     Returns:
         [B, T] bool.
@@ -89,8 +89,8 @@ def completion_mask(prompt_lengths: Tensor, attention_mask: Tensor) -> Tensor:
     """
     check_plain(prompt_lengths=prompt_lengths, attention_mask=attention_mask)
     if prompt_lengths.shape != attention_mask.shape[:1]:
-        expected, came = tuple(attention_mask.shape[:1]), tuple(prompt_lengths.shape)
-        raise ValueError(f"prompt_lengths must have shape {expected} to match attention_mask, got {came}")
+        expected, got = tuple(attention_mask.shape[:1]), tuple(prompt_lengths.shape)
+        raise ValueError(f"prompt_lengths must have shape {expected} to match attention_mask, got {got}")
     prompt_lengths = values_within("prompt_lengths", prompt_lengths.float(), least=0.0)
     attention_mask = attention_mask.bool()
     return attention_mask & (attention_mask.cumsum(-1) > prompt_lengths[:, None])
@@ -128,7 +128,7 @@ def sequence_sum(values: Tensor, mask: Tensor) -> Tensor:
 
     Args:
         values: [..., T], per-token values such as logps.
-        mask: [..., T] bool (or 0/1); what stands in `values` elsewhere has no influence, not even NaN.
+        mask: [..., T] bool (or 0/1); other values have no influence, not even NaN.
 
     Returns:
         [...], in the dtype of `values`.
@@ -152,7 +152,7 @@ def sequence_mean(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def segment_sum(values: Tensor, mask: Tensor, position_ids: Tensor) -> Tensor:
-    """Sum of the masked-in values of each segment of packed rows, in the order in which the segments stand.
+    """Sum of the masked-in values of each segment of packed rows, in the order of the segments.
 
     Args:
         values: [..., T], per-token values.
@@ -176,9 +176,9 @@ def segment_sum(values: Tensor, mask: Tensor, position_ids: Tensor) -> Tensor:
     starts[..., :1] = True
     segment = starts.flatten().cumsum(0) - 1
     count = int(segment[-1]) + 1 if len(segment) else 0
-    # One after another, unlike `sum`: in fp32 an error that grows with the tokens, in bf16 sums that stop growing.
-    wide = torch.float32 if values.device.type == "mps" else torch.float64
-    counted = values.where(mask.bool(), 0).flatten().to(wide)
+    # `index_add` adds sequentially: in fp32 the error would grow with the tokens, in bf16 sums would stop growing.
+    dtype = torch.float32 if values.device.type == "mps" else torch.float64
+    counted = values.where(mask.bool(), 0).flatten().to(dtype)
     return counted.new_zeros(count).index_add(0, segment, counted).to(values.dtype)
 
 
@@ -202,11 +202,11 @@ def split_pairs(values: Tensor) -> Pairs:
 
 
 def preference_pair(logps: Tensor, mask: Tensor) -> PreferencePair:
-    """Per-token values of a batch of pairs, all chosen rows first, as what preference losses take.
+    """The inputs of preference losses, from per-token values of a batch of pairs, all chosen rows first.
 
     Args:
         logps: [2 * B, T], per-token logps, nats.
-        mask: [2 * B, T] bool (or 0/1), the completions' tokens; what stands in `logps` elsewhere has no influence.
+        mask: [2 * B, T] bool (or 0/1), the completions' tokens; other logps have no influence.
 
     Returns:
         `PreferencePair`.

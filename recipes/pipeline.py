@@ -2,7 +2,7 @@
 
     torchrun --nproc-per-node 2 recipes/pipeline.py --impl auto --schedule 1F1B
 
-The model is small and random, made from its configuration; use your own layers in `build`. On a machine with two GPUs
+The model is small, with random weights; use your own layers in `build`. On a machine with two GPUs
 it runs on them in bf16 (NCCL), else on the CPU in fp32 (gloo).
 """
 
@@ -20,7 +20,7 @@ SCHEDULES = {"GPipe": ScheduleGPipe, "1F1B": Schedule1F1B}
 
 
 class Stage(torch.nn.Module):
-    """Some layers of a model; the first stage takes token ids, the last one returns what goes into the head."""
+    """Some layers of a model; the first stage takes token ids, the last one returns the input of the head."""
 
     def __init__(self, model, layers, *, first, last):
         super().__init__()
@@ -58,7 +58,7 @@ def build(seed=0):
 
 
 def batch(seed=0, rows=8, length=9):
-    """Token ids and labels; the number of labels that count differs from row to row."""
+    """Token ids and labels; each row has another number of labels that count."""
     g = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, VOCAB, (rows, length), generator=g)
     return ids, ids.masked_fill(torch.rand(rows, length, generator=g) < 0.4, -100)
@@ -68,7 +68,7 @@ class StepLoss:
     """The loss of one micro-batch: its share of the mean over the labels of the whole batch."""
 
     def __init__(self, lm_head, impl):
-        # Many forwards wait for their backwards here: keep_head=False lets none hold a gradient of the head meanwhile.
+        # Many forwards wait for their backwards: with keep_head=False none of them holds a gradient of the head.
         self.loss_fn = LinearCrossEntropyLoss(lm_head, impl=impl, shift=1, keep_head=False)
         self.num_items = None
 
@@ -77,9 +77,9 @@ class StepLoss:
 
 
 def pipeline(stage, rank, schedule, impl, device, microbatches):
-    """A function of ids and labels that runs all forwards and backwards; -> the loss, on the last rank."""
+    """Return a step: it runs all forwards and backwards of ids and labels, and returns the loss on the last rank."""
     loss = StepLoss(stage.lm_head, impl) if rank == 1 else None
-    # Not scaled: the micro-batches' losses are shares of one mean, which add up.
+    # Gradients are not scaled: the micro-batches' losses are shares of one mean and add up.
     run = SCHEDULES[schedule](
         PipelineStage(stage, rank, 2, device), n_microbatches=microbatches, loss_fn=loss or sum, scale_grads=False
     )

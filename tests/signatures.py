@@ -17,7 +17,7 @@ from fusedalign.impls import autograd
 from fusedalign.impls import triton as impl
 from fusedalign.impls.triton import ahead, launch
 from fusedalign.impls.triton.dry import tokens_of_dry_runs
-from fusedalign.problem import OUTPUTS, Problem, Tiling, beside
+from fusedalign.problem import OUTPUTS, MemoryOptions, Problem, as_head
 
 GPUS = {
     "H100": launch.Blocks(128, 256, 64, warps=8, stages=3, programs=132, descriptor=True, flatten=True),
@@ -58,13 +58,13 @@ def problem(head, n, trained, outputs):
     parts = tuple(empty(v, x, dtype=weight, grad=trained) for x in d)
     return Problem(
         empty(n, sum(d), dtype=hidden),
-        beside(parts, weight),
+        as_head(parts, weight),
         torch.empty(n, dtype=torch.int64, device="meta"),
         operand,
         empty(v, dtype=weight, grad=trained) if bias else None,
         softcap=softcap,
         outputs=outputs,
-        tiling=Tiling(),
+        memory=MemoryOptions(),
     )
 
 

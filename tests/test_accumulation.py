@@ -45,8 +45,8 @@ def grads(cases):
 
 def in_place_additions(monkeypatch):
     """count() -> number of in-place additions to the head's gradient so far."""
-    counted, original = [], autograd._grad_so_far
-    monkeypatch.setattr(autograd, "_grad_so_far", lambda x: (counted.append(original(x)), counted[-1])[1])
+    counted, original = [], autograd._accumulator
+    monkeypatch.setattr(autograd, "_accumulator", lambda x: (counted.append(original(x)), counted[-1])[1])
     return lambda: sum(x is not None for x in counted)
 
 

@@ -7,7 +7,7 @@ import torch
 from helpers import DEVICES, IMPLS
 
 from fusedalign import graphs, linear_cross_entropy, linear_logps
-from fusedalign.problem import OUTPUTS, Tiling
+from fusedalign.problem import OUTPUTS, MemoryOptions, NeedsGrad, Spec
 
 IN_GRAPHS = [impl for impl in IMPLS if impl in graphs.NAMES]
 NEEDS = [(1, 1, 1), (1, 0, 0), (0, 1, 0), (0, 0, 0)]
@@ -101,28 +101,17 @@ def test_one_compiled_function_takes_different_shapes_and_options(impl, dynamic,
             torch.testing.assert_close(got, eager, rtol=1e-5, atol=1e-5)
 
 
-def options(impl, dtype, needs, outputs):
-    return graphs.Options(
-        scale=0.5,
-        softcap=3.0,
-        temperature=0.7,
-        ignore_index=-100,
-        operand_dtype=dtype,
-        outputs=frozenset(outputs),
-        filter_eps=None,
-        tiling=Tiling(),
-        impl=impl,
-        needs=tuple(map(bool, needs)),
-    )
+def make_call(impl, dtype, needs, outputs, **options):
+    spec = Spec(dtype, scale=0.5, temperature=0.7, outputs=frozenset(outputs), **{"softcap": 3.0, **options})
+    return graphs.Call(spec, -100, impl, NeedsGrad(*map(bool, needs)))
 
 
-def test_options_survive_the_operator_schema():
-    for tiling, filter_eps, softcap in itertools.product(
-        (Tiling(), Tiling(5, None, 7, keep_head=False)), (None, 0.1), (None, 2.0)
-    ):
-        before = options("auto", torch.bfloat16, (1, 0, 1), OUTPUTS[:2])
-        before = before._replace(tiling=tiling, filter_eps=filter_eps, softcap=softcap)
-        assert graphs._unpacked(*before.packed()) == before
+def test_a_call_survives_the_operator_schema():
+    memories = (MemoryOptions(), MemoryOptions(5, None, 7, keep_head=False))
+    for memory, filter_eps, softcap in itertools.product(memories, (None, 0.0, 0.1), (None, 2.0)):
+        options = {"memory": memory, "filter_eps": filter_eps, "softcap": softcap}
+        call = make_call("auto", torch.bfloat16, (1, 0, 1), OUTPUTS[:2], **options)
+        assert graphs.Call.unpack(call.pack()) == call
 
 
 @pytest.mark.parametrize("impl", IN_GRAPHS)
@@ -131,7 +120,7 @@ def test_options_survive_the_operator_schema():
 @pytest.mark.parametrize("outputs", [(), ("lse",), OUTPUTS])
 def test_fake_outputs_have_the_real_shapes_and_dtypes(impl, dtype, needs, outputs):
     inputs = tensors("cpu", dtype, (0, 0, 0))
-    packed = options(impl, dtype, needs, outputs).packed()
+    packed = make_call(impl, dtype, needs, outputs).pack()
     hidden, weight, bias = inputs
     arguments = hidden, weight, TARGETS, bias
     real, fake = graphs._logps(*arguments, *packed), graphs._logps_fake(*arguments, *packed)
@@ -143,7 +132,7 @@ def test_operators_pass_opcheck(needs):
     """PyTorch's `opcheck`: schema, autograd registration and fake outputs."""
     hidden, weight, bias = tensors("cpu", torch.float32, needs)
     arguments = hidden, weight, TARGETS, bias
-    packed = options("pytorch", torch.float32, needs, ("lse",)).packed()
+    packed = make_call("pytorch", torch.float32, needs, ("lse",)).pack()
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(graphs._logps, (*arguments, *packed), test_utils=checks)
     torch.library.opcheck(graphs._cross_entropy, (*arguments, None, 0.1, "nll mean", *packed), test_utils=checks)

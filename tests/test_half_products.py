@@ -13,8 +13,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from fusedalign import linear_cross_entropy
 from fusedalign.impls import pytorch
 from fusedalign.impls.autograd import early_dtype
-from fusedalign.impls.rows import TokenGrads
-from fusedalign.problem import Problem
+from fusedalign.impls.softmax import TokenGrads
+from fusedalign.problem import NeedsGrad, Problem
 
 HALF = [torch.bfloat16, torch.float16]
 
@@ -84,9 +84,9 @@ def test_mm_calls_have_valid_shapes_and_dtypes_on_meta_tensors(monkeypatch, dtyp
     with torch.no_grad():
         sums, jacobian = pytorch.IMPL.sweep(problem, "jacobian")
         grads = TokenGrads(sums.max, sums.log_e(), sums.e, sums.e, (sums.e, sums.e))
-        two_pass = pytorch.IMPL.two_pass_grads(problem, grads, (True, True, True))
+        two_pass = pytorch.IMPL.two_pass_grads(problem, grads, NeedsGrad(True, True, True))
         _, loss, one_pass = pytorch.IMPL.one_pass(
-            problem, lambda logps, lse: (lse - logps, -torch.ones_like(logps), torch.ones_like(lse)), (True, True, True)
+            problem, lambda logps, lse: (lse - logps, -torch.ones_like(logps), torch.ones_like(lse)), NeedsGrad(True, True, True)
         )
     assert {x.dtype for x in [loss, *sums.results(problem)[:3]]} == {torch.float32}
     for (d_hidden, (d_weight,), d_bias), hidden_dtype in ((two_pass, dtype), (one_pass, early_dtype(dtype))):

@@ -99,8 +99,8 @@ def stand_in(request, monkeypatch):
     module.__spec__ = importlib.machinery.ModuleSpec("cut_cross_entropy", None)
     module.linear_cross_entropy = request.param(calls)
     monkeypatch.setitem(sys.modules, "cut_cross_entropy", module)
-    monkeypatch.setattr(cce, "_find", adapter.finder("cut_cross_entropy", "", cce._load))
-    monkeypatch.setattr(cce, "_of_device", lambda device: None)
+    monkeypatch.setattr(cce, "_find", adapter.lazy_library("cut_cross_entropy", "", cce._load))
+    monkeypatch.setattr(cce, "_device_refusal", lambda device: None)
     return request.param, calls
 
 
@@ -215,13 +215,13 @@ needs_liger = pytest.mark.skipif("liger" not in ADAPTED, reason="liger-kernel is
 
 @pytest.mark.parametrize("name", LIGER_REFUSALS)
 def test_liger_refuses_unsupported_problems(name, monkeypatch):
-    monkeypatch.setattr(liger, "_find", lambda: adapter.Found(None, None))  # refusals do not read any tensor
+    monkeypatch.setattr(liger, "_find", lambda: adapter.Library(None, None))  # refusals do not read any tensor
     options, reason = LIGER_REFUSALS[name]
     assert reason in liger.IMPL.supports(problem(**options))
 
 
 def test_liger_has_no_entropy_with_a_bias_or_softcap(monkeypatch):
-    monkeypatch.setattr(liger, "_find", lambda: adapter.Found(None, None))
+    monkeypatch.setattr(liger, "_find", lambda: adapter.Library(None, None))
     monkeypatch.setattr(liger, "_runs_triton", lambda device: True)
     entropy = frozenset(["entropy"])
     assert liger.IMPL.supports(problem(outputs=entropy)) is None
@@ -232,7 +232,7 @@ def test_liger_has_no_entropy_with_a_bias_or_softcap(monkeypatch):
 
 
 def test_liger_reports_its_rounding(monkeypatch):
-    monkeypatch.setattr(liger, "_find", lambda: adapter.Found(None, None))
+    monkeypatch.setattr(liger, "_find", lambda: adapter.Library(None, None))
     assert "512 tokens" in liger.IMPL.caveat(problem())
     monkeypatch.setattr(liger, "_runs_triton", lambda device: True)
     assert "logits are rounded" in liger.IMPL.caveat(problem())
@@ -315,7 +315,7 @@ def test_liger_computes_gradients_in_the_forward_unless_disabled(interpreted, ke
 
 def test_auto_skips_inexact_impls_and_logs_it_once(monkeypatch, stand_in, caplog):
     impls._log_once.cache_clear()
-    monkeypatch.setattr(impls, "_considered", lambda: ("cce", "pytorch"))
+    monkeypatch.setattr(impls, "considered", lambda: ("cce", "pytorch"))
     with caplog.at_level(logging.INFO, logger="fusedalign"):
         for _ in range(3):
             linear_logps(HIDDEN, WEIGHT, TARGETS)
@@ -355,8 +355,8 @@ def test_an_import_error_deep_inside_a_library_is_reported(monkeypatch, tmp_path
     for loaded in [m for m in sys.modules if m.split(".")[0] == name]:
         monkeypatch.delitem(sys.modules, loaded)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(module, "_find", adapter.finder(name, "", module._load))
-    monkeypatch.setattr(cce, "_of_device", lambda device: None)
+    monkeypatch.setattr(module, "_find", adapter.lazy_library(name, "", module._load))
+    monkeypatch.setattr(cce, "_device_refusal", lambda device: None)
     reason = rf"{name} cannot be imported \(OSError: libcuda.so.1: cannot open\)"
     assert re.fullmatch(reason, next(v.reason for v in explain(problem()) if v.impl == impl))
     with pytest.raises(ValueError, match=f"impl='{impl}' cannot do this: {reason}"):
@@ -367,7 +367,7 @@ def test_an_import_error_deep_inside_a_library_is_reported(monkeypatch, tmp_path
 
 
 def test_a_library_that_is_missing_says_how_to_get_it():
-    library = adapter.finder("a_package_that_nobody_has", "pip install it", lambda: None)()
+    library = adapter.lazy_library("a_package_that_nobody_has", "pip install it", lambda: None)()
     assert library.reason == "a_package_that_nobody_has is not installed: pip install it"
 
 

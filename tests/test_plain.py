@@ -94,13 +94,20 @@ def test_every_public_function_with_tensors_is_tested():
 
 @EACH
 def test_dtensors_are_refused(mesh, call, name):
-    x = CALLS[call][1][name]
-    for placement in (Replicate(), *([Shard(0)] if x.ndim else [])):
+    x, is_head = CALLS[call][1][name], name in ("weight", "bias")
+    for placement in (Replicate(), *([Shard(0)] if x.ndim and not is_head else [])):
         message = refused(call, name, distribute_tensor(x, mesh, [placement]))
-        assert message.startswith(
-            f"{name} must be a plain tensor, got a DTensor with placements ({placement!r},): pass {name}.full_tensor() "
-        )
-        assert "attach() to TRL's trainer under FSDP2" in message
+        served = ", or a DTensor sharded on dimension 0 over a mesh of one dimension" if is_head else ""
+        got = f"got a DTensor with placements ({placement!r},): pass {name}.full_tensor() "
+        assert message.startswith(f"{name} must be a plain tensor{served}, {got}")
+        assert is_head or "attach() to TRL's trainer under FSDP2" in message
+
+
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_a_sharded_tensor_of_the_head_beside_a_plain_one(mesh, name):
+    message = refused("linear_logps", name, distribute_tensor(CALLS["linear_logps"][1][name], mesh, [Shard(0)]))
+    other = {"weight": "bias", "bias": "weight"}[name]
+    assert message.startswith(f"{other} must be a DTensor sharded on dimension 0, like {name}, got a plain tensor")
 
 
 @EACH
@@ -138,7 +145,10 @@ def test_tensor_subclasses_with_own_arithmetic_are_refused(call, name):
 def test_dtensor_parts_of_the_head_are_refused(mesh, position):
     parts = [W[:, :3], W[:, 3:]]
     parts[position] = distribute_tensor(parts[position].contiguous(), mesh, [Shard(0)])
-    with pytest.raises(TypeError, match=rf"^weight\[{position}\] must be a plain tensor, got a DTensor"):
+    with pytest.raises(TypeError, match=rf"^weight\[{1 - position}\] must be a DTensor sharded on dimension 0"):
+        linear_logps(H, tuple(parts), T)
+    parts[position] = distribute_tensor(W[:, :3].contiguous(), mesh, [Replicate()])
+    with pytest.raises(TypeError, match=rf"^weight\[{position}\] must be a plain tensor, or a DTensor"):
         linear_logps(H, tuple(parts), T)
 
 
@@ -149,6 +159,8 @@ def test_dtensor_heads_of_models_are_refused(mesh):
     model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**sizes, **heads, tie_word_embeddings=False))
     lm_head(model)
     model.lm_head.weight = nn.Parameter(distribute_tensor(model.lm_head.weight.detach(), mesh, [Shard(0)]))
+    assert lm_head(model).weight is model.lm_head.weight
+    model.lm_head.weight = nn.Parameter(distribute_tensor(torch.zeros(11, 8), mesh, [Replicate()]))
     name = re.escape("weight of Qwen3ForCausalLM.lm_head")
     with pytest.raises(TypeError, match=rf"^{name} must be a plain tensor, got a DTensor with placements"):
         lm_head(model)
@@ -157,7 +169,7 @@ def test_dtensor_heads_of_models_are_refused(mesh):
 @pytest.mark.parametrize("name", ["weight", "bias"])
 def test_the_module_refuses_dtensors(mesh, name):
     head = nn.Linear(4, 6)
-    setattr(head, name, nn.Parameter(distribute_tensor(getattr(head, name).detach(), mesh, [Shard(0)])))
+    setattr(head, name, nn.Parameter(distribute_tensor(getattr(head, name).detach(), mesh, [Replicate()])))
     for call in (lambda: LinearCrossEntropyLoss(head)(H, T), lambda: layer_head(head)):
         with pytest.raises(TypeError, match=rf"^{name} of output_embeddings must be a plain tensor, got a DTensor"):
             call()

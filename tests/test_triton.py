@@ -31,7 +31,7 @@ from torch.autograd import forward_ad
 
 from fusedalign import explain, linear_cross_entropy, linear_logps
 from fusedalign.impls import pytorch, resolve
-from fusedalign.problem import OUTPUTS, Problem, Tiling
+from fusedalign.problem import OUTPUTS, MemoryOptions, Problem
 
 pytest.importorskip("triton", reason="triton is not installed: none of its kernels is tested")
 
@@ -263,7 +263,7 @@ def test_the_gradient_of_a_confident_target_is_exact(device, kind, path):
 @pytest.fixture
 def stores(monkeypatch):
     """Where the last one-pass call keeps its tokens, as {place: number of tokens}."""
-    made, original = {}, impl._stores
+    made, original = {}, impl._exp_slots
 
     def record(problem, d_weight, *, workspace):
         out = original(problem, d_weight, workspace=workspace)
@@ -275,7 +275,7 @@ def stores(monkeypatch):
             made[place] = len(store.rows)
         return out
 
-    monkeypatch.setattr(impl, "_stores", record)
+    monkeypatch.setattr(impl, "_exp_slots", record)
     return made
 
 
@@ -283,8 +283,8 @@ def workspace_with_all_stores(case: Case, stores, operand_dtype=None) -> int:
     """The smallest, nearly, with which tokens are kept in the memory of dW, in the workspace, and nowhere."""
     for step in range(300):
         workspace = int(1000 * 1.05**step)
-        problem = problem_of(case, operand_dtype, tiling=Tiling(workspace=workspace))
-        impl._stores(problem, torch.empty_like(case.weight), workspace=True)
+        problem = problem_of(case, operand_dtype, memory=MemoryOptions(workspace=workspace))
+        impl._exp_slots(problem, torch.empty_like(case.weight), workspace=True)
         if len(stores) == 3:
             return workspace
     raise AssertionError("no workspace makes all three kinds of stores")

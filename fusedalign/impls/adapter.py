@@ -1,4 +1,4 @@
-"""What the adapters to other libraries share: operands as those libraries take them, and results as ours come."""
+"""Shared by the adapters to other libraries: operands in the form that those take, results in ours."""
 
 from __future__ import annotations
 
@@ -11,52 +11,54 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from fusedalign.problem import Parts, Problem, TokenLogps
+from fusedalign.problem import OUTPUTS, Problem, SplitHead, TokenLogps
 
 
-class Found(NamedTuple):
-    """An optional library, or why there is none."""
+class Library(NamedTuple):
+    """An optional library, or the reason why it is missing."""
 
     library: Any
     reason: str | None
 
 
-def finder(module: str, install: str, load: Callable[[], Any]) -> Callable[[], Found]:
-    """A function that calls `load` once; what a missing or broken `module` raises becomes the reason."""
+def lazy_library(module: str, install: str, load: Callable[[], Any]) -> Callable[[], Library]:
+    """A function that calls `load` once; an exception of a missing or broken `module` becomes the reason."""
 
     @functools.cache
-    def find() -> Found:
+    def find() -> Library:
         try:
             if importlib.util.find_spec(module) is None:
-                return Found(None, f"{module} is not installed: {install}")
-            return Found(load(), None)
+                return Library(None, f"{module} is not installed: {install}")
+            return Library(load(), None)
         except Exception as error:  # a broken installation can raise anything, however deep inside
             text = " ".join(str(error).split())
-            return Found(None, f"{module} cannot be imported ({type(error).__name__}: {text})")
+            return Library(None, f"{module} cannot be imported ({type(error).__name__}: {text})")
 
     return find
 
 
-def whole(weight: Tensor | Parts) -> Tensor:
-    """The head, which `refusal_of_parts` has let pass."""
+def as_tensor(weight: Tensor | SplitHead) -> Tensor:
+    """The head, once `split_head_refusal` has found that it is one tensor."""
     assert isinstance(weight, Tensor)
     return weight
 
 
-def refusal_of_parts(problem: Problem) -> str | None:
-    """Why no library serves a head of several tensors; None where it is one."""
+def split_head_refusal(problem: Problem) -> str | None:
+    """Why no library serves a split head; None where the head is one tensor."""
     return None if isinstance(problem.weight, Tensor) else "it takes a head of one tensor, not of several side by side"
 
 
-def factor(problem: Problem) -> float:
-    """What raw logits are multiplied with: softcap * tanh(scale * x / softcap) / temperature is the same with scale /
-    temperature in place of scale, softcap / temperature in place of softcap, and no temperature.
+def logit_scale(problem: Problem) -> float:
+    """The factor of raw logits without a temperature.
+
+    softcap * tanh(scale * x / softcap) / temperature is the same with scale / temperature in place of scale, softcap /
+    temperature in place of softcap, and no temperature.
     """
     return float(problem.scale) / float(problem.temperature)
 
 
 def softcap(problem: Problem) -> float | None:
-    """The softcap that goes with `factor`."""
+    """The softcap that belongs to `logit_scale`."""
     return None if problem.softcap is None else float(problem.softcap) / float(problem.temperature)
 
 
@@ -65,26 +67,28 @@ def is_power_of_2(x: float) -> bool:
     return abs(math.frexp(x)[0]) == 0.5
 
 
-def operands(problem: Problem, by: float) -> tuple[Tensor, Tensor]:
-    """Hidden states times `by`, and the head, both [*, D] contiguous in the operand dtype; differentiable.
+def operands(problem: Problem, scale: float) -> tuple[Tensor, Tensor]:
+    """Hidden states times `scale`, and the head, both [*, D] contiguous in the operand dtype; differentiable.
 
     A head in another dtype is copied, as autocast does for `torch.nn.functional.linear`.
     """
     hidden = problem.hidden
-    if by != 1.0:
-        hidden = hidden.to(problem.logit_dtype) * by  # rounded once
-    return hidden.to(problem.operand_dtype).contiguous(), whole(problem.weight).to(problem.operand_dtype).contiguous()
+    if scale != 1.0:
+        hidden = hidden.to(problem.logit_dtype) * scale  # rounded once
+    return hidden.to(problem.operand_dtype).contiguous(), as_tensor(problem.weight).to(
+        problem.operand_dtype
+    ).contiguous()
 
 
-def of_no_tokens(problem: Problem) -> TokenLogps:
-    """Empty results that are still connected to the graph: libraries refuse to be called with nothing."""
-    empty = problem.hidden[:, 0].to(problem.result_dtype) + whole(problem.weight)[:0].sum()
+def empty_result(problem: Problem) -> TokenLogps:
+    """Empty results, connected to the graph: libraries refuse calls without tokens."""
+    empty = problem.hidden[:, 0].to(problem.result_dtype) + as_tensor(problem.weight)[:0].sum()
     if problem.bias is not None:
         empty = empty + problem.bias[:0].sum()
-    return TokenLogps(empty, *(empty if name in problem.outputs else None for name in TokenLogps._fields[1:]))
+    return TokenLogps(empty, *(empty if name in problem.outputs else None for name in OUTPUTS))
 
 
-def logps_of(nll: Tensor, problem: Problem) -> Tensor:
-    """The one place where the sign is flipped. A loss that rounding has made negative becomes 0, with its gradient."""
+def to_logps(nll: Tensor, problem: Problem) -> Tensor:
+    """logps from a library's losses. A loss that rounding has made negative becomes 0, with its gradient."""
     nll = nll.to(problem.result_dtype)
     return -(nll + (nll.detach().clamp(min=0) - nll.detach()))

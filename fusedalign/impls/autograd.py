@@ -4,23 +4,34 @@ from __future__ import annotations
 
 import functools
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fusedalign import private
 from fusedalign.impls.base import Impl
-from fusedalign.impls.rows import RowSums, TokenGrads, grads_of_token_loss, head_grads, of_each_part
-from fusedalign.problem import OUTPUTS, Problem, TokenLogps, TokenLoss, beside
+from fusedalign.impls.head_grads import Accumulators, grad_targets, in_head_order
+from fusedalign.impls.softmax import SoftmaxStats, TokenGrads, token_loss_grads
+from fusedalign.problem import (
+    NeedsGrad,
+    Problem,
+    Spec,
+    TokenLogps,
+    TokenLoss,
+    Upstream,
+    as_head,
+    with_tensors,
+)
 
 #: Gradients of hidden, of each tensor of the head, and of bias; None where not needed.
 Grads = tuple[Tensor | None, tuple[Tensor | None, ...] | None, Tensor | None]
-#: What a sweep keeps for the backward.
-Keep = Literal["nothing", "jacobian", "head"]
-#: Which of hidden, weight and bias need a gradient.
-Needs = tuple[bool, bool, bool]
+#: What a sweep keeps for the backward: a frozen head's Jacobian, or exponentials in the memory of the head's gradient.
+KeepMode = Literal["nothing", "jacobian", "exps"]
+#: A scalar times a tensor, in place.
+Scale = Callable[[Tensor, Tensor], Tensor]
 
 
 class Jacobian(NamedTuple):
@@ -35,7 +46,7 @@ class Jacobian(NamedTuple):
 
     @classmethod
     def empty(cls, problem: Problem) -> Jacobian:
-        """To be written."""
+        """One whose rows are to be written."""
         hidden, half = problem.hidden, problem.operand_dtype.itemsize == 2
         rows = hidden.new_empty(hidden.shape, dtype=torch.float16 if half else problem.logit_dtype)
         return cls(rows, hidden.new_empty(len(hidden), dtype=torch.float32) if half else None)
@@ -48,86 +59,120 @@ class Jacobian(NamedTuple):
             x *= power.neg_().exp2_()[:, None]
         self.rows[tokens] = x
 
+    def times(self, d_logps: Tensor, dtype: torch.dtype) -> Tensor:
+        """The gradient of hidden in `dtype`, [N, D], from that of logps, [N]."""
+        scale = d_logps if self.scale is None else d_logps * self.scale
+        return torch.mul(self.rows, scale[:, None], out=torch.empty_like(self.rows, dtype=dtype))
 
-class KeptHead(NamedTuple):
-    """What an impl keeps for a trained head: exponentials of logits, in memory that will be the head's gradient."""
+
+class KeptExps(NamedTuple):
+    """Exponentials of logits that a sweep keeps for a trained head, in the memory of the head's gradient."""
 
     d_weight: Tensor
     """[V, D] in the head's dtype, to be overwritten by the gradient"""
-    largest: Tensor
-    """as the impl likes"""
+    block_max: Tensor
+    """running maxima per block of columns; opaque to this module"""
     target: Tensor
     """[N] final logits of the targets, in the logit dtype"""
 
 
-class State(NamedTuple):
+class Saved(NamedTuple):
     """What the backward of `token_logps` needs of the forward; None where it does not."""
 
-    jacobian: Jacobian | None
-    head: KeptHead | None
-    max: Tensor | None
-    log_e: Tensor | None
-    entropy: Tensor | None
+    jacobian: Jacobian | None = None
+    kept: KeptExps | None = None
+    max: Tensor | None = None
+    log_e: Tensor | None = None
+    entropy: Tensor | None = None
 
+    def flat(self) -> tuple[Tensor | None, ...]:
+        """The tensors, for `save_for_backward`."""
+        jacobian, kept = self.jacobian or (None,) * 2, self.kept or (None,) * 3
+        return *jacobian, *kept, self.max, self.log_e, self.entropy
 
-#: A scalar times a tensor, in place: what a backward asks of an impl that only scales.
-Scale = Callable[[Tensor, Tensor], Tensor]
+    @classmethod
+    def of(cls, flat: Iterable[Tensor | None]) -> tuple[Saved, list[Tensor | None]]:
+        """From the tensors of `flat()`, and what follows them."""
+        rows, scale, d_weight, block_max, target, maximum, log_e, entropy, *others = flat
+        jacobian = None if rows is None else Jacobian(rows, scale)
+        kept = None
+        if d_weight is not None and block_max is not None and target is not None:
+            kept = KeptExps(d_weight, block_max, target)
+        return cls(jacobian, kept, maximum, log_e, entropy), others
 
 
 class OwnGradients(Impl):
     """An impl that makes its own gradients: the arithmetic is its own, the autograd is here."""
 
     @abstractmethod
-    def sweep(self, problem: Problem, keep: Keep) -> tuple[RowSums, Jacobian | KeptHead | None]:
-        """The softmax sums of all tokens, and what is to be kept: the first where asked for, the second if it likes."""
+    def sweep(self, problem: Problem, keep: KeepMode) -> tuple[SoftmaxStats, Jacobian | KeptExps | None]:
+        """The softmax statistics of all tokens, and what is kept for the backward.
+
+        `keep` says what would save most; what is kept is up to the impl.
+        """
 
     @abstractmethod
-    def two_pass_grads(self, problem: Problem, grads: TokenGrads, needs: Needs, head: KeptHead | None = None) -> Grads:
-        """The gradients of any loss, from logits that are computed again where `head` does not save that."""
+    def two_pass_grads(
+        self,
+        problem: Problem,
+        grads: TokenGrads,
+        needs: NeedsGrad,
+        *,
+        kept: KeptExps | None = None,
+        accumulators: Accumulators = (),
+        round_hidden: bool = True,
+    ) -> Grads:
+        """The gradients of any loss, from logits that are computed again where `kept` does not save that.
+
+        `kept` is used up. The head's gradients are added to the `accumulators`, where there are any. The gradient of
+        hidden has its dtype or, without `round_hidden`, the logit dtype.
+        """
 
     @abstractmethod
-    def one_pass(self, problem: Problem, token_loss: TokenLoss, needs: Needs) -> tuple[RowSums, Tensor, Grads] | None:
-        """The sums of all tokens, a loss summed over these and its gradients, at once; None where there is no room.
+    def one_pass(
+        self, problem: Problem, token_loss: TokenLoss, needs: NeedsGrad
+    ) -> tuple[SoftmaxStats, Tensor, Grads] | None:
+        """The statistics of all tokens, a loss summed over these and its gradients, at once; None without room for it.
 
         The gradient of hidden has the dtype `early_dtype(hidden.dtype)`.
         """
 
     def scale_(self, x: Tensor, factor: Tensor) -> Tensor:
-        """`x` times a scalar in place, for nothing where that is 1."""
+        """`x` times a scalar in place, skipped where the scalar is known to be 1."""
         return x.mul_(factor)
 
-    def token_logps(self, problem: Problem) -> TokenLogps:
+    def token_logps(self, problem: Problem, loss_hint: TokenLoss | None = None) -> TokenLogps:
         """`TokenLogps` of [N] tokens, by the cheapest path that gives the gradients which are needed."""
-        needs = _needs(problem)
+        needs = _needs_grad(problem)
         if not any(needs):
             return self.sweep(problem, "nothing")[0].results(problem)
-        if problem.expected_loss is not None and _may_expect(problem, needs):
+        if loss_hint is not None and _may_use_hint(problem, needs):
             with torch.no_grad():
-                made = self.one_pass(problem, problem.expected_loss, needs)
-            if made is not None:
-                sums, _, grads = made
-                tensors = problem.hidden, problem.bias, *_tensors(problem)
-                return TokenLogps(*_ExpectedLoss.apply(self, problem, sums, grads, _sources(problem), *tensors))
-        tensors = problem.hidden, problem.bias, *_tensors(problem)
-        return TokenLogps(*_TokenLogps.apply(self, problem, _sources(problem), *tensors))
+                results = self.one_pass(problem, loss_hint, needs)
+            if results is not None:
+                stats, _, grads = results
+                call = _HintedCall(self, problem, _sources(problem), loss_hint, stats, grads)
+                return TokenLogps(*_HintedLogps.apply(call, *_inputs(problem)))
+        return TokenLogps(*_TokenLogps.apply(_Call(self, problem, _sources(problem)), *_inputs(problem)))
 
     def token_loss_sum(self, problem: Problem, token_loss: TokenLoss) -> Tensor:
         """Sum over [N] tokens of `token_loss(logps, lse)`, a scalar: in one pass where the impl can."""
-        needs = _needs(problem)
-        early = (
-            any(needs) and len(problem.targets) and (problem.tiling.keep_head or not needs[1]) and holds_early(problem)
-        )
-        with torch.no_grad():
-            made = self.one_pass(replace(problem, outputs=frozenset()), token_loss, needs) if early else None
-        if made is None:
-            out = self.token_logps(problem)
-            return token_loss(out.logps, out.lse)[0].sum()
-        return ready(self.scale_, problem, *made[1:])
+        needs = _needs_grad(problem)
+        may_keep = problem.memory.keep_head or not needs.weight
+        results = None
+        if any(needs) and len(problem.targets) and may_keep and holds_early(problem):
+            with torch.no_grad():
+                results = self.one_pass(replace(problem, outputs=frozenset()), token_loss, needs)
+        if results is None:
+            return super().token_loss_sum(problem, token_loss)
+        _, loss, grads = results
+        return precomputed_loss(self.scale_, problem, loss, grads)
 
 
-def ready(scale: Scale, problem: Problem, loss: Tensor, grads: Grads) -> Tensor:
+def precomputed_loss(scale: Scale, problem: Problem, loss: Tensor, grads: Grads) -> Tensor:
     """`loss`, a scalar whose gradients exist already: the backward scales them."""
-    return _Ready.apply(scale, loss, grads, _sources(problem), problem.hidden, problem.bias, *_tensors(problem))
+    call = _PrecomputedCall(scale, problem.hidden.dtype, _sources(problem), grads)
+    return _PrecomputedLoss.apply(call, loss, *_inputs(problem))
 
 
 def early_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -144,81 +189,94 @@ def holds_early(problem: Problem) -> bool:
 
     They are made in their final dtype, since a wider one would take too much memory for the head; see `early_dtype`.
     """
-    return not any(x is not None and x.requires_grad and x.dtype == torch.float16 for x in _parameters(problem))
+    _, *parameters = _inputs(problem)
+    return not any(x is not None and x.requires_grad and x.dtype == torch.float16 for x in parameters)
 
 
-def loss_and_grads(impl: OwnGradients, problem: Problem, token_loss: TokenLoss, needs: Needs) -> tuple[Tensor, Grads]:
-    """What `token_loss_sum` gives, and its gradients, without autograd around it; not for gradients in fp16."""
+def loss_and_grads(
+    impl: OwnGradients, problem: Problem, token_loss: TokenLoss, needs: NeedsGrad
+) -> tuple[Tensor, Grads]:
+    """The value of `token_loss_sum` and its gradients, without autograd around it; not for gradients in fp16."""
     with torch.no_grad():
-        early, alone = any(needs) and len(problem.targets), replace(problem, outputs=frozenset())
-        made = impl.one_pass(alone, token_loss, needs) if early else None
-        if made is not None:
-            return made[1:]
-        sums, _ = impl.sweep(problem, "nothing")
-        loss, grads = grads_of_token_loss(sums, slice(None), token_loss, problem.result_dtype)
-        return loss, _two_pass_grads(impl, problem, grads, needs)
+        results = None
+        if any(needs) and len(problem.targets):
+            results = impl.one_pass(replace(problem, outputs=frozenset()), token_loss, needs)
+        if results is not None:
+            _, loss, grads = results
+            return loss, grads
+        stats, _ = impl.sweep(problem, "nothing")
+        loss, upstream = token_loss_grads(stats, slice(None), token_loss, problem.result_dtype)
+        return loss, _two_pass_grads(impl, problem, upstream, needs)
 
 
-def forward(impl: OwnGradients, problem: Problem, needs: Needs, *, keep_head: bool = True) -> tuple[TokenLogps, State]:
-    """The results, and what `backward` needs beside the problem itself."""
-    keep_head = keep_head and problem.tiling.keep_head
-    keep: Keep = "jacobian" if needs == (True, False, False) else "head" if needs[1] and keep_head else "nothing"
-    sums, kept = impl.sweep(problem, keep)
-    out = sums.results(problem)
-    jacobian, head = (kept, None) if isinstance(kept, Jacobian) else (None, kept)
+def forward(
+    impl: OwnGradients, problem: Problem, needs: NeedsGrad, *, keep_exps: bool = True
+) -> tuple[TokenLogps, Saved]:
+    """The results, and what `backward` needs in addition to the problem itself."""
+    keep: KeepMode = "nothing"
+    if needs.hidden_alone:
+        keep = "jacobian"
+    elif needs.weight and keep_exps and problem.memory.keep_head:
+        keep = "exps"
+    stats, kept = impl.sweep(problem, keep)
+    out = stats.results(problem)
+    jacobian, exps = (kept, None) if isinstance(kept, Jacobian) else (None, kept)
     if jacobian is not None and out.entropy is None and out.lse is None:
-        return out, State(jacobian, None, None, None, None)
-    # A kept Jacobian answers for logps alone: gradients of entropy and lse, if there are any, call for more.
-    return out, State(jacobian, head, sums.max, sums.log_e(), sums.entropy() if out.entropy is not None else None)
+        return out, Saved(jacobian)
+    # The Jacobian is that of logps alone: gradients of entropy and lse need the statistics too.
+    return out, Saved(jacobian, exps, stats.max, stats.log_e(), None if out.entropy is None else stats.entropy())
 
 
 def backward(
     impl: OwnGradients,
     problem: Problem,
-    state: State,
-    needs: Needs,
-    d_logps: Tensor | None,
-    d_entropy: Tensor | None = None,
-    d_lse: Tensor | None = None,
+    saved: Saved,
+    needs: NeedsGrad,
+    upstream: Upstream,
+    accumulators: Accumulators = (),
 ) -> Grads:
-    """The gradients of `forward` by hidden, weight and bias; those given are [N], None where zero."""
+    """The gradients of `forward` by hidden, weight and bias."""
     d_hidden = None
-    if state.jacobian is not None and d_logps is not None:
-        rows, scale = state.jacobian
-        by = d_logps if scale is None else d_logps * scale
-        d_hidden = torch.mul(rows, by[:, None], out=torch.empty_like(rows, dtype=problem.hidden.dtype))
-        d_logps = None
-    if d_logps is None and d_entropy is None and d_lse is None:
+    if saved.jacobian is not None and upstream.logps is not None:
+        d_hidden = saved.jacobian.times(upstream.logps, problem.hidden.dtype)
+        upstream = upstream._replace(logps=None)
+    if all(x is None for x in upstream):
         return d_hidden, None, None
-    assert state.max is not None
-    assert state.log_e is not None
+    assert saved.max is not None
+    assert saved.log_e is not None
     dtype = problem.logit_dtype
+    d_logps, d_entropy, d_lse = (None if x is None else x.to(dtype) for x in upstream)
     grads = TokenGrads(
-        max=state.max,
-        log_e=state.log_e,
-        logps=torch.zeros_like(state.log_e) if d_logps is None else d_logps.to(dtype),
-        lse=None if d_lse is None else d_lse.to(dtype),
-        entropy=None if d_entropy is None or state.entropy is None else (d_entropy.to(dtype), state.entropy),
+        max=saved.max,
+        log_e=saved.log_e,
+        logps=torch.zeros_like(saved.log_e) if d_logps is None else d_logps,
+        lse=d_lse,
+        entropy=None if d_entropy is None or saved.entropy is None else (d_entropy, saved.entropy),
     )
-    more, d_weight, d_bias = _two_pass_grads(impl, problem, grads, needs, state.head)
-    return more if d_hidden is None or more is None else d_hidden.add_(more), d_weight, d_bias
+    d_more, d_weight, d_bias = _two_pass_grads(impl, problem, grads, needs, saved.kept, accumulators)
+    return d_more if d_hidden is None or d_more is None else d_hidden.add_(d_more), d_weight, d_bias
 
 
 def _two_pass_grads(
-    impl: OwnGradients, problem: Problem, grads: TokenGrads, needs: Needs, head: KeptHead | None = None
+    impl: OwnGradients,
+    problem: Problem,
+    grads: TokenGrads,
+    needs: NeedsGrad,
+    kept: KeptExps | None = None,
+    accumulators: Accumulators = (),
 ) -> Grads:
-    """Zeros where there is no token: tiles of nothing are nobody's business."""
+    """Like `impl.two_pass_grads`, but returns zeros when there are no tokens, so impls need not handle empty tiles."""
     if len(problem.targets):
-        return impl.two_pass_grads(problem, grads, needs, head)
-    pair = zip((problem.hidden, problem.bias), needs[::2], strict=True)
-    d_hidden, d_bias = (torch.zeros_like(x) if x is not None and needed else None for x, needed in pair)
-    if not needs[1]:
+        return impl.two_pass_grads(problem, grads, needs, kept=kept, accumulators=accumulators)
+    d_hidden = torch.zeros_like(problem.hidden) if needs.hidden else None
+    d_bias = torch.zeros_like(problem.bias) if needs.bias and problem.bias is not None else None
+    if not needs.weight:
         return d_hidden, None, d_bias
-    d_weight = of_each_part(problem, (g.memory if g.adds else g.memory.zero_() for g in head_grads(problem)))
-    return d_hidden, d_weight, d_bias
+    targets = grad_targets(problem, accumulators)
+    return d_hidden, in_head_order(problem, (g.memory if g.adds else g.memory.zero_() for g in targets)), d_bias
 
 
-def _first_order(backward: Callable[..., tuple]) -> Callable[..., tuple]:
+def _first_order_only(backward: Callable[..., tuple]) -> Callable[..., tuple]:
     """Wrap a backward so that differentiating the gradients that it returns raises.
 
     PyTorch's `once_differentiable` is not enough: its error node depends on copies of the upstream gradients alone, so
@@ -228,7 +286,7 @@ def _first_order(backward: Callable[..., tuple]) -> Callable[..., tuple]:
 
     @functools.wraps(backward)
     def guarded(ctx: Any, *upstream: Tensor | None) -> tuple:
-        if any(x is not None and torch._C._functorch.is_legacy_batchedtensor(x) for x in upstream):
+        if any(x is not None and private.is_batched_grad(x) for x in upstream):
             raise RuntimeError(
                 "several gradients at once (is_grads_batched=True, vectorize=True) through an LM head: expected "
                 "impl='reference' for that, or one call for each"
@@ -273,7 +331,7 @@ class _FirstOrderInput(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
-    @_first_order
+    @_first_order_only
     def backward(ctx: Any, upstream: Tensor) -> tuple:
         return None, upstream
 
@@ -299,8 +357,8 @@ def first_order(function: Callable[[Problem], TokenLogps], problem: Problem) -> 
     if not sources:
         return function(problem)
     tensors = {"hidden": problem.hidden, "weight": problem.weight, "bias": problem.bias}
-    trained = {name: x for name, x in tensors.items() if x is not None and x.requires_grad}
-    out = function(replace(problem, **{name: _FirstOrderInput.apply(sources, x) for name, x in trained.items()}))
+    trainable = {name: x for name, x in tensors.items() if x is not None and x.requires_grad}
+    out = function(replace(problem, **{name: _FirstOrderInput.apply(sources, x) for name, x in trainable.items()}))
     outputs: Any = (None if x is None else _FirstOrderOutput.apply(sources, x) for x in out)
     return TokenLogps(*outputs)
 
@@ -312,7 +370,15 @@ def _sources(problem: Problem) -> tuple[Tensor, ...]:
     """
     if not torch.is_grad_enabled():
         return ()
-    return tuple(x[:0].clone() for x in (problem.hidden, *_parameters(problem)) if x is not None and x.requires_grad)
+    return tuple(x[:0].clone() for x in _inputs(problem) if x is not None and x.requires_grad)
+
+
+class _Call(NamedTuple):
+    """The arguments of `_TokenLogps` that are not its inputs."""
+
+    impl: OwnGradients
+    problem: Problem
+    sources: tuple[Tensor, ...]
 
 
 class _TokenLogps(torch.autograd.Function):
@@ -320,124 +386,140 @@ class _TokenLogps(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        impl: OwnGradients,
-        problem: Problem,
-        sources: tuple[Tensor, ...],
-        hidden: Tensor,
-        bias: Tensor | None,
-        *weight: Tensor,
+        ctx: Any, call: _Call, hidden: Tensor, bias: Tensor | None, *weight: Tensor
     ) -> tuple[Tensor | None, ...]:
-        ctx.set_materialize_grads(False)
-        ctx.sources = sources
-        out, state = forward(impl, problem, _needs_of(ctx, 3))
-        ctx.mark_non_differentiable(*(x for x in out[3:] if x is not None))
-        ctx.impl, ctx.problem = impl, _without_tensors(problem)
-        # A backward that only scales a kept Jacobian holds on to neither hidden states nor head.
-        inputs: tuple[Tensor | None, ...] = (hidden.new_empty(0), None, None)
-        if state.max is None:
-            weight = ()
-        else:
-            inputs = (hidden, bias, problem.targets)
-        jacobian, head = state.jacobian or (None, None), state.head or (None, None, None)
-        ctx.save_for_backward(*jacobian, *head, *state[2:], *inputs, *weight)
+        out, saved = forward(call.impl, call.problem, _needs_of_inputs(ctx.needs_input_grad))
+        _set_up(ctx, call, out)
+        # A backward that only scales the Jacobian needs neither hidden states nor head.
+        inputs = () if saved.max is None else (call.problem.targets, hidden, bias, *weight)
+        ctx.save_for_backward(*saved.flat(), *inputs)
         return tuple(out)
 
     @staticmethod
-    @_first_order
-    def backward(ctx: Any, d_logps: Tensor | None, d_entropy: Tensor | None, d_lse: Tensor | None, *_: None) -> tuple:
-        rows, scale, memory, largest, target, maximum, log_e, entropy, *tensors = ctx.saved_tensors
-        problem = _with_tensors(ctx.problem, *tensors)
-        jacobian = None if rows is None else Jacobian(rows, scale)
-        # What is kept for the head is used up by one backward; where the graph is kept, the logits are made again.
-        head = None if memory is None or _graph_is_kept() else KeptHead(memory, largest, target)
-        state = State(jacobian, head, maximum, log_e, entropy)
-        if problem.weight is not None and not problem.tiling.keep_head:
-            problem = replace(problem, head_sums=tuple(_grad_so_far(x) for x in _tensors(problem)))
-        with torch.autocast(problem.hidden.device.type, enabled=False):
-            d_hidden, d_weight, d_bias = backward(
-                ctx.impl, problem, state, _needs_of(ctx, 3), d_logps, d_entropy, d_lse
-            )
-        nothing = (None,) * len(ctx.needs_input_grad[5:])
-        pairs = zip(d_weight or nothing, problem.head_sums or nothing, strict=True)
-        return None, None, None, d_hidden, d_bias, *(grad if added_to is None else None for grad, added_to in pairs)
+    @_first_order_only
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple:
+        saved, inputs = Saved.of(ctx.saved_tensors)
+        upstream = Upstream.of(grads)
+        if not inputs:
+            assert saved.jacobian is not None
+            d_hidden = None if upstream.logps is None else saved.jacobian.times(upstream.logps, ctx.hidden_dtype)
+            return None, d_hidden, *(None for _ in ctx.needs_input_grad[2:])
+        problem = _problem(ctx.spec, inputs)
+        if private.graph_is_kept():  # one backward uses up what is kept: for more, the logits are made again
+            saved = saved._replace(kept=None)
+        weight = [x for _, x in problem.head]
+        accumulators = () if problem.memory.keep_head else tuple(map(_accumulator, weight))
+        d_hidden, d_weight, d_bias = _run_backward(ctx, problem, saved, upstream, accumulators)
+        pairs = zip(d_weight or [None] * len(weight), accumulators or [None] * len(weight), strict=True)
+        return None, d_hidden, d_bias, *(grad if total is None else None for grad, total in pairs)
 
 
-class _ExpectedLoss(torch.autograd.Function):
-    """`TokenLogps` as a tuple, and the gradients of the loss that is expected of them.
+class _HintedCall(NamedTuple):
+    """The arguments of `_HintedLogps` that are not its inputs."""
 
-    The backward looks whether the upstream gradient is that loss's, times any number: one wait for the device. Where it
-    is, the gradients are scaled; where it is not, the logits are made again.
+    impl: OwnGradients
+    problem: Problem
+    sources: tuple[Tensor, ...]
+    loss_hint: TokenLoss
+    stats: SoftmaxStats
+    grads: Grads
+
+
+class _HintedLogps(torch.autograd.Function):
+    """`TokenLogps` as a tuple, with the gradients of the loss that is expected of them.
+
+    The backward compares the upstream gradient with that loss's: one wait for the device. If it is a multiple, the
+    gradients are scaled; if not, the logits are made again.
     """
 
     @staticmethod
     def forward(
-        ctx: Any,
-        impl: OwnGradients,
-        problem: Problem,
-        sums: RowSums,
-        grads: Grads,
-        sources: tuple[Tensor, ...],
-        hidden: Tensor,
-        bias: Tensor | None,
-        *weight: Tensor,
+        ctx: Any, call: _HintedCall, hidden: Tensor, bias: Tensor | None, *weight: Tensor
     ) -> tuple[Tensor | None, ...]:
-        ctx.set_materialize_grads(False)
-        ctx.sources = sources
-        out = sums.results(problem)
-        ctx.mark_non_differentiable(*(x for x in out[3:] if x is not None))
-        ctx.impl, ctx.problem = impl, _without_tensors(problem)
-        assert problem.expected_loss is not None
-        _, expected, _ = problem.expected_loss(out.logps, out.lse)
-        entropy = None if out.entropy is None else sums.entropy()
-        d_hidden, d_weight, d_bias = grads
-        made = (d_hidden, d_bias, *(d_weight or [None] * len(weight)))
-        inputs = (hidden, bias, problem.targets, *weight)
-        ctx.save_for_backward(*made, expected, sums.max, sums.log_e(), entropy, *inputs)
+        stats, problem = call.stats, call.problem
+        out = stats.results(problem)
+        _set_up(ctx, call, out)
+        _, d_logps, _ = call.loss_hint(out.logps, out.lse)
+        entropy = None if out.entropy is None else stats.entropy()
+        saved = Saved(max=stats.max, log_e=stats.log_e(), entropy=entropy)
+        grads = _in_input_order(call.grads, len(weight))
+        ctx.save_for_backward(*grads, d_logps, *saved.flat(), problem.targets, hidden, bias, *weight)
         return tuple(out)
 
     @staticmethod
-    @_first_order
-    def backward(ctx: Any, d_logps: Tensor | None, d_entropy: Tensor | None, d_lse: Tensor | None, *_: None) -> tuple:
-        count = len(ctx.needs_input_grad) - 5  # of hidden, bias and the head's tensors
-        saved = ctx.saved_tensors  # once: hooks on saved tensors, as checkpoints have them, may unpack each but once
-        made, (expected, maximum, log_e, entropy, *tensors) = saved[:count], saved[count:]
-        if d_logps is not None and d_entropy is None and d_lse is None:
-            factor, fits = _multiple_of(expected, d_logps)
+    @_first_order_only
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple:
+        tensors = ctx.saved_tensors  # read once: saved-tensor hooks (checkpointing) may allow a single unpack
+        count = len(ctx.needs_input_grad) - 1
+        early_grads, d_logps, (saved, inputs) = tensors[:count], tensors[count], Saved.of(tensors[count + 1 :])
+        upstream = Upstream.of(grads)
+        if upstream.logps is not None and upstream.entropy is None and upstream.lse is None:
+            factor, fits = _multiple_of(d_logps, upstream.logps)
             if fits:
-                return None, None, None, None, None, *_scaled(ctx.impl.scale_, made, factor, tensors[0].dtype)
-        problem = _with_tensors(ctx.problem, *tensors)
-        state = State(None, None, maximum, log_e, entropy)
-        needs = _needs_of(ctx, 5)
-        with torch.autocast(problem.hidden.device.type, enabled=False):
-            d_hidden, d_weight, d_bias = backward(ctx.impl, problem, state, needs, d_logps, d_entropy, d_lse)
-        return None, None, None, None, None, d_hidden, d_bias, *(d_weight or [None] * (count - 2))
+                return None, *_scaled(ctx.impl.scale_, early_grads, factor, ctx.hidden_dtype)
+        late_grads = _run_backward(ctx, _problem(ctx.spec, inputs), saved, upstream)
+        return None, *_in_input_order(late_grads, count - 2)
 
 
-class _Ready(torch.autograd.Function):
+class _PrecomputedCall(NamedTuple):
+    """The arguments of `_PrecomputedLoss` that are not its inputs."""
+
+    scale: Scale
+    hidden_dtype: torch.dtype
+    sources: tuple[Tensor, ...]
+    grads: Grads
+
+
+class _PrecomputedLoss(torch.autograd.Function):
     """A scalar whose gradients exist already; the backward scales them."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        scale: Scale,
-        loss: Tensor,
-        grads: Grads,
-        sources: tuple[Tensor, ...],
-        hidden: Tensor,
-        bias: Tensor | None,
-        *weight: Tensor,
+        ctx: Any, call: _PrecomputedCall, loss: Tensor, hidden: Tensor, bias: Tensor | None, *weight: Tensor
     ) -> Tensor:
-        ctx.scale, ctx.sources, ctx.hidden_dtype = scale, sources, hidden.dtype
-        d_hidden, d_weight, d_bias = grads
-        ctx.save_for_backward(d_hidden, d_bias, *(d_weight or [None] * len(weight)))
+        ctx.scale, ctx.hidden_dtype, ctx.sources, grads = call
+        ctx.save_for_backward(*_in_input_order(grads, len(weight)))
         ctx.mark_dirty(loss)  # not a view of it, which could not be divided in place
         return loss
 
     @staticmethod
-    @_first_order
+    @_first_order_only
     def backward(ctx: Any, upstream: Tensor) -> tuple:
-        return None, None, None, None, *_scaled(ctx.scale, ctx.saved_tensors, upstream, ctx.hidden_dtype)
+        return None, None, *_scaled(ctx.scale, ctx.saved_tensors, upstream, ctx.hidden_dtype)
+
+
+def _set_up(ctx: Any, call: _Call | _HintedCall, out: TokenLogps) -> None:
+    """What the two functions that return `TokenLogps` keep on `ctx`; tensors go through `save_for_backward`."""
+    ctx.set_materialize_grads(False)
+    ctx.impl, ctx.spec, ctx.sources = call.impl, call.problem.spec, call.sources
+    ctx.hidden_dtype = call.problem.hidden.dtype
+    outputs = out._asdict().items()
+    ctx.mark_non_differentiable(*(x for name, x in outputs if x is not None and name not in Upstream._fields))
+
+
+def _run_backward(
+    ctx: Any, problem: Problem, saved: Saved, upstream: Upstream, accumulators: Accumulators = ()
+) -> Grads:
+    needs = _needs_of_inputs(ctx.needs_input_grad)
+    with torch.autocast(problem.hidden.device.type, enabled=False):
+        return backward(ctx.impl, problem, saved, needs, upstream, accumulators)
+
+
+def _inputs(problem: Problem) -> tuple[Tensor | None, ...]:
+    """hidden, bias and the head's tensors: the tensor arguments of the autograd functions."""
+    return problem.hidden, problem.bias, *(x for _, x in problem.head)
+
+
+def _problem(spec: Spec, tensors: Iterable[Any]) -> Problem:
+    """From targets and `_inputs`, as they were saved."""
+    targets, hidden, bias, *weight = tensors
+    return with_tensors(spec, hidden, as_head(tuple(weight), spec.operand_dtype), targets, bias)
+
+
+def _in_input_order(grads: Grads, count: int) -> tuple[Tensor | None, ...]:
+    """Gradients in the order of `_inputs`, for a head of `count` tensors."""
+    d_hidden, d_weight, d_bias = grads
+    return d_hidden, d_bias, *(d_weight or [None] * count)
 
 
 def _scaled(
@@ -446,23 +528,23 @@ def _scaled(
     """Gradients of hidden, bias and head that exist already, times a scalar."""
     # In place, since a second copy of the head's gradient could be the memory peak; not where the graph is kept for
     # another backward, which will need the gradients unscaled.
-    kept = _graph_is_kept()
-    d_hidden, *others = (g if g is None else g * factor if kept else scale(g, factor) for g in grads)
+    is_kept = private.graph_is_kept()
+    d_hidden, *others = (g if g is None else g * factor if is_kept else scale(g, factor) for g in grads)
     return [d_hidden if d_hidden is None else d_hidden.to(hidden_dtype), *others]
 
 
-def _may_expect(problem: Problem, needs: Needs) -> bool:
+def _may_use_hint(problem: Problem, needs: NeedsGrad) -> bool:
     """Whether gradients may be made before the loss is known: of a trained head, at once and not in fp16.
 
     A frozen head has a path of 2 products for any loss.
     """
-    return needs[1] and problem.tiling.keep_head and len(problem.targets) > 0 and holds_early(problem)
+    return needs.weight and problem.memory.keep_head and len(problem.targets) > 0 and holds_early(problem)
 
 
 def _multiple_of(expected: Tensor, grad: Tensor) -> tuple[Tensor, bool]:
     """A factor, on the CPU, and whether `grad` is `expected` times that, to rounding; both [N].
 
-    One wait for the device, after which a factor of 1 is seen to be one.
+    One wait for the device, after which a factor of 1 is known to be one.
     """
     sizes = expected.abs()
     largest = sizes.argmax()
@@ -475,62 +557,22 @@ def _multiple_of(expected: Tensor, grad: Tensor) -> tuple[Tensor, bool]:
     return factor, bool(fits)
 
 
-def _needs(problem: Problem) -> Needs:
-    tensors = (problem.hidden, problem.weight, problem.bias)
-    on = torch.is_grad_enabled()
-    return tuple(on and x is not None and x.requires_grad for x in tensors)  # type: ignore[return-value]
+def _needs_grad(problem: Problem) -> NeedsGrad:
+    return problem.requires_grad if torch.is_grad_enabled() else NeedsGrad(False, False, False)
 
 
-def _needs_of(ctx: Any, start: int) -> Needs:
-    """The same within a function whose arguments from `start` on are hidden, bias and the head's tensors."""
-    hidden, bias, *weight = ctx.needs_input_grad[start:]
-    return hidden, any(weight), bias
+def _needs_of_inputs(needs_input_grad: tuple[bool, ...]) -> NeedsGrad:
+    """From the flags of an autograd function of one record and `_inputs`."""
+    _, hidden, bias, *weight = needs_input_grad
+    return NeedsGrad(hidden, any(weight), bias)
 
 
-def _tensors(problem: Problem) -> Iterator[Tensor]:
-    """The head's, as arguments of an autograd function."""
-    return (x for _, x in problem.head)
+def _accumulator(x: Tensor) -> Tensor | None:
+    """`x.grad`, where autograd would only add a gradient of `x` to it in place.
 
-
-def _parameters(problem: Problem) -> Iterator[Tensor | None]:
-    """The head's tensors and the bias."""
-    yield from _tensors(problem)
-    yield problem.bias
-
-
-def _grad_so_far(x: Tensor) -> Tensor | None:
-    """`x.grad`, where autograd would do nothing with a gradient of `x` but add it to that, in place.
-
-    A backward may then do so itself, and is spared a tensor of the size of `x`. Not under `torch.autograd.grad`, nor
-    where hooks want to see the gradient. Hooks on the node that adds, as DDP has them, look at `x.grad` alone.
+    The backward may then do so itself, without a tensor of the size of `x`.
     """
     grad = x.grad if x.is_leaf else None
     if grad is None or type(grad) is not Tensor or grad.dtype != x.dtype or not grad.is_contiguous():
         return None
-    if x._backward_hooks or x._post_accumulate_grad_hooks or _graph_is_kept():
-        return None
-    try:
-        adds = torch._C._will_engine_execute_node(torch.autograd.graph.get_gradient_edge(x).node)
-    except (AttributeError, RuntimeError):  # a PyTorch without it; torch.autograd.grad, which asks for the gradient
-        return None
-    return grad if adds else None
-
-
-def _graph_is_kept() -> bool:
-    """Whether the backward that is running keeps the graph for another one; True where PyTorch does not tell."""
-    ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
-    return ask is None or ask()
-
-
-def _without_tensors(problem: Problem) -> Problem:
-    """What ctx may hold: tensors go through save_for_backward."""
-    return replace(problem, hidden=None, weight=None, bias=None, targets=None)  # type: ignore[arg-type]
-
-
-def _with_tensors(problem: Problem, hidden: Tensor, bias: Tensor | None, targets: Tensor, *weight: Tensor) -> Problem:
-    """The problem whose tensors were taken out; without a head where none was saved."""
-    head = beside(weight, problem.operand_dtype) if weight else None
-    return replace(problem, hidden=hidden, weight=head, bias=bias, targets=targets)  # type: ignore[arg-type]
-
-
-assert TokenLogps._fields[1:] == OUTPUTS  # the autograd function returns them in this order
+    return grad if private.only_accumulates(x) else None

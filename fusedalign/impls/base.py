@@ -1,4 +1,4 @@
-"""What every impl is: an object that `ops` calls."""
+"""The base class of impls: `ops` calls an object of it."""
 
 from __future__ import annotations
 
@@ -28,15 +28,19 @@ class Impl(ABC):
         """Why it cannot serve `problem` as asked; None where it can."""
 
     def caveat(self, problem: Problem) -> str | None:
-        """What is not exact, for which "auto" passes it by; None where it serves `problem` exactly.
+        """What is not exact, so that "auto" skips it; None where it serves `problem` exactly.
 
         Asked before `supports`. It loads a library only where `supports` would otherwise say yes.
         """
         return None
 
     @abstractmethod
-    def token_logps(self, problem: Problem) -> TokenLogps:
-        """`TokenLogps` of [N] tokens: `logps`, and what `problem.outputs` names."""
+    def token_logps(self, problem: Problem, loss_hint: TokenLoss | None = None) -> TokenLogps:
+        """`TokenLogps` of [N] tokens: `logps`, and the outputs that `problem.outputs` names.
+
+        `loss_hint` is the loss likely to be made of logps alone, times any number; it changes no result beyond
+        rounding, and an impl may ignore it.
+        """
 
     def token_loss_sum(self, problem: Problem, token_loss: TokenLoss) -> Tensor:
         """Sum over [N] tokens of `token_loss(logps, lse)`, a scalar; by default of `token_logps`."""

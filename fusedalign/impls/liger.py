@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from fusedalign.impls import adapter, autograd
 from fusedalign.impls.base import Impl
-from fusedalign.problem import Problem, TokenLogps, TokenLoss
+from fusedalign.problem import Problem, TokenLogps, TokenLoss, with_tensors
 
 _INSTALL = "pip install 'liger-kernel>=0.8.5'"
 _CUTE = "nvidia-cutlass-dsl"
@@ -39,19 +38,19 @@ def _load() -> _Library:
     return _Library(ops.LigerFusedLinearCrossEntropyFunction, ops.LigerFusedLinearScaledCrossEntropyFunction)
 
 
-_find = adapter.finder("liger_kernel", _INSTALL, _load)
+_find = adapter.lazy_library("liger_kernel", _INSTALL, _load)
 
 
 def _token_logps(problem: Problem) -> TokenLogps:
     if _takes_chunks(problem):
-        return TokenLogps(adapter.logps_of(_chunks(problem, "none"), problem))
+        return TokenLogps(adapter.to_logps(_chunks(problem, "none"), problem))
     hidden, weight = adapter.operands(problem, problem.scale)
     entropy = "entropy" in problem.outputs
     # temperature, ignore_index (no target is ignored here), what the CuTe kernel takes for compatibility, entropy
     out = _find().library.tokens.apply(hidden, weight, problem.targets, float(problem.temperature), -100, 1, entropy)
     if not entropy:
-        return TokenLogps(adapter.logps_of(out, problem))
-    return TokenLogps(adapter.logps_of(out[0], problem), entropy=out[1].to(problem.result_dtype).clamp(min=0))
+        return TokenLogps(adapter.to_logps(out, problem))
+    return TokenLogps(adapter.to_logps(out[0], problem), entropy=out[1].to(problem.result_dtype).clamp(min=0))
 
 
 def _takes_chunks(problem: Problem) -> bool:
@@ -62,9 +61,9 @@ def _takes_chunks(problem: Problem) -> bool:
 
 
 def _chunks(problem: Problem, reduction: str) -> Tensor:
-    by = adapter.factor(problem)
-    hidden, weight = adapter.operands(problem, by)
-    bias = None if problem.bias is None else (problem.bias * by).to(problem.operand_dtype)
+    scale = adapter.logit_scale(problem)
+    hidden, weight = adapter.operands(problem, scale)
+    bias = None if problem.bias is None else (problem.bias * scale).to(problem.operand_dtype)
     # class weights, ignore_index (no target is ignored here), z-loss, label smoothing
     options = None, -100, 0.0, 0.0, reduction, adapter.softcap(problem)
     return _find().library.chunks.apply(hidden, weight, problem.targets, bias, *options)[0]
@@ -90,7 +89,7 @@ def _has_cute(problem: Problem) -> bool:
 
 @functools.cache
 def _cute_runs() -> bool:
-    """Whether what Liger's CuTe kernels import is there, and whole."""
+    """Whether the package that Liger's CuTe kernels import can be imported."""
     try:
         importlib.import_module("cutlass.cute")
     except Exception:  # of a broken installation
@@ -104,23 +103,21 @@ class Liger(Impl):
     about = "Liger Kernel; Triton on a GPU, CuTe on Hopper, plain PyTorch on a CPU"
     package = "liger-kernel"
 
-    def unavailable(
-        self,
-    ) -> str | None:
+    def unavailable(self) -> str | None:
         """None, or why this impl cannot run on this machine, whatever the problem."""
         return _find().reason
 
     def supports(self, problem: Problem) -> str | None:
         """None, or why this impl cannot serve `problem`; see `caveat` for how well."""
         p = problem
-        if (reason := adapter.refusal_of_parts(p)) is not None:
+        if (reason := adapter.split_head_refusal(p)) is not None:
             return reason
         if p.filter_eps is not None:
             return "its gradients are always dense (filter_eps must be None)"
         if p.operand_dtype == torch.float64 or p.hidden.dtype == torch.float64:
             return "it computes in float32, bfloat16 and float16, not in float64"
-        if more := sorted(p.outputs - {"entropy"}):
-            return f"it gives logps and entropy, but no {', '.join(more)}"
+        if missing := sorted(p.outputs - {"entropy"}):
+            return f"it gives logps and entropy, but no {', '.join(missing)}"
         if (reason := _find().reason) is not None:
             return reason
         extras = [name for name, x in (("bias", p.bias), ("softcap", p.softcap)) if x is not None]
@@ -134,7 +131,7 @@ class Liger(Impl):
         return None
 
     def caveat(self, problem: Problem) -> str | None:
-        """None, or what is not exact, for which "auto" passes this impl by."""
+        """None, or what is not exact, so that "auto" skips this impl."""
         p = problem
         if not _runs_triton(p.hidden.device):
             return "on this device it is plain PyTorch that builds the logits of 512 tokens, whatever the workspace"
@@ -149,35 +146,34 @@ class Liger(Impl):
             return f"scale = {p.scale:g} is folded into the hidden states, which rounds them"
         return None
 
-    def token_logps(self, problem: Problem) -> TokenLogps:
+    def token_logps(self, problem: Problem, loss_hint: TokenLoss | None = None) -> TokenLogps:
         """The logps of [N] tokens and, if asked for, their entropy."""
         if not len(problem.targets):
-            return adapter.of_no_tokens(problem)
+            return adapter.empty_result(problem)
         return autograd.first_order(_token_logps, problem)
 
     def token_loss_sum(self, problem: Problem, token_loss: TokenLoss) -> Tensor:
         """Sum over [N] tokens of `token_loss(logps, lse)`; a plain NLL has its gradients made in the forward."""
-        weight = getattr(token_loss, "nll_weight", None)
+        nll_weight = getattr(token_loss, "nll_weight", None)
         trains_head = problem.weight.requires_grad
-        early = problem.hidden.requires_grad and (
-            problem.tiling.keep_head or not trains_head
-        )  # it looks at hidden alone
-        if weight is None or not early or not torch.is_grad_enabled() or not len(problem.targets):
+        # Liger's function looks at hidden alone to decide whether gradients are needed.
+        early = problem.hidden.requires_grad and (problem.memory.keep_head or not trains_head)
+        if nll_weight is None or not early or not torch.is_grad_enabled() or not len(problem.targets):
             return super().token_loss_sum(problem, token_loss)
         fp16 = problem.hidden.dtype == torch.float16 or not autograd.holds_early(problem)
         if fp16 or not _runs_triton(problem.hidden.device) or (_has_cute(problem) and not _has_extras(problem)):
             return super().token_loss_sum(problem, token_loss)
-        # Its backward scales what it has kept in place, so that a second one would be wrong: ours runs instead.
-        tensors = problem.hidden, adapter.whole(problem.weight), problem.bias
-        leaves = [None if x is None else x.detach().requires_grad_(x.requires_grad) for x in tensors]
-        own = replace(problem, hidden=leaves[0], weight=leaves[1], bias=leaves[2])  # type: ignore[arg-type]
-        loss = _chunks(own, "mean")
-        needed = [x for x in leaves if x is not None and x.requires_grad]
-        made = iter(torch.autograd.grad(loss, needed))
-        d_hidden, d_weight, d_bias = (next(made) if x is not None and x.requires_grad else None for x in leaves)
+        # Its backward scales saved gradients in place, so that a second one would be wrong: ours runs instead.
+        hidden, weight, bias = problem.hidden, adapter.as_tensor(problem.weight), problem.bias
+        hidden, weight = (x.detach().requires_grad_(x.requires_grad) for x in (hidden, weight))
+        bias = None if bias is None else bias.detach().requires_grad_(bias.requires_grad)
+        loss = _chunks(with_tensors(problem.spec, hidden, weight, problem.targets, bias), "mean")
+        leaves = [x for x in (hidden, weight, bias) if x is not None and x.requires_grad]
+        grads = dict(zip(map(id, leaves), torch.autograd.grad(loss, leaves), strict=True))
+        d_hidden, d_weight, d_bias = (grads.get(id(x)) for x in (hidden, weight, bias))
         loss = loss.detach().to(problem.result_dtype)
-        mean = autograd.ready(Tensor.mul_, problem, loss, (d_hidden, (d_weight,), d_bias))
-        return mean * (weight * len(problem.targets)).to(mean.device)
+        mean = autograd.precomputed_loss(Tensor.mul_, problem, loss, (d_hidden, (d_weight,), d_bias))
+        return mean * (nll_weight * len(problem.targets)).to(mean.device)
 
 
 IMPL = Liger()

@@ -7,11 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fusedalign.impls.base import Impl
-from fusedalign.problem import Problem, TokenLogps
-
-
-def _operand(x: Tensor, problem: Problem) -> Tensor:
-    return x.to(problem.operand_dtype).to(problem.logit_dtype)
+from fusedalign.problem import DEFINITIONS, FullLogits, Problem, TokenLogps, TokenLoss
 
 
 class Reference(Impl):
@@ -25,32 +21,28 @@ class Reference(Impl):
             return "its gradients are always dense (filter_eps must be None)"
         return None
 
-    def token_logps(self, problem: Problem) -> TokenLogps:
+    def token_logps(self, problem: Problem, loss_hint: TokenLoss | None = None) -> TokenLogps:
         """`TokenLogps` of [N] tokens from the [N, V] logits."""
-        p, outputs = problem, problem.outputs
-        logits = F.linear(_operand(p.hidden, p), _operand(p.weight[:], p))
-        if p.bias is not None:
-            logits = logits + p.bias.to(p.logit_dtype)
-        logits = p.scale * logits
-        if p.softcap is not None:
-            logits = p.softcap * torch.tanh(logits / p.softcap)
-        logits = logits / p.temperature
+        logits = _logits(problem)
+        full = FullLogits(logits, logits.log_softmax(-1), problem.targets)
+        outputs = {name: DEFINITIONS[name](full) for name in DEFINITIONS if name in problem.outputs}
+        results = {"logps": full.target_logps(), **outputs}
+        return TokenLogps(**{k: x.to(problem.result_dtype) if x.is_floating_point() else x for k, x in results.items()})
 
-        all_logps = logits.log_softmax(-1)
-        logps = all_logps.gather(-1, p.targets[:, None]).squeeze(-1)
-        entropy = lse = mean_logit = log_sum_sq_probs = is_top1 = None
-        if "entropy" in outputs:
-            # A column masked by a bias of -inf has p = 0: clamped, it contributes 0 * -1e4 instead of 0 * -inf.
-            entropy = -(all_logps.exp() * all_logps.clamp(min=-1e4)).sum(-1).to(p.result_dtype)
-        if "lse" in outputs:
-            lse = logits.logsumexp(-1).to(p.result_dtype)
-        if "mean_logit" in outputs:
-            mean_logit = logits.detach().mean(-1).to(p.result_dtype)
-        if "log_sum_sq_probs" in outputs:
-            log_sum_sq_probs = (2 * all_logps.detach()).logsumexp(-1).to(p.result_dtype)
-        if "is_top1" in outputs:
-            is_top1 = (logits.max(-1).indices == p.targets) & ~logps.isnan()
-        return TokenLogps(logps.to(p.result_dtype), entropy, lse, mean_logit, log_sum_sq_probs, is_top1)
+
+def _logits(p: Problem) -> Tensor:
+    """Final logits, [N, V] in the logit dtype."""
+    logits = F.linear(_operand(p.hidden, p), _operand(p.weight[:], p))
+    if p.bias is not None:
+        logits = logits + p.bias.to(p.logit_dtype)
+    logits = p.scale * logits
+    if p.softcap is not None:
+        logits = p.softcap * torch.tanh(logits / p.softcap)
+    return logits / p.temperature
+
+
+def _operand(x: Tensor, problem: Problem) -> Tensor:
+    return x.to(problem.operand_dtype).to(problem.logit_dtype)
 
 
 IMPL = Reference()

@@ -1,4 +1,4 @@
-"""How a problem is cut into tiles, tokens by vocabulary columns; how large they are is for each impl to say."""
+"""How a problem is cut into tiles, tokens by vocabulary columns; each impl chooses their size."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from fusedalign.problem import Problem
 
 
 @dataclass(frozen=True)
-class Tiles:
-    """Their size; those at the ends may be smaller."""
+class TileSizes:
+    """The size of a tile; the last ones may be smaller."""
 
     tokens: int
     vocab: int
     """columns"""
 
-    def over_tokens(self, problem: Problem) -> Iterator[slice]:
-        """All tokens of `problem`, a tile's at a time."""
+    def token_slices(self, problem: Problem) -> Iterator[slice]:
+        """The tokens of `problem`, a tile at a time."""
         return slices(problem.hidden.shape[0], self.tokens)
 
-    def over_vocab(self, problem: Problem) -> Iterator[slice]:
-        """All columns, likewise."""
+    def vocab_slices(self, problem: Problem) -> Iterator[slice]:
+        """The vocabulary columns of `problem`, a tile at a time."""
         return slices(problem.weight.shape[0], self.vocab)
 
 

@@ -1,4 +1,4 @@
-"""Losses as pure functions of log-probabilities. They import torch and nothing else."""
+"""Losses as pure functions of log-probabilities; they import torch alone."""
 
 from fusedalign.losses.common import PreferenceLoss
 from fusedalign.losses.cpo import alphapo_rewards, cpo_loss, simpo_loss, tpo_loss

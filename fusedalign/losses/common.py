@@ -1,4 +1,4 @@
-"""What the preference losses share: their result, their checks, and the pieces that occur in several of them."""
+"""Shared by the losses: their result, their checks, and terms that occur in several of them."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ MAX_EXPONENT = 40.0
 
 
 class PreferenceLoss(NamedTuple):
-    """What a preference loss returns, in fp32 at least."""
+    """The result of a preference loss, in fp32 at least."""
 
     losses: Tensor
     """[B], one a pair (or, for KTO, a sequence), to be minimised; take its mean"""
     chosen_rewards: Tensor
     """[B] implicit rewards for logging; detached"""
     rejected_rewards: Tensor
-    """[B] likewise"""
+    """[B] implicit rewards for logging; detached"""
 
 
 def smoothed_logistic(margin: Tensor, label_smoothing: float) -> Tensor:
@@ -44,8 +44,8 @@ def check_logps(**logps: Tensor) -> list[Tensor]:
     first_name, first = next(iter(logps.items()))
     for name, x in logps.items():
         if not isinstance(x, Tensor) or not x.is_floating_point():
-            came = f"{x.dtype}" if isinstance(x, Tensor) else type(x).__name__
-            raise TypeError(f"{name} must be a floating-point tensor of shape [B], got {came}")
+            got = f"{x.dtype}" if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(f"{name} must be a floating-point tensor of shape [B], got {got}")
         if x.ndim != 1:
             raise ValueError(f"{name} must have shape [B], one value a sequence, got {tuple(x.shape)}")
         check_shape(name, x, first_name, first)
@@ -53,12 +53,12 @@ def check_logps(**logps: Tensor) -> list[Tensor]:
 
 
 def as_float(x: Tensor) -> Tensor:
-    """In fp32 at least; nothing is computed in a half precision, whatever comes in."""
+    """`x` in fp32 at least: losses are never computed in a half precision."""
     return x if x.dtype == torch.float64 else x.float()
 
 
 def nonzero(counts: Tensor) -> Tensor:
-    """Counts as divisors: 1 in the place of 0, so that a mean of nothing is 0."""
+    """Counts as divisors: 0 becomes 1, so that the mean over no elements is 0."""
     return counts.where(counts != 0, 1)
 
 
@@ -89,7 +89,7 @@ def check_loss_type(loss_type: str, known: Iterable[str]) -> None:
 
 
 def check_unused(name: str, value: object, default: object, users: Iterable[str], loss_types: Iterable[str]) -> None:
-    """Raises ValueError where an option has been set that none of `loss_types` looks at: it would be ignored."""
+    """Raises ValueError where an option has been set that none of `loss_types` uses."""
     users = list(users)
     if not set(users) & set(loss_types) and value != default:
         chosen = ", ".join(loss_types)

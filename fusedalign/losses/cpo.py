@@ -53,7 +53,7 @@ def cpo_loss(
 
     Args:
         chosen_logps: [B], log p(chosen completion | prompt), nats, summed over its tokens (averaged for "ipo").
-        rejected_logps: [B], likewise for the rejected completion.
+        rejected_logps: [B], the same for the rejected completion.
         beta: > 0.
         loss_type: one of the above.
         label_smoothing: in [0, 1), "sigmoid" only.
@@ -100,7 +100,7 @@ def simpo_loss(
 
     Args:
         chosen_mean_logps: [B], log p of the chosen completion *averaged* over its tokens, nats.
-        rejected_mean_logps: [B], likewise.
+        rejected_mean_logps: [B], of the rejected completion.
         beta: > 0; the paper uses 2 to 10.
         gamma: >= 0, the margin itself, in units of reward (not divided by beta); the paper uses 0.3 to 1.6 and more.
         label_smoothing: in [0, 1).
@@ -114,7 +114,7 @@ def simpo_loss(
 
     Source:
         Meng et al., arXiv:2405.14734, equation 6. TRL's `loss_type="simpo"` also adds an NLL term by default
-        (`cpo_alpha=1`), which the paper has not.
+        (`cpo_alpha=1`), which the paper does not have.
 
     Example:
         >>> out = simpo_loss(torch.tensor([-1.0]), torch.tensor([-2.0]), beta=2.0, gamma=1.0)
@@ -130,7 +130,7 @@ def simpo_loss(
 
 
 def alphapo_rewards(mean_logps: Tensor, *, alpha: float = 0.25) -> Tensor:
-    """AlphaPO's reward shape: pass it on to `simpo_loss` (or `cpo_loss`) in the place of log-probabilities.
+    """AlphaPO's reward shape: pass it to `simpo_loss` (or `cpo_loss`) in place of log-probabilities.
 
     With p = exp(mean_logps)::
 
@@ -167,15 +167,15 @@ def tpo_loss(
     label_smoothing: float = 0.0,
     gamma: float = _DEFAULT_TPO_L_GAMMA,
 ) -> PreferenceLoss:
-    """Triple preference optimisation: the contrast of a pair; the caller adds the NLL of a third, gold completion.
+    """Triple preference optimisation: a contrast of pairs, to which the caller adds the NLL of a gold completion.
 
-    ``sigmoid``, ``hinge`` and ``ipo`` are those of `cpo_loss`; ``tpo-l`` is `simpo_loss`, on averaged logps. To either
-    comes tpo_alpha (by default 1 in TRL) times `sft_loss` of the gold completion.
+    ``sigmoid``, ``hinge`` and ``ipo`` are those of `cpo_loss`; ``tpo-l`` is `simpo_loss`, on averaged logps. The
+    caller adds tpo_alpha (by default 1 in TRL) times `sft_loss` of the gold completion.
 
     Args:
         chosen_logps: [B], log p(chosen completion | prompt), nats, summed over its tokens; averaged for "ipo" and
             "tpo-l".
-        rejected_logps: [B], likewise.
+        rejected_logps: [B], of the rejected completion.
         beta: > 0.
         loss_type: one of the above.
         label_smoothing: in [0, 1), "sigmoid" and "tpo-l".

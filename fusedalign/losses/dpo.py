@@ -32,7 +32,7 @@ from fusedalign.losses.common import (
 
 @dataclass(frozen=True)
 class _Terms:
-    """What a loss type computes from: all [B], in the letters of the documentation."""
+    """The inputs of a loss type, all [B], named as in the documentation."""
 
     c: Tensor
     """chosen, policy"""
@@ -45,7 +45,7 @@ class _Terms:
     chosen_score: Tensor
     """a, or its f-divergence score"""
     rejected_score: Tensor
-    """b, likewise"""
+    """b, or its f-divergence score"""
     chosen_lengths: Tensor | None
     rejected_lengths: Tensor | None
     beta: float
@@ -76,7 +76,7 @@ class _Terms:
 class _LossType:
     function: Callable[[_Terms], Tensor]
     uses: frozenset[str]
-    """names of the arguments of `dpo_loss` that it looks at, beyond those that all do"""
+    """names of the arguments of `dpo_loss` that it uses, in addition to the common ones"""
     smoothing_below: float
     smoothing_above_zero: bool
 
@@ -85,13 +85,13 @@ _LOSS_TYPES: dict[str, _LossType] = {}
 
 
 def _loss_type(*uses: str, smoothing_below: float = 1.0, smoothing_above_zero: bool = False) -> Callable:
-    """Enter a function, under its own name, as a loss type that looks at the options `uses`."""
+    """Register a function, under its own name, as a loss type that uses the options `uses`."""
 
-    def enter(function: Callable[[_Terms], Tensor]) -> Callable[[_Terms], Tensor]:
+    def register(function: Callable[[_Terms], Tensor]) -> Callable[[_Terms], Tensor]:
         _LOSS_TYPES[function.__name__] = _LossType(function, frozenset(uses), smoothing_below, smoothing_above_zero)
         return function
 
-    return enter
+    return register
 
 
 @_loss_type("f_divergence_type")
@@ -116,8 +116,8 @@ def ipo(t: _Terms) -> Tensor:
 def exo_pair(t: _Terms) -> Tensor:
     """KL of (s(beta d), s(-beta d)) from (1 - eps, eps). Ji et al., arXiv:2402.00856, equation 16."""
     x, eps = t.beta * t.d, t.label_smoothing
-    won = x.sigmoid() * (F.logsigmoid(x) - math.log1p(-eps))
-    return won + (-x).sigmoid() * (F.logsigmoid(-x) - math.log(eps))
+    chosen_term = x.sigmoid() * (F.logsigmoid(x) - math.log1p(-eps))
+    return chosen_term + (-x).sigmoid() * (F.logsigmoid(-x) - math.log(eps))
 
 
 @_loss_type()
@@ -195,7 +195,7 @@ def sigmoid_norm(t: _Terms) -> Tensor:
 #: The names that `loss_type` may have.
 LOSS_TYPES = tuple(_LOSS_TYPES)
 
-#: f_divergence_type -> the score that takes the place of a log-ratio x; all are x near 0, up to a constant.
+#: f_divergence_type -> the score that replaces a log-ratio x; near 0 each is x plus a constant.
 _F_DIVERGENCES: dict[str, Callable[[Tensor, float], Tensor]] = {
     "reverse_kl": lambda x, coef: x,
     "forward_kl": lambda x, coef: 1 - (-x).clamp(max=MAX_EXPONENT).exp(),
@@ -248,32 +248,31 @@ def dpo_loss(
 
     Args:
         chosen_logps: [B], log p(chosen completion | prompt) of the policy, *summed* over its tokens, nats.
-        rejected_logps: [B], likewise for the rejected completion.
-        ref_chosen_logps: [B], likewise of the reference model; no gradient is wanted through it.
-        ref_rejected_logps: [B], likewise.
+        rejected_logps: [B], the same for the rejected completion.
+        ref_chosen_logps: [B], of the reference model; no gradient is wanted through it.
+        ref_rejected_logps: [B], of the reference model.
         beta: > 0, strength of the pull towards the reference.
-        loss_type: one of the above, or several, whose losses are added.
+        loss_type: one of the above, or several; their losses are added.
         loss_weights: one finite number a loss type; default all 1.
         label_smoothing: exo_pair in (0, 1), robust in [0, 0.5), aot and aot_unpaired in [0, 1); the others take 0 only.
         f_divergence_type: "reverse_kl" (scores a, b), "forward_kl" (1 - exp(-a)), "js_divergence" (log 2 + log s(a)),
             "alpha_divergence" ((exp((al - 1) a) - 1) / (al - 1)); for sigmoid, hinge, ipo, exo_pair, robust, discopop
-            and sigmoid_norm, beside which only sft may stand then. Exponents are held at 40.
+            and sigmoid_norm, with which only sft may be combined then. Exponents are held at 40.
         f_alpha_divergence_coef: al of "alpha_divergence"; 1 gives reverse_kl.
         discopop_tau: > 0, temperature of the blend in discopop.
         chosen_lengths: [B] >= 0, completion tokens of the chosen, for ipo, sigmoid_norm and sft.
-        rejected_lengths: [B], likewise of the rejected, for ipo and sigmoid_norm.
-        pair_weights: [B], finite, what each pair's loss is multiplied by, detached; `wpo_weights` gives those of WPO.
-            Not with aot and aot_unpaired, whose losses belong to places in a sorted batch and not to pairs.
+        rejected_lengths: [B] >= 0, of the rejected, for ipo and sigmoid_norm.
+        pair_weights: [B], finite, the factor of each pair's loss, detached; `wpo_weights` gives those of WPO.
+            Not with aot and aot_unpaired: their losses belong to positions in a sorted batch and not to pairs.
 
     Returns:
-        `PreferenceLoss` with rewards beta * a and beta * b. Computed in fp32 at least, whatever comes in.
+        `PreferenceLoss` with rewards beta * a and beta * b. Computed in fp32 at least.
 
     Raises:
         TypeError: an input is not a floating-point tensor.
         ValueError: an input is not [B] like the first, a number is out of its range, an unknown name, lengths are
-            missing, or an option has been set that no loss type asked for looks at. Lengths and pair weights out of
-            their range raise on the CPU; on a GPU and in a graph, where values are not looked at, that pair's loss is
-            NaN.
+            missing, or an option has been set that no loss type uses. Lengths and pair weights out of their range raise
+            on the CPU; on a GPU and in a graph, where values are not read, that pair's loss is NaN.
 
     Source:
         Each loss type: see `docs/losses.md` and the functions of this module. f-divergences: Wang et al.,
@@ -306,7 +305,10 @@ def dpo_loss(
     lengths = _check_lengths(names, c, chosen_lengths=chosen_lengths, rejected_lengths=rejected_lengths)
     score = _F_DIVERGENCES[f_divergence_type]
     terms = _Terms(
-        *(c, r, c0, r0),
+        c,
+        r,
+        c0,
+        r0,
         chosen_score=score(c - c0, f_alpha_divergence_coef),
         rejected_score=score(r - r0, f_alpha_divergence_coef),
         chosen_lengths=lengths["chosen_lengths"],
@@ -315,8 +317,8 @@ def dpo_loss(
         label_smoothing=label_smoothing,
         discopop_tau=discopop_tau,
     )
-    parts = [weight * _LOSS_TYPES[name].function(terms) for name, weight in zip(names, weights, strict=True)]
-    losses = functools.reduce(torch.add, parts)
+    weighted = [weight * _LOSS_TYPES[name].function(terms) for name, weight in zip(names, weights, strict=True)]
+    losses = functools.reduce(torch.add, weighted)
     if pair_weights is not None:
         if {"aot", "aot_unpaired"} & set(names):
             raise ValueError(
@@ -357,15 +359,17 @@ def _check_options(
         ("f_divergence_type", f_divergence_type, "reverse_kl"),
         ("discopop_tau", discopop_tau, _DEFAULT_DISCOPOP_TAU),
     ):
-        # A divergence changes the score of every loss that has one: none may go on with plain log-ratios beside it.
-        together = option != "f_divergence_type"
-        for group in [names] if together else [[name] for name in names if name != "sft"] or [names]:
+        # A divergence changes the score of every loss that has one: all but sft must use it.
+        groups = [names]
+        if option == "f_divergence_type":
+            groups = [[name] for name in names if name != "sft"] or [names]
+        for group in groups:
             check_unused(option, value, default, [k for k, v in _LOSS_TYPES.items() if option in v.uses], group)
     return weights
 
 
 def _check_lengths(names: list[str], logps: Tensor, **lengths: Tensor | None) -> dict[str, Tensor | None]:
-    """The lengths in the dtype of `logps`, each None or known to be in range."""
+    """The lengths in the dtype of `logps`, after a check of their range."""
     checked: dict[str, Tensor | None] = dict.fromkeys(lengths)
     for argument, x in lengths.items():
         needed = [name for name in names if argument in _LOSS_TYPES[name].uses]
@@ -378,7 +382,7 @@ def _check_lengths(names: list[str], logps: Tensor, **lengths: Tensor | None) ->
 
 
 def wpo_weights(logps: Tensor, log_sum_sq_probs: Tensor, mask: Tensor) -> Tensor:
-    """WPO's weight of each completion: how likely the policy itself would have been to write it.
+    """WPO's weight of each completion: how likely the policy itself is to write it.
 
     exp(mean over its tokens of (logps - log_sum_sq_probs)); a pair's weight is the product of its two. Where every
     token had the probability that the policy expects of its own samples, it is 1.
@@ -410,7 +414,7 @@ def wpo_weights(logps: Tensor, log_sum_sq_probs: Tensor, mask: Tensor) -> Tensor
 
 
 def ld_logps(logps: Tensor, mask: Tensor, shared_lengths: Tensor, *, ld_alpha: float) -> Tensor:
-    """Length-desensitised sums: what goes beyond the shorter completion of the pair counts `ld_alpha`.
+    """Length-desensitised sums: tokens beyond the length of the pair's shorter completion are weighted by `ld_alpha`.
 
     Args:
         logps: [..., T] per-token log p(target), nats.
@@ -419,7 +423,7 @@ def ld_logps(logps: Tensor, mask: Tensor, shared_lengths: Tensor, *, ld_alpha: f
         ld_alpha: in [0, 1]; 1 is the plain sum, 0 cuts both completions to the same length.
 
     Returns:
-        [...], in fp32 at least: what `dpo_loss` takes in place of summed logps, for policy and reference alike.
+        [...], in fp32 at least; `dpo_loss` takes it in place of summed logps, of policy and reference.
 
     Raises:
         ValueError: the shapes differ, or ld_alpha is out of its range.
@@ -434,8 +438,8 @@ def ld_logps(logps: Tensor, mask: Tensor, shared_lengths: Tensor, *, ld_alpha: f
     check_plain(logps=logps, shared_lengths=shared_lengths)
     check_shape("mask", mask, "logps", logps)
     if shared_lengths.shape != logps.shape[:-1]:
-        expected, came = tuple(logps.shape[:-1]), tuple(shared_lengths.shape)
-        raise ValueError(f"shared_lengths must have shape {expected} to match logps, got {came}")
+        expected, got = tuple(logps.shape[:-1]), tuple(shared_lengths.shape)
+        raise ValueError(f"shared_lengths must have shape {expected} to match logps, got {got}")
     check_share(ld_alpha=ld_alpha)
     logps, mask = as_float(logps), mask.bool()
     shared = values_within("shared_lengths", shared_lengths.to(logps.dtype), least=0.0)

@@ -6,12 +6,7 @@ import torch
 from torch import Tensor
 
 from fusedalign.checks import check_finite, check_nonnegative, check_plain, check_positive, values_within
-from fusedalign.losses.common import (
-    PreferenceLoss,
-    check_logps,
-    check_loss_type,
-    check_shape,
-)
+from fusedalign.losses.common import PreferenceLoss, check_logps, check_loss_type, check_shape
 
 LOSS_TYPES = ("kto", "apo_zero_unpaired")
 
@@ -38,11 +33,11 @@ def kto_loss(
 
     Args:
         logps: [B], log p(completion | prompt) of the policy, *summed* over its tokens, nats.
-        ref_logps: [B], likewise of the reference model.
+        ref_logps: [B], of the reference model.
         desirable: [B] bool.
         kl: scalar, the baseline from `kto_kl`; taken as a constant, and as 0 where it is negative. None for
-            "apo_zero_unpaired", which has none. NaN and infinity raise, but for a tensor on a GPU or in a graph, whose
-            value is not looked at: there all losses are NaN.
+            "apo_zero_unpaired", which has none. NaN and infinity raise; the value of a tensor on a GPU or in a graph
+            is not read: there they make all losses NaN.
         beta: > 0.
         desirable_weight: >= 0, w_d.
         undesirable_weight: >= 0, w_u. The paper keeps (w_d n_d) / (w_u n_u) between 1 and 4/3 for n_d, n_u completions.
@@ -75,7 +70,7 @@ def kto_loss(
     rewards = beta * x
     gain = x - _baseline(kl, loss_type, x)
     losses = (-beta * torch.where(desirable, gain, -gain)).sigmoid()  # 1 - s(y) = s(-y)
-    # Numbers meet tensors only: torch.where of two numbers would round them to torch's default dtype.
+    # Not torch.where of the two weights, which would round them to torch's default dtype.
     losses = torch.where(desirable, desirable_weight * losses, undesirable_weight * losses)
     return PreferenceLoss(losses, rewards[desirable].detach(), rewards[~desirable].detach())
 
@@ -104,7 +99,7 @@ def kto_kl(kl_logps: Tensor, ref_kl_logps: Tensor) -> Tensor:
 
     Args:
         kl_logps: [B], log p(completion of another prompt | prompt) of the policy, *summed* over its tokens, nats.
-        ref_kl_logps: [B], likewise of the reference model.
+        ref_kl_logps: [B], of the reference model.
 
     Returns:
         A scalar without gradient, >= 0, in fp32 at least; 0 for an empty batch.

@@ -24,7 +24,7 @@ def orpo_loss(chosen_mean_logps: Tensor, rejected_mean_logps: Tensor, *, beta: f
 
     Args:
         chosen_mean_logps: [B], log p of the chosen completion *averaged* over its tokens, nats, <= 0.
-        rejected_mean_logps: [B], likewise.
+        rejected_mean_logps: [B], of the rejected completion.
         beta: > 0, weight of the term (lambda in the paper; 0.1 to 1 there).
 
     Returns:
@@ -58,7 +58,7 @@ def log1mexp(x: Tensor) -> Tensor:
     """log(1 - e**x) for x < 0, exact at both ends, value and gradient.
 
     Two branches that meet at -log 2, after Maechler 2012, "Accurately computing log(1 - exp(-|a|))". Each is computed
-    on inputs of its own half, since a NaN of the branch that is not taken would reach the gradient.
+    on inputs of its own half, since a NaN of the other branch would reach the gradient.
     """
     near = x > -math.log(2)
     return torch.where(near, (-x.where(near, -1.0).expm1()).log(), (-x.where(~near, -1.0).exp()).log1p())

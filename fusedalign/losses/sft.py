@@ -26,7 +26,7 @@ LOSS_TYPES: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def token_loss(logps: Tensor, *, loss_type: str = "nll") -> Tensor:
-    """The loss of each token by itself, before any sum: see `sft_loss`.
+    """The loss of each token, before any sum: see `sft_loss`.
 
     Args:
         logps: any shape, log p(target), nats.
@@ -63,10 +63,10 @@ def sft_loss(
 
     Args:
         logps: [...], log p(target) of each token, nats.
-        mask: [...] bool (or 0/1), which tokens count; what stands elsewhere in `logps` has no influence, not even NaN.
+        mask: [...] bool (or 0/1), which tokens count; `logps` elsewhere has no influence, not even NaN.
         num_items: what the sum is divided by, a finite number >= 0 or a tensor of one; default: how many tokens count
             here. Under gradient accumulation or data parallelism pass the number of the whole window over all ranks, so
-            that every token weighs the same. 0 divides by nothing. A tensor on a GPU or in a graph is not looked at:
+            that every token weighs the same. 0 divides by nothing. A tensor on a GPU or in a graph is not read:
             out of that range it makes the loss NaN.
         loss_type: "nll" or "dft".
         label_smoothing: in [0, 1), "nll" only; the share of the target's weight that is spread over the vocabulary.
@@ -95,8 +95,8 @@ def sft_loss(
         1.5
     """
     if not isinstance(logps, Tensor) or not logps.is_floating_point():
-        came = logps.dtype if isinstance(logps, Tensor) else type(logps).__name__
-        raise TypeError(f"logps must be floating-point, got {came}")
+        got = logps.dtype if isinstance(logps, Tensor) else type(logps).__name__
+        raise TypeError(f"logps must be floating-point, got {got}")
     check_plain(logps=logps)
     check_shape("mask", mask, "logps", logps)
     mask = mask.bool()
@@ -105,10 +105,11 @@ def sft_loss(
     check_unused("label_smoothing", label_smoothing, 0.0, ["nll"], [loss_type])
     check_label_smoothing(label_smoothing, loss_type=loss_type)
     check_nonnegative(z_loss=z_loss)
-    if (more := _companion("mean_logps", mean_logps, "label_smoothing", label_smoothing, mask)) is not None:
-        losses = (1 - label_smoothing) * losses - label_smoothing * more
-    if (more := _companion("lse", lse, "z_loss", z_loss, mask)) is not None:
-        losses = losses + z_loss * more.square()
+    smoothing_logps = _companion("mean_logps", mean_logps, "label_smoothing", label_smoothing, mask)
+    if smoothing_logps is not None:
+        losses = (1 - label_smoothing) * losses - label_smoothing * smoothing_logps
+    if (z_lse := _companion("lse", lse, "z_loss", z_loss, mask)) is not None:
+        losses = losses + z_loss * z_lse.square()
     losses = losses.where(mask, 0.0)
     return mean_over(losses.sum(), mask.sum() if num_items is None else check_num_items(num_items))
 
@@ -124,10 +125,10 @@ def token_losses(
 
 
 @dataclass(frozen=True)
-class ScalarLoss:
-    """(logps, lse) -> each token's share of the loss, which is their sum, and its derivatives by the two; all [N].
+class SFTTokenLoss:
+    """The `TokenLoss` of `linear_cross_entropy`: (logps, lse) -> the terms of the loss and their derivatives, all [N].
 
-    The lse is not looked at, and may be None, where z_loss is 0.
+    lse is not read, and may be None, where z_loss is 0.
     """
 
     loss_type: str
@@ -139,24 +140,24 @@ class ScalarLoss:
         check_loss_type(self.loss_type, LOSS_TYPES)
 
     def __call__(self, logps: Tensor, lse: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """See above."""
+        """The terms of the loss, and their derivatives by logps and lse (None: zero)."""
         losses, d_logps, d_lse = token_losses(logps, lse, loss_type=self.loss_type, z_loss=self.z_loss)
-        # Divided here and not at the end, so that in most backwards nothing is left to scale.
-        return self._part(losses), self._part(d_logps), None if d_lse is None else self._part(d_lse)
+        # Divided here and not at the end, so that most backwards have nothing to scale.
+        return self._reduce(losses), self._reduce(d_logps), None if d_lse is None else self._reduce(d_lse)
 
     @property
     def nll_weight(self) -> Tensor | None:
-        """What the NLL of every token is multiplied with; None where tokens differ or there is more to the loss."""
+        """The factor of every token's NLL; None where tokens differ or the loss has other terms."""
         if self.loss_type != "nll" or self.z_loss:
             return None
-        return self._part(torch.ones((), dtype=torch.float32, device=getattr(self.num_items, "device", None)))
+        return self._reduce(torch.ones((), dtype=torch.float32, device=getattr(self.num_items, "device", None)))
 
-    def _part(self, x: Tensor) -> Tensor:
+    def _reduce(self, x: Tensor) -> Tensor:
         return x if self.reduction == "sum" else mean_over(x, self.num_items)
 
 
 def check_num_items(num_items: float | Tensor) -> float | Tensor:
-    """`num_items`, once it is known to be one finite number >= 0; on a GPU and in a graph NaN where it is not.
+    """Check that `num_items` is one finite number >= 0; on a GPU and in a graph it becomes NaN if not.
 
     Raises:
         TypeError: no number, or no plain tensor.
@@ -170,8 +171,8 @@ def check_num_items(num_items: float | Tensor) -> float | Tensor:
     check_plain(num_items=num_items)
     if num_items.numel() != 1:
         raise ValueError(f"num_items must be one number, got a tensor of shape {tuple(num_items.shape)}")
-    wide = torch.float32 if num_items.device.type == "mps" else torch.float64  # holds every count
-    return values_within("num_items", num_items.detach().reshape(()).to(wide), least=0.0)
+    dtype = torch.float32 if num_items.device.type == "mps" else torch.float64  # holds every count
+    return values_within("num_items", num_items.detach().reshape(()).to(dtype), least=0.0)
 
 
 def mean_over(total: Tensor, num_items: float | Tensor) -> Tensor:
@@ -182,7 +183,7 @@ def mean_over(total: Tensor, num_items: float | Tensor) -> Tensor:
 
 
 def _companion(name: str, x: Tensor | None, option: str, value: float, mask: Tensor) -> Tensor | None:
-    """The per-token tensor that `option` needs, where it is set; neither comes without the other."""
+    """The per-token tensor that `option` needs; each is refused without the other."""
     if x is None and value:
         raise ValueError(f"{name} is needed with {option}={value}, got None")
     if x is not None and not value:

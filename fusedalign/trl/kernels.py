@@ -38,7 +38,7 @@ def _load() -> Mapping[str, Callable[..., None]]:
     return MODEL_TYPE_TO_APPLY_LIGER_FN
 
 
-_find = adapter.finder("liger_kernel", "pip install 'liger-kernel>=0.8.5'", _load)
+_find = adapter.lazy_library("liger_kernel", "pip install 'liger-kernel>=0.8.5'", _load)
 
 
 def check_liger_kernels(wanted: Any, name: str, args: Any) -> None:

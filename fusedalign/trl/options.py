@@ -10,7 +10,7 @@ import torch
 
 from fusedalign.head import LMHead
 from fusedalign.impls import check_name, resolve
-from fusedalign.problem import Problem, Tiling, beside
+from fusedalign.problem import MemoryOptions, Problem, as_head
 
 
 class HeadOptions(NamedTuple):
@@ -44,7 +44,7 @@ class HeadOptions(NamedTuple):
         hidden = torch.cat(empty, 1)
         problem = Problem(
             hidden,
-            beside(empty, dtype),
+            as_head(empty, dtype),
             hidden.new_empty(0, dtype=torch.int64),
             dtype,
             bias=head.bias,
@@ -52,7 +52,7 @@ class HeadOptions(NamedTuple):
             softcap=head.softcap,
             outputs=frozenset(outputs),
             filter_eps=self.filter_eps,
-            tiling=Tiling(workspace=self.workspace),
+            memory=MemoryOptions(workspace=self.workspace),
         )
         resolve(self.impl, problem)
 
@@ -72,8 +72,17 @@ class HeadOptions(NamedTuple):
         dtype = mixed or parts[0].dtype
         hidden = parts[0].new_empty((0, sum(x.shape[1] for x in parts)), dtype=dtype).requires_grad_(trains)
         targets = hidden.new_empty(0, dtype=torch.int64)
-        problem = Problem(hidden, beside(parts, dtype), targets, dtype, bias, head.scale, head.softcap)
-        problem = replace(problem, outputs=frozenset(outputs), tiling=Tiling(workspace=self.workspace))
+        problem = Problem(
+            hidden,
+            as_head(parts, dtype),
+            targets,
+            dtype,
+            bias,
+            scale=head.scale,
+            softcap=head.softcap,
+            outputs=frozenset(outputs),
+            memory=MemoryOptions(workspace=self.workspace),
+        )
         resolve(self.impl, replace(problem, filter_eps=self.filter_eps)).prepare(problem)
 
 

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 from transformers.models.qwen3 import modeling_qwen3
 
 from fusedalign.cli import main
-from fusedalign.impls.adapter import Found
+from fusedalign.impls.adapter import Library
 from fusedalign.trl import attach, kernels
 from fusedalign.trl.arguments import parse
 from fusedalign.trl.forward import fused_by
@@ -80,7 +80,7 @@ def _restored_modules():
 def liger(monkeypatch):
     """Install a stand-in for Liger Kernel that supports one architecture."""
     stand_in = _StandIn()
-    monkeypatch.setattr(kernels, "_find", lambda: Found({"qwen3": stand_in}, None))
+    monkeypatch.setattr(kernels, "_find", lambda: Library({"qwen3": stand_in}, None))
     _environment(monkeypatch, TRITON_INTERPRET="1")
     return stand_in
 
@@ -187,7 +187,7 @@ def test_the_key_of_a_precomputed_reference_depends_on_kernels(build, liger):
 def test_a_missing_liger_kernel_is_refused(build, monkeypatch, kind):
     _environment(monkeypatch, TRITON_INTERPRET="1")
     reason = "liger_kernel is not installed: pip install 'liger-kernel>=0.8.5'"
-    monkeypatch.setattr(kernels, "_find", lambda: Found(None, reason))
+    monkeypatch.setattr(kernels, "_find", lambda: Library(None, reason))
     with pytest.raises(ValueError, match=f"liger_kernels=True needs Liger Kernel, got none: {reason}"):
         build(kind, "fused", **LIGER)
 
@@ -258,7 +258,7 @@ def test_a_kernel_function_that_does_not_fit_is_refused(build, monkeypatch, lige
         if fault == "raises":
             raise ImportError("cannot import name\n'Norm'")
 
-    monkeypatch.setattr(kernels, "_find", lambda: Found({"qwen3": apply_liger_kernel_to_qwen3}, None))
+    monkeypatch.setattr(kernels, "_find", lambda: Library({"qwen3": apply_liger_kernel_to_qwen3}, None))
     message = {
         "raises": "can change, got Qwen3ForCausalLM and ImportError: cannot import name 'Norm'$",
         "changes nothing": "changes, got Qwen3ForCausalLM$",
@@ -280,7 +280,7 @@ def test_other_activations_than_those_of_liger_are_refused(monkeypatch, liger, a
         for layer in model.model.layers:
             layer.mlp.forward = types.MethodType(forward, layer.mlp)
 
-    monkeypatch.setattr(kernels, "_find", lambda: Found({"qwen3": apply}, None))
+    monkeypatch.setattr(kernels, "_find", lambda: Library({"qwen3": apply}, None))
     config = transformers.Qwen3Config(**tiny.SMALL, head_dim=8, hidden_act=act)
     model = transformers.Qwen3ForCausalLM(config)
     if (liger_class, act) == ("LigerGEGLUMLP", "gelu_pytorch_tanh"):

@@ -19,31 +19,31 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from fusedalign.impls import autograd
-from fusedalign.impls.autograd import Grads, Jacobian, Keep, KeptHead, Needs, OwnGradients
-from fusedalign.impls.rows import (
-    HeadGrad,
-    RowSums,
+from fusedalign.impls.autograd import Grads, Jacobian, KeepMode, KeptExps, OwnGradients
+from fusedalign.impls.head_grads import Accumulators, GradTarget, grad_targets, in_head_order
+from fusedalign.impls.logits import slope, transform_
+from fusedalign.impls.softmax import (
+    SoftmaxStats,
     TokenGrads,
-    fit_half,
-    grads_of_token_loss,
-    head_grads,
-    of_each_part,
-    times,
+    ones_upstream,
+    scale_for_fp16,
+    scaled_,
+    token_loss_grads,
 )
-from fusedalign.impls.tiles import Tiles, slices
+from fusedalign.impls.tiles import TileSizes, slices
 from fusedalign.impls.triton.dry import TOKENS_AT_ONCE, prepare_path
 from fusedalign.impls.triton.launch import (
     INTERPRETED,
     KEPT_ONE,
-    BlockSums,
-    Kept,
+    BlockStats,
+    ExpTiles,
     Rows,
     Tile,
     blocks_for,
@@ -56,7 +56,7 @@ from fusedalign.impls.triton.launch import (
     target_logits,
     target_rows,
 )
-from fusedalign.problem import DEFAULT_WORKSPACE, Problem, TokenLogps, TokenLoss
+from fusedalign.problem import DEFAULT_WORKSPACE, NeedsGrad, Problem, SplitHead, TokenLogps, TokenLoss
 
 #: J is summed with weights p / p_target; where log p_target is below this they might leave the range of bf16 and fp32,
 #: and those rows are summed again, slowly and relative to the largest logit. So are rows where rounding puts it as far
@@ -72,28 +72,25 @@ def _on_device(problem: Problem) -> torch.cuda.device:
 # ---------------------------------------------------------------------------------------------------------- dry runs
 
 
-def _needs(problem: Problem) -> Needs:
-    hidden, weight, bias = (x is not None and x.requires_grad for x in (problem.hidden, problem.weight, problem.bias))
-    return hidden, weight, bias
-
-
-def _sweep_and_gradients(problem: Problem, keep: Keep) -> None:
+def _sweep_and_gradients(problem: Problem, keep: KeepMode) -> None:
     """A sweep and, of what it has kept of a head, the gradients of log-probabilities."""
-    rows, kept = IMPL.sweep(problem, keep)
-    if isinstance(kept, KeptHead):
-        IMPL.two_pass_grads(problem, TokenGrads(rows.max, rows.log_e(), rows.e), _needs(problem), kept)
+    stats, kept = IMPL.sweep(problem, keep)
+    if isinstance(kept, KeptExps):
+        grads = TokenGrads(stats.max, stats.log_e(), stats.e)
+        IMPL.two_pass_grads(problem, grads, problem.requires_grad, kept=kept)
 
 
 def _dry_gradients(
-    problem: Problem, needs: Needs, keeps_head: bool, lse: bool, entropy: bool, round_hidden: bool
+    problem: Problem, needs: NeedsGrad, keeps_exps: bool, lse: bool, entropy: bool, round_hidden: bool
 ) -> None:
-    rows, kept = IMPL.sweep(problem, "head") if keeps_head else (RowSums(problem), None)
-    x = rows.e
-    grads = TokenGrads(rows.max, rows.log_e(), x, x if lse else None, (x, x) if entropy else None)
-    IMPL.two_pass_grads(problem, grads, needs, kept if isinstance(kept, KeptHead) else None, round_hidden=round_hidden)
+    stats, kept = IMPL.sweep(problem, "exps") if keeps_exps else (SoftmaxStats(problem), None)
+    x = stats.e
+    grads = TokenGrads(stats.max, stats.log_e(), x, x if lse else None, (x, x) if entropy else None)
+    exps = kept if isinstance(kept, KeptExps) else None
+    IMPL.two_pass_grads(problem, grads, needs, kept=exps, round_hidden=round_hidden)
 
 
-def _dry_one_pass(problem: Problem, needs: Needs, z_loss: bool, token_loss: TokenLoss) -> None:
+def _dry_one_pass(problem: Problem, needs: NeedsGrad, z_loss: bool, token_loss: TokenLoss) -> None:
     """One whose loss may be any: with a derivative by lse too, unless it is known to have none."""
     IMPL.one_pass(problem, lambda logps, lse: (logps, logps, lse if z_loss else None), needs)
     if z_loss and not hasattr(token_loss, "z_loss"):
@@ -103,18 +100,13 @@ def _dry_one_pass(problem: Problem, needs: Needs, z_loss: bool, token_loss: Toke
 # -------------------------------------------------------------------------------------------------------------- forward
 
 
-def _ones(rows: RowSums, tokens: slice = slice(None)) -> TokenGrads:
-    """An upstream gradient of 1 for every log p(target)."""
-    return TokenGrads(rows.max[tokens], rows.log_e(tokens), torch.ones_like(rows.max[tokens]))
-
-
-def _fold_all(problem: Problem, rows: RowSums) -> None:
+def _fold_all(problem: Problem, rows: SoftmaxStats) -> None:
     plan = _plan(problem, token_bytes=_copy_bytes(problem))
-    for tokens in plan.over_tokens(problem):
+    for tokens in plan.token_slices(problem):
         left = Rows(problem, tokens, _operand(problem.hidden[tokens], problem))
-        for vocab in plan.over_vocab(problem):
+        for vocab in plan.vocab_slices(problem):
             weight = _operand(problem.weight[vocab], problem)
-            sums = BlockSums(problem, len(left), len(weight))
+            sums = BlockStats(problem, len(left), len(weight))
             sums.add(Tile(left, weight, vocab), rows)
             sums.fold(rows, tokens)
 
@@ -142,31 +134,32 @@ class _RowsOfHead:
         """
         p = self.problem
         factor = p.scale / p.temperature
-        of_target = grads.of_target(self.logps) * factor
+        of_target = grads.d_target(self.logps) * factor
         of_target = of_target if self.slope is None else of_target * self.slope
-        of_total = grads.of_others() * self.p_reference * factor
+        of_total = grads.p_scale() * self.p_reference * factor
         weight, targets = _rows_of_targets(p, self.tokens)
         target_rows(self.total, weight, targets, of_target, of_total, out, scale, p.operand_dtype)
 
 
-def _rows_of_head(problem: Problem, rows: RowSums) -> Iterator[tuple[slice, _RowsOfHead]]:
+def _rows_of_head(problem: Problem, rows: SoftmaxStats) -> Iterator[tuple[slice, _RowsOfHead]]:
     """For some tokens after others; `rows` holds their sums by then."""
     d, v = problem.hidden.shape[1], problem.weight.shape[0]
     item = problem.operand_dtype.itemsize
     of_target = 0 if isinstance(problem.weight, Tensor) else d * item
     token_bytes = 4 * d + of_target + _copy_bytes(problem) + _block_bytes(problem, v)
     plan = _plan(problem, token_bytes=token_bytes, logit_bytes=item)
-    for tokens in plan.over_tokens(problem):
+    for tokens in plan.token_slices(problem):
         hidden, targets = _operand(problem.hidden[tokens], problem), problem.targets[tokens]
         left = Rows(problem, tokens, hidden)
-        reference = _final_logits(problem, target_logits(hidden, *_rows_of_targets(problem, tokens)), targets)
+        bias = None if problem.bias is None else problem.bias[targets]
+        reference = transform_(problem, target_logits(hidden, *_rows_of_targets(problem, tokens)), bias)
         total = hidden.new_zeros(hidden.shape, dtype=torch.float32)
         memory = hidden.new_empty((len(hidden), plan.vocab))
-        sums = BlockSums(problem, len(hidden), v)
-        for vocab in plan.over_vocab(problem):
+        sums = BlockStats(problem, len(hidden), v)
+        for vocab in plan.vocab_slices(problem):
             weight = _operand(problem.weight[vocab], problem)
             kept = memory[:, : len(weight)]
-            sums.add(Tile(left, weight, vocab), rows, start=vocab.start, keep=Kept(kept[None], reference=reference))
+            sums.add(Tile(left, weight, vocab), rows, start=vocab.start, keep=ExpTiles(kept[None], reference=reference))
             _add_product(total, kept, weight)
         sums.fold(rows, tokens)
         del sums, memory, kept  # before the next tokens' are made
@@ -176,8 +169,8 @@ def _rows_of_head(problem: Problem, rows: RowSums) -> Iterator[tuple[slice, _Row
         else:  # `far_rows` reads heads of one tensor only
             lost = ((reference - rows.max[tokens] - rows.log_e(tokens)).abs() > -_LEAST_LOGP).any()
         p_reference = (reference - rows.max[tokens]).exp() / rows.e[tokens]
-        slope = _slope(problem, rows.target[tokens])
-        yield tokens, _RowsOfHead(problem, tokens, slope, total, p_reference, rows.logps(tokens), lost)
+        cap_slope = slope(problem, rows.target[tokens])
+        yield tokens, _RowsOfHead(problem, tokens, cap_slope, total, p_reference, rows.logps(tokens), lost)
         del total  # before the next tokens' is made
 
 
@@ -195,41 +188,33 @@ def _rows_of_targets(problem: Problem, tokens: slice) -> tuple[Tensor, Tensor]:
     return problem.weight.index_select(0, targets), torch.arange(len(targets), device=targets.device)
 
 
-def _final_logits(problem: Problem, z: Tensor, columns: Tensor) -> Tensor:
-    """From raw products with some columns of the head; all [n]."""
-    if problem.bias is not None:
-        z = z + problem.bias[columns]
-    z = z * problem.scale
-    if problem.softcap is not None:
-        z = problem.softcap * torch.tanh(z / problem.softcap)
-    return z / problem.temperature
-
-
-def _slope(problem: Problem, z: Tensor) -> Tensor | None:
-    """(d final logit / d raw logit) / (scale / temperature), from final logits; None where it is 1."""
-    if problem.softcap is None:
-        return None
-    return 1 - (z * (problem.temperature / problem.softcap)).square()
-
-
 # ------------------------------------------------------------------------------------------------------------ gradients
 
 
-def _one_pass_with_head(problem: Problem, token_loss: TokenLoss, needs: Needs) -> tuple[RowSums, Tensor, Grads]:
-    rows, everything, d_weight = RowSums(problem), slice(0, len(problem.hidden)), None
+def _one_pass_with_head(
+    problem: Problem, token_loss: TokenLoss, needs: NeedsGrad
+) -> tuple[SoftmaxStats, Tensor, Grads]:
+    rows, everything, d_weight = SoftmaxStats(problem), slice(0, len(problem.hidden)), None
     if isinstance(problem.weight, Tensor):
         d_weight = torch.empty_like(problem.weight, memory_format=torch.contiguous_format)
-    stores = _swept(problem, _stores(problem, d_weight, workspace=True), rows)
-    loss, grads = grads_of_token_loss(rows, everything, token_loss, problem.result_dtype)
+    stores = _swept(problem, _exp_slots(problem, d_weight, workspace=True), rows)
+    loss, grads = token_loss_grads(rows, everything, token_loss, problem.result_dtype)
     keeps_dtype = autograd.early_dtype(problem.hidden.dtype) == problem.hidden.dtype
-    return (
-        rows,
-        loss,
-        _grads(problem, stores, grads, needs, target=rows.target, d_weight=d_weight, round_hidden=keeps_dtype),
-    )
+    targets = _targets(problem, needs, d_weight)
+    d_inputs = _grads(problem, stores, grads, needs, targets, target=rows.target, round_hidden=keeps_dtype)
+    return rows, loss, d_inputs
 
 
-def _swept(problem: Problem, stores: list[_Store], rows: RowSums) -> list[_Store]:
+def _targets(
+    problem: Problem, needs: NeedsGrad, d_weight: Tensor | None, accumulators: Accumulators = ()
+) -> list[GradTarget] | None:
+    """Where the gradients of the head go: into `d_weight` if there is one; None where they are not needed."""
+    if not needs.weight:
+        return None
+    return grad_targets(problem, accumulators) if d_weight is None else [GradTarget(slice(None), d_weight)]
+
+
+def _swept(problem: Problem, stores: list[_ExpSlot], rows: SoftmaxStats) -> list[_ExpSlot]:
     """The stores, once they have made their tokens' sums."""
     for store in reversed(stores):  # first those that are not kept: a long launch, during which the next ones queue up
         store.sweep(problem, rows)
@@ -238,25 +223,25 @@ def _swept(problem: Problem, stores: list[_Store], rows: RowSums) -> list[_Store
 
 def _grads(
     problem: Problem,
-    stores: list[_Store],
+    stores: list[_ExpSlot],
     grads: TokenGrads,
-    needs: Needs,
+    needs: NeedsGrad,
+    d_weight: list[GradTarget] | None,
     *,
     target: Tensor | None = None,
-    d_weight: Tensor | None = None,
     round_hidden: bool = True,
 ) -> Grads:
-    """The gradients, from what the stores have kept; with it come `target`, the final logits there, and `d_weight`."""
-    grads, undo = fit_half(problem, grads)
+    """The gradients, from what the stores have kept; where they have, `target` are the final logits of the targets."""
+    grads, undo = scale_for_fp16(problem, grads)
     for store in stores:
         store.prepare(problem, target, grads)
     sums, hidden = _GradSums(problem, needs, undo, d_weight), _operand(problem.hidden, problem)
-    for vocab in sums.plan.over_vocab(problem):
+    for vocab in sums.plan.vocab_slices(problem):
         weight = _operand(problem.weight[vocab], problem)
         grad = sums.tile[:, : len(weight)]
-        d_bias = weight.new_zeros(len(weight), dtype=torch.float32) if needs[2] else None
+        d_bias = weight.new_zeros(len(weight), dtype=torch.float32) if needs.bias else None
         for store in stores:
-            part = store.logit_grads(Tile(store.rows, weight, vocab), grads, grad[store.tokens], d_bias=needs[2])
+            part = store.logit_grads(Tile(store.rows, weight, vocab), grads, grad[store.tokens], d_bias=needs.bias)
             if d_bias is not None and part is not None:
                 d_bias += part
         sums.add(vocab, grad, hidden, weight, d_bias)
@@ -264,7 +249,7 @@ def _grads(
 
 
 @dataclass
-class _Store:
+class _ExpSlot:
     """Some tokens, and where their e is kept from the sweep to the gradients; perhaps nowhere."""
 
     rows: Rows
@@ -284,13 +269,13 @@ class _Store:
         """Which of the problem's."""
         return self.rows.tokens
 
-    def sweep(self, problem: Problem, sums: RowSums) -> None:
+    def sweep(self, problem: Problem, sums: SoftmaxStats) -> None:
         """Make these tokens' sums, and keep their e."""
         n, v = len(self.rows), problem.weight.shape[0]
         if self.memory is not None:
             self.of_e = self.memory.new_empty((_halves(problem), n), dtype=torch.float32)
         for group in slices(v, _columns_folded_at_once(problem, n, self.span)):
-            blocks = BlockSums(problem, n, group.stop - group.start)
+            blocks = BlockStats(problem, n, group.stop - group.start)
             for vocab in self._launches(problem, group):
                 tile = Tile(self.rows, _operand(problem.weight[vocab], problem), vocab)
                 blocks.add(tile, sums, start=vocab.start - group.start, keep=self._keep(vocab))
@@ -303,7 +288,7 @@ class _Store:
         step = whole if whole and takes_none else self.span
         return (slice(group.start + s.start, group.start + s.stop) for s in slices(group.stop - group.start, step))
 
-    def _keep(self, vocab: slice) -> Kept | None:
+    def _keep(self, vocab: slice) -> ExpTiles | None:
         """Where a launch keeps its tiles."""
         if self.memory is None or self.of_e is None:
             return None
@@ -313,23 +298,23 @@ class _Store:
         # That is at whole blocks, of even size, so these divisions are exact.
         start, stride = (x * self.column_bytes // self.memory.itemsize for x in (vocab.start, self.span))
         tiles = self.memory[start:].as_strided((columns // span, n, span), (stride, span, 1))
-        return Kept(tiles, self.of_e[vocab.start // half_block(tiles.device) :])
+        return ExpTiles(tiles, self.of_e[vocab.start // half_block(tiles.device) :])
 
     def prepare(self, problem: Problem, target: Tensor | None, grads: TokenGrads) -> None:
         """p = e * exp(its max - lse); what was kept has no target in it."""
         if self.of_e is None or target is None:
             return
-        grads, factor = grads.rows(self.tokens), problem.scale / problem.temperature
-        self.of_e.sub_(grads.max).sub_(grads.log_e).exp_().mul_(grads.of_others() * (factor / KEPT_ONE))
+        grads, factor = grads[self.tokens], problem.scale / problem.temperature
+        self.of_e.sub_(grads.max).sub_(grads.log_e).exp_().mul_(grads.p_scale() * (factor / KEPT_ONE))
         target = target[self.tokens]
-        of_target = grads.of_target(target - grads.max - grads.log_e) * factor
-        slope = _slope(problem, target)
-        self.of_target = of_target if slope is None else of_target * slope
+        of_target = grads.d_target(target - grads.max - grads.log_e) * factor
+        cap_slope = slope(problem, target)
+        self.of_target = of_target if cap_slope is None else of_target * cap_slope
 
     def logit_grads(self, tile: Tile, grads: TokenGrads, out: Tensor, *, d_bias: bool) -> Tensor | None:
         """The gradient of a tile's logits; what was kept of the tile may be overwritten then."""
         if self.of_e is None:
-            return logit_grads(tile, grads.rows(self.tokens), out, d_bias=d_bias)
+            return logit_grads(tile, grads[self.tokens], out, d_bias=d_bias)
         kept = self._keep(tile.vocab)
         assert kept is not None
         assert kept.largest is not None
@@ -337,7 +322,7 @@ class _Store:
         return kept_logit_grads(tile, kept.tiles[0], kept.largest, self.of_target, out, d_bias=d_bias)
 
 
-def _stores(problem: Problem, d_weight: Tensor | None, *, workspace: bool) -> list[_Store]:
+def _exp_slots(problem: Problem, d_weight: Tensor | None, *, workspace: bool) -> list[_ExpSlot]:
     """All tokens: the first in the memory of dW, more in the `workspace` if it may be used, the others nowhere.
 
     Without such memory, which the gradients of several parts would not be, there are none of the first.
@@ -363,28 +348,27 @@ def _stores(problem: Problem, d_weight: Tensor | None, *, workspace: bool) -> li
     def rows(start: int, stop: int) -> Rows:
         return Rows(problem, slice(start, stop), hidden[start:stop])
 
-    stores = [_Store(rows(0, first), plan.vocab, flat, row_bytes)] if first else []
+    stores = [_ExpSlot(rows(0, first), plan.vocab, flat, row_bytes)] if first else []
     if more:
         memory = flat.new_empty(more * v)
-        stores.append(_Store(rows(first, first + more), plan.vocab, memory, more * dtype.itemsize))
+        stores.append(_ExpSlot(rows(first, first + more), plan.vocab, memory, more * dtype.itemsize))
     if first + more < n:
-        stores.append(_Store(rows(first + more, n), _plan(problem, cut_tokens=False).vocab))
+        stores.append(_ExpSlot(rows(first + more, n), _plan(problem, cut_tokens=False).vocab))
     return stores
 
 
 class _GradSums:
     """dH, dW and db, made from the gradients of the logits tile after tile of the vocabulary."""
 
-    def __init__(self, problem: Problem, needs: Needs, undo: Tensor | None, d_weight: Tensor | None = None) -> None:
-        needs_hidden, needs_weight, needs_bias = needs
+    def __init__(
+        self, problem: Problem, needs: NeedsGrad, undo: Tensor | None, d_weight: list[GradTarget] | None
+    ) -> None:
         hidden, self.problem = problem.hidden, problem
         self.plan, self.undo, self.dtype = _plan_grads(problem), undo, hidden.dtype
         self.tile = hidden.new_empty((len(hidden), self.plan.vocab), dtype=problem.operand_dtype)
-        self.d_hidden = hidden.new_zeros(hidden.shape, dtype=torch.float32) if needs_hidden else None
-        self.d_weight: list[HeadGrad] | None = None
-        if needs_weight:
-            self.d_weight = head_grads(problem) if d_weight is None else [HeadGrad(slice(None), d_weight)]
-        self.d_bias = torch.empty_like(problem.bias) if needs_bias and problem.bias is not None else None
+        self.d_hidden = hidden.new_zeros(hidden.shape, dtype=torch.float32) if needs.hidden else None
+        self.d_weight = d_weight
+        self.d_bias = torch.empty_like(problem.bias) if needs.bias and problem.bias is not None else None
 
     def add(self, vocab: slice, grad: Tensor, hidden: Tensor, weight: Tensor, d_bias: Tensor | None) -> None:
         """Add the part of a tile: `grad` [N, v] and `weight` [v, D] in the operand dtype, `d_bias` [v] fp32."""
@@ -393,14 +377,14 @@ class _GradSums:
         for d_part in self.d_weight or ():
             _write_product(d_part, vocab, grad.t(), hidden[:, d_part.columns], self.undo)
         if self.d_bias is not None and d_bias is not None:
-            self.d_bias[vocab] = times(d_bias, self.undo)
+            self.d_bias[vocab] = scaled_(d_bias, self.undo)
 
     def results(self, *, round_hidden: bool = True) -> Grads:
         """Gradients of hidden, weight and bias."""
-        d_hidden = None if self.d_hidden is None else times(self.d_hidden, self.undo)
+        d_hidden = None if self.d_hidden is None else scaled_(self.d_hidden, self.undo)
         if d_hidden is not None and round_hidden:
             d_hidden = d_hidden.to(self.dtype)
-        parts = None if self.d_weight is None else of_each_part(self.problem, (g.memory for g in self.d_weight))
+        parts = None if self.d_weight is None else in_head_order(self.problem, (g.memory for g in self.d_weight))
         return d_hidden, parts, self.d_bias
 
 
@@ -408,14 +392,14 @@ class _GradSums:
 
 
 @dataclass(frozen=True)
-class _Plan(Tiles):
+class WorkspacePlan(TileSizes):
     """Columns in whole blocks of the kernels."""
 
     left: int
     """bytes of the workspace that no tile takes"""
 
 
-def _plan_grads(problem: Problem) -> _Plan:
+def _plan_grads(problem: Problem) -> WorkspacePlan:
     """For tiles of gradients of logits beside the fp32 sum of dH and the operands' copy of hidden states.
 
     It is the same for every call of one problem.
@@ -436,8 +420,8 @@ def _plan(
     token_bytes: int = 0,
     column_bytes: int = 0,
     logit_bytes: int = 0,
-) -> _Plan:
-    """Tiles for a workspace of which `fixed` bytes are taken, and each token, column and logit of a tile takes so many.
+) -> WorkspacePlan:
+    """TileSizes for a workspace of which `fixed` bytes are taken, and each token, column and logit of a tile takes so many.
 
     Without `cut_tokens` a tile has all tokens, whatever the caller wishes: only columns are cut.
 
@@ -446,7 +430,7 @@ def _plan(
     more: each tile is a pass over the sum of dH, so too small ones would take longer than their products.
     """
     (n, d), v = problem.hidden.shape, problem.weight.shape[0]
-    wish, item = problem.tiling, problem.operand_dtype.itemsize
+    wish, item = problem.memory, problem.operand_dtype.itemsize
     total = wish.workspace or DEFAULT_WORKSPACE
     block_v = blocks_for(problem.hidden.device).v
     budget = max(total - fixed, total // 4, fixed // 4)
@@ -471,12 +455,12 @@ def _plan(
     columns = max(1, min(columns, math.ceil(most / block_v) * block_v) // block_v) * block_v
     columns = math.ceil(v / math.ceil(v / columns) / block_v) * block_v  # equal parts, in whole blocks
     taken = tokens * token_bytes + columns * (tokens * each + column_bytes)
-    return _Plan(tokens, columns, int(total - fixed - taken))
+    return WorkspacePlan(tokens, columns, int(total - fixed - taken))
 
 
 def _columns_folded_at_once(problem: Problem, n: int, span: int) -> int:
     """Whole tiles of `span` columns whose block sums take at most a quarter of the workspace; one at least."""
-    budget = (problem.tiling.workspace or DEFAULT_WORKSPACE) // 4
+    budget = (problem.memory.workspace or DEFAULT_WORKSPACE) // 4
     tiles = math.ceil(problem.weight.shape[0] / span)
     return span * max(1, min(tiles, budget // (n * _block_bytes(problem, span))))
 
@@ -487,7 +471,7 @@ def _halves(problem: Problem) -> int:
 
 
 def _block_bytes(problem: Problem, v: int) -> int:
-    """What `BlockSums` take for each token."""
+    """What `BlockStats` take for each token."""
     return 4 * (2 + len(problem.outputs)) * -(-v // blocks_for(problem.hidden.device).v)
 
 
@@ -512,7 +496,7 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         total += a.float() @ b.float()
 
 
-def _write_product(grad: HeadGrad, vocab: slice, a: Tensor, b: Tensor, factor: Tensor | None) -> None:
+def _write_product(grad: GradTarget, vocab: slice, a: Tensor, b: Tensor, factor: Tensor | None) -> None:
     """Some rows of a gradient from a @ b * factor, summed in fp32 and rounded once."""
     out = grad.memory[vocab]
     if out.dtype == a.dtype and (a.dtype == torch.float32 or (a.dtype == torch.bfloat16 and a.is_cuda)):
@@ -520,7 +504,7 @@ def _write_product(grad: HeadGrad, vocab: slice, a: Tensor, b: Tensor, factor: T
     else:
         half = a.dtype.itemsize == 2
         product = torch.mm(a, b, out_dtype=torch.float32) if half and a.is_cuda else torch.mm(a.float(), b.float())
-        grad.write(vocab, times(product, factor))
+        grad.write(vocab, scaled_(product, factor))
 
 
 class Triton(OwnGradients):
@@ -561,21 +545,21 @@ class Triton(OwnGradients):
         Only shapes, strides and dtypes of `problem` matter, and which of its tensors need a gradient; it may have no
         tokens. The next launch waits for what is not ready then.
         """
-        needs = _needs(problem)
+        needs = problem.requires_grad
         with _on_device(problem):
             prepare_path(problem, ("all", needs), lambda p: _sweep_and_gradients(p, "nothing"))
             if any(needs):
-                keep: Keep = "jacobian" if needs == (True, False, False) else "head" if needs[1] else "nothing"
+                keep: KeepMode = "jacobian" if needs.hidden_alone else "exps" if needs.weight else "nothing"
                 prepare_path(problem, ("sweep", keep), lambda p: _sweep_and_gradients(p, keep))
 
-    def sweep(self, problem: Problem, keep: Keep) -> tuple[RowSums, Jacobian | KeptHead | None]:
+    def sweep(self, problem: Problem, keep: KeepMode) -> tuple[SoftmaxStats, Jacobian | KeptExps | None]:
         """The softmax sums of all tokens, and what is to be kept for the backward."""
         prepare_path(problem, ("sweep", keep), lambda p: _sweep_and_gradients(p, keep))
-        rows = RowSums(problem)
-        if keep == "head" and len(problem.targets) and isinstance(problem.weight, Tensor):
+        rows = SoftmaxStats(problem)
+        if keep == "exps" and len(problem.targets) and isinstance(problem.weight, Tensor):
             d_weight = torch.empty_like(problem.weight, memory_format=torch.contiguous_format)
-            first, *_ = _swept(problem, _stores(problem, d_weight, workspace=False), rows)
-            return rows, None if first.of_e is None else KeptHead(d_weight, first.of_e, rows.target)
+            first, *_ = _swept(problem, _exp_slots(problem, d_weight, workspace=False), rows)
+            return rows, None if first.of_e is None else KeptExps(d_weight, first.of_e, rows.target)
         if keep != "jacobian":
             _fold_all(problem, rows)
             return rows, None
@@ -585,7 +569,7 @@ class Triton(OwnGradients):
             jacobian, lost = Jacobian.empty(problem), []
             for tokens, rows_of_head in _rows_of_head(problem, rows):
                 scale = None if jacobian.scale is None else jacobian.scale[tokens]
-                rows_of_head.combine(_ones(rows, tokens), jacobian.rows[tokens], scale)
+                rows_of_head.combine(ones_upstream(rows, tokens), jacobian.rows[tokens], scale)
                 lost.append(rows_of_head.lost)
                 del rows_of_head
             if not _any_row_is_lost(lost):
@@ -594,7 +578,9 @@ class Triton(OwnGradients):
         else:
             _fold_all(problem, rows)
         # What `two_pass_grads` gives for an upstream gradient of 1, once in fp32.
-        wide, _, _ = self.two_pass_grads(problem, _ones(rows), (True, False, False), round_hidden=False)
+        wide, _, _ = self.two_pass_grads(
+            problem, ones_upstream(rows), NeedsGrad(True, False, False), round_hidden=False
+        )
         assert wide is not None
         jacobian = Jacobian.empty(problem)
         jacobian.write(slice(None), wide)
@@ -604,53 +590,57 @@ class Triton(OwnGradients):
         self,
         problem: Problem,
         grads: TokenGrads,
-        needs: Needs,
-        head: KeptHead | None = None,
+        needs: NeedsGrad,
         *,
+        kept: KeptExps | None = None,
+        accumulators: Accumulators = (),
         round_hidden: bool = True,
     ) -> Grads:
         """Gradients of hidden, weight, bias (None where not needed); each tile of dW is made in full and written once.
 
-        That of hidden comes in its dtype or, with round_hidden=False, in fp32. What is kept in `head` is used up.
+        That of hidden comes in its dtype or, with round_hidden=False, in fp32. `kept` is used up.
         """
-        asked = needs, head is not None, grads.lse is not None, grads.entropy is not None, round_hidden
+        asked = needs, kept is not None, grads.lse is not None, grads.entropy is not None, round_hidden
         prepare_path(problem, ("two_pass", *asked), lambda p: _dry_gradients(p, *asked))
-        if head is None or grads.entropy is not None:  # whose gradient asks for the logits themselves
+        if kept is None or grads.entropy is not None:  # an entropy's gradient needs the logits themselves
             tokens = slice(0, len(problem.hidden))
-            everything = _Store(Rows(problem, tokens, _operand(problem.hidden, problem)), problem.weight.shape[0])
-            memory = None if head is None else head.d_weight
-            return _grads(problem, [everything], grads, needs, d_weight=memory, round_hidden=round_hidden)
-        first, *others = _stores(problem, head.d_weight, workspace=False)
-        first.of_e = head.largest
-        return _grads(problem, [first, *others], grads, needs, target=head.target, d_weight=head.d_weight)
+            everything = _ExpSlot(Rows(problem, tokens, _operand(problem.hidden, problem)), problem.weight.shape[0])
+            targets = _targets(problem, needs, None if kept is None else kept.d_weight, accumulators)
+            return _grads(problem, [everything], grads, needs, targets, round_hidden=round_hidden)
+        first, *others = _exp_slots(problem, kept.d_weight, workspace=False)
+        first.of_e = kept.block_max
+        targets = _targets(problem, needs, kept.d_weight)
+        return _grads(problem, [first, *others], grads, needs, targets, target=kept.target)
 
-    def one_pass(self, problem: Problem, token_loss: TokenLoss, needs: Needs) -> tuple[RowSums, Tensor, Grads] | None:
+    def one_pass(
+        self, problem: Problem, token_loss: TokenLoss, needs: NeedsGrad
+    ) -> tuple[SoftmaxStats, Tensor, Grads] | None:
         """The softmax sums, the summed loss, and its gradients by hidden, weight and bias (None where not needed)."""
         z_loss = bool(getattr(token_loss, "z_loss", True))
         prepare_path(problem, ("one_pass", needs, z_loss), lambda p: _dry_one_pass(p, needs, z_loss, token_loss))
-        if needs[1]:
+        if needs.weight:
             return _one_pass_with_head(problem, token_loss, needs)
-        if needs[2] or problem.operand_dtype == torch.float16:
+        if needs.bias or problem.operand_dtype == torch.float16:
             return None
-        rows, hidden_dtype = RowSums(problem), autograd.early_dtype(problem.hidden.dtype)
+        rows, hidden_dtype = SoftmaxStats(problem), autograd.early_dtype(problem.hidden.dtype)
         d_hidden = torch.empty_like(problem.hidden, dtype=hidden_dtype, memory_format=torch.contiguous_format)
         loss, lost = d_hidden.new_zeros((), dtype=problem.result_dtype), []
         for tokens, rows_of_head in _rows_of_head(problem, rows):
-            chunk_loss, grads = grads_of_token_loss(rows, tokens, token_loss, problem.result_dtype)
+            chunk_loss, grads = token_loss_grads(rows, tokens, token_loss, problem.result_dtype)
             loss += chunk_loss
             rows_of_head.combine(grads, d_hidden[tokens])
             lost.append(rows_of_head.lost)
             del rows_of_head
         return None if _any_row_is_lost(lost) else (rows, loss, (d_hidden, None, None))
 
-    def token_logps(self, problem: Problem) -> TokenLogps:
-        """No gradient is made before the loss is known.
+    def token_logps(self, problem: Problem, loss_hint: TokenLoss | None = None) -> TokenLogps:
+        """`TokenLogps` of [N] tokens; the hint is not used.
 
-        Beyond what dW's memory keeps anyway, that would spare only the tokens that fit the workspace, for a wait in the
+        Beyond what dW's memory keeps anyway, it would spare only the tokens that fit the workspace, for a wait in the
         backward.
         """
         with _on_device(problem):
-            return super().token_logps(replace(problem, expected_loss=None))
+            return super().token_logps(problem)
 
     def token_loss_sum(self, problem: Problem, token_loss: TokenLoss) -> Tensor:
         """Sum over [N] tokens of `token_loss(logps, lse)`, a scalar, and its gradients at once."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fusedalign.impls.triton import ahead
 from fusedalign.impls.triton.launch import INTERPRETED, is_operand
-from fusedalign.problem import DEFAULT_WORKSPACE, Problem, beside
+from fusedalign.problem import DEFAULT_WORKSPACE, Problem, as_head
 
 #: Of a tile that is added to its tokens' fp32 sums: with fewer the head is read more often, with more the sums are.
 TOKENS_AT_ONCE = 4096
@@ -22,7 +22,7 @@ def prepare_path(problem: Problem, path: Hashable, run: Callable[[Problem], obje
         return
     tensors = [*(x for _, x in problem.head), *([] if problem.bias is None else [problem.bias])]
     layouts = tuple((x.shape, x.stride(), x.dtype, x.data_ptr() % 16, x.requires_grad) for x in tensors)
-    numbers = problem.softcap is None, (problem.softcap or 0) / problem.temperature, problem.outputs, problem.tiling
+    numbers = problem.softcap is None, (problem.softcap or 0) / problem.temperature, problem.outputs, problem.memory
     hidden = problem.hidden.dtype, _row_stride(problem), problem.hidden.requires_grad, problem.operand_dtype
     device = problem.hidden.device
 
@@ -36,7 +36,7 @@ def prepare_path(problem: Problem, path: Hashable, run: Callable[[Problem], obje
 def tokens_of_dry_runs(problem: Problem) -> tuple[int, int]:
     """Two numbers of tokens that between them take every branch: all tokens in one tile, and more than can be kept."""
     v, d = problem.weight.shape
-    return 2, 8 * TOKENS_AT_ONCE + 4 * d + (problem.tiling.workspace or DEFAULT_WORKSPACE) // v
+    return 2, 8 * TOKENS_AT_ONCE + 4 * d + (problem.memory.workspace or DEFAULT_WORKSPACE) // v
 
 
 def _without_memory(problem: Problem, n: int) -> Problem:
@@ -53,10 +53,9 @@ def _without_memory(problem: Problem, n: int) -> Problem:
     return replace(
         problem,
         hidden=hidden.requires_grad_(problem.hidden.requires_grad),
-        weight=beside(tuple(like(x) for _, x in problem.head), weight.dtype),
+        weight=as_head(tuple(like(x) for _, x in problem.head), weight.dtype),
         targets=torch.empty(n, dtype=torch.int64, device="meta"),
         bias=None if problem.bias is None else like(problem.bias),
-        head_sums=(),
     )
 
 

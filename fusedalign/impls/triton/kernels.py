@@ -683,7 +683,7 @@ def far_rows_kernel(
         ks = tl.arange(0, BLOCK_D)
         for k in range(0, d, BLOCK_D):
             tl.store(total + k + ks, tl.zeros((BLOCK_D,), tl.float32), mask=k + ks < d)
-        # The largest of these very logits, which are rounded in other places than those of row_max.
+        # The largest of these very logits, which are rounded in other token_index than those of row_max.
         largest = -float("inf")
         for start in range(0, v, BLOCK_V):
             cols = start + tl.arange(0, BLOCK_V)

@@ -13,9 +13,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fusedalign.impls.rows import RowSums, TokenGrads
+from fusedalign.impls.softmax import SoftmaxStats, TokenGrads
 from fusedalign.impls.triton import ahead, kernels
-from fusedalign.problem import Parts, Problem
+from fusedalign.problem import Problem, SplitHead
 
 #: Triton runs its kernels on the CPU, in Python: for tests and debugging.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -155,7 +155,7 @@ def _right(weight: Tensor, source: str, blocks: Blocks) -> dict[str, Any]:
     return {"weight": weight, "weight_stride": weight.stride(0)}
 
 
-def is_operand(x: Tensor | Parts, problem: Problem) -> TypeGuard[Tensor]:
+def is_operand(x: Tensor | SplitHead, problem: Problem) -> TypeGuard[Tensor]:
     """Whether `x` can enter a product as it is: in the operand dtype, rows contiguous."""
     return isinstance(x, Tensor) and x.dtype == problem.operand_dtype and x.stride(1) == 1 and x.stride(0) >= x.shape[1]
 
@@ -194,7 +194,7 @@ def _blocks(size: int, block: int) -> int:
     return -(-size // block)
 
 
-class Kept(NamedTuple):
+class ExpTiles(NamedTuple):
     """Where the sums' kernel keeps what it makes on the way, see its `KEEP`."""
 
     tiles: Tensor
@@ -230,7 +230,7 @@ _KEEP_NOTHING = {
 }
 
 
-class BlockSums:
+class BlockStats:
     """Softmax sums of n tokens in each block of `columns` columns from a tile's first on, [blocks, n], until folded."""
 
     def __init__(self, problem: Problem, n: int, columns: int) -> None:
@@ -251,7 +251,7 @@ class BlockSums:
             part("is_top1" in outputs, torch.int32),
         )
 
-    def add(self, tile: Tile, sums: RowSums, *, start: int = 0, keep: Kept | None = None) -> None:
+    def add(self, tile: Tile, sums: SoftmaxStats, *, start: int = 0, keep: ExpTiles | None = None) -> None:
         """Make the sums of a tile, whose first column is the `start`-th here, and the targets' logits in it."""
         blocks = blocks_for(tile.weight.device)
         options, programs = tile.rows.launch(tile, blocks)
@@ -267,7 +267,7 @@ class BlockSums:
             **(_KEEP_NOTHING if keep is None else keep.arguments(blocks, tile.unit)),
         )
 
-    def fold(self, sums: RowSums, tokens: slice) -> None:
+    def fold(self, sums: SoftmaxStats, tokens: slice) -> None:
         """Into the tokens' running sums."""
         block_n = 32
         fields = (sums.max, sums.e, sums.e_log_e, sums.e_sq, sums.logit, sums.top)
@@ -328,7 +328,7 @@ def logit_grads(tile: Tile, grads: TokenGrads, out: Tensor, *, d_bias: bool) -> 
 def kept_logit_grads(
     tile: Tile, kept: Tensor, of_e: Tensor, of_target: Tensor, out: Tensor, *, d_bias: bool
 ) -> Tensor | None:
-    """As `logit_grads`, from what `Kept` has: e * of_e [halves, n], and of_target [n] more at the targets."""
+    """As `logit_grads`, from what `ExpTiles` has: e * of_e [halves, n], and of_target [n] more at the targets."""
     block_v = half_block(out.device)
     block_n = 16 if INTERPRETED else 32
     sums = _d_bias_parts(tile, block_n) if d_bias else None
@@ -370,7 +370,7 @@ def target_logits(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return out
 
 
-def far_rows(rows: Rows, sums: RowSums, reference: Tensor, total: Tensor, least_logp: float) -> None:
+def far_rows(rows: Rows, sums: SoftmaxStats, reference: Tensor, total: Tensor, least_logp: float) -> None:
     """Make rows of `total` [n, D] again relative to the largest logit, where |log p(reference)| > -least_logp.
 
     That logit becomes their `reference` [n]. Selected on the device; almost always there is none.
