@@ -1,9 +1,10 @@
-"""What every test has: no network, no silent use of uninitialised memory, and Triton's kernels also without a GPU."""
+"""Set up every test: no network, NaN in uninitialised memory, and Triton's interpreter if there is no GPU."""
 
+import contextlib
 import importlib
 import itertools
 import os
-import traceback
+import unittest.mock
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -12,69 +13,74 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 import pytest
 import torch
 
-if not torch.cuda.is_available():  # read when triton is imported, which neither torch nor fusedalign do by themselves
+if not torch.cuda.is_available():  # triton reads it when imported; torch and fusedalign import triton lazily
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-torch.set_num_threads(1)  # tiny tensors: a second thread costs more than it brings
+torch.set_num_threads(1)  # the tensors are tiny: a second thread costs more than it saves
 
 
 def pytest_collection_modifyitems(config, items):
-    """Leave out what triton refuses, and of what its interpreter can do keep a part that covers everything.
+    """Deselect cases that triton refuses, and mark redundant interpreter cases slow.
 
-    It is a thousand times slower than a GPU. So of each test's cases only as many stay in `make test` as it takes to
-    have each value of each parameter together with each of every other one; the rest is marked slow.
+    The interpreter is a thousand times slower than a GPU. `make test` keeps enough cases of each test to cover every
+    pair of parameter values; the remaining cases are marked slow.
     """
-    theirs = [item for item in items if _params(item).get("impl") == "triton" or item.path.name == "test_triton.py"]
-    refused = [item for item in theirs if _is_refused(_params(item))]
+    on_triton = [item for item in items if _params(item).get("impl") == "triton" or item.path.name == "test_triton.py"]
+    refused = [item for item in on_triton if _is_refused(_params(item))]
     if refused:
         config.hook.pytest_deselected(items=refused)
         items[:] = [item for item in items if item not in set(refused)]
-    if theirs and not torch.cuda.is_available():
+    if on_triton and not torch.cuda.is_available():
         import interpreter  # which imports triton
 
         interpreter.speed_up()
-    by_test: dict = {}
-    for item in theirs:
+    cases_by_test: dict = {}
+    for item in on_triton:
         if item not in set(refused) and not torch.cuda.is_available():
-            by_test.setdefault((item.path, item.originalname), []).append(item)
-    for cases in by_test.values():
+            cases_by_test.setdefault((item.path, item.originalname), []).append(item)
+    for cases in cases_by_test.values():
         for item in set(cases) - set(_covering(cases)):
             item.add_marker(pytest.mark.slow)
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_pyfunc_call(pyfuncitem):
-    """Hold an adapter to what it says of itself: refusals skip, and exactness is not asked of one with a caveat.
+    """Judge tests of adapters by what the adapter claims: refusals skip, and a caveat excuses inexact results.
 
-    Budgets that eager code sets (`helpers.assert_within_budget`) bind it all the same. tests/test_adapters.py names
-    what is refused and why.
+    The budgets of eager code (`helpers.BudgetError`) hold in spite of a caveat. tests/test_library_adapters.py checks
+    refusals and caveats themselves.
     """
+    from helpers import BudgetError
+
     from fusedalign import impls
 
     impl = _params(pyfuncitem).get("impl")
     if impl not in impls.impl_names("adapter"):
         return (yield)
-    caveats, adapter = set(), importlib.import_module(impls.MODULES[impl].module).IMPL
-    supports = adapter.supports
+    with _recorded_caveats(importlib.import_module(impls.MODULES[impl].module).IMPL) as caveats:
+        try:
+            return (yield)
+        except ValueError as error:
+            if str(error).startswith(f"impl={impl!r} cannot do this: "):
+                pytest.skip(f"refused: {str(error).partition(': ')[2].partition('; impls')[0]}")
+            raise
+        except AssertionError as error:
+            if caveats and not isinstance(error, BudgetError):
+                pytest.xfail(f"not exact, as documented: {'; '.join(sorted(caveats))}")
+            raise
 
-    def listening(problem):
-        caveats.add(adapter.caveat(problem))
+
+@contextlib.contextmanager
+def _recorded_caveats(adapter):
+    """The set of caveats that `adapter` has for the problems that it is asked to support."""
+    caveats, supports = set(), adapter.supports
+
+    def supports_and_record(problem):
+        caveats.update(filter(None, [adapter.caveat(problem)]))
         return supports(problem)
 
-    adapter.supports = listening
-    try:
-        return (yield)
-    except ValueError as error:
-        if str(error).startswith(f"impl={impl!r} cannot do this: "):
-            pytest.skip(f"refused: {str(error).partition(': ')[2].partition('; impls')[0]}")
-        raise
-    except AssertionError as error:
-        inexact = caveats - {None}
-        if inexact and not any(entry.name == "_assert_each" for entry in traceback.extract_tb(error.__traceback__)):
-            pytest.xfail(f"not exact, as it says: {'; '.join(sorted(inexact))}")
-        raise
-    finally:
-        adapter.supports = supports
+    with unittest.mock.patch.object(adapter, "supports", supports_and_record):
+        yield caveats
 
 
 def _params(item) -> dict:
@@ -82,16 +88,16 @@ def _params(item) -> dict:
 
 
 def _is_refused(params) -> bool:
-    """tests/test_triton.py holds that it is."""
+    """Whether triton refuses these parameters; tests/test_triton.py checks that it does."""
     return torch.float64 in params.values() or (params.get("device") == "cpu" and torch.cuda.is_available())
 
 
 def _covering(items) -> list:
-    """Of a test's cases the fewest, or nearly, in which every pair of parameters' values occurs."""
+    """A nearly minimal subset of a test's cases that contains every pair of parameter values (greedy set cover)."""
     pairs = {}
     for item in items:
         values = ["", *(f"{name}={value!r}" for name, value in sorted(_params(item).items()))]
-        pairs[item] = set(itertools.combinations_with_replacement(values, 2))  # and each by itself
+        pairs[item] = set(itertools.combinations_with_replacement(values, 2))  # and each value alone
     missing, chosen = set().union(*pairs.values()), []
     while missing:
         chosen.append(max(items, key=lambda item: len(pairs[item] & missing)))
@@ -101,12 +107,12 @@ def _covering(items) -> list:
 
 @pytest.fixture(autouse=True)
 def _poison_empty():
-    """`torch.empty` and its kin come filled with NaN, so that an element which nobody writes shows."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    """Fill uninitialised tensors (`torch.empty` etc.) with NaN, so that unwritten elements show up."""
+    previous = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
-    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+    torch.use_deterministic_algorithms(previous[0], warn_only=previous[1])
 
 
 @pytest.fixture(autouse=True)

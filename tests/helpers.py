@@ -1,4 +1,4 @@
-"""Problems, oracles and budgets that the tests of the primitive share."""
+"""Problems, oracles and error budgets shared by the tests of `linear_logps` and `linear_cross_entropy`."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from fusedalign.problem import OUTPUTS
 DIFFERENTIABLE = ("logps", "entropy", "lse")
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)] if torch.cuda.is_available() else ["cpu"]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
-#: Adapters whose library is here. What such an impl refuses, and what it does not claim, tests/conftest.py skips.
+#: Adapters whose library is installed. tests/conftest.py skips what they refuse.
 ADAPTED = [verdict.impl for verdict in explain() if verdict.impl in impl_names("adapter") and verdict.reason is None]
-#: Where triton is not installed, tests/test_triton.py is the skip that says so.
+#: Without triton installed, tests/test_triton.py reports the skip.
 OURS = [name for name in sorted(impl_names("own", "oracle")) if name != "triton" or importlib.util.find_spec("triton")]
 IMPLS = [*OURS, *ADAPTED]
-#: Triton's kernels run on the CPU where there is no CUDA device (tests/conftest.py asks for it), and slowly.
+#: Without a CUDA device Triton's kernels run in its (slow) CPU interpreter, enabled by tests/conftest.py.
 INTERPRETED = not torch.cuda.is_available()
-#: (leading dims, D, V): nothing divides anything, batches above 1.
+#: (leading dims, D, V): ragged sizes that no tile divides, several leading dims.
 RAGGED = [((2, 5), 7, 11), ((3, 17), 23, 252), ((2, 3, 9), 33, 507), ((2, 2, 2, 5), 16, 123), ((65,), 48, 401)]
 HEADS = [{}, {"softcap": 5.0}, {"scale": 0.3, "temperature": 0.7}, {"scale": 2.0, "softcap": 3.0, "temperature": 1.7}]
 
@@ -35,7 +35,7 @@ LAYOUTS = ["every other target", "one target for all", "hidden transposed"]
 
 
 def strided_tokens(layout: str, **options) -> Case:
-    """A case of which no token is ignored, with targets or hidden states that are views."""
+    """A case without ignored tokens and with targets or hidden states that are strided views."""
     case = make_case((12,), 16, 101, ignored=0.0, **options)
     if layout == "every other target":
         return replace(case, targets=torch.stack([case.targets, case.targets.flip(0)], 1)[:, 0])
@@ -45,20 +45,20 @@ def strided_tokens(layout: str, **options) -> Case:
 
 
 def finest(impl: str) -> torch.dtype:
-    """The dtype in which an impl's formulas show with the least rounding."""
+    """The most precise dtype that an impl supports."""
     return {"triton": torch.float32, "liger": torch.float32, "cce": torch.bfloat16}.get(impl, torch.float64)
 
 
 def rounds_logit_grads(impl: str, device: str) -> bool:
-    """Whether gradients of logits enter the products in the half precision of the operands, as is documented.
+    """Whether the gradients of logits are rounded to the half precision of the operands, as documented.
 
-    Elsewhere operands are widened for the products, and the tests can ask for more.
+    Otherwise operands are widened for the products, and tests use tighter tolerances.
     """
     return impl == "triton" or (impl == "pytorch" and device == "cuda")
 
 
 def skip_where_interpreted(impl: str, device: str) -> None:
-    """For the tests that would take the interpreter minutes and show nothing that a smaller one does not."""
+    """Skip tests that would take the interpreter minutes and that a smaller test covers."""
     if impl == "triton" and device == "cpu":
         pytest.skip("for a GPU: Triton's interpreter would take minutes")
 
@@ -89,7 +89,7 @@ class Case:
         return linear_logps(self.hidden, self.weight, self.targets, bias=self.bias, **self.head, **options)
 
     def grads(self) -> dict[str, Tensor | None]:
-        """The gradients that have arrived, by name."""
+        """The `.grad` of each tensor, by name."""
         return {name: getattr(getattr(self, name), "grad", None) for name in ("hidden", "weight", "bias")}
 
     @property
@@ -98,7 +98,7 @@ class Case:
 
 
 def make_case(leading, d, v, *, dtype=torch.float32, device="cpu", seed=0, bias=True, ignored=0.3, **head) -> Case:
-    """Logits of a few nats' spread; a share of the targets is ignored, but never all of them."""
+    """A random case with logits that spread over a few nats; a fraction of the targets is ignored, never all."""
     g = torch.Generator().manual_seed(seed)
     hidden = torch.randn(*leading, d, generator=g)
     weight = torch.randn(v, d, generator=g) * 2 / d**0.5
@@ -115,16 +115,16 @@ def _to(x, device):
 
 
 def upstream(case: Case, names=DIFFERENTIABLE) -> dict[str, Tensor]:
-    """Different upstream gradients for every token and output."""
+    """Random upstream gradients, one per token and output."""
     g = torch.Generator().manual_seed(99)
     kwargs = {"generator": g, "dtype": torch.float64}
     return {name: torch.randn(case.targets.shape, **kwargs).to(case.hidden.device) for name in names}
 
 
 def run(case: Case, names=DIFFERENTIABLE, needs=(True, True, True), outputs=OUTPUTS, **options) -> dict[str, Tensor]:
-    """Outputs and gradients of `linear_logps` on fresh leaves; the keys of gradients start with d.
+    """Outputs and gradients of `linear_logps` on fresh leaves; gradient keys start with "d".
 
-    `names` get an upstream gradient; `needs` says which of hidden, weight and bias require one.
+    `names`: the outputs with an upstream gradient; `needs`: requires-grad flags of hidden, weight and bias.
     """
     case = case.leaves(*needs)
     out = case.logps(outputs=outputs, **options)
@@ -133,7 +133,7 @@ def run(case: Case, names=DIFFERENTIABLE, needs=(True, True, True), outputs=OUTP
 
 
 def run_eager(case: Case, names=DIFFERENTIABLE) -> dict[str, Tensor]:
-    """What people write today: `F.linear` in the inputs' dtype, then fp32 log-softmax. Its error sets the budgets."""
+    """The usual eager code: `F.linear` in the inputs' dtype, then fp32 log-softmax. Its error sets the budgets."""
     case = case.leaves()
     fields = _eager_fields(case)
     sum((fields[k] * g.to(fields[k].dtype)).sum() for k, g in upstream(case, names).items()).backward()
@@ -141,9 +141,9 @@ def run_eager(case: Case, names=DIFFERENTIABLE) -> dict[str, Tensor]:
 
 
 def _eager_fields(case: Case) -> dict[str, Tensor]:
-    wide = torch.promote_types(case.hidden.dtype, case.weight.dtype)
+    dtype = torch.promote_types(case.hidden.dtype, case.weight.dtype)
     scale, softcap = case.head.get("scale", 1.0), case.head.get("softcap")
-    logits = F.linear(case.hidden.to(wide), case.weight.to(wide), None if case.bias is None else case.bias.to(wide))
+    logits = F.linear(case.hidden.to(dtype), case.weight.to(dtype), None if case.bias is None else case.bias.to(dtype))
     logits = logits * scale
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
@@ -161,7 +161,7 @@ def _eager_fields(case: Case) -> dict[str, Tensor]:
 
 
 def run_loss(case: Case, needs=(True, True, True), *, upstream=1.0, call=linear_cross_entropy, **options):
-    """`linear_cross_entropy` on fresh leaves, and its gradients times `upstream`, as a GradScaler takes them."""
+    """Loss and gradients of `linear_cross_entropy` on fresh leaves; `upstream` scales the loss like a GradScaler."""
     case = case.leaves(*needs)
     loss = call(case.hidden, case.weight, case.targets, bias=case.bias, **case.head, **options)
     (loss * upstream).backward()
@@ -169,14 +169,14 @@ def run_loss(case: Case, needs=(True, True, True), *, upstream=1.0, call=linear_
 
 
 def run_loss_exact(case: Case, **options) -> dict[str, Tensor]:
-    """The same from the fp64 reference's per-token values."""
+    """Like `run_loss`, from the per-token values of the fp64 reference."""
     case = case.to(torch.float64).leaves()
     out = case.logps(impl="reference", outputs=["lse"])
     return _loss_of(case, out.logps, out.lse, **options)
 
 
 def run_loss_eager(case: Case, **options) -> dict[str, Tensor]:
-    """The same as people write it today, in the inputs' dtype."""
+    """Like `run_loss`, by the usual eager code in the inputs' dtype."""
     case = case.leaves()
     fields = _eager_fields(case)
     return _loss_of(case, fields["logps"], fields["lse"], **options)
@@ -201,6 +201,10 @@ def error(x: Tensor, exact: Tensor) -> float:
     return (x.double() - exact.double()).abs().max().item()
 
 
+class BudgetError(AssertionError):
+    """An error above the budget of eager code. A caveat excuses other failed assertions, not this one."""
+
+
 def assert_within_budget(case: Case, got: dict[str, Tensor], names=DIFFERENTIABLE, roundings: float = 1) -> None:
     """Each error against fp64 is at most twice that of eager code in the same dtype, plus rounding; see `_assert_each`.
 
@@ -213,13 +217,13 @@ def assert_within_budget(case: Case, got: dict[str, Tensor], names=DIFFERENTIABL
 
 
 def assert_loss_within_budget(case: Case, got: dict[str, Tensor], roundings: float = 2, **options) -> None:
-    """As `assert_within_budget`, of `linear_cross_entropy`, whose gradients are made before the loss is divided."""
+    """`assert_within_budget` for `linear_cross_entropy`: gradients are rounded once more when the loss is scaled."""
     _assert_each(case, got, run_loss_exact(case, **options), run_loss_eager(case, **options), roundings)
 
 
 def _assert_each(case: Case, got: dict, exact: dict, eager: dict, roundings: float) -> None:
-    """Rounding: half a unit in the last place of the dtype that a quantity comes in, at its largest value, each time it
-    is rounded; and the usual sqrt(terms) units of fp32 (fp64) for the sums inside, ours and the oracle's.
+    """Assert that each error is at most twice eager's plus rounding: `roundings` half ulps of the result's dtype at its
+    largest value, and sqrt(terms) ulps of fp32 (fp64) for the sums inside.
     """
     terms = case.hidden.shape[-1] + case.weight.shape[0] + case.targets.numel()
     inner = torch.finfo(torch.float64 if case.hidden.dtype == torch.float64 else torch.float32).eps
@@ -227,48 +231,50 @@ def _assert_each(case: Case, got: dict, exact: dict, eager: dict, roundings: flo
         size = max(exact[name].abs().max().item(), 1e-30)
         rounding = roundings * size * torch.finfo(x.dtype).eps / 2 + max(size, 1) * terms**0.5 * inner
         budget = 2 * error(eager[name], exact[name]) + rounding
-        assert torch.isfinite(x).all(), name
-        assert error(x, exact[name]) <= budget, f"{name}: {error(x, exact[name]):.2e} > {budget:.2e}"
+        if not torch.isfinite(x).all():
+            raise BudgetError(f"{name} is not finite")
+        if not error(x, exact[name]) <= budget:
+            raise BudgetError(f"{name}: {error(x, exact[name]):.2e} > {budget:.2e}")
 
 
 class Allocations(TorchDispatchMode):
-    """Records the elements and dtype of every new storage that an operation makes, forward and backward.
+    """Record elements and dtype of every storage that operations allocate, in forward and backward.
 
-    Meta tensors, which the dry runs before compilation use, have no storage and are not counted.
+    Meta tensors, used by the dry runs before compilation, have no storage and are not counted.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.made: list[tuple[int, torch.dtype]] = []
+        self.sizes: list[tuple[int, torch.dtype]] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        given = {_storage(x) for x in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        input_storages = {_storage(x) for x in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
         for x in torch.utils._pytree.tree_leaves(out):
-            if isinstance(x, Tensor) and not x.is_meta and _storage(x) not in given:
-                self.made.append((x.untyped_storage().nbytes() // x.element_size(), x.dtype))
+            if isinstance(x, Tensor) and not x.is_meta and _storage(x) not in input_storages:
+                self.sizes.append((x.untyped_storage().nbytes() // x.element_size(), x.dtype))
         return out
 
     def largest(self, *dtypes: torch.dtype) -> int:
-        """Elements of the largest tensor made, of these dtypes (default: of any)."""
-        return max((n for n, dtype in self.made if not dtypes or dtype in dtypes), default=0)
+        """Elements of the largest allocation of these dtypes (default: any dtype)."""
+        return max((n for n, dtype in self.sizes if not dtypes or dtype in dtypes), default=0)
 
 
 def peak_memory(f, device: str) -> int:
-    """The most bytes that were alive at once while `f` ran, beyond those before, with what it returns."""
+    """Peak bytes allocated while `f` runs, above those before the call; includes its result."""
     if device == "cuda":
-        # As asked for: what is counted as allocated includes up to 1 MiB that the allocator leaves at a tensor's end.
+        # Requested bytes: allocated bytes include up to 1 MiB of padding per tensor.
         bytes_asked_for = lambda which: torch.cuda.memory_stats()[f"requested_bytes.all.{which}"]  # noqa: E731
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-        before = bytes_asked_for("current")
-        kept = f()
-        peak = bytes_asked_for("peak") - before
-        del kept
+        bytes_before = bytes_asked_for("current")
+        result = f()
+        peak = bytes_asked_for("peak") - bytes_before
+        del result
         return peak
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        kept = f()
-    del kept
+        result = f()
+    del result
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
     alive = itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()))
     return max(alive)

@@ -1,4 +1,4 @@
-"""Triton's interpreter without work that has no effect: with the same results in half the time."""
+"""Make Triton's interpreter twice as fast, with the same results."""
 
 import dataclasses
 import functools
@@ -7,18 +7,18 @@ from triton.runtime import interpreter
 
 
 def speed_up() -> None:
-    """Leave out what is done again in every call. Internals that another version of Triton lacks stay as they are."""
+    """Patch the interpreter to skip repeated work. Internals missing in another Triton version are left alone."""
     if hasattr(interpreter, "_patch_lang") and hasattr(interpreter, "GridExecutor"):
         _patch_once_a_launch()
     if hasattr(interpreter, "_get_np_dtype"):
         interpreter._get_np_dtype = _by_name(interpreter._get_np_dtype)
     builder = interpreter.interpreter_builder
-    if not builder.options.debug:  # sums of integers are made again in 64 bits, for an assertion that is then left out
+    if not builder.options.debug:  # else integer sums are repeated in 64 bits, for an assertion of debug mode
         builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
 
 
 def _patch_once_a_launch() -> None:
-    """Each call of a device function patches the language: after the first of its module nothing is left to patch."""
+    """Patch `triton.language` once per module and launch instead of in every call of a device function."""
     patch, launch, patched = interpreter._patch_lang, interpreter.GridExecutor.__call__, set()
 
     def patch_once(fn):
@@ -28,15 +28,15 @@ def _patch_once_a_launch() -> None:
         return patch(fn)
 
     @functools.wraps(launch)
-    def launch_afresh(*args, **options):
+    def launch_and_reset(*args, **options):
         patched.clear()
         return launch(*args, **options)
 
-    interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch_once, launch_afresh
+    interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch_once, launch_and_reset
 
 
 def _by_name(np_dtype_of):
-    """It builds a table of all dtypes in each call."""
+    """Cache `np_dtype_of`, which builds a table of all dtypes in each call."""
     known = {}
 
     def np_dtype(dtype):

@@ -1,6 +1,6 @@
-"""Prints as JSON what the launcher has Triton compile: in a process without the interpreter and without a GPU.
+"""Print, as JSON, the kernel signatures that the launcher makes Triton compile, without interpreter or GPU.
 
-Tensors have no memory (device "meta"), block shapes are those of a GPU, and a launch is only bound to its signature.
+Tensors are on the meta device, block shapes are those of a GPU, and launches are bound but not run.
 """
 
 import functools
@@ -24,7 +24,7 @@ GPUS = {
     "A100": launch.Blocks(128, 256, 32, warps=8, stages=3),
 }
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-#: name -> D of each part, V, dtypes of hidden, of the head and of operands, bias, softcap.
+#: name -> (D of each part, V, dtype of hidden, of the head and of operands, bias, softcap).
 HEADS = {
     "Qwen3": ([1024], 151936, BF16, BF16, BF16, False, None),
     "one column more than whole blocks": ([256], 128257, BF16, BF16, BF16, False, None),
@@ -35,7 +35,7 @@ HEADS = {
     "parts": ([512, 9], 32000, BF16, BF16, BF16, False, None),
 }
 FEW, ALL = frozenset(), frozenset(OUTPUTS)
-seen: set = set()
+signatures: set = set()
 backend = make_backend(GPUTarget("cuda", 90, 32))
 
 
@@ -46,7 +46,7 @@ def binder(kernel):
 
 def note(kernel, *args, grid, warmup, **kwargs):
     _, specialization, options = binder(kernel)(*args, **kwargs)
-    seen.add((kernel.__name__, str(specialization), str(sorted(options.items()))))
+    signatures.add((kernel.__name__, str(specialization), str(sorted(options.items()))))
 
 
 def problem(head, n, trained, outputs):
@@ -83,20 +83,20 @@ def entropy(p, needs):
 
 
 def one_pass(p, needs):
-    made = impl.IMPL.one_pass(p, lambda logps, lse: (logps, logps, None), needs)
+    results = impl.IMPL.one_pass(p, lambda logps, lse: (logps, logps, None), needs)
     impl.IMPL.scale_(p.hidden.new_empty(p.hidden.shape), p.hidden.new_empty(()))
-    if made is None:
+    if results is None:
         logps(p, needs)
 
 
 def variants(path, head, trained, outputs, numbers):
-    seen.clear()
+    signatures.clear()
     for n in numbers:
         p = problem(head, n, trained, outputs)
         needs = (True, trained, trained and p.bias is not None)
         with torch.no_grad(), ahead.NoArithmetic():
             path(p, needs)
-    return set(seen)
+    return set(signatures)
 
 
 def cases():
@@ -123,14 +123,14 @@ def main(gpu):
         first = variants(path, head, trained, outputs, tokens_of_dry_runs(p))
         if len(table) < 3:  # a head as most have it, trained or not: not even what the compiler is made of
             assert "torch.fx.experimental.symbolic_shapes" not in sys.modules, path
-        more = 45 if head == "Qwen3" else 5
-        numbers = [1, 15, 16, 17, 4096, *(draw.randint(1, 4 * p.hidden.shape[1] + 3000) for _ in range(more))]
-        later = variants(path, head, trained, outputs, numbers) - first
+        random_sizes = 45 if head == "Qwen3" else 5
+        numbers = [1, 15, 16, 17, 4096, *(draw.randint(1, 4 * p.hidden.shape[1] + 3000) for _ in range(random_sizes))]
+        extra = variants(path, head, trained, outputs, numbers) - first
         table.append(
             {
                 "case": f"{path.__name__}, {head}, trained={trained}, outputs={len(outputs)}",
                 "first": sorted(name for name, *_ in first),
-                "later": sorted(map(str, later)),
+                "later": sorted(map(str, extra)),
             }
         )
     assert "torch._dynamo" not in sys.modules, "a dry run must not load the compiler"

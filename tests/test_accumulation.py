@@ -1,4 +1,4 @@
-"""keep_head=False under accumulation: the backward adds to `.grad` of the head itself, unless somebody would notice."""
+"""keep_head=False under accumulation: the backward adds to the head's `.grad` in place, unless that is observable."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ pytestmark = [pytest.mark.parametrize("impl", OURS), pytest.mark.parametrize("de
 
 
 def logps(case, **options):
-    """Some loss of single log-probabilities."""
+    """A loss of per-token log-probabilities."""
     return -(case.logps(**options).logps * torch.linspace(0.5, 1, 14, device=case.hidden.device).view(2, 7)).sum()
 
 
@@ -31,7 +31,7 @@ LOSSES = [logps, entropy, scalar]
 
 
 def micro_batches(device, dtype=torch.float32, **head):
-    """Three, with one head."""
+    """Three micro-batches with a common head."""
     cases = [make_case((2, 7), D, V, dtype=dtype, device=device, seed=seed, **head).leaves() for seed in range(3)]
     return [Case(c.hidden, cases[0].weight, c.targets, cases[0].bias, c.head) for c in cases]
 
@@ -43,8 +43,8 @@ def grads(cases):
     return got
 
 
-def added(monkeypatch):
-    """How many gradients of the head the backwards have added themselves, so far."""
+def in_place_additions(monkeypatch):
+    """count() -> number of in-place additions to the head's gradient so far."""
     counted, original = [], autograd._accumulator
     monkeypatch.setattr(autograd, "_accumulator", lambda x: (counted.append(original(x)), counted[-1])[1])
     return lambda: sum(x is not None for x in counted)
@@ -52,8 +52,8 @@ def added(monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("loss", LOSSES, ids=lambda f: f.__name__)
-def test_the_sum_is_the_same(monkeypatch, impl, device, loss, dtype):
-    cases, count = micro_batches(device, dtype, softcap=8.0), added(monkeypatch)
+def test_in_place_accumulation_equals_autograd(monkeypatch, impl, device, loss, dtype):
+    cases, count = micro_batches(device, dtype, softcap=8.0), in_place_additions(monkeypatch)
     for case in cases:
         loss(case, impl=impl).backward()
     want = grads(cases)
@@ -61,18 +61,18 @@ def test_the_sum_is_the_same(monkeypatch, impl, device, loss, dtype):
     waiting = [loss(case, impl=impl, keep_head=False) for case in cases]
     for x in waiting:
         x.backward()
-    assert count() == 2  # the first makes `.grad`
+    assert count() == 2  # the first backward creates `.grad`
     for got, x in zip(grads(cases), want, strict=True):  # three terms, each sum and each term rounded at most once
         largest = x.abs().max().item()
         torch.testing.assert_close(got, x, rtol=0, atol=6 * torch.finfo(dtype).eps / 2 * largest + 1e-5 * largest)
 
 
-def test_bf16_is_at_least_as_near(monkeypatch, impl, device):
-    """As the sum of gradients that are rounded first: to that of fp64."""
+def test_bf16_accumulation_is_at_least_as_exact(monkeypatch, impl, device):
+    """The error against fp64 is at most that of summing rounded gradients."""
     cases = micro_batches(device, torch.bfloat16)
-    wide = [case.to(torch.float64) for case in cases]
-    weight, bias = wide[0].weight.detach().requires_grad_(), wide[0].bias.detach().requires_grad_()
-    for case in wide:
+    exact_cases = [case.to(torch.float64) for case in cases]
+    weight, bias = exact_cases[0].weight.detach().requires_grad_(), exact_cases[0].bias.detach().requires_grad_()
+    for case in exact_cases:
         logps(Case(case.hidden, weight, case.targets, bias, case.head), impl="reference").backward()
     distances = []
     for options in ({"keep_head": False}, {}):
@@ -80,12 +80,12 @@ def test_bf16_is_at_least_as_near(monkeypatch, impl, device):
             logps(case, impl=impl, **options).backward()
         distances.append((cases[0].weight.grad.double() - weight.grad).norm())
         grads(cases)
-    ours, autograds = distances
-    assert ours <= autograds
+    in_place, autograd_distance = distances
+    assert in_place <= autograd_distance
 
 
 @pytest.mark.parametrize("parts", [False, True])
-def test_nothing_of_the_heads_size_is_made(impl, device, parts):
+def test_accumulation_allocates_nothing_of_head_size(impl, device, parts):
     n, v, d = 6, 301, 16
     case = make_case((n,), d, v, device=device, bias=False).leaves()
     weight = case.weight if not parts else (case.weight, torch.randn(v, 2, device=device).requires_grad_())
@@ -95,24 +95,24 @@ def test_nothing_of_the_heads_size_is_made(impl, device, parts):
         loss = linear_logps(hidden, weight, case.targets, impl=impl, keep_head=False, workspace=4000).logps.sum()
         with Allocations() as allocations:
             loss.backward(retain_graph=False)
-        return allocations.made
+        return allocations.sizes
 
     tensors = weight if parts else (weight,)
     sizes = {x.numel() for x in tensors}
     assert sizes <= {n for n, _ in backward()}
     hidden = hidden.detach().requires_grad_()
-    before = [x.grad for x in tensors]
-    once = [x.clone() for x in before]
+    first_grads = [x.grad for x in tensors]
+    first_values = [x.clone() for x in first_grads]
     assert not sizes & {n for n, _ in backward()}
-    for x, same, first in zip(tensors, before, once, strict=True):
-        assert x.grad is same
-        torch.testing.assert_close(x.grad, 2 * first)
+    for x, first_grad, value in zip(tensors, first_grads, first_values, strict=True):
+        assert x.grad is first_grad
+        torch.testing.assert_close(x.grad, 2 * value)
 
 
 @pytest.mark.filterwarnings("ignore:grad and param do not obey the gradient layout contract")
-def test_where_somebody_would_notice(monkeypatch, impl, device):
-    """Results are as without: whoever asks for the gradient, or hooks on to it, gets it."""
-    (case, *_), count = micro_batches(device), added(monkeypatch)
+def test_observable_gradients_are_returned_to_autograd(monkeypatch, impl, device):
+    """autograd.grad and hooks receive the gradient as without accumulation."""
+    (case, *_), count = micro_batches(device), in_place_additions(monkeypatch)
     weight = case.weight
     loss = lambda: logps(case, impl=impl, keep_head=False)  # noqa: E731
     loss().backward()
@@ -124,44 +124,44 @@ def test_where_somebody_would_notice(monkeypatch, impl, device):
     loss().backward(inputs=[case.hidden])
     assert torch.equal(weight.grad, first)
 
-    seen = []
+    hooked_grads = []
     for register in (weight.register_hook, weight.register_post_accumulate_grad_hook):
-        handle = register(lambda x: seen.append(x.detach().clone()))
+        handle = register(lambda x: hooked_grads.append(x.detach().clone()))
         loss().backward()
         handle.remove()
-    torch.testing.assert_close(seen[0], first)
+    torch.testing.assert_close(hooked_grads[0], first)
     torch.testing.assert_close(weight.grad, 3 * first)
 
-    kept = loss()
-    kept.backward(retain_graph=True)
-    kept.backward()
+    loss_value = loss()
+    loss_value.backward(retain_graph=True)
+    loss_value.backward()
     torch.testing.assert_close(weight.grad, 5 * first)
-    assert count() == 1  # the last backward, of a graph that nobody needs any more
+    assert count() == 1  # the last backward of a retained graph
     loss().backward(inputs=[weight])
     torch.testing.assert_close(weight.grad, 6 * first)
     assert count() == 2
 
-    weight.grad = first.t().contiguous().t()  # an odd layout stays autograd's business
+    weight.grad = first.t().contiguous().t()  # a gradient with another layout is left to autograd
     loss().backward()
     torch.testing.assert_close(weight.grad, 2 * first)
     assert count() == 2
 
 
-def test_a_head_that_is_no_leaf(monkeypatch, impl, device):
-    (case, *_), count = micro_batches(device), added(monkeypatch)
+def test_a_non_leaf_head_gets_an_ordinary_gradient(monkeypatch, impl, device):
+    (case, *_), count = micro_batches(device), in_place_additions(monkeypatch)
     for _ in range(2):
         copied = Case(case.hidden, case.weight * 1, case.targets, case.bias, case.head)
         logps(copied, impl=impl, keep_head=False).backward()
-    twice = case.weight.grad
+    sum_of_two = case.weight.grad
     case.weight.grad = None
     logps(case, impl=impl).backward()
-    torch.testing.assert_close(twice, 2 * case.weight.grad)
+    torch.testing.assert_close(sum_of_two, 2 * case.weight.grad)
     assert count() == 0
 
 
 @pytest.mark.parametrize("keep_head", [True, False])
-def test_a_tied_head_used_twice(impl, device, keep_head):
-    """The embedding adds to the same gradient, and two losses of one graph do."""
+def test_a_tied_head_used_twice_gets_both_gradients(impl, device, keep_head):
+    """The embedding and two losses of one graph add to the same gradient."""
     g = torch.Generator().manual_seed(0)
     weight = torch.randn(V, D, generator=g).to(device).requires_grad_()
     ids = torch.randint(0, V, (2, 9), generator=g).to(device)
@@ -173,19 +173,19 @@ def test_a_tied_head_used_twice(impl, device, keep_head):
     def fused(hidden, targets):
         return linear_logps(hidden, weight, targets, impl=impl, keep_head=keep_head).logps.mean()
 
-    def plain(hidden, targets):
+    def eager_logps(hidden, targets):
         return (hidden @ weight.t()).log_softmax(-1).gather(-1, targets[..., None]).mean()
 
-    made = []
-    for loss_of in (fused, plain):
+    tied_grads = []
+    for loss_of in (fused, eager_logps):
         weight.grad = None
         step(loss_of)
         step(loss_of)
-        made.append(weight.grad)
-    torch.testing.assert_close(*made, rtol=1e-4, atol=1e-5)
+        tied_grads.append(weight.grad)
+    torch.testing.assert_close(*tied_grads, rtol=1e-4, atol=1e-5)
 
 
-def test_no_tokens(impl, device):
+def test_a_batch_without_tokens_leaves_the_gradient_unchanged(impl, device):
     (case, *_) = micro_batches(device)
     logps(case, impl=impl, keep_head=False).backward()
     before = case.weight.grad.clone()

@@ -1,4 +1,4 @@
-"""No path makes the logits, nor a wide copy of the head; and each path costs what the docs say, in products."""
+"""No path allocates the logits or a wide copy of the head; each takes the documented number of products."""
 
 import gc
 
@@ -60,42 +60,42 @@ def trace(path, impl, dtype=torch.bfloat16, device="cpu", n=N, v=V, **options) -
 
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_no_path_makes_the_logits(path, dtype):
+def test_no_path_allocates_the_logits(path, dtype):
     assert trace(path, "pytorch", dtype).largest() < N * V
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_no_path_makes_a_wide_copy_of_a_bf16_head_or_of_its_gradient(path):
+def test_no_path_allocates_an_fp32_copy_of_a_bf16_head_or_its_gradient(path):
     assert trace(path, "pytorch").largest(torch.float32, torch.float64) < V * D
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_the_reference_makes_both_so_these_tests_can_fail(path):
+def test_the_reference_allocates_logits_and_fp32_copies(path):
     allocations = trace(path, "reference")
     assert allocations.largest() >= N * V
-    assert (V * D, torch.float32) in allocations.made
+    assert (V * D, torch.float32) in allocations.sizes
 
 
-def test_the_one_pass_gradient_of_a_bf16_head_is_two_halves_in_bf16():
-    """The documented accumulator: beside the gradient itself one tensor of its size and dtype."""
-    made = trace("one pass", "pytorch").made
-    assert made.count((V * D, torch.bfloat16)) == 2
-    assert trace("one pass", "pytorch", torch.float32).made.count((V * D, torch.float32)) == 1
+def test_one_pass_accumulates_a_bf16_head_gradient_in_two_bf16_halves():
+    """The documented accumulator: in addition to the gradient one tensor of its size and dtype."""
+    sizes = trace("one pass", "pytorch").sizes
+    assert sizes.count((V * D, torch.bfloat16)) == 2
+    assert trace("one pass", "pytorch", torch.float32).sizes.count((V * D, torch.float32)) == 1
 
 
-def test_a_small_workspace_takes_two_passes_instead():
-    """No room for the low half: the path of 4 products, without a second [V, D]."""
-    made = trace("one pass", "pytorch", workspace=60_000).made
-    assert made.count((V * D, torch.bfloat16)) == 1
+def test_a_small_workspace_selects_two_passes():
+    """Without room for the low half, the path with 4 products is taken, which needs no second [V, D]."""
+    sizes = trace("one pass", "pytorch", workspace=60_000).sizes
+    assert sizes.count((V * D, torch.bfloat16)) == 1
 
 
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("workspace", [30_000, 120_000])
-def test_tiles_keep_to_the_workspace(path, workspace):
-    """No tile of logits, the largest thing made, is bigger than the workspace allows; gradients and results aside."""
+def test_tiles_fit_the_workspace(path, workspace):
+    """Tiles of logits, the largest allocations except gradients and results, fit the workspace."""
     allocations = trace(path, "pytorch", workspace=workspace)
     results = {V * D, N * D, N, V, N * 1}
-    tiles = [n * dtype.itemsize for n, dtype in allocations.made if n not in results]
+    tiles = [n * dtype.itemsize for n, dtype in allocations.sizes if n not in results]
     assert max(tiles) <= workspace
 
 
@@ -114,7 +114,7 @@ def test_tiles_keep_to_the_workspace(path, workspace):
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("ignored", [0.0, 0.5])
-def test_products(path, products, dtype, ignored):
+def test_each_path_takes_its_documented_number_of_products(path, products, dtype, ignored):
     """Multiply-adds in units of the product of the valid tokens with the head; ignored ones cost nothing."""
     f, needs = PATHS[path]
     case = make_case((N,), D, V, dtype=dtype, ignored=ignored).leaves(*needs)
@@ -123,7 +123,7 @@ def test_products(path, products, dtype, ignored):
     assert counter.get_total_flops() == products * 2 * int(case.valid.sum()) * D * V
 
 
-def test_a_frozen_head_is_not_touched_by_the_backward():
+def test_the_backward_does_not_read_a_frozen_head():
     """The kept Jacobian needs neither head nor hidden states."""
     case = make_case((N,), D, V, ignored=0.0).leaves(1, 0, 0)
     loss = case.logps().logps.sum()
@@ -133,13 +133,13 @@ def test_a_frozen_head_is_not_touched_by_the_backward():
     assert torch.isfinite(case.hidden.grad).all()
 
 
-def held(f, impl, **options) -> tuple[list[int], dict]:
-    """Elements of what a forward holds for its backward beyond hidden states and head, the gradients afterwards."""
+def saved_sizes_and_grads(f, impl, **options) -> tuple[list[int], dict]:
+    """Elements of the tensors saved for the backward except the inputs, and the gradients."""
     case = make_case((N // 4,), D, V, dtype=torch.bfloat16, ignored=0.3).leaves()
-    sizes, given = [], {x.untyped_storage().data_ptr() for x in (case.hidden, case.weight, case.bias, case.targets)}
+    sizes, inputs = [], {x.untyped_storage().data_ptr() for x in (case.hidden, case.weight, case.bias, case.targets)}
 
     def pack(x):
-        if x.untyped_storage().data_ptr() not in given:
+        if x.untyped_storage().data_ptr() not in inputs:
             sizes.append(x.untyped_storage().nbytes() // x.element_size())
         return x
 
@@ -151,27 +151,27 @@ def held(f, impl, **options) -> tuple[list[int], dict]:
 
 @pytest.mark.parametrize("impl", [impl for impl in IMPLS if impl in ("triton", "pytorch")])
 @pytest.mark.parametrize("loss", ["logps", "cross_entropy"])
-def test_without_keep_head_nothing_of_the_heads_size_waits_for_the_backward(impl, loss):
-    """What a pipeline's last stage asks for: many of its forwards wait at once."""
+def test_keep_head_false_saves_nothing_of_head_size_for_the_backward(impl, loss):
+    """The last stage of a pipeline needs it: many of its forwards are in flight at once."""
 
     def f(case, **options):
         if loss == "logps":
             return -case.logps(**options).logps.sum()
         return linear_cross_entropy(case.hidden, case.weight, case.targets, bias=case.bias, reduction="sum", **options)
 
-    kept, kept_grads = held(f, impl)
-    lean, lean_grads = held(f, impl, keep_head=False)
-    assert max(lean) <= N * D
-    if impl == "triton" or loss == "cross_entropy":  # else there was nothing to keep
-        assert max(kept) >= V * D
+    sizes, grads = saved_sizes_and_grads(f, impl)
+    lean_sizes, lean_grads = saved_sizes_and_grads(f, impl, keep_head=False)
+    assert max(lean_sizes) <= N * D
+    if impl == "triton" or loss == "cross_entropy":  # otherwise nothing of head size is saved anyway
+        assert max(sizes) >= V * D
     for name, grad in lean_grads.items():
-        difference = (grad.double() - kept_grads[name].double()).norm()
-        assert difference <= 2**-7 * kept_grads[name].double().norm(), name
+        difference = (grad.double() - grads[name].double()).norm()
+        assert difference <= 2**-7 * grads[name].double().norm(), name
 
 
-# Triton cuts no small problem into tiles that fit the workspace whole, so here the workspace is small.
+# Triton does not tile problems that fit the workspace, so the workspace is small here.
 
-#: It makes no gradient before the loss is known.
+#: Triton computes no gradient before the loss is known.
 TRITON_PATHS = [path for path in PATHS if path != "one pass, expected"]
 
 triton = [
@@ -192,7 +192,7 @@ def each(marks):
 
 @pytest.fixture
 def _as_on_a_gpu(monkeypatch):
-    """Without the interpreter's fp32 copies of operands, and what its reference cycles keep alive."""
+    """Exclude the interpreter's fp32 operand copies and the memory that its reference cycles keep alive."""
     if not INTERPRETED:
         yield
         return
@@ -215,28 +215,28 @@ def _as_on_a_gpu(monkeypatch):
 
 
 def sizes_of_triton(device) -> tuple[int, int, int]:
-    """Tokens, columns, and a workspace that holds part of the columns; the interpreter gets fewer, thirteen blocks."""
+    """Tokens, columns, and a workspace that holds part of the columns; smaller for the interpreter."""
     return (40, 401, 27_000) if device == "cpu" else (40, V, 40_000)
 
 
 @each(triton)
 @pytest.mark.usefixtures("_as_on_a_gpu")
 @pytest.mark.parametrize("path", TRITON_PATHS)
-def test_triton_makes_no_logits_and_no_wide_head_beyond_the_workspace(impl, device, path):
+def test_triton_allocates_no_logits_or_fp32_head_beyond_the_workspace(impl, device, path):
     n, v, workspace = sizes_of_triton(device)
     allocations = trace(path, impl, device=device, n=n, v=v, workspace=workspace)
     assert n * v > v * D
     assert allocations.largest() <= v * D
     assert allocations.largest(torch.float32, torch.float64) < v * D
-    assert allocations.made.count((v * D, torch.bfloat16)) == (1 if "dweight" in results(path) else 0)
+    assert allocations.sizes.count((v * D, torch.bfloat16)) == (1 if "dweight" in results(path) else 0)
 
 
 @each(triton)
 @pytest.mark.usefixtures("_as_on_a_gpu")
 @pytest.mark.parametrize("path", [logps_alone, scalar], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("trained", [True, False])
-def test_triton_makes_nothing_of_the_size_of_a_frozen_part(impl, device, path, trained):
-    """Beside a thin one, as an adapter is: no copy of it and no gradient, whole; nor the logits."""
+def test_triton_allocates_nothing_of_the_size_of_a_frozen_part(impl, device, path, trained):
+    """With a thin second part such as an adapter: no full copy of the frozen part, no gradient, no logits."""
     n, v, workspace = sizes_of_triton("cpu") if device == "cpu" else (600, 4001, 2**20)
     d, thin = (D, 4) if device == "cpu" else (512, 8)
     case = make_case((n,), d + thin, v, dtype=torch.bfloat16, device=device, ignored=0.0).leaves(1, 0, 0)
@@ -244,18 +244,18 @@ def test_triton_makes_nothing_of_the_size_of_a_frozen_part(impl, device, path, t
     with Allocations() as allocations:
         path(case, impl=impl, workspace=workspace)
     assert v < allocations.largest() < v * d < n * v
-    assert allocations.made.count((v * thin, torch.float32)) == trained
+    assert allocations.sizes.count((v * thin, torch.float32)) == trained
     assert (case.weight[1].grad is not None) == trained
 
 
 def results(path) -> set[str]:
-    """Which gradients a path is to make."""
+    """The gradients that a path computes."""
     if path == "no grad":
         return set()
     return {name for name, needed in zip(("dhidden", "dweight", "dbias"), PATHS[path][1], strict=True) if needed}
 
 
-#: On a CPU products of half-precision operands are made from fp32 copies of these.
+#: On a CPU half-precision operands are copied to fp32 for the products.
 NOT_WIDENED = [torch.float32] + [torch.bfloat16, torch.float16] * (not INTERPRETED)
 
 
@@ -263,8 +263,8 @@ NOT_WIDENED = [torch.float32] + [torch.bfloat16, torch.float16] * (not INTERPRET
 @pytest.mark.usefixtures("_as_on_a_gpu")
 @pytest.mark.parametrize("dtype", NOT_WIDENED)
 @pytest.mark.parametrize("path", TRITON_PATHS)
-def test_what_is_alive_at_once_stays_within_the_workspace(impl, device, path, dtype):
-    """Beside results and what the backward keeps; vectors of one number a token are not counted."""
+def test_peak_memory_stays_within_the_workspace(impl, device, path, dtype):
+    """In addition to results and saved tensors; vectors of one number per token are not counted."""
     n, d, v, workspace = (24, 16, 600, 40_000) if device == "cpu" else (4096, 512, 32_000, 64 * 2**20)
     f, needs = PATHS[path]
 
@@ -278,7 +278,7 @@ def test_what_is_alive_at_once_stays_within_the_workspace(impl, device, path, dt
         return peak_memory(measured, device)
 
     if device == "cuda":
-        call()  # what its libraries keep from their first product on
+        call()  # CUDA libraries allocate workspaces at their first product
     sizes = {"dhidden": n * d, "dweight": v * d, "dbias": v}
     expected = sum(sizes[name] for name in results(path)) * dtype.itemsize
     if path.startswith("frozen head"):
@@ -291,8 +291,8 @@ def test_what_is_alive_at_once_stays_within_the_workspace(impl, device, path, dt
 @each(triton)
 @pytest.mark.usefixtures("_as_on_a_gpu")
 @pytest.mark.parametrize("path", ["two passes", "one pass"])
-def test_a_small_token_chunk_does_not_widen_the_tiles_of_gradients(impl, device, path):
-    """These have all tokens, so what is few tokens for others must not be taken for room for more columns."""
+def test_a_small_token_chunk_does_not_widen_gradient_tiles(impl, device, path):
+    """Gradient tiles hold all tokens, so a small token chunk leaves no room for more columns."""
     n, v, workspace = sizes_of_triton(device)
     allocations = trace(path, impl, device=device, n=n, v=v, workspace=workspace, token_chunk=2)
     assert allocations.largest() <= v * D

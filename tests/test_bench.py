@@ -1,4 +1,4 @@
-"""`fusedalign bench`: the data, the exact answer, the rows and what they may claim, and the command."""
+"""`fusedalign bench`: data, exact results, rows with their claims, and the command."""
 
 import dataclasses
 import json
@@ -29,10 +29,10 @@ def report_of(impls, *, tasks=tuple(TASKS), case=SMALL, dtype=torch.float32):
     return report, {(t.task, row.impl): row for t in report.cases[0].tables for row in t.rows}
 
 
-# ------------------------------------------------------------------------------------------------------------- the data
+# The data
 
 
-def test_trained_data_come_near_a_trained_model():
+def test_trained_data_resemble_a_trained_model():
     case = Case("a real vocabulary, a narrow head", 128, 128, 151936)
     s = statistics(make_data("trained", case, dtype=torch.bfloat16, device="cpu", seed=1))
     assert s.entropy == pytest.approx(TARGET.entropy, abs=0.1)
@@ -43,8 +43,8 @@ def test_trained_data_come_near_a_trained_model():
     assert s.tiles_16 == pytest.approx(TARGET.tiles_16, abs=0.05)
 
 
-def test_targets_of_trained_data_come_from_the_model():
-    """Their mean negative log-probability is the mean entropy, up to the noise of a sample."""
+def test_targets_of_trained_data_are_sampled_from_the_model():
+    """The mean negative log-probability equals the mean entropy, up to sampling noise."""
     case = Case("many tokens", 4096, 64, 1000, softcap=20.0)
     data = make_data("trained", case, dtype=torch.float32, device="cpu", seed=0)
     nll = reference(TASKS["sft"], data, seed=0).loss
@@ -52,20 +52,20 @@ def test_targets_of_trained_data_come_from_the_model():
 
 
 @pytest.mark.parametrize("kind", ["trained", "random"])
-def test_data_follow_the_seed(kind):
-    first, again, other = (make_data(kind, SMALL, dtype=torch.bfloat16, device="cpu", seed=s) for s in (3, 3, 4))
+def test_data_depend_on_the_seed_only(kind):
+    first, repeated, other = (make_data(kind, SMALL, dtype=torch.bfloat16, device="cpu", seed=s) for s in (3, 3, 4))
     assert first.hidden.shape == (32, 24)
     assert first.weight.shape == (300, 24)
     assert first.targets.shape == (32,)
     for name in ("hidden", "weight", "targets"):
-        assert torch.equal(getattr(first, name), getattr(again, name))
+        assert torch.equal(getattr(first, name), getattr(repeated, name))
         assert not torch.equal(getattr(first, name), getattr(other, name))
 
 
-def test_statistics_by_hand():
+def test_statistics_equal_hand_computed_values():
     """One-hot hidden states pick rows of log-probabilities as their logits."""
     p = torch.full((4, 512), 2.0**-20)
-    p[:, 0] = 0.75 - 510 * 2.0**-20  # every token likes column 0
+    p[:, 0] = 0.75 - 510 * 2.0**-20  # column 0 is likely for every token
     p[:, 1] = 0.25
     data = make_data("random", Case("", 4, 4, 512), dtype=torch.float32, device="cpu", seed=0)
     s = statistics(data._replace(hidden=torch.eye(4), weight=p.log().T.contiguous()))
@@ -76,24 +76,24 @@ def test_statistics_by_hand():
 
 
 def test_statistics_are_means_over_tokens():
-    """Also where the last of the chunks in which they are made is a short one."""
+    """Also if the last chunk is shorter than the others."""
     data = make_data("random", Case("", 130, 16, 512), dtype=torch.float32, device="cpu", seed=0)
     logps = (data.hidden.double() @ data.weight.double().T).log_softmax(-1)
     assert statistics(data).entropy == pytest.approx(-(logps.exp() * logps).sum(-1).mean().item(), rel=1e-5)
 
 
-def test_custom_cases():
+def test_custom_cases_are_parsed():
     names = parse_cases(["tiny,llama3-8b", "N=64,D=8,V=100,softcap=5"])
     assert names == [CASES["tiny"], CASES["llama3-8b"], Case("N=64,D=8,V=100,softcap=5", 64, 8, 100, 5.0)]
     assert names[2].flops == 2 * 64 * 8 * 100
 
 
-# ----------------------------------------------------------------------------------------------------- the exact answer
+# The exact answer
 
 
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("softcap", [None, 5.0])
-def test_the_reference_is_what_autograd_says(task, softcap):
+def test_the_reference_equals_autograd(task, softcap):
     data = make_data("trained", dataclasses.replace(SMALL, softcap=softcap), dtype=torch.float32, device="cpu", seed=0)
     exact = reference(TASKS[task], data, seed=0)
     hidden, weight = (x.double().requires_grad_() for x in (data.hidden, data.weight))
@@ -109,36 +109,36 @@ def test_the_reference_is_what_autograd_says(task, softcap):
         assert exact.weight_grad is None
 
 
-def test_relative_error():
+def test_relative_error_equals_hand_computed_values():
     exact = torch.randn(20000, 3)  # more rows than one chunk
     assert relative_error(1.25 * exact, exact) == pytest.approx(0.25, rel=1e-4)
     assert relative_error(exact.bfloat16(), exact) < 2**-8
 
 
-# -------------------------------------------------------------------------------------------------------- measurements
+# Measurements
 
 
-def test_peak_counts_what_is_held_at_once():
-    """Two tensors one after the other count once, two at a time twice."""
+def test_peak_counts_simultaneous_allocations():
+    """Two tensors allocated in turn count once, two at the same time count twice."""
 
-    def after():
+    def in_turn():
         torch.ones(2**18)
         torch.ones(2**18)
 
-    def together():
+    def at_the_same_time():
         return torch.ones(2**18), torch.ones(2**18)
 
-    assert peak_bytes(after, "cpu") == 2**20
-    assert peak_bytes(together, "cpu") == 2**21
+    assert peak_bytes(in_turn, "cpu") == 2**20
+    assert peak_bytes(at_the_same_time, "cpu") == 2**21
 
 
-def test_median_of_at_least_five_after_two():
+def test_the_median_is_of_at_least_5_runs_after_2_warmups():
     calls = []
     assert median_ms(lambda: calls.append(0), "cpu") > 0
     assert len(calls) == 2 + 20
 
 
-# --------------------------------------------------------------------------------------------------------------- rows
+# Rows
 
 
 def test_the_pytorch_impl_is_exact_in_every_task():
@@ -157,7 +157,7 @@ def test_the_pytorch_impl_is_exact_in_every_task():
     assert rows["logps", "eager"].forward_mib >= logits > rows["logps", "pytorch"].forward_mib
 
 
-def test_bf16_logits_are_over_the_budget_and_ours_are_not():
+def test_bf16_logits_exceed_the_budget_and_our_impls_do_not():
     report, rows = report_of("pytorch,eager", tasks=["logps"], dtype=torch.bfloat16, case=Case("", 64, 64, 2048))
     assert rows["logps", "pytorch"].over_budget == ()
     assert rows["logps", "pytorch"].speedup > 0
@@ -167,7 +167,7 @@ def test_bf16_logits_are_over_the_budget_and_ours_are_not():
 
 
 class Scaled(torch.autograd.Function):
-    """The identity, with a gradient that is off by a factor."""
+    """The identity with a gradient scaled by a wrong factor."""
 
     @staticmethod
     def forward(ctx, x, factor):
@@ -179,8 +179,8 @@ class Scaled(torch.autograd.Function):
         return ctx.factor * grad, None
 
 
-def wrong(factor):
-    """Eager code with a wrong gradient of the hidden states; without a factor, it raises."""
+def wrong_eager(factor):
+    """Eager code with a wrong gradient of the hidden states; raises without a factor."""
 
     def logps(d):
         if factor is None:
@@ -192,7 +192,7 @@ def wrong(factor):
 
 @pytest.mark.parametrize("factor", [1.01, float("nan")])
 def test_a_wrong_gradient_gets_no_speedup(monkeypatch, factor):
-    monkeypatch.setattr(peers, "PEERS", (*peers.PEERS, wrong(factor)))
+    monkeypatch.setattr(peers, "PEERS", (*peers.PEERS, wrong_eager(factor)))
     report, rows = report_of("eager,wrong", tasks=["logps"])
     row = rows["logps", "wrong"]
     assert row.reason is None, row.reason
@@ -206,8 +206,8 @@ def test_a_wrong_gradient_gets_no_speedup(monkeypatch, factor):
     assert "| error: dH " in line
 
 
-def test_a_row_that_fails_leaves_the_others(monkeypatch):
-    monkeypatch.setattr(peers, "PEERS", (wrong(None), *peers.PEERS))
+def test_a_failed_row_does_not_stop_the_others(monkeypatch):
+    monkeypatch.setattr(peers, "PEERS", (wrong_eager(None), *peers.PEERS))
     report, rows = report_of("wrong,eager", tasks=["sft"])
     assert rows["sft", "wrong"].reason == "RuntimeError: a | kernel broke"
     assert rows["sft", "eager"].total_ms > 0
@@ -242,14 +242,14 @@ def test_a_missing_peer_says_what_to_install(monkeypatch, impl, module, command)
     assert rows["sft", "eager"].speedup == 1.0
 
 
-def test_a_peer_without_softcap_and_a_task_that_is_not_a_peers(monkeypatch):
+def test_a_peer_without_softcap_reports_it_for_its_tasks(monkeypatch):
     eager = peers.Implementation("plain", lambda: peers.Functions(peers._eager_logps), tasks=("sft",), softcap=False)
     monkeypatch.setattr(peers, "PEERS", (eager,))
     _, rows = report_of("plain", case=dataclasses.replace(SMALL, softcap=5.0))
     assert {key: row.reason for key, row in rows.items()} == {("sft", "plain"): "has no softcap"}
 
 
-def test_trl_is_the_baseline_where_it_runs():
+def test_trl_is_the_baseline_if_it_runs():
     pytest.importorskip("trl")
     report, rows = report_of("pytorch,eager,trl", tasks=["frozen"])
     assert report.cases[0].tables[0].baseline == "trl"
@@ -260,7 +260,7 @@ def test_trl_is_the_baseline_where_it_runs():
     )
 
 
-def test_every_impl_of_ours_is_a_row(monkeypatch):
+def test_every_own_impl_is_a_row(monkeypatch):
     monkeypatch.setitem(impls.MODULES, "new", impls.Entry("fusedalign.impls.new", "own"))
     names = list(peers.implementations())
     assert [x.name for x in peers.choose("ours")] == ["triton", "pytorch", "new"]
@@ -269,7 +269,7 @@ def test_every_impl_of_ours_is_a_row(monkeypatch):
     assert "impl='new' cannot do this" in rows["logps", "new"].reason
 
 
-# -------------------------------------------------------------------------------------------------------- the command
+# The command
 
 
 def test_the_command_writes_what_it_prints(tmp_path, capsys):
@@ -300,7 +300,7 @@ def test_json_holds_the_whole_report():
     assert markdown(report) == header(report) + "\n\n" + section(report.cases[0], report)
 
 
-def test_profile(capsys):
+def test_profile_lists_kernels_and_shares(capsys):
     assert main(["bench", "logps", "--profile", "eager", "--cases", "N=16,D=8,V=300"]) == 0
     lines = capsys.readouterr().out.strip().splitlines()
     assert lines[0].startswith("eager, logps, N=16, D=8, V=300: ")
@@ -309,12 +309,12 @@ def test_profile(capsys):
     assert sum(shares) == pytest.approx(100, abs=5)
 
 
-def test_covered_time():
+def test_covered_time_merges_overlaps():
     assert covered([(4, 6), (0, 2), (1, 3), (4.5, 5)]) == 5
 
 
-def test_microbatches(tmp_path, capsys):
-    """What the forwards hold counts as often as there are micro-batches, unless they are told to hold nothing."""
+def test_microbatches_prints_what_the_forwards_hold(tmp_path, capsys):
+    """Saved tensors count once per micro-batch, unless keep_head=False saves nothing."""
     argv = ["bench", "microbatches", "--count", "4", "--out", str(tmp_path / "new")]
     names = ["full logits", "chunked loss on the logits", "cce", "pytorch"]
     assert main([*argv, "--rows", ";".join(names)]) == 0, capsys.readouterr().err
@@ -333,22 +333,22 @@ def test_microbatches(tmp_path, capsys):
         assert inputs + 4 * 2 * v * d < rows["pytorch"]["peak_gb"] * 1e9 < rows["full logits"]["peak_gb"] * 1e9
 
 
-def test_microbatches_in_flight_hold_gradients_of_the_head_unless_told_not_to():
+def test_microbatches_in_flight_hold_head_gradients_only_with_keep_head():
     stage = Stage(Case("", 64, 16, 200), 6, data="trained", seed=0, dtype=torch.float32, device="cpu")
     head = 200 * 16 * 4 / 1e9
-    held, lean = (stage.measure(_row("x", _with("pytorch", keep_head=keep))) for keep in (True, False))
-    assert held.peak_gb - lean.peak_gb > 3 * head
-    assert max(held.errors["dH"], lean.errors["dH"]) < 1e-5
+    kept, lean = (stage.measure(_row("x", _with("pytorch", keep_head=keep))) for keep in (True, False))
+    assert kept.peak_gb - lean.peak_gb > 3 * head
+    assert max(kept.errors["dH"], lean.errors["dH"]) < 1e-5
 
 
-def test_microbatches_of_a_head_with_a_softcap():
+def test_microbatches_with_a_softcap_are_exact():
     stage = Stage(Case("", 16, 8, 100, softcap=2.0), 2, data="trained", seed=0, dtype=torch.float32, device="cpu")
     for name in ("full logits", "full logits, fp32", "chunked loss on the logits", "pytorch"):
         errors = stage.measure(ROWS[name]).errors
         assert max(errors.values()) < 1e-5, (name, errors)
 
 
-def test_microbatches_quotes_what_was_reported_for_that_shape_alone():
+def test_microbatches_quotes_reported_numbers_only_for_their_shape():
     figures = [Figures("full logits", False, None, 9.9, 100.0, {"loss": 1e-3, "dH": 1e-3, "dW": 1e-3})]
     text = report(CASES["qwen3-1.7b"], 8, figures, torch.bfloat16, "cpu")
     assert "reported then" in text
@@ -357,7 +357,7 @@ def test_microbatches_quotes_what_was_reported_for_that_shape_alone():
     assert "reported then" not in report(CASES["qwen3-1.7b"], 4, figures, torch.bfloat16, "cpu")
 
 
-def test_help(capsys):
+def test_help_names_every_option(capsys):
     assert main(["bench", "--help"]) == 0
     out = capsys.readouterr().out
     for word in (*TASKS, *CASES, *peers.implementations(), "--profile", "--out", "--data"):
@@ -392,14 +392,14 @@ def test_errors_are_one_line(capsys, argv, message):
     assert len(err.splitlines()) == 1
 
 
-def test_profile_of_a_peer_that_is_not_there(capsys):
+def test_profile_of_a_missing_peer_is_an_error(capsys):
     if "liger_kernel" in sys.modules:
-        pytest.skip("Liger is there")
+        pytest.skip("liger_kernel has been imported")
     assert main(["bench", "sft", "--profile", "liger-fused", "--cases", "N=16,D=8,V=300"]) == 2
     assert "liger-fused: " in capsys.readouterr().err
 
 
-def test_out_without_matplotlib_lacks_the_plot_and_says_so_first(monkeypatch, capsys, tmp_path):
+def test_out_without_matplotlib_warns_first_and_skips_the_plot(monkeypatch, capsys, tmp_path):
     for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
@@ -411,7 +411,7 @@ def test_out_without_matplotlib_lacks_the_plot_and_says_so_first(monkeypatch, ca
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bench.json", "bench.md"]
 
 
-def test_a_plot_that_fails_costs_no_row(monkeypatch, capsys, tmp_path):
+def test_a_failed_plot_keeps_all_rows(monkeypatch, capsys, tmp_path):
     figure = pytest.importorskip("matplotlib.figure")
 
     def savefig(self, path, **_):
@@ -420,20 +420,20 @@ def test_a_plot_that_fails_costs_no_row(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(figure.Figure, "savefig", savefig)
     argv = ["bench", "sft", "frozen", "--impls", "eager", "--cases", "N=8,D=8,V=50"]
     assert main([*argv, "--out", str(tmp_path)]) == 0
-    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("fusedalign: ")]
-    assert len(told) == 1
-    assert "No space left on device" in told[0]
+    messages = [line for line in capsys.readouterr().err.splitlines() if line.startswith("fusedalign: ")]
+    assert len(messages) == 1
+    assert "No space left on device" in messages[0]
     assert [table["task"] for table in tables(tmp_path)] == ["sft", "frozen"]
 
 
 def tables(folder):
-    """Of the one case in bench.json, read by a parser that knows the standard alone."""
+    """The tables of the only case in bench.json, read by a strict JSON parser."""
     (case,) = json.loads((folder / "bench.json").read_text(), parse_constant=pytest.fail)["cases"]
     return case["tables"]
 
 
-def test_a_disk_that_is_full_for_a_while(monkeypatch, capsys, tmp_path):
-    """All tables are printed; what could not be written is written with the next, or is an error in the end."""
+def test_writes_that_fail_on_a_full_disk_are_retried(monkeypatch, capsys, tmp_path):
+    """All tables are printed; a failed write is retried with the next table, or is an error at the end."""
     from fusedalign.bench import table
 
     write, full = table.replace_text, [True]
@@ -456,7 +456,7 @@ def test_a_disk_that_is_full_for_a_while(monkeypatch, capsys, tmp_path):
 
 
 @pytest.mark.parametrize("word", [[], ["microbatches"]])
-def test_out_that_cannot_be_written_to_is_told_before_the_measurements(capsys, tmp_path, word):
+def test_an_unwritable_out_is_an_error_before_the_measurements(capsys, tmp_path, word):
     (tmp_path / "file").write_text("")
     assert main(["bench", *word, "--out", str(tmp_path / "file")]) == 2
     err = capsys.readouterr().err.strip()
@@ -465,7 +465,7 @@ def test_out_that_cannot_be_written_to_is_told_before_the_measurements(capsys, t
 
 
 def test_nan_is_null_in_json(monkeypatch, tmp_path):
-    monkeypatch.setattr(peers, "PEERS", (*peers.PEERS, wrong(float("nan"))))
+    monkeypatch.setattr(peers, "PEERS", (*peers.PEERS, wrong_eager(float("nan"))))
     argv = ["bench", "logps", "--impls", "eager,wrong", "--cases", "N=8,D=8,V=50", "--out", str(tmp_path)]
     assert main(argv) == 0
     (table,) = tables(tmp_path)
@@ -495,15 +495,15 @@ def test_tables_without_a_row_are_left_out(capsys):
 
 @pytest.mark.parametrize("words", [["--impls", "liger-fused"], ["--profile", "liger-fused"]])
 @pytest.mark.parametrize("tasks", [["logps"], ["sft", "dpo"]])
-def test_a_task_that_no_impl_has_is_refused(capsys, words, tasks):
+def test_a_task_without_any_impl_is_refused(capsys, words, tasks):
     assert main(["bench", *tasks, *words]) == 2
     err = capsys.readouterr().err.strip()
     assert f"a task must be one that the impls have, got {tasks[-1]!r}: liger-fused has sft" in err
     assert len(err.splitlines()) == 1
 
 
-def test_a_case_or_a_table_that_fails_leaves_the_others(monkeypatch, capsys, tmp_path):
-    """Data that do not fit, or an exact answer that does not."""
+def test_a_failed_case_or_table_does_not_stop_the_others(monkeypatch, capsys, tmp_path):
+    """Data or exact results that do not fit in memory."""
     from fusedalign.bench import runner
 
     make, answer = runner.inputs, runner.reference
@@ -530,7 +530,7 @@ def test_a_case_or_a_table_that_fails_leaves_the_others(monkeypatch, capsys, tmp
     assert [len(case["tables"]) for case in cases] == [2, 3]
 
 
-def test_ctrl_c_leaves_the_rows_of_microbatches(monkeypatch, capsys):
+def test_ctrl_c_keeps_the_rows_of_microbatches(monkeypatch, capsys):
     from fusedalign.bench import microbatches
 
     def measure(self, row):

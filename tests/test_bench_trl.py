@@ -37,11 +37,11 @@ def words(text):
     return len(text.split())
 
 
-# ---------------------------------------------------------------------------------------------------------------- data
+# Data
 
 
 @pytest.mark.parametrize("lengths", [LogNormal(150, 1.0, 1024), LogNormal(1400, 0.6, 3000), LogNormal(240, 0.8, 1024)])
-def test_lengths_are_log_normal_up_to_their_cap(lengths):
+def test_lengths_are_log_normal_and_capped(lengths):
     generator = random.Random(1)
     drawn = sorted(lengths.draw(generator) for _ in range(20_000))
     assert statistics.median(drawn) == pytest.approx(lengths.median, rel=0.05)
@@ -54,7 +54,7 @@ def test_lengths_are_log_normal_up_to_their_cap(lengths):
 
 @pytest.mark.parametrize("mix", MIXES)
 @pytest.mark.parametrize("training", ["sft", "dpo", "kto"])
-def test_every_step_has_lengths_of_its_own_and_the_same_in_every_process(mix, training):
+def test_lengths_differ_between_steps_and_agree_between_processes(mix, training):
     job = Job(training, "0.6b", mix, "trl", steps=4)
     rows, tokens = examples(job)
     assert (rows, tokens) == examples(dataclasses.replace(job, side="packed-liger"))
@@ -69,13 +69,13 @@ def test_every_step_has_lengths_of_its_own_and_the_same_in_every_process(mix, tr
         assert [row["label"] for row in rows] == [True, False] * (len(rows) // 2)
 
 
-def test_no_row_of_any_mix_is_cut():
+def test_no_row_of_any_mix_is_truncated():
     for mix in ALL_MIXES.values():
         assert mix.prompt.cap + max(mix.chosen.cap, mix.rejected.cap) + 1 <= MAX_LENGTH
 
 
 @pytest.mark.parametrize("training", ["sft", "orpo"])
-def test_equal_rows_are_8_of_2048_tokens(training):
+def test_equal_mix_is_8_rows_of_2048_tokens(training):
     rows, tokens = examples(Job(training, "0.6b", EQUAL, "trl", steps=1))
     assert set(tokens) == {8 * 2048}
     assert {words(row["prompt"]) for row in rows} == {1024}
@@ -98,11 +98,11 @@ def test_tokens_are_counted_as_the_trainer_sees_them(training, columns, tmp_path
     assert 1 not in {token for column in columns for ids in data[column] for token in ids}  # <unk>
 
 
-# --------------------------------------------------------------------------------------------------------- one training
+# One training
 
 
 def test_a_row_has_the_times_tokens_slots_and_losses_of_its_steps(monkeypatch, tmp_path):
-    """By the program that a new process runs."""
+    """Measured by the program that each new process runs."""
     job, path = Job("sft", "tiny", "chat", "trl", steps=2), tmp_path / "measured.json"
     monkeypatch.setattr(sys, "argv", ["program", json.dumps(dataclasses.asdict(job)), str(path)])
     runpy.run_module(processes.PROGRAM, run_name="__main__")
@@ -120,20 +120,20 @@ def test_a_row_has_the_times_tokens_slots_and_losses_of_its_steps(monkeypatch, t
 
 
 @pytest.mark.parametrize("training", ["kto", pytest.param("dpo", marks=pytest.mark.slow)])
-def test_a_precomputed_reference_takes_its_time_before_the_first_step(monkeypatch, training):
-    """Without Liger's kernels, which need a GPU, and by TRL's own class."""
+def test_a_precomputed_reference_is_timed_before_the_first_step(monkeypatch, training):
+    """With TRL's own class, without Liger kernels (which need a GPU)."""
     monkeypatch.setitem(SIDES, "stored", dataclasses.replace(SIDES["trl"], precomputed=True))
     live, stored = (measure(Job(training, "tiny", "chat", side, steps=1)) for side in ("trl", "stored"))
     assert (live.reason, stored.reason) == ("", "")
     assert live.precompute_seconds is None
     assert stored.precompute_seconds > 0
     assert stored.tokens == live.tokens
-    assert [2 * slots for slots in stored.slots] == list(live.slots)  # the reference's
+    assert [2 * slots for slots in stored.slots] == list(live.slots)  # of the reference
     assert difference(live.losses, stored.losses) < 1e-5
 
 
 @pytest.mark.parametrize("training", ["sft", "dpo-lora", pytest.param("kto", marks=pytest.mark.slow)])
-def test_the_sides_have_the_same_losses(training):
+def test_all_rows_log_the_same_losses(training):
     rows = [measure(Job(training, "tiny", "chat", side, steps=1)) for side in ("trl", "padded", "packed")]
     assert [row.reason for row in rows] == [""] * 3
     for row in rows[1:]:
@@ -142,14 +142,14 @@ def test_the_sides_have_the_same_losses(training):
     assert rows[2].slots < rows[1].slots == rows[0].slots
 
 
-def test_figures_are_of_the_steps_after_the_first():
+def test_medians_and_rates_exclude_the_first_step():
     measured = Measured(ms=(9000.0, 100.0, 400.0, 100.0), tokens=(7, 30, 60, 30), slots=(9, 40, 80, 30))
     assert (measured.first_ms, measured.median_ms, measured.slowest_ms) == (9000.0, 100.0, 400.0)
     assert measured.tokens_per_second == pytest.approx(120 / 0.6)
     assert measured.slots_per_step == 50
 
 
-def test_what_a_trainer_raises_is_the_reason(monkeypatch):
+def test_a_trainer_exception_becomes_the_reason(monkeypatch):
     def broken(*_):
         raise RuntimeError("a | kernel\nbroke")
 
@@ -157,7 +157,7 @@ def test_what_a_trainer_raises_is_the_reason(monkeypatch):
     assert measure(Job("sft", "tiny", "chat", "trl")) == Measured(reason="RuntimeError: a | kernel broke")
 
 
-# ------------------------------------------------------------------------------------------------------------ processes
+# Processes
 
 
 @pytest.mark.slow
@@ -169,12 +169,12 @@ def test_a_row_is_measured_in_another_process():
 
 
 def test_each_process_has_empty_caches_of_its_own(monkeypatch):
-    seen = []
+    environments = []
 
     def run(words, env, **_):
         folders = [env["TRITON_CACHE_DIR"], env["TORCHINDUCTOR_CACHE_DIR"]]
         assert not any(Path(folder).exists() for folder in folders)
-        seen.extend(folders)
+        environments.extend(folders)
         job = Job(**json.loads(words[-2]))
         Path(words[-1]).write_text(json.dumps(dataclasses.asdict(Measured(losses=(job.steps, math.nan)))))
         return subprocess.CompletedProcess(words, 0, "", "")
@@ -184,8 +184,8 @@ def test_each_process_has_empty_caches_of_its_own(monkeypatch):
         losses = processes.measure_alone(Job("sft", "tiny", "chat", "trl", steps=steps)).losses
         assert losses[0] == steps
         assert math.isnan(losses[1])
-    assert len(set(seen)) == 4
-    assert not any(Path(folder).parent.exists() for folder in seen)
+    assert len(set(environments)) == 4
+    assert not any(Path(folder).parent.exists() for folder in environments)
 
 
 @pytest.mark.parametrize(
@@ -196,7 +196,7 @@ def test_each_process_has_empty_caches_of_its_own(monkeypatch):
         ("exit 0", "the process ended with status 0: no output"),
     ],
 )
-def test_a_process_that_dies_has_the_reason(monkeypatch, tmp_path, script, reason):
+def test_a_dead_process_reports_its_reason(monkeypatch, tmp_path, script, reason):
     program = tmp_path / "python"
     program.write_text(f"#!/bin/sh\n{script}\n")
     program.chmod(0o755)
@@ -204,7 +204,7 @@ def test_a_process_that_dies_has_the_reason(monkeypatch, tmp_path, script, reaso
     assert processes.measure_alone(Job("sft", "tiny", "chat", "trl")) == Measured(reason=reason)
 
 
-# -------------------------------------------------------------------------------------------------------------- command
+# Command
 
 GIB = 2**30
 FIGURES = {
@@ -216,32 +216,32 @@ FIGURES = {
 
 @pytest.fixture
 def figures(monkeypatch):
-    """What each side takes, instead of a measurement; jobs in the order in which they ran."""
+    """Replace measurements by fixed figures per side; "jobs" records the jobs in order."""
     jobs: list[Job] = []
-    by_side = dict(FIGURES)
+    figures_by_side = dict(FIGURES)
 
     def measure_alone(job):
         jobs.append(job)
-        result = by_side[job.side]
+        result = figures_by_side[job.side]
         if isinstance(result, BaseException):
             raise result
         return result
 
     monkeypatch.setattr(processes, "measure_alone", measure_alone)
-    by_side["jobs"] = jobs
-    return by_side
+    figures_by_side["jobs"] = jobs
+    return figures_by_side
 
 
 def tables(text):
     """{title: {row: cells}}."""
-    found: dict = {}
+    tables_by_title: dict = {}
     for printed in text.splitlines():
         if printed.startswith("## "):
-            rows = found[printed.removeprefix("## ")] = {}
+            rows = tables_by_title[printed.removeprefix("## ")] = {}
         elif printed.startswith("| "):
             name, *cells = (cell.strip() for cell in printed.strip("|").split("|"))
             rows[name] = cells
-    return found
+    return tables_by_title
 
 
 def run_command(*words):
@@ -251,15 +251,15 @@ def run_command(*words):
 def test_a_table_for_each_training_and_mix_with_ratios_and_losses(figures, capsys):
     assert run_command("sft", "dpo", "--rows", "packed,trl,padded") == 0
     printed = capsys.readouterr()
-    found = tables(printed.out)
-    assert list(found) == [
+    printed_tables = tables(printed.out)
+    assert list(printed_tables) == [
         "SFT: tiny Qwen3, chat",
         "SFT: tiny Qwen3, long",
         "DPO, all weights: tiny Qwen3, chat",
         "DPO, all weights: tiny Qwen3, long",
     ]
     assert [job.side for job in figures["jobs"]] == ["trl", "padded", "packed"] * 4
-    for rows in found.values():
+    for rows in printed_tables.values():
         assert rows.pop("") == list(COLUMNS)
         assert list(rows) == ["TRL", "padded", "packed"]
         assert rows["TRL"] == ["900", "400", "500", "300", "184.6", "8", "8", "4", "1.00", "-", "-"]
@@ -279,7 +279,7 @@ def test_rows_are_compared_with_both_of_stock_trl(figures):
     assert line(results[1], results[:1]).split("|")[-3].strip() == "1.00"
 
 
-def test_a_row_that_fails_and_one_without_memory_leave_the_others(figures, capsys):
+def test_failed_and_out_of_memory_rows_do_not_stop_the_others(figures, capsys):
     figures |= {"padded": Measured(reason="RuntimeError: a | kernel broke"), "trl": Measured(reason="out of memory")}
     assert run_command("orpo", "--rows", "trl,padded,packed", "--mixes", "long") == 2
     printed = capsys.readouterr()
@@ -296,13 +296,13 @@ def test_a_row_that_fails_and_one_without_memory_leave_the_others(figures, capsy
     assert "out of memory" not in errors[0]
 
 
-def test_running_out_of_memory_alone_is_a_result(figures, capsys):
+def test_running_out_of_memory_is_a_result_and_exits_0(figures, capsys):
     figures["trl"] = Measured(reason="out of memory")
     assert run_command("kto", "--rows", "trl", "--mixes", "chat") == 0
     assert "| out of memory |" in capsys.readouterr().out
 
 
-def test_ctrl_c_leaves_what_was_measured(figures, capsys, tmp_path):
+def test_ctrl_c_keeps_the_measured_rows(figures, capsys, tmp_path):
     figures["packed"] = KeyboardInterrupt()
     assert run_command("sft", "--rows", "trl,padded,packed", "--out", str(tmp_path)) == 130
     (rows,) = tables(capsys.readouterr().out).values()
@@ -310,7 +310,7 @@ def test_ctrl_c_leaves_what_was_measured(figures, capsys, tmp_path):
     assert [row["side"] for row in json.loads((tmp_path / "trl.json").read_text())["rows"]] == ["trl", "padded"]
 
 
-def test_a_note_says_how_long_the_reference_took(figures, capsys, monkeypatch):
+def test_a_note_reports_the_time_of_the_reference(figures, capsys, monkeypatch):
     monkeypatch.setattr(command, "_sides", lambda *_: ["trl", "precomputed"])
     figures["precomputed"] = dataclasses.replace(FIGURES["packed"], precompute_seconds=12.34)
     assert run_command("dpo", "--mixes", "chat") == 0
@@ -318,10 +318,10 @@ def test_a_note_says_how_long_the_reference_took(figures, capsys, monkeypatch):
     assert "* precomputed: the reference took 12.3 s for the 112 rows of all steps, before the first one" in out
     figures["jobs"].clear()
     assert run_command("sft", "--mixes", "chat") == 0
-    assert [job.side for job in figures["jobs"]] == ["trl"]  # there is no reference
+    assert [job.side for job in figures["jobs"]] == ["trl"]  # no reference model
 
 
-def test_out_has_what_was_printed_all_figures_and_bars(figures, capsys, tmp_path):
+def test_out_holds_the_printed_tables_all_figures_and_bars(figures, capsys, tmp_path):
     pytest.importorskip("matplotlib")
     figures["padded"] = Measured(reason="out of memory")
     words = ["sft", "kto", "--rows", "trl,padded,packed", "--sizes", "tiny,0.6b", "--out", str(tmp_path)]
@@ -338,7 +338,7 @@ def test_out_has_what_was_printed_all_figures_and_bars(figures, capsys, tmp_path
 
 
 @pytest.mark.parametrize("gpu", [True, False])
-def test_bars_have_memory_where_there_is_any_and_a_place_for_what_failed(monkeypatch, tmp_path, gpu):
+def test_bars_show_memory_if_measured_and_a_slot_for_failures(monkeypatch, tmp_path, gpu):
     figure = pytest.importorskip("matplotlib.figure")
     seen = []
     monkeypatch.setattr(figure.Figure, "savefig", lambda self, path, **_: seen.append(self))
@@ -363,7 +363,7 @@ def test_default_is_dpo_on_both_mixes_with_all_rows_that_can_run(figures, capsys
     assert "the rows trl-liger, packed-liger, precomputed are left out: they need a GPU" in err
 
 
-def test_equal_takes_the_place_of_the_mixes(figures, capsys):
+def test_equal_replaces_the_mixes(figures, capsys):
     assert run_command("sft", "--equal", "--rows", "trl") == 0
     assert list(tables(capsys.readouterr().out)) == ["SFT: tiny Qwen3, equal"]
 
@@ -384,7 +384,7 @@ def test_equal_takes_the_place_of_the_mixes(figures, capsys):
         (["--rows", "trl", "--out", "/proc/nothing"], "--out must be a folder that can be written to"),
     ],
 )
-def test_refuses(figures, capsys, words, message):
+def test_bad_arguments_are_refused(figures, capsys, words, message):
     assert run_command(*words) == 2
     err = capsys.readouterr().err.strip()
     assert message in err
@@ -392,13 +392,13 @@ def test_refuses(figures, capsys, words, message):
     assert figures["jobs"] == []
 
 
-def test_a_step_has_as_many_rows_as_asked_for(figures, capsys):
+def test_batch_sets_the_rows_per_step(figures, capsys):
     assert run_command("sft", "dpo", "--rows", "trl", "--mixes", "chat", "--batch", "4") == 0
     assert "4 rows a step (SFT, KTO), or 2 pairs" in capsys.readouterr().out
     assert [len(examples(job)[0]) // job.all_steps for job in figures["jobs"]] == [4, 2]
 
 
-def test_a_row_that_the_training_has_not_is_refused(figures, capsys, monkeypatch):
+def test_rows_unknown_to_the_training_are_refused(figures, capsys, monkeypatch):
     monkeypatch.setattr(command, "_sides", lambda *_: ["precomputed"])
     assert run_command("sft", "orpo", "--rows", "precomputed") == 2
     assert "--rows must name a row that sft, orpo has, got precomputed" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The command as a user meets it: it trains a folder and a file it has never seen, and its errors are one line."""
+"""The command line from end to end: training on new folders and files, and one-line errors."""
 
 import contextlib
 import json
@@ -23,14 +23,14 @@ def test_env_prints_the_table_of_impls(capsys):
     assert ["reference", "yes", "no"] in [row[:3] for row in rows]
 
 
-def test_help(capsys):
+def test_help_lists_the_commands(capsys):
     assert main(["--help"]) == 0
     assert "usage: fusedalign" in capsys.readouterr().out
     assert main([]) == 2
 
 
 @pytest.mark.parametrize("command", ["demo", "env"])
-def test_help_of_a_command_without_arguments(capsys, command):
+def test_a_command_without_arguments_prints_its_help(capsys, command):
     assert main([command, "--help"]) == 0
     assert capsys.readouterr().out.startswith(f"usage: fusedalign {command}\n\n")
 
@@ -46,14 +46,14 @@ def test_help_of_a_command_without_arguments(capsys, command):
         (["demo", "--fast"], "demo takes no arguments, got --fast"),
     ],
 )
-def test_bad_commands(capsys, argv, message):
+def test_bad_commands_exit_2(capsys, argv, message):
     assert main(argv) == 2
     assert message in capsys.readouterr().err
 
 
 @contextlib.contextmanager
 def closed_pipe(monkeypatch):
-    """Standard output into a pipe that has no reader any more, as after `| head`."""
+    """Redirect standard output into a pipe whose reading end is closed, as after `| head`."""
     reader, writer = os.pipe()
     os.close(reader)
     with os.fdopen(writer, "w") as stream, monkeypatch.context() as patch:
@@ -62,8 +62,8 @@ def closed_pipe(monkeypatch):
 
 
 @pytest.mark.parametrize("argv", [["env"], ["--help"], ["bench", "--help"], []])
-def test_a_reader_that_has_gone_hears_no_error(capsys, monkeypatch, argv):
-    """The status is that of a program which SIGPIPE ends."""
+def test_a_closed_pipe_prints_no_error(capsys, monkeypatch, argv):
+    """The exit status is that of a program ended by SIGPIPE."""
     with closed_pipe(monkeypatch):
         assert main(argv) == 141
     assert capsys.readouterr().err == ""
@@ -77,7 +77,7 @@ def test_a_reader_that_goes_in_the_middle(capsys, monkeypatch):
     assert capsys.readouterr().err == ""
 
 
-def test_a_broken_pipe_of_another_kind_is_an_error(capsys, monkeypatch):
+def test_a_broken_pipe_other_than_stdout_is_an_error(capsys, monkeypatch):
     def command(argv):
         raise BrokenPipeError(32, "Broken pipe")
 
@@ -86,12 +86,12 @@ def test_a_broken_pipe_of_another_kind_is_an_error(capsys, monkeypatch):
     assert "fusedalign: error: [Errno 32] Broken pipe" in capsys.readouterr().err
 
 
-def test_head_reads_a_line_of_env():
-    """In a process of its own, where the interpreter flushes what is left when it ends."""
+def test_env_piped_into_head_prints_no_error():
+    """In a separate process, where the interpreter flushes the rest of the output at exit."""
     command = f"{shlex.quote(sys.executable)} -m fusedalign env | head -n 1"
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
-    assert done.stdout.startswith("python")
-    assert done.stderr == ""
+    process = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert process.stdout.startswith("python")
+    assert process.stderr == ""
 
 
 trl = pytest.importorskip("trl")
@@ -99,7 +99,7 @@ trl = pytest.importorskip("trl")
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory):
-    """A model folder that the project knows nothing of: another family, another tokenizer, no chat template."""
+    """A model folder unlike the shipped one: another family, another tokenizer, no chat template."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel, PreTrainedTokenizerFast
 
@@ -151,7 +151,7 @@ def flags(tmp_path, llama, name="llama", **options):
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
-def test_dpo_trains_a_folder_and_a_file_it_has_never_seen(tmp_path, llama, capsys, kind):
+def test_dpo_trains_a_new_model_folder_on_a_new_file(tmp_path, llama, capsys, kind):
     file = write(tmp_path / "mine.jsonl", pairs())
     if kind == "parquet":
         from datasets import Dataset
@@ -182,7 +182,7 @@ def test_each_recipe_trains(tmp_path, llama, capsys, method):
     assert any("rewards/chosen" in row for row in rows)
 
 
-def test_simpo_is_cpo_with_that_loss_and_flags_win():
+def test_simpo_is_cpo_with_the_simpo_loss_and_flags_override_it():
     from fusedalign.trl.arguments import parse
 
     training = parse("simpo", ["--output_dir", "out", "--bf16", "false"]).training
@@ -205,7 +205,7 @@ def test_the_flags_of_the_head_reach_the_trainer(tmp_path, llama):
 
 
 @pytest.mark.parametrize("method", ["sft", "dpo", "kto", "cpo", "simpo", "orpo"])
-def test_help_is_short_and_names_what_matters(capsys, method):
+def test_training_help_is_short_and_names_the_main_flags(capsys, method):
     assert main([method, "--help"]) == 0
     text = capsys.readouterr().out
     assert len(text.splitlines()) < 120
@@ -224,12 +224,12 @@ def test_help_is_short_and_names_what_matters(capsys, method):
         assert "--beta" in text
 
 
-def test_help_all(capsys):
+def test_help_all_lists_every_field(capsys):
     assert main(["sft", "--help_all"]) == 0
     assert "--adam_beta1" in capsys.readouterr().out
 
 
-def test_a_mixture_of_data_sets(tmp_path, llama, capsys):
+def test_a_mixture_of_data_sets_trains(tmp_path, llama, capsys):
     """`datasets`, TRL's DatasetMixtureConfig."""
     files = [write(tmp_path / f"{name}.jsonl", pairs(4)) for name in "ab"]
     config = tmp_path / "mine.yaml"
@@ -239,17 +239,17 @@ def test_a_mixture_of_data_sets(tmp_path, llama, capsys):
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
-def test_accelerate_config_starts_the_command_anew(tmp_path, llama, monkeypatch, capsys):
-    """From a flag, or from the file; what is started has `accelerate launch`'s environment and trains."""
+def test_accelerate_config_relaunches_the_command(tmp_path, llama, monkeypatch, capsys):
+    """From a flag or a file; the launched process has the environment of `accelerate launch` and trains."""
     from fusedalign.trl import launch as module
 
     calls = []
 
-    class Done:
+    class Process:
         returncode = 0
 
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
-    monkeypatch.setattr(module.subprocess, "run", lambda command: calls.append(command) or Done())
+    monkeypatch.setattr(module.subprocess, "run", lambda command: calls.append(command) or Process())
     config = tmp_path / "mine.yaml"
     config.write_text("accelerate_config: multi_gpu\nlearning_rate: 0.1\n")
     assert main(["dpo", "--config", str(config)]) == 0
@@ -264,17 +264,17 @@ def test_accelerate_config_starts_the_command_anew(tmp_path, llama, monkeypatch,
 
 
 @pytest.mark.slow
-def test_accelerate_config_for_real(tmp_path, llama):
+def test_accelerate_config_launches_a_real_process(tmp_path, llama):
     config = tmp_path / "cpu.yaml"
     config.write_text("distributed_type: 'NO'\nuse_cpu: true\nnum_processes: 1\nmixed_precision: 'no'\n")
     argv = [*flags(tmp_path, llama, dataset_name=write(tmp_path / "mine.jsonl", pairs(4)), bf16="false")]
     command = [sys.executable, "-m", "fusedalign", "orpo", *argv, "--accelerate_config", str(config)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    process = subprocess.run(command, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
-def test_sft_with_a_folder_of_splits_and_evaluation(tmp_path, llama, capsys):
+def test_sft_trains_and_evaluates_a_folder_of_splits(tmp_path, llama, capsys):
     data = tmp_path / "data"
     data.mkdir()
     rows = [{"prompt": f"{i}: ", "completion": "yes " * (i % 3 + 1)} for i in range(8)]
@@ -306,7 +306,7 @@ def test_sft_learns_the_chosen_side_of_preference_data(row, columns):
     assert served(Dataset.from_list([row, row]), "sft", "mine.jsonl")[0] == columns
 
 
-def test_sft_on_a_preference_file(tmp_path, llama, capsys):
+def test_sft_trains_on_a_preference_file(tmp_path, llama, capsys):
     file = write(tmp_path / "mine.jsonl", pairs())
     assert main(["sft", *flags(tmp_path, llama, dataset_name=file, bf16="false", report_to="none")]) == 0, (
         capsys.readouterr().err
@@ -314,7 +314,7 @@ def test_sft_on_a_preference_file(tmp_path, llama, capsys):
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
-def test_the_embedded_default_from_any_directory(tmp_path, monkeypatch, capsys):
+def test_the_embedded_default_trains_from_any_directory(tmp_path, monkeypatch, capsys):
     recipe = os.path.abspath("recipes/dpo.yaml")
     monkeypatch.chdir(tmp_path)
     assert main(["dpo", "--config", recipe, "--max_steps", "1", "--eval_strategy", "no", "--use_cpu", "true"]) == 0
@@ -361,14 +361,14 @@ def test_bad_input_is_one_line_and_exit_2(tmp_path, capsys, name):
     assert message in err[0]
 
 
-def test_a_field_in_the_file_that_does_not_exist(tmp_path, capsys):
+def test_an_unknown_field_in_the_file_is_an_error(tmp_path, capsys):
     config = tmp_path / "mine.yaml"
     config.write_text("bta: 0.2\n")
     assert main(["dpo", "--config", str(config)]) == 2
     assert "got the unknown --bta; did you mean --beta?" in capsys.readouterr().err
 
 
-def test_data_without_the_columns(tmp_path, llama, capsys):
+def test_data_without_the_columns_are_an_error(tmp_path, llama, capsys):
     file = write(tmp_path / "mine.jsonl", [{"question": "a", "answer": "b"}])
     for method, expected in (
         ("dpo", "chosen+rejected"),
@@ -387,19 +387,19 @@ def test_data_without_the_columns(tmp_path, llama, capsys):
         ("empty", "model_name_or_path must be a folder with a config.json or adapter_config.json, got"),
     ],
 )
-def test_a_folder_without_a_model_or_head(tmp_path, llama, capsys, name, message):
+def test_a_folder_without_a_model_or_head_is_an_error(tmp_path, llama, capsys, name, message):
     file = write(tmp_path / "mine.jsonl", pairs())
     assert main(["dpo", *flags(tmp_path, llama, name, dataset_name=file, bf16="false")]) == 2
     assert message in capsys.readouterr().err
 
 
-def test_no_traceback_unless_asked_for(tmp_path, capsys):
-    """Also of the installed command itself, in a process of its own."""
+def test_tracebacks_are_printed_only_on_request(tmp_path, capsys):
+    """Also by the installed command in a separate process."""
     words = ["dpo", "--bata", "1"]
     command = shutil.which("fusedalign", path=os.path.dirname(sys.executable)) or "fusedalign"
-    plain = subprocess.run([command, *words], capture_output=True, text=True, cwd=tmp_path)
-    assert plain.returncode == 2
-    assert "Traceback" not in plain.stderr
+    process = subprocess.run([command, *words], capture_output=True, text=True, cwd=tmp_path)
+    assert process.returncode == 2
+    assert "Traceback" not in process.stderr
     assert main(words) == 2
     assert "Traceback" not in capsys.readouterr().err
     assert main([*words, "--debug"]) == 2

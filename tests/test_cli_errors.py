@@ -1,4 +1,4 @@
-"""Wrong words on the command line: each ends in one line that says what was expected, with exit code 2."""
+"""Wrong arguments end with one line that says what was expected, and exit code 2."""
 
 import json
 import re
@@ -52,7 +52,7 @@ FILES = {
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("form", ["--config FILE", "--config=FILE"])
-def test_a_configuration_file_with(tmp_path, capsys, name, form):
+def test_a_bad_configuration_file_is_a_one_line_error(tmp_path, capsys, name, form):
     text, message = FILES[name]
     file = tmp_path / "mine.yaml"
     file.write_text(text)
@@ -60,7 +60,7 @@ def test_a_configuration_file_with(tmp_path, capsys, name, form):
     assert message.replace("FILE", str(file)) in error
 
 
-def test_what_is_no_configuration_file(tmp_path, capsys):
+def test_a_file_that_is_not_a_configuration_is_a_one_line_error(tmp_path, capsys):
     binary = tmp_path / "binary.yaml"
     binary.write_bytes(b"\xff\xfe\x00a")
     assert f"in UTF-8, got {binary} with other bytes" in error_of(capsys, ["sft", "--config", str(binary)])
@@ -103,7 +103,7 @@ WORDS = {
 
 @pytest.mark.parametrize("words", WORDS)
 @pytest.mark.parametrize("method", ["sft", "dpo", "orpo"])
-def test_a_command_with(tmp_path, monkeypatch, capsys, method, words):
+def test_bad_arguments_are_a_one_line_error(tmp_path, monkeypatch, capsys, method, words):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
     row = {"prompt": "a", "chosen": "b", "rejected": "c"}
@@ -114,7 +114,7 @@ def test_a_command_with(tmp_path, monkeypatch, capsys, method, words):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_both_forms_of_a_word_in_every_command(tmp_path, method):
+def test_every_command_takes_both_forms_of_a_flag(tmp_path, method):
     from fusedalign.trl.arguments import parse
 
     file = tmp_path / "mine.yaml"
@@ -125,8 +125,8 @@ def test_both_forms_of_a_word_in_every_command(tmp_path, method):
             assert (training.seed, training.max_steps, training.learning_rate) == (5, 7, 1e-4)
 
 
-def test_values_of_a_file_that_are_right(tmp_path):
-    """Lists, mappings, numbers for text, nothing for what may be nothing, and text for numbers."""
+def test_valid_values_in_a_file_are_accepted(tmp_path):
+    """Lists, mappings, numbers as text, null for optional fields, and text as numbers."""
     from fusedalign.trl.arguments import parse
 
     file = tmp_path / "mine.yaml"
@@ -145,8 +145,8 @@ def test_values_of_a_file_that_are_right(tmp_path):
 
 
 @pytest.mark.parametrize("words", ["q_proj", "q_proj v_proj", "all-linear"])
-def test_target_modules_by_name(words):
-    """TRL makes a pattern of a single name, which matches no module."""
+def test_target_modules_accept_names(words):
+    """TRL turns a single name into a pattern that matches no module."""
     from fusedalign.trl.arguments import parse
 
     modules = parse("sft", ["--lora_target_modules", *words.split()]).model.lora_target_modules
@@ -165,10 +165,10 @@ def test_bf16_is_off_where_no_accelerator_has_it(monkeypatch, capsys, method):
         error = error_of(capsys, [method, flag, "true"])
         assert error.startswith("bf16 must be false where no accelerator has it, got true")
     monkeypatch.setattr(arguments, "is_torch_bf16_gpu_available", lambda: True)
-    assert arguments.read_words(arguments.method_parser(method), []).values.bf16 is None  # TRL's own default follows
+    assert arguments.read_words(arguments.method_parser(method), []).values.bf16 is None  # TRL's default
 
 
-def test_a_long_message_is_cut(monkeypatch, capsys):
+def test_long_messages_are_truncated(monkeypatch, capsys):
     from fusedalign import cli
 
     def fail(argv):
@@ -181,7 +181,7 @@ def test_a_long_message_is_cut(monkeypatch, capsys):
     assert len(error) <= 400
 
 
-def test_an_error_without_a_message_and_a_missing_package(monkeypatch, capsys):
+def test_empty_messages_and_missing_packages_are_explained(monkeypatch, capsys):
     from fusedalign import cli
 
     def fail(argv, error):
@@ -198,7 +198,7 @@ def test_an_error_without_a_message_and_a_missing_package(monkeypatch, capsys):
         assert ("pip install" in error) == ("'trl'" in error)
 
 
-def test_bench_looks_at_its_folder_first(tmp_path, monkeypatch, capsys):
+def test_bench_checks_its_output_folder_first(tmp_path, monkeypatch, capsys):
     from fusedalign.bench import command, microbatches
 
     def measured(*args, **kwargs):

@@ -11,7 +11,7 @@ PATH = Path(__file__).parents[1] / "recipes" / "custom_loop.py"
 
 
 @pytest.mark.parametrize("name", ["dpo", "simpo"])
-def test_it_trains(tmp_path, name):
+def test_the_recipe_trains(tmp_path, name):
     spec = importlib.util.spec_from_file_location("custom_loop", PATH)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -20,5 +20,5 @@ def test_it_trains(tmp_path, name):
     assert sum(losses[-3:]) < 0.8 * 3 * losses[0]
 
 
-def test_it_is_at_most_40_lines():
+def test_the_recipe_is_at_most_40_lines():
     assert len(PATH.read_text().splitlines()) <= 40

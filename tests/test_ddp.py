@@ -1,4 +1,4 @@
-"""Two ranks with gloo: equal parameters afterwards, equal to one process, also where one rank has nothing to learn."""
+"""Two gloo ranks end with equal parameters, equal to one process, even if one rank has no targets."""
 
 import contextlib
 import os
@@ -10,7 +10,7 @@ import torch.multiprocessing as mp
 from fusedalign import linear_cross_entropy, linear_logps
 
 STEPS = 3
-HOWS = ["per token", "scalar", "accumulated"]
+REDUCTIONS = ["per token", "scalar", "accumulated"]
 
 
 def model():
@@ -28,29 +28,29 @@ def batches():
 
 
 class Loss(torch.nn.Module):
-    """The sum over this rank's tokens divided by the mean number of tokens a rank, since DDP averages gradients."""
+    """The sum over this rank's tokens divided by the mean number of tokens per rank: DDP averages gradients."""
 
-    def __init__(self, layers, how):
+    def __init__(self, layers, reduction):
         super().__init__()
-        self.layers, self.how = layers, how
+        self.layers, self.reduction = layers, reduction
 
     def forward(self, inputs, targets, num_items):
         hidden, head = self.layers["body"](inputs), self.layers["head"]
-        options = {"bias": head.bias, "keep_head": self.how != "accumulated"}
-        if self.how == "scalar":
+        options = {"bias": head.bias, "keep_head": self.reduction != "accumulated"}
+        if self.reduction == "scalar":
             return linear_cross_entropy(hidden, head.weight, targets, num_items=num_items, **options)
         return -linear_logps(hidden, head.weight, targets, **options).logps.sum() / num_items
 
 
-def train(how, ranks, wrap=lambda module: module):
-    """The weights at the end; "accumulated": a row at a time, whose backwards add to the head's gradient themselves."""
-    module = wrap(Loss(model(), how))
+def train(reduction, ranks, wrap=lambda module: module):
+    """The final weights; "accumulated": one row at a time, with in-place accumulation of the head's gradient."""
+    module = wrap(Loss(model(), reduction))
     optimizer = torch.optim.SGD(module.parameters(), lr=0.5)
     no_sync = getattr(module, "no_sync", contextlib.nullcontext)
     for inputs, targets in zip(*batches(), strict=True):
         num_items = (targets != -100).sum() / (2 if len(ranks) == 1 else 1)
         optimizer.zero_grad()
-        size = 1 if how == "accumulated" else 99
+        size = 1 if reduction == "accumulated" else 99
         rows = (x[ranks].flatten(0, 1).split(size) for x in (inputs, targets))
         *first, last = zip(*rows, strict=True)
         with no_sync():
@@ -64,18 +64,18 @@ def train(how, ranks, wrap=lambda module: module):
 def rank_main(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    weights = {how: train(how, [rank], torch.nn.parallel.DistributedDataParallel) for how in HOWS}
+    weights = {name: train(name, [rank], torch.nn.parallel.DistributedDataParallel) for name in REDUCTIONS}
     torch.save(weights, f"{folder}/{rank}.pt")
-    dist.barrier()  # a rank that leaves early takes the other's connections along
+    dist.barrier()  # a rank that exits early closes the connections of the other
     dist.destroy_process_group()
-    os._exit(0)  # ending the interpreter now and then aborts in PyTorch's threads ("terminate called ...")
+    os._exit(0)  # interpreter shutdown occasionally aborts in PyTorch's threads ("terminate called ...")
 
 
 def test_two_ranks_equal_one(tmp_path):
     mp.spawn(rank_main, args=(str(tmp_path),), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
-    alone = train("per token", [0, 1])
-    for how in HOWS:
-        for a, b, c in zip(first[how], second[how], alone, strict=True):
-            assert torch.equal(a, b), how
-            torch.testing.assert_close(a, c, msg=lambda m, how=how: f"{how}: {m}")
+    single = train("per token", [0, 1])
+    for reduction in REDUCTIONS:
+        for a, b, c in zip(first[reduction], second[reduction], single, strict=True):
+            assert torch.equal(a, b), reduction
+            torch.testing.assert_close(a, c, msg=lambda m, reduction=reduction: f"{reduction}: {m}")

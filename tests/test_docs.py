@@ -1,4 +1,4 @@
-"""The pages under docs/: their Python runs, no loss is missing, links lead somewhere, the figure draws."""
+"""The pages under docs/: Python blocks run, every loss is described, links resolve, the figure can be drawn."""
 
 import re
 import subprocess
@@ -16,18 +16,18 @@ PAGE = (ROOT / "docs/losses.md").read_text()
 PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md"]
 
 
-def test_python_blocks_of_the_losses_page():
+def test_python_blocks_of_the_losses_page_run():
     blocks = re.findall(r"```python\n(.*?)```", PAGE, flags=re.S)
     assert len(blocks) >= 2
     names: dict = {}
-    for block in blocks:  # in order, as one program
+    for block in blocks:  # the blocks run in order as one program
         exec(compile(block, "docs/losses.md", "exec"), names)
     for name in ("loss", "ipo", "simpo", "ld", "wpo", "mpo", "alphapo", "orpo", "kto"):
         assert names[name].shape == ()
         assert names[name].isfinite(), name
 
 
-def test_python_blocks_of_the_impls_page(capsys):
+def test_python_blocks_of_the_impls_page_run(capsys):
     (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/impls.md").read_text(), flags=re.S)
     names: dict = {}
     exec(compile(block, "docs/impls.md", "exec"), names)
@@ -35,7 +35,7 @@ def test_python_blocks_of_the_impls_page(capsys):
     assert "pytorch exact" in capsys.readouterr().out
 
 
-def test_python_block_of_the_packing_page():
+def test_python_block_of_the_packing_page_runs():
     pytest.importorskip("transformers")
     (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/packing.md").read_text(), flags=re.S)
     names: dict = {}
@@ -48,7 +48,7 @@ def test_python_block_of_the_packing_page():
     assert (names["logps"] - want).abs().max() < 1e-5
 
 
-def test_python_block_of_the_scoring_page(tmp_path, monkeypatch):
+def test_python_block_of_the_scoring_page_runs(tmp_path, monkeypatch):
     pytest.importorskip("trl")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
@@ -79,7 +79,7 @@ def test_every_dpo_type_has_a_section(name):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_relative_links_and_images(page):
+def test_relative_links_and_images_exist(page):
     text = re.sub(r"```.*?```|`[^`\n]*`", "", page.read_text(), flags=re.S)
     for target in re.findall(r"\]\(([^)\s]+)", text):
         path = target.partition("#")[0]

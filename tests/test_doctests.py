@@ -5,11 +5,11 @@ import importlib
 
 import pytest
 
-MODULES = ["ops", "sequence", "packing.batch"]  # those of the losses: tests/losses/test_examples.py
+MODULES = ["ops", "sequence", "packing.batch"]  # tests/losses/test_examples.py runs those of the losses
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_examples(name):
+def test_docstring_examples_run(name):
     result = doctest.testmod(importlib.import_module(f"fusedalign.{name}"))
     assert result.attempted
     assert not result.failed

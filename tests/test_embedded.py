@@ -1,4 +1,4 @@
-"""The shipped data is what its script writes, and the embedded model is what the recipes and the demo need."""
+"""The shipped data equal the output of their script, and the embedded model serves the recipes and the demo."""
 
 from __future__ import annotations
 
@@ -44,20 +44,20 @@ def tokenizer(directory):
     return AutoTokenizer.from_pretrained(directory)
 
 
-def test_data_is_what_the_script_writes(tmp_path):
+def test_shipped_data_equal_the_script_output(tmp_path):
     script = data_directory() / "make_data.py"
     subprocess.run([sys.executable, str(script), "--out", str(tmp_path)], check=True, capture_output=True)
-    written = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
-    assert written == set(FILES)
+    files = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
+    assert files == set(FILES)
     for name in FILES:
         assert (tmp_path / name).read_bytes() == (data_directory() / name).read_bytes(), name
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_rows_are_conversations(name):
-    found = rows(name)
-    assert len(found) >= (50 if "test" in name else 350)
-    for row in found:
+    conversations = rows(name)
+    assert len(conversations) >= (50 if "test" in name else 350)
+    for row in conversations:
         assert tuple(row) == FILES[name]
         for key, messages in row.items():
             assert [message["role"] for message in messages] == ["user" if key == "prompt" else "assistant"]
@@ -66,7 +66,7 @@ def test_rows_are_conversations(name):
             assert text == " ".join(text.split())
             assert "{" not in text
         assert row.get("chosen") != row.get("rejected", "")
-    assert len(set(prompts(name))) == len(found)
+    assert len(set(prompts(name))) == len(conversations)
 
 
 def test_no_test_prompt_is_in_any_training_file():
@@ -92,25 +92,25 @@ def test_tokenizer_round_trips(tokenizer, text):
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
 
 
-def test_chat_template(tokenizer):
-    asked = tokenizer.apply_chat_template(QUESTION, tokenize=False, add_generation_prompt=True)
-    assert asked == "<|im_start|>user\nWhat is 3 + 4?<|im_end|>\n<|im_start|>assistant\n"
-    told = tokenizer.apply_chat_template(QUESTION + ANSWER, tokenize=False)
-    assert told == asked + "3 + 4 is 7.<|im_end|>\n"
-    # What the trainers rely on: the prompt's tokens are a prefix of the conversation's.
-    prefix = tokenizer(asked)["input_ids"]
-    assert tokenizer(told)["input_ids"][: len(prefix)] == prefix
+def test_chat_template_renders_the_conversation(tokenizer):
+    prompt = tokenizer.apply_chat_template(QUESTION, tokenize=False, add_generation_prompt=True)
+    assert prompt == "<|im_start|>user\nWhat is 3 + 4?<|im_end|>\n<|im_start|>assistant\n"
+    text = tokenizer.apply_chat_template(QUESTION + ANSWER, tokenize=False)
+    assert text == prompt + "3 + 4 is 7.<|im_end|>\n"
+    # The trainers rely on it: the prompt's tokens are a prefix of the conversation's.
+    prefix = tokenizer(prompt)["input_ids"]
+    assert tokenizer(text)["input_ids"][: len(prefix)] == prefix
 
 
 def test_assistant_mask_covers_the_answer_and_its_end(tokenizer):
     encoded = tokenizer.apply_chat_template(QUESTION + ANSWER, return_dict=True, return_assistant_tokens_mask=True)
-    answer = [token for token, ours in zip(encoded["input_ids"], encoded["assistant_masks"], strict=True) if ours]
+    answer = [token for token, keep in zip(encoded["input_ids"], encoded["assistant_masks"], strict=True) if keep]
     assert tokenizer.decode(answer) == "3 + 4 is 7.<|im_end|>\n"
     assert tokenizer.eos_token == "<|im_end|>"
     assert tokenizer.pad_token not in (None, tokenizer.eos_token)
 
 
-def test_model_reloads_and_generates(directory, tokenizer):
+def test_the_model_reloads_and_generates(directory, tokenizer):
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(directory).eval()
@@ -123,16 +123,16 @@ def test_model_reloads_and_generates(directory, tokenizer):
     assert inputs["input_ids"].shape[1] < out.shape[1] <= inputs["input_ids"].shape[1] + 4
 
 
-def test_same_seed_same_files_and_the_callers_random_state_stays(directory, tmp_path):
+def test_the_same_seed_gives_the_same_files_and_keeps_the_random_state(directory, tmp_path):
     from safetensors.torch import load_file
 
     state = torch.get_rng_state()
-    again = build_embedded_model(str(tmp_path / "again"))
+    repeated = build_embedded_model(str(tmp_path / "again"))
     other = build_embedded_model(tmp_path / "other", seed=1)
     assert torch.equal(torch.get_rng_state(), state)
     names = sorted(path.name for path in directory.iterdir())
-    assert names == sorted(path.name for path in again.iterdir())
+    assert names == sorted(path.name for path in repeated.iterdir())
     for name in names:
-        assert (directory / name).read_bytes() == (again / name).read_bytes(), name
-    weights, others = (load_file(path / "model.safetensors") for path in (directory, other))
-    assert not torch.equal(weights["model.embed_tokens.weight"], others["model.embed_tokens.weight"])
+        assert (directory / name).read_bytes() == (repeated / name).read_bytes(), name
+    weights, other_weights = (load_file(path / "model.safetensors") for path in (directory, other))
+    assert not torch.equal(weights["model.embed_tokens.weight"], other_weights["model.embed_tokens.weight"])

@@ -1,4 +1,4 @@
-"""Wrong input: one line that says what was expected and what came."""
+"""Wrong input raises one line that names what was expected and what was passed."""
 
 import importlib
 import re
@@ -56,13 +56,13 @@ BAD = [
 
 @pytest.mark.parametrize("f", [linear_logps, linear_cross_entropy])
 @pytest.mark.parametrize(("args", "options", "kind", "message"), BAD)
-def test_bad_input(f, args, options, kind, message):
+def test_bad_input_raises(f, args, options, kind, message):
     with pytest.raises(kind, match=re.escape(message)) as caught:
         f(*args, **options)
     assert "\n" not in str(caught.value)
 
 
-def test_unknown_output():
+def test_an_unknown_output_raises():
     names = "entropy, lse, mean_logit, log_sum_sq_probs, is_top1"
     with pytest.raises(ValueError, match=f"outputs must be among {names}, got 'logits'"):
         linear_logps(H, W, T, outputs=["entropy", "logits"])
@@ -78,20 +78,20 @@ def test_unknown_output():
         ({"num_items": -3}, "num_items must be >= 0, got -3"),
     ],
 )
-def test_bad_loss_options(options, message):
+def test_bad_loss_options_raise(options, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         linear_cross_entropy(H, W, T, **options)
 
 
 @pytest.mark.parametrize("impl", ["pytorch", "reference", "auto"])
-def test_what_an_impl_cannot_do_it_refuses(impl):
-    """There is no silent fallback, neither to another impl nor to exact gradients."""
+def test_impls_refuse_unsupported_problems(impl):
+    """No silent fallback to another impl or to exact gradients."""
     with pytest.raises(ValueError, match=r"filter_eps must be None"):
         linear_logps(H, W, T, impl=impl, filter_eps=1e-4)
 
 
 @pytest.mark.parametrize("name", impls.MODULES)
-def test_the_table_says_what_each_impl_is(name):
+def test_the_table_describes_each_impl(name):
     impl = importlib.import_module(impls.MODULES[name].module).IMPL
     assert isinstance(impl, Impl)
     assert impl.about
@@ -99,11 +99,11 @@ def test_the_table_says_what_each_impl_is(name):
     assert (impl.package is not None) == (impls.MODULES[name].kind == "adapter")
 
 
-def test_a_broken_impl_is_a_reason_and_not_a_crash(monkeypatch, tmp_path):
+def test_a_broken_impl_is_reported_not_raised(monkeypatch, tmp_path):
     (tmp_path / "broken_impl.py").write_text("import a_package_that_nobody_has")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(impls, "MODULES", {"broken": impls.Entry("broken_impl", "own"), **impls.MODULES})
-    assert linear_logps(H, W, T).logps.shape == (4, 6)  # auto goes on to the next
+    assert linear_logps(H, W, T).logps.shape == (4, 6)  # auto takes the next impl
     with pytest.raises(
         ValueError, match=r"impl='broken' cannot do this: .*a_package_that_nobody_has.*pytorch, reference"
     ):
@@ -113,7 +113,7 @@ def test_a_broken_impl_is_a_reason_and_not_a_crash(monkeypatch, tmp_path):
     assert rows["pytorch"].reason is None
 
 
-def test_explain_a_problem():
+def test_explain_gives_the_verdict_of_each_impl():
     problem = Problem(H.flatten(0, 1), W, T.flatten(), torch.float32, filter_eps=1e-5)
     assert {v.impl: v.reason is None for v in explain(problem)} == dict.fromkeys(impls.MODULES, False)
     assert [v.impl for v in explain() if v.auto and v.impl != "triton"] == ["liger", "cce", "pytorch"]

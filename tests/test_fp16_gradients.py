@@ -1,6 +1,6 @@
-"""fp16 gradients of a scalar loss: as exact as eager code's, whatever factor a GradScaler or the user puts on the loss.
+"""fp16 gradients of a scalar loss are as exact as eager code's, whatever factor scales the loss.
 
-A gradient that is made before that factor is known must not be stored in fp16, whose range is 6e-8 to 65504.
+A gradient computed before that factor is known must not be stored in fp16, whose range is 6e-8 to 65504.
 """
 
 from dataclasses import replace
@@ -15,7 +15,7 @@ from fusedalign import LinearCrossEntropyLoss, linear_cross_entropy
 FP16, FP32 = torch.float16, torch.float32
 HEADS = [FP32, FP16]
 NEEDS = [(1, 1, 1), (1, 0, 0), (0, 1, 0), (1, 0, 1)]
-#: (options of the loss, factor on it): gradients that underflow fp16 before the factor, and that overflow it.
+#: (loss options, factor): gradients that underflow fp16 before the factor is applied, and that overflow it.
 SMALL = [
     ({"num_items": 2**18}, 65536.0),
     ({"num_items": 2**20}, 65536.0),
@@ -30,7 +30,7 @@ def fp16_case(device, head=FP32, *, seed=0) -> Case:
 
 
 def steep_case(device, head=FP32) -> Case:
-    """An lse of 8000 nats at every token, by one column's bias: gradients summed over tokens leave fp16's range."""
+    """One column's bias makes the lse 8000 nats at every token, so gradients summed over tokens exceed fp16's range."""
     case = fp16_case(device, head)
     case.bias[7] = 8000
     return case
@@ -40,7 +40,7 @@ def steep_case(device, head=FP32) -> Case:
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("head", HEADS, ids=str)
 @pytest.mark.parametrize("needs", NEEDS)
-def test_gradients_that_are_small_before_the_factor(impl, device, head, needs):
+def test_gradients_that_underflow_before_the_factor_are_exact(impl, device, head, needs):
     for seed, (options, upstream) in enumerate(SMALL):
         case = fp16_case(device, head, seed=seed)
         got = run_loss(case, needs, upstream=upstream, impl=impl, **options)
@@ -51,7 +51,7 @@ def test_gradients_that_are_small_before_the_factor(impl, device, head, needs):
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("head", HEADS, ids=str)
 @pytest.mark.parametrize("needs", NEEDS)
-def test_gradients_that_are_large_before_the_factor(impl, device, head, needs):
+def test_gradients_that_overflow_before_the_factor_are_exact(impl, device, head, needs):
     for options, upstream in LARGE:
         case = steep_case(device, head)
         got = run_loss(case, needs, upstream=upstream, impl=impl, **options)
@@ -62,7 +62,7 @@ def test_gradients_that_are_large_before_the_factor(impl, device, head, needs):
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize("head", HEADS, ids=str)
 @pytest.mark.parametrize("needs", NEEDS[:2])
-def test_compiled(device, backend, head, needs):
+def test_compiled_gradients_are_exact(device, backend, head, needs):
     torch.compiler.reset()
     call = torch.compile(partial(linear_cross_entropy, impl="pytorch"), backend=backend, fullgraph=True)
     for options, upstream in (SMALL[1], LARGE[0], LARGE[1]):
@@ -73,7 +73,7 @@ def test_compiled(device, backend, head, needs):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("head", HEADS, ids=str)
-def test_the_module(device, head):
+def test_module_gradients_are_exact(device, head):
     options, upstream = SMALL[1]
     case = fp16_case(device, head)
     layer = torch.nn.Linear(16, 211, device=device, dtype=head)

@@ -1,4 +1,4 @@
-"""`torch.compile(fullgraph=True)`: the operators give what the functions give, and their fakes tell the truth."""
+"""`torch.compile(fullgraph=True)`: operators equal the functions, and fake outputs match the real ones."""
 
 import itertools
 
@@ -18,8 +18,8 @@ TARGETS = torch.randint(0, 101, (3, 7), generator=torch.Generator().manual_seed(
 
 def tensors(device, dtype, needs):
     g = torch.Generator().manual_seed(1)
-    made = [torch.randn(*shape, generator=g).to(device, dtype) for shape in ((3, 7, 16), (101, 16), (101,))]
-    return [x.requires_grad_(bool(n)) for x, n in zip(made, needs, strict=True)]
+    inputs = [torch.randn(*shape, generator=g).to(device, dtype) for shape in ((3, 7, 16), (101, 16), (101,))]
+    return [x.requires_grad_(bool(n)) for x, n in zip(inputs, needs, strict=True)]
 
 
 def all_outputs(hidden, weight, bias, impl):
@@ -50,7 +50,7 @@ def scalar(hidden, weight, bias, impl):
 @pytest.mark.parametrize("impl", IN_GRAPHS)
 @pytest.mark.parametrize("f", [all_outputs, logps_alone, scalar, scalar_without_keeping])
 @pytest.mark.parametrize("needs", NEEDS)
-def test_one_graph_gives_the_same_numbers(impl, device, f, needs):
+def test_fullgraph_compilation_gives_the_same_numbers(impl, device, f, needs):
     results = []
     for call in (f, torch.compile(f, fullgraph=True, backend="aot_eager")):
         torch._dynamo.reset()
@@ -65,8 +65,8 @@ def test_one_graph_gives_the_same_numbers(impl, device, f, needs):
             torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-5)
 
 
-#: What is traced is the same of every impl: its name is one more constant of an operator. So others than the first
-#: are asked once, with the call that makes everything symbolic.
+#: The traced graph does not depend on the impl, which is a constant argument of the operator. So impls after the first
+#: are tested with one call, where all sizes are symbolic.
 @pytest.mark.parametrize(
     ("impl", "dynamic"),
     [(impl, dynamic) for impl in IN_GRAPHS for dynamic in (None, True) if dynamic or impl == IN_GRAPHS[0]],
@@ -82,7 +82,7 @@ def test_one_graph_gives_the_same_numbers(impl, device, f, needs):
     ],
     ids=lambda options: next(iter(options)),
 )
-def test_shapes_and_options_that_differ_between_calls(impl, dynamic, options):
+def test_one_compiled_function_takes_different_shapes_and_options(impl, dynamic, options):
     def f(hidden, weight, targets, **options):
         logps = linear_logps(hidden, weight, targets, impl=impl, **options).logps
         return linear_cross_entropy(hidden, weight, targets, impl=impl, **options) + logps.square().sum()
@@ -106,7 +106,7 @@ def make_call(impl, dtype, needs, outputs, **options):
     return graphs.Call(spec, -100, impl, NeedsGrad(*map(bool, needs)))
 
 
-def test_a_call_survives_the_operators_schema():
+def test_a_call_survives_the_operator_schema():
     memories = (MemoryOptions(), MemoryOptions(5, None, 7, keep_head=False))
     for memory, filter_eps, softcap in itertools.product(memories, (None, 0.0, 0.1), (None, 2.0)):
         options = {"memory": memory, "filter_eps": filter_eps, "softcap": softcap}
@@ -118,7 +118,7 @@ def test_a_call_survives_the_operators_schema():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("needs", NEEDS)
 @pytest.mark.parametrize("outputs", [(), ("lse",), OUTPUTS])
-def test_fakes_have_the_shapes_and_dtypes_of_what_comes(impl, dtype, needs, outputs):
+def test_fake_outputs_have_the_real_shapes_and_dtypes(impl, dtype, needs, outputs):
     inputs = tensors("cpu", dtype, (0, 0, 0))
     packed = make_call(impl, dtype, needs, outputs).pack()
     hidden, weight, bias = inputs
@@ -128,8 +128,8 @@ def test_fakes_have_the_shapes_and_dtypes_of_what_comes(impl, dtype, needs, outp
 
 
 @pytest.mark.parametrize("needs", NEEDS[:2])
-def test_torch_finds_nothing_wrong_with_the_operators(needs):
-    """Schema, registration of autograd, and fakes, by PyTorch's own checks."""
+def test_operators_pass_opcheck(needs):
+    """PyTorch's `opcheck`: schema, autograd registration and fake outputs."""
     hidden, weight, bias = tensors("cpu", torch.float32, needs)
     arguments = hidden, weight, TARGETS, bias
     packed = make_call("pytorch", torch.float32, needs, ("lse",)).pack()
@@ -138,7 +138,7 @@ def test_torch_finds_nothing_wrong_with_the_operators(needs):
     torch.library.opcheck(graphs._cross_entropy, (*arguments, None, 0.1, "nll mean", *packed), test_utils=checks)
 
 
-def test_a_target_out_of_range_raises_in_a_graph_too():
+def test_a_target_out_of_range_raises_in_a_graph():
     f = torch.compile(logps_alone, fullgraph=True, backend="aot_eager")
     hidden, weight, bias = tensors("cpu", torch.float32, (0, 0, 0))
     with pytest.raises(ValueError, match=r"targets must be in \[0, 50\)"):

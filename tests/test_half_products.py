@@ -1,8 +1,8 @@
 """The CUDA path of half-precision products, on a machine without CUDA.
 
-There a product takes bf16 or fp16 operands and gives fp32. Here that is emulated: the operands are rounded to the half
-precision and multiplied in fp32, which is what the hardware does up to the order of its sums. Shapes and dtypes of the
-true calls are checked with meta tensors.
+On CUDA a product takes bf16 or fp16 operands and returns fp32. Here it is emulated: operands are rounded to half
+precision and multiplied in fp32, as the hardware does up to the order of sums. Shapes and dtypes of the real calls are
+checked with meta tensors.
 """
 
 import pytest
@@ -35,7 +35,7 @@ def half_products(monkeypatch):
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("needs", [(1, 1, 1), (1, 0, 0), (0, 1, 1)])
-def test_within_budget(half_products, dtype, head, needs):
+def test_errors_are_within_the_eager_budget(half_products, dtype, head, needs):
     for seed in (0, 1):
         case = make_case((3, 17), 33, 507, dtype=dtype, seed=seed, **head)
         got = run(case, needs=needs, impl="pytorch", token_chunk=20, vocab_chunk=100)
@@ -44,7 +44,7 @@ def test_within_budget(half_products, dtype, head, needs):
 
 
 @pytest.mark.parametrize("needs", [(1, 1, 1), (1, 0, 0)])
-def test_frozen_head_and_one_pass(half_products, needs):
+def test_frozen_head_and_one_pass_are_within_budget(half_products, needs):
     for dtype in HALF:
         case = make_case((3, 17), 33, 507, dtype=dtype)
         assert_within_budget(case, run(case, ("logps",), needs, (), impl="pytorch"), ("logps",))
@@ -74,8 +74,8 @@ def test_fp16_gradients_of_logits_neither_overflow_nor_vanish(half_products, ups
 
 
 @pytest.mark.parametrize("dtype", HALF)
-def test_shapes_and_dtypes_of_the_true_calls(monkeypatch, dtype):
-    """Meta tensors run PyTorch's own rules for every call, `torch.mm(..., out_dtype=)` among them, without numbers."""
+def test_mm_calls_have_valid_shapes_and_dtypes_on_meta_tensors(monkeypatch, dtype):
+    """Meta tensors check every call, including `torch.mm(..., out_dtype=)`, without computing values."""
     monkeypatch.setattr(pytorch, "_half_products", lambda problem: True)
     hidden = torch.empty(48, 32, dtype=dtype, device="meta")
     weight = torch.empty(200, 32, dtype=dtype, device="meta", requires_grad=True)
@@ -96,7 +96,7 @@ def test_shapes_and_dtypes_of_the_true_calls(monkeypatch, dtype):
     assert jacobian.rows.dtype == torch.float16
 
 
-def test_cuda_tensors_take_this_path():
+def test_cuda_tensors_use_half_products():
     with FakeTensorMode():
         hidden, targets = torch.empty(4, 8, device="cuda"), torch.empty(4, dtype=torch.int64, device="cuda")
         for dtype, expected in ((torch.bfloat16, True), (torch.float16, True), (torch.float32, False)):

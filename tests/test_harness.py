@@ -40,12 +40,12 @@ def embedded(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def theirs(embedded):
+def hf(embedded):
     return HFLM(embedded, device="cpu", batch_size=8)
 
 
 @pytest.fixture
-def ours(embedded):
+def fused(embedded):
     return FusedLM(embedded, device="cpu", batch_size="auto")
 
 
@@ -59,7 +59,7 @@ def instances(arguments, kind="loglikelihood"):
 
 
 def ragged(model, seed=0):
-    """Answers of one token and of more, some of them greedy; empty contexts, duplicates, rows beyond 512 tokens."""
+    """Requests with answers of one and more tokens, some greedy; empty contexts, duplicates, rows above 512 tokens."""
     generator = random.Random(seed)
     pairs = [("", words(generator, 5)), ("", words(generator, 1))]
     for count in (2, 15, 60, 300):
@@ -68,22 +68,22 @@ def ragged(model, seed=0):
         pairs += [(question, f" {letter}") for letter in "abc"]
         pairs += [(question + " ", "yes"), (words(generator, count), " " + words(generator, 3))]
     contexts = [context for context, _ in pairs if context][:12:3]
-    said = model.generate_until(
+    answers = model.generate_until(
         instances([(x, {"until": ["\0"], "max_gen_toks": 3}) for x in contexts]), disable_tqdm=True
     )
-    pairs += [(context, text) for context, text in zip(contexts, said, strict=True) if text.strip()]
+    pairs += [(context, text) for context, text in zip(contexts, answers, strict=True) if text.strip()]
     generator.shuffle(pairs)
     return [*pairs, pairs[0], pairs[5]]
 
 
 @pytest.fixture(scope="module")
-def pairs(theirs):
-    return ragged(theirs)
+def pairs(hf):
+    return ragged(hf)
 
 
 @pytest.fixture(scope="module")
-def expected(theirs, pairs):
-    want = theirs.loglikelihood(instances(pairs), disable_tqdm=True)
+def expected(hf, pairs):
+    want = hf.loglikelihood(instances(pairs), disable_tqdm=True)
     assert {greedy for _, greedy in want} == {True, False}
     return want
 
@@ -93,20 +93,20 @@ def assert_equal(got, want, tolerance=1e-4):
     assert [x for _, x in got] == [x for _, x in want]
 
 
-# ------------------------------------------------------------------------------------------------------ loglikelihood
+# Loglikelihood
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, "auto"])
-def test_loglikelihood_is_that_of_hf(embedded, pairs, expected, batch_size):
+def test_loglikelihood_equals_hf(embedded, pairs, expected, batch_size):
     model = FusedLM(embedded, device="cpu", batch_size=batch_size)
     assert model._packs
     assert_equal(model.loglikelihood(instances(pairs), disable_tqdm=True), expected)
 
 
-def test_answers_stand_in_the_order_of_their_requests(ours, pairs, expected):
+def test_answers_follow_the_order_of_requests(fused, pairs, expected):
     order = list(range(len(pairs)))
     random.Random(1).shuffle(order)
-    got = ours.loglikelihood(instances([pairs[i] for i in order]), disable_tqdm=True)
+    got = fused.loglikelihood(instances([pairs[i] for i in order]), disable_tqdm=True)
     assert_equal(got, [expected[i] for i in order])
 
 
@@ -146,18 +146,18 @@ def tiny(monkeypatch):
     return tiny
 
 
-def both(tiny, name, dtype=torch.float32, adapter=None, **options):
+def hf_and_fused(tiny, name, dtype=torch.float32, adapter=None, **options):
     torch.manual_seed(0)
     model = (OTHERS[name](**SIZES) if name in OTHERS else tiny.MODELS[name]()).to(dtype).eval()
     if adapter is not None:
         model = pytest.importorskip("peft").get_peft_model(model, adapter).eval()
     options |= {"tokenizer": tiny.tokenizer(), "max_length": 48}
-    theirs = HFLM(model, batch_size=4, **options)
-    return theirs, FusedLM(model, batch_size=2, **options)
+    hf = HFLM(model, batch_size=4, **options)
+    return hf, FusedLM(model, batch_size=2, **options)
 
 
 def token_requests(model, seed=0, vocab=419):
-    """As the harness makes them of strings; every third continuation begins as greedy decoding does."""
+    """Requests as the harness tokenises them; every third continuation starts greedily."""
     generator = random.Random(seed)
     requests = []
     for count in (1, 2, 7, 20, 46, 60):
@@ -170,84 +170,84 @@ def token_requests(model, seed=0, vocab=419):
 
 
 @pytest.mark.parametrize("name", PACKED + PADDED)
-def test_families(tiny, name):
-    theirs, ours = both(tiny, name)
-    requests = token_requests(theirs)
-    want = theirs._loglikelihood_tokens(requests, disable_tqdm=True)
+def test_families_equal_hf(tiny, name):
+    hf, fused = hf_and_fused(tiny, name)
+    requests = token_requests(hf)
+    want = hf._loglikelihood_tokens(requests, disable_tqdm=True)
     assert {greedy for _, greedy in want} == {True, False}
-    assert_equal(ours._loglikelihood_tokens(requests, disable_tqdm=True), want)
-    assert ours._packs == (name in PACKED)
+    assert_equal(fused._loglikelihood_tokens(requests, disable_tqdm=True), want)
+    assert fused._packs == (name in PACKED)
 
 
 @pytest.mark.parametrize("name", ["qwen3", "gemma2"])
-def test_half_precision(tiny, name):
-    theirs, ours = both(tiny, name, torch.bfloat16, softmax_dtype="float32")
-    requests = token_requests(theirs)
-    got, want = (model._loglikelihood_tokens(requests, disable_tqdm=True) for model in (ours, theirs))
+def test_half_precision_equals_hf(tiny, name):
+    hf, fused = hf_and_fused(tiny, name, torch.bfloat16, softmax_dtype="float32")
+    requests = token_requests(hf)
+    got, want = (model._loglikelihood_tokens(requests, disable_tqdm=True) for model in (fused, hf))
     assert [x for x, _ in got] == pytest.approx([x for x, _ in want], rel=2e-2)
 
 
-def test_mixed_precision_is_that_of_hf(tiny):
-    theirs, ours = both(tiny, "qwen3", mixed_precision_dtype="bfloat16", softmax_dtype="float32")
-    requests = token_requests(theirs)
-    got, want = (model._loglikelihood_tokens(requests, disable_tqdm=True) for model in (ours, theirs))
+def test_mixed_precision_equals_hf(tiny):
+    hf, fused = hf_and_fused(tiny, "qwen3", mixed_precision_dtype="bfloat16", softmax_dtype="float32")
+    requests = token_requests(hf)
+    got, want = (model._loglikelihood_tokens(requests, disable_tqdm=True) for model in (fused, hf))
     assert [x for x, _ in got] == pytest.approx([x for x, _ in want], rel=2e-2)
-    _, exact = both(tiny, "qwen3")
+    _, exact = hf_and_fused(tiny, "qwen3")
     in_fp32 = exact._loglikelihood_tokens(requests, disable_tqdm=True)
     assert [x for x, _ in got] != pytest.approx([x for x, _ in in_fp32], rel=1e-5)  # autocast is on
 
 
-def test_a_text_that_is_split_at_several_places(tiny):
-    """Where `hf` reuses logits for a shorter continuation it reads those of other tokens: without reuse it is right."""
-    theirs, ours = both(tiny, "qwen3", logits_cache=False)
+def test_a_text_split_at_several_positions_equals_hf_without_reuse(tiny):
+    """With logits reuse `hf` reads the logits of other tokens for shorter continuations, so reuse is off."""
+    hf, fused = hf_and_fused(tiny, "qwen3", logits_cache=False)
     requests = [(("", ""), [9, 8, 7], [6, 5]), (("", ""), [9, 8], [7, 6, 5]), (("", ""), [9], [8, 7, 6, 5])]
-    want = theirs._loglikelihood_tokens(requests, disable_tqdm=True)
-    assert_equal(ours._loglikelihood_tokens(requests, disable_tqdm=True), want)
-    cached, _ = both(tiny, "qwen3")
+    want = hf._loglikelihood_tokens(requests, disable_tqdm=True)
+    assert_equal(fused._loglikelihood_tokens(requests, disable_tqdm=True), want)
+    cached, _ = hf_and_fused(tiny, "qwen3")
     assert cached._loglikelihood_tokens(requests, disable_tqdm=True)[0][0] != pytest.approx(want[0][0], rel=1e-3)
 
 
 @pytest.mark.parametrize(("context", "continuation"), [([], [5]), ([5], []), ([5], [6] * 49)])
-def test_requests_that_cannot_be_answered(tiny, context, continuation):
-    _, ours = both(tiny, "qwen3")
+def test_unanswerable_requests_raise(tiny, context, continuation):
+    _, fused = hf_and_fused(tiny, "qwen3")
     with pytest.raises(ValueError, match=r"expected a context of 1 token or more .* in request 1$"):
-        ours._loglikelihood_tokens([(("", ""), [5], [6]), (("", ""), context, continuation)], disable_tqdm=True)
+        fused._loglikelihood_tokens([(("", ""), [5], [6]), (("", ""), context, continuation)], disable_tqdm=True)
 
 
-def test_rows_that_are_cut_are_counted(tiny, caplog):
-    _, ours = both(tiny, "qwen3")
+def test_truncated_rows_are_counted(tiny, caplog):
+    _, fused = hf_and_fused(tiny, "qwen3")
     requests = [(("", ""), [5] * 60, [6]), (("", ""), [5] * 48, [6]), (("", ""), [5] * 49, [6])]
     with caplog.at_level(logging.WARNING, "fusedalign"):
-        ours._loglikelihood_tokens(requests, disable_tqdm=True)
+        fused._loglikelihood_tokens(requests, disable_tqdm=True)
     assert "2 of 3 requests are cut from the left to max_length=48" in caplog.text
 
 
-# -------------------------------------------------------------------------------------------------------------- rolling
+# Rolling
 
 
 @pytest.mark.parametrize("batch_size", [2, "auto"])
-def test_rolling_is_that_of_hf(embedded, theirs, monkeypatch, batch_size):
+def test_rolling_loglikelihood_equals_hf(embedded, hf, monkeypatch, batch_size):
     generator = random.Random(2)
     texts = [(words(generator, count),) for count in (400, 2, 30, 700, 90)]
-    want = theirs.loglikelihood_rolling(instances(texts), disable_tqdm=True)
+    want = hf.loglikelihood_rolling(instances(texts), disable_tqdm=True)
     model = FusedLM(embedded, device="cpu", batch_size=batch_size)
-    # which would make logits at the largest size
+    # it would allocate logits at the largest size
     monkeypatch.setattr(FusedLM, "_detect_batch_size", lambda *_, **__: pytest.fail("batch size by logits"))
     got = model.loglikelihood_rolling(instances(texts), disable_tqdm=True)
     assert got == pytest.approx(want, rel=1e-5)
     assert model.batch_size == batch_size
 
 
-def test_ranks_with_fewer_windows_run_as_many(ours, theirs):
-    """As under `accelerate launch`, where `hf` lets each rank run the windows of the rank that has most."""
+def test_ranks_with_fewer_windows_run_as_many(fused, hf):
+    """As under `accelerate launch`, where in `hf` each rank runs as many windows as the rank with the most."""
     texts = instances([(words(random.Random(3), 700),)])
-    want = theirs.loglikelihood_rolling(texts, disable_tqdm=True)
-    ours._world_size = 2
-    ours.accelerator = SimpleNamespace(gather=lambda x: torch.stack([x, x + 3]), unwrap_model=lambda x: x)
-    assert ours.loglikelihood_rolling(texts, disable_tqdm=True) == pytest.approx(want, rel=1e-5)
+    want = hf.loglikelihood_rolling(texts, disable_tqdm=True)
+    fused._world_size = 2
+    fused.accelerator = SimpleNamespace(gather=lambda x: torch.stack([x, x + 3]), unwrap_model=lambda x: x)
+    assert fused.loglikelihood_rolling(texts, disable_tqdm=True) == pytest.approx(want, rel=1e-5)
 
 
-# ------------------------------------------------------------------------------------------------------- rows, batches
+# Rows, batches
 
 
 def packed_tokens(monkeypatch, model, requests):
@@ -263,22 +263,22 @@ def packed_tokens(monkeypatch, model, requests):
     return [batch.tokens for batch in sizes]
 
 
-def test_what_several_answers_begin_with_is_computed_once(tiny, monkeypatch):
-    _, ours = both(tiny, "qwen3")
-    ours._rows_per_batch = "auto"
+def test_shared_prefixes_are_computed_once(tiny, monkeypatch):
+    _, fused = hf_and_fused(tiny, "qwen3")
+    fused._rows_per_batch = "auto"
     shots = list(range(10, 30))
     requests = []
     for question in range(5):
         context = [*shots, 100 + question, 40, 41]
         requests += [(("", ""), context, [answer, 42, answer]) for answer in (50, 51, 52, 53)]
         requests += [(("", ""), context, [answer]) for answer in (60, 61, 62)]
-    # The shots, the first question with its answers, and for each of the others 4 times 3 tokens and 2 of an answer:
-    # these share the shots alone.
-    assert packed_tokens(monkeypatch, ours, requests) == [20 + (3 + 4 * 2) + 4 * 4 * (3 + 2)]
+    # The shots, the first question with its answers, and per further question 4 times 3 tokens and 2 answer tokens:
+    # further questions share only the shots.
+    assert packed_tokens(monkeypatch, fused, requests) == [20 + (3 + 4 * 2) + 4 * 4 * (3 + 2)]
 
 
 def random_rows(seed):
-    """Tokens of a small tree: rows that share beginnings of many lengths, and rows that are the beginning of others."""
+    """Random rows that share prefixes of many lengths, some rows being prefixes of others."""
     generator = random.Random(seed)
     texts = [[generator.randrange(3) for _ in range(generator.choice((1, 4, 30, 60)))] for _ in range(8)]
     requests = []
@@ -290,7 +290,7 @@ def random_rows(seed):
 
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("seed", range(4))
-def test_batches_hold_each_request_once_and_stay_within_the_budget(seed, padded):
+def test_batches_hold_each_request_once_and_fit_the_budget(seed, padded):
     requests = random_rows(seed)
     rows = unique_rows(requests, 40)
     groups = single_groups(rows) if padded else shared_groups(rows)
@@ -305,8 +305,8 @@ def test_batches_hold_each_request_once_and_stay_within_the_budget(seed, padded)
         if padded:
             assert len(flat) * max(map(len, flat)) <= budget
         else:
-            alone = sum(len(group[0]) + sum(len(row) - row.shared for row in group[1:]) for group in batch)
-            assert alone <= budget
+            packed_size = sum(len(group[0]) + sum(len(row) - row.shared for row in group[1:]) for group in batch)
+            assert packed_size <= budget
             assert max(map(len, batch)) * len(batch) <= 4 * len(flat)
     assert sorted(numbers) == list(range(len(requests)))
     for row in rows:
@@ -316,14 +316,14 @@ def test_batches_hold_each_request_once_and_stay_within_the_budget(seed, padded)
             assert list(row.input_ids[:end]) == [*context, *continuation][-41:][:-1]
 
 
-def test_a_row_that_is_larger_than_the_budget_is_a_batch():
+def test_a_row_larger_than_the_budget_is_its_own_batch():
     queue = deque(single_groups([Row((1,) * 50), Row((2,) * 40)]))
     assert [len(group[0]) for group in take_batch(queue, 10, padded=True)] == [50]
     assert len(queue) == 1
 
 
-def test_questions_of_different_length_form_groups_of_their_own():
-    """A long question is worth more than the short instruction before all questions."""
+def test_questions_of_different_length_form_separate_groups():
+    """Sharing a long question saves more than sharing the short instruction before all questions."""
     instruction = (1, 2, 3, 4, 5, 6)
     rows = [Row((*instruction, *(10 * q + i for i in range(30)), answer)) for q in (1, 2) for answer in (7, 8, 9)]
     groups = shared_groups(rows)
@@ -331,14 +331,14 @@ def test_questions_of_different_length_form_groups_of_their_own():
     assert [[row.shared for row in group] for group in groups] == [[0, 36, 36]] * 2
 
 
-# --------------------------------------------------------------------------------------------------------------- faults
+# Faults
 
 
 @pytest.mark.parametrize("name", ["qwen3", "gemma2"])
 def test_out_of_memory_halves_the_batches(tiny, monkeypatch, caplog, name):
-    theirs, ours = both(tiny, name)
-    ours._rows_per_batch = "auto"
-    requests = token_requests(theirs)
+    hf, fused = hf_and_fused(tiny, name)
+    fused._rows_per_batch = "auto"
+    requests = token_requests(hf)
     tried = []
 
     def scarce(hidden, *args, **options):
@@ -350,26 +350,26 @@ def test_out_of_memory_halves_the_batches(tiny, monkeypatch, caplog, name):
     original = harness_model.linear_logps
     monkeypatch.setattr(harness_model, "linear_logps", scarce)
     with caplog.at_level(logging.WARNING, "fusedalign"):
-        got = ours._loglikelihood_tokens(requests, disable_tqdm=True)
-    assert_equal(got, theirs._loglikelihood_tokens(requests, disable_tqdm=True))
+        got = fused._loglikelihood_tokens(requests, disable_tqdm=True)
+    assert_equal(got, hf._loglikelihood_tokens(requests, disable_tqdm=True))
     failures = sum(size > 40 for size in tried)
     limits = [int(x) for x in re.findall(r"out of memory: batches of at most (\d+) tokens", caplog.text)]
     assert len(limits) == failures >= 2
     assert all(2 * after <= before + 1 for before, after in itertools.pairwise(limits))
     tried.clear()
-    ours._loglikelihood_tokens(requests, disable_tqdm=True)
-    assert max(tried) <= 40  # what has been learnt stays
+    fused._loglikelihood_tokens(requests, disable_tqdm=True)
+    assert max(tried) <= 40  # the smaller budget is kept
 
 
 def test_a_row_that_does_not_fit_alone_raises(tiny, monkeypatch):
-    _, ours = both(tiny, "qwen3")
+    _, fused = hf_and_fused(tiny, "qwen3")
 
     def full(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(harness_model, "linear_logps", full)
     with pytest.raises(torch.OutOfMemoryError):
-        ours._loglikelihood_tokens([(("", ""), [5, 6], [7]), (("", ""), [8, 9], [7])], disable_tqdm=True)
+        fused._loglikelihood_tokens([(("", ""), [5, 6], [7]), (("", ""), [8, 9], [7])], disable_tqdm=True)
 
 
 def test_encoder_decoders_are_refused(tiny):
@@ -378,7 +378,7 @@ def test_encoder_decoders_are_refused(tiny):
         FusedLM(model, tokenizer=tiny.tokenizer())
 
 
-def test_heads_that_cannot_be_read_are_refused(tiny):
+def test_unreadable_heads_are_refused(tiny):
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=2, target_modules=["lm_head"], use_dora=True, task_type="CAUSAL_LM")
     model = peft.get_peft_model(tiny.MODELS["qwen3"](), config)
@@ -394,7 +394,7 @@ def test_prompt_learning_is_refused(tiny):
         FusedLM(model, tokenizer=tiny.tokenizer())
 
 
-# ------------------------------------------------------------------------------------------------ the harness around it
+# Integration with the harness
 
 
 def test_the_registry_knows_the_name():
@@ -402,62 +402,62 @@ def test_the_registry_knows_the_name():
 
 
 def test_the_entry_point_names_the_registered_class():
-    """The harness compares both, in versions that look for entry points."""
+    """Harness versions with entry points compare both."""
     tomllib = pytest.importorskip("tomllib")
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
     name = project["entry-points"]["lm_eval.models"]["fusedalign"]
     assert name == f"{FusedLM.__module__}:{FusedLM.__name__}"
 
 
-def test_adapters_are_those_of_hf(embedded, tmp_path, theirs, pairs, expected):
+def test_adapters_equal_hf(embedded, tmp_path, hf, pairs, expected):
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
     torch.manual_seed(1)
-    peft.get_peft_model(theirs.model.__class__.from_pretrained(embedded), config).save_pretrained(tmp_path)
+    peft.get_peft_model(hf.model.__class__.from_pretrained(embedded), config).save_pretrained(tmp_path)
     options = {"peft": str(tmp_path), "device": "cpu", "batch_size": 8}
     want = HFLM(embedded, **options).loglikelihood(instances(pairs[:12]), disable_tqdm=True)
-    ours = FusedLM(embedded, **options)
-    assert ours._packs
-    assert_equal(ours.loglikelihood(instances(pairs[:12]), disable_tqdm=True), want)
+    fused = FusedLM(embedded, **options)
+    assert fused._packs
+    assert_equal(fused.loglikelihood(instances(pairs[:12]), disable_tqdm=True), want)
     assert want[0][0] != pytest.approx(expected[0][0], rel=1e-3)
 
 
-def test_adapters_on_the_head_are_those_of_hf(tiny):
+def test_adapters_on_the_head_equal_hf(tiny):
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=4, target_modules=["q_proj", "lm_head"], init_lora_weights=False, task_type="CAUSAL_LM")
-    theirs, ours = both(tiny, "qwen3", adapter=config)
-    requests = token_requests(theirs)
-    want = theirs._loglikelihood_tokens(requests, disable_tqdm=True)
-    assert_equal(ours._loglikelihood_tokens(requests, disable_tqdm=True), want)
-    assert ours._packs
+    hf, fused = hf_and_fused(tiny, "qwen3", adapter=config)
+    requests = token_requests(hf)
+    want = hf._loglikelihood_tokens(requests, disable_tqdm=True)
+    assert_equal(fused._loglikelihood_tokens(requests, disable_tqdm=True), want)
+    assert fused._packs
 
 
-def test_generation_is_that_of_hf(ours, theirs):
+def test_generation_equals_hf(fused, hf):
     texts = [(words(random.Random(5), count), {"until": ["."], "max_gen_toks": 6}) for count in (3, 12)]
-    want = theirs.generate_until(instances(texts), disable_tqdm=True)
-    assert ours.loglikelihood(instances([("a", " b")]), disable_tqdm=True)
-    ours.batch_size_per_gpu = 2
-    assert ours.generate_until(instances(texts), disable_tqdm=True) == want
+    want = hf.generate_until(instances(texts), disable_tqdm=True)
+    assert fused.loglikelihood(instances([("a", " b")]), disable_tqdm=True)
+    fused.batch_size_per_gpu = 2
+    assert fused.generate_until(instances(texts), disable_tqdm=True) == want
 
 
-def test_answers_are_cached_as_hf_caches_them(ours, theirs, pairs):
+def test_answers_are_cached_as_hf_caches_them(fused, hf, pairs):
     texts = instances([(words(random.Random(6), 20),)])
     caches = []
-    for model in (ours, theirs):
+    for model in (fused, hf):
         cache = {}
         hook = SimpleNamespace(add_partial=lambda kind, key, value, cache=cache: cache.update({(kind, key): value}))
         model.set_cache_hook(hook)
         model.loglikelihood(instances(pairs[:6]), disable_tqdm=True)
         model.loglikelihood_rolling(texts, disable_tqdm=True)
         caches.append(cache)
-    theirs.set_cache_hook(lm_eval.api.model.CacheHook(None))
+    hf.set_cache_hook(lm_eval.api.model.CacheHook(None))
     assert caches[0].keys() == caches[1].keys()
     assert len(caches[0]) == len({*pairs[:6]}) + 1
 
 
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory):
-    """Two local tasks: questions with four answers, and perplexity of texts."""
+    """Two local tasks: four-way multiple choice, and perplexity of texts."""
     folder, generator = tmp_path_factory.mktemp("tasks"), random.Random(7)
     questions = [
         {"question": words(generator, 8), "choices": [words(generator, k) for k in (1, 2, 3, 5)], "answer": i % 4}
@@ -483,7 +483,7 @@ def tasks(tmp_path_factory):
     return folder
 
 
-def test_an_evaluation_gives_the_metrics_of_hf(embedded, tasks):
+def test_an_evaluation_equals_the_metrics_of_hf(embedded, tasks):
     manager = lm_eval.tasks.TaskManager(include_path=str(tasks), include_defaults=False)
     results = [
         lm_eval.simple_evaluate(
@@ -506,9 +506,9 @@ def test_an_evaluation_gives_the_metrics_of_hf(embedded, tasks):
         assert {key: got[task][key] for key in numbers} == pytest.approx(numbers, rel=1e-5)
 
 
-def test_the_command(embedded, tasks, tmp_path, monkeypatch):
+def test_the_command_registers_the_model_name(embedded, tasks, tmp_path, monkeypatch):
     """`python -m fusedalign.harness` is `lm_eval` with the name registered."""
-    # The harness' own tasks are 15,000 files, and its table needs six more packages.
+    # The harness's own tasks are 15,000 files, and its table needs six more packages.
     manager = functools.partial(lm_eval.tasks.TaskManager, include_defaults=False)
     monkeypatch.setattr(lm_eval.tasks, "TaskManager", manager)
     monkeypatch.setattr(lm_eval.utils, "make_table", str)
@@ -516,8 +516,8 @@ def test_the_command(embedded, tasks, tmp_path, monkeypatch):
     arguments += f" --batch_size auto --include_path {tasks} --output_path {tmp_path / 'out'}"
     monkeypatch.setattr(sys, "argv", ["lm_eval", *arguments.split()])
     runpy.run_module("fusedalign.harness", run_name="__main__")
-    (written,) = (tmp_path / "out").rglob("results_*.json")
-    assert json.loads(written.read_text())["results"]["local_texts"]["word_perplexity,none"] > 1
+    (results_file,) = (tmp_path / "out").rglob("results_*.json")
+    assert json.loads(results_file.read_text())["results"]["local_texts"]["word_perplexity,none"] > 1
 
 
 @pytest.mark.parametrize(
@@ -528,7 +528,7 @@ def test_the_command(embedded, tasks, tmp_path, monkeypatch):
         ("dtype=float32", "missing 1 required positional argument: 'pretrained'"),
     ],
 )
-def test_wrong_arguments_of_the_model_are_one_line(embedded, tasks, capsys, monkeypatch, model_args, message):
+def test_wrong_model_arguments_are_one_line_errors(embedded, tasks, capsys, monkeypatch, model_args, message):
     words = ["run", "--model", "fusedalign", "--model_args", model_args.format(embedded), "--tasks", "local_texts"]
     monkeypatch.setattr(sys, "argv", ["lm_eval", *words, "--device", "cpu", "--include_path", str(tasks)])
     with pytest.raises(SystemExit) as stop:

@@ -64,8 +64,8 @@ def vlm(text, vision=SIGLIP, **rest):
     return {"text_config": text, "vision_config": vision, **rest}
 
 
-# model class, arguments of its configuration, (scale, softcap) or None where they depend on the version. Wherever a
-# family has a scale or a cap it is not neutral here, so that a head read without it fails.
+# (model class, configuration arguments, (scale, softcap), or None if these depend on the version). Scales and
+# softcaps are never neutral here, so that a head read without them fails.
 PLAIN = (1.0, None)
 FAMILIES = [
     ("Qwen3ForCausalLM", {**SMALL, "tie_word_embeddings": False}, PLAIN),
@@ -100,19 +100,19 @@ FAMILIES = [
     ("GPTJForCausalLM", {**GPT2, "rotary_dim": 4}, PLAIN),
     ("GPTNeoXForCausalLM", SMALL, PLAIN),
     ("BloomForCausalLM", BLOOM, PLAIN),
-    ("MptForCausalLM", {**MPT, "logit_scale": 0.3}, PLAIN),  # its forward does not read logit_scale
-    ("OPTForCausalLM", OPT, PLAIN),  # projects out of its decoder, below the head
+    ("MptForCausalLM", {**MPT, "logit_scale": 0.3}, PLAIN),  # the forward ignores logit_scale
+    ("OPTForCausalLM", OPT, PLAIN),  # projects hidden states before the head
     ("StableLmForCausalLM", SMALL, PLAIN),
     ("MambaForCausalLM", {**SMALL, "state_size": 4}, PLAIN),
     ("BartForCausalLM", BART, PLAIN),
     ("Qwen2_5_VLForConditionalGeneration", vlm({**SMALL, **MROPE}, QWEN_VIT), PLAIN),
-    ("Gemma3ForConditionalGeneration", vlm({**SMALL, "final_logit_softcapping": 1.7}, VIT), PLAIN),  # cap not read
-    ("LlavaForConditionalGeneration", vlm({**SMALL, "model_type": "gemma2"}), PLAIN),  # nor here
+    ("Gemma3ForConditionalGeneration", vlm({**SMALL, "final_logit_softcapping": 1.7}, VIT), PLAIN),  # softcap ignored
+    ("LlavaForConditionalGeneration", vlm({**SMALL, "model_type": "gemma2"}), PLAIN),  # ignored as well
     ("AyaVisionForConditionalGeneration", vlm({**SMALL, "model_type": "cohere2", "logit_scale": 0.3}), PLAIN),
     (
         "PaliGemmaForConditionalGeneration",
         vlm({**SMALL, "model_type": "gemma2", "final_logit_softcapping": 1.7}, projection_dim=D),
-        None,  # later transformers read the cap, 5.17 did not: as the logits say
+        None,  # transformers 5.17 ignores the softcap, later versions read it
     ),
     ("PaliGemmaForConditionalGeneration", vlm({**SMALL, "model_type": "gemma"}, projection_dim=D), PLAIN),
     (
@@ -144,15 +144,15 @@ def qwen3(**config):
 
 
 def last_hidden_and_logits(model):
-    """What the backbone returns and what the model makes of it, in one forward."""
-    causal_lm = getattr(model, "language_model", model)  # Llama 4 for images keeps a causal LM inside
+    """The backbone's hidden states and the model's logits of one forward."""
+    causal_lm = getattr(model, "language_model", model)  # Llama 4 with vision contains a causal LM
     backbone = causal_lm.model if causal_lm.base_model is causal_lm else causal_lm.base_model
     backbone = getattr(backbone, "decoder", backbone)
-    kept = []
-    handle = backbone.register_forward_hook(lambda module, args, out: kept.append(out[0]))
+    hidden_states = []
+    handle = backbone.register_forward_hook(lambda module, args, out: hidden_states.append(out[0]))
     logits = model(input_ids=torch.randint(6, V, (3, 5)), use_cache=False).logits
     handle.remove()
-    return kept[-1], logits
+    return hidden_states[-1], logits
 
 
 def logits_of(hidden, head):
@@ -161,7 +161,7 @@ def logits_of(hidden, head):
 
 
 @pytest.mark.parametrize(("name", "config", "expected"), FAMILIES, ids=IDS)
-def test_gives_the_models_own_logits_and_gradients(name, config, expected):
+def test_head_gives_the_models_own_logits_and_gradients(name, config, expected):
     model = build(name, config)
     head = lm_head(model)
     if expected is not None:
@@ -175,13 +175,14 @@ def test_gives_the_models_own_logits_and_gradients(name, config, expected):
     assert head.bias is linear.bias
     parameters = [parameter for parameter in (head.weight, head.bias) if parameter is not None]
     upstream = torch.randn(logits.shape)
-    # the backbone's part is the same on both sides; cut it off, as a tied weight is in it too
-    ours = torch.autograd.grad(logits_of(hidden.detach(), head), parameters, upstream)
-    whole = torch.autograd.grad(logits, hidden, upstream, retain_graph=True)[0]
-    through = torch.autograd.grad(hidden, parameters, whole, retain_graph=True, allow_unused=True)
-    theirs = torch.autograd.grad(logits, parameters, upstream)
-    for our, other, total in zip(ours, through, theirs, strict=True):
-        torch.testing.assert_close(our if other is None else our + other, total, rtol=1e-4, atol=1e-4)
+    # subtract the gradient through the backbone, which contains a tied weight too
+    head_grads = torch.autograd.grad(logits_of(hidden.detach(), head), parameters, upstream)
+    hidden_grad = torch.autograd.grad(logits, hidden, upstream, retain_graph=True)[0]
+    backbone_grads = torch.autograd.grad(hidden, parameters, hidden_grad, retain_graph=True, allow_unused=True)
+    model_grads = torch.autograd.grad(logits, parameters, upstream)
+    for head_grad, backbone_grad, model_grad in zip(head_grads, backbone_grads, model_grads, strict=True):
+        total = head_grad if backbone_grad is None else head_grad + backbone_grad
+        torch.testing.assert_close(total, model_grad, rtol=1e-4, atol=1e-4)
 
 
 NOT_NEUTRAL = [
@@ -193,7 +194,7 @@ NOT_NEUTRAL = [
 
 
 @pytest.mark.parametrize(("family", "field"), NOT_NEUTRAL, ids=[f"{f[0]}-{field}" for f, field in NOT_NEUTRAL])
-def test_the_comparison_notices_a_head_without_its_transform(family, field):
+def test_the_comparison_detects_a_head_without_its_transform(family, field):
     name, config, _ = family
     model = build(name, config)
     hidden, logits = last_hidden_and_logits(model)
@@ -207,7 +208,7 @@ def test_tied_embeddings_give_the_shared_parameter():
     assert lm_head(model).weight is model.get_input_embeddings().weight
 
 
-def test_is_read_at_call_time():
+def test_the_head_is_read_at_call_time():
     model = build("Gemma2ForCausalLM", SMALL)
     model.config.final_logit_softcapping = 5.0
     assert lm_head(model).softcap == 5.0
@@ -215,15 +216,15 @@ def test_is_read_at_call_time():
     assert lm_head(model)[:2] == (model.lm_head.weight, model.lm_head.bias)
 
 
-def test_the_model_object_goes_before_the_configuration():
+def test_attributes_of_the_model_take_precedence_over_the_configuration():
     model = build("CohereForCausalLM", {**SMALL, "logit_scale": 0.3})
-    model.config.logit_scale = 7.0  # the forward reads the copy that it took when it was built
+    model.config.logit_scale = 7.0  # the forward reads the copy taken at construction
     assert lm_head(model).scale == 0.3
     model.logit_scale = None
     assert lm_head(model).scale == 1.0
 
 
-def test_a_causal_lm_inside_of_another_model():
+def test_a_causal_lm_inside_another_model_is_found():
     config = vlm(OPT, VIT, qformer_config=QFORMER, num_query_tokens=2)
     model = build("Blip2ForConditionalGeneration", config)
     assert lm_head(model).weight is model.language_model.lm_head.weight
@@ -235,13 +236,13 @@ class Wrapper(nn.Module):
         self.module = module
 
 
-def test_wrappers():
+def test_wrapped_models_are_unwrapped():
     model = qwen3()
     for wrapped in (Wrapper(model), Wrapper(Wrapper(model)), torch.compile(model), Wrapper(torch.compile(model))):
         assert lm_head(wrapped).weight is model.lm_head.weight
 
 
-def test_forwards_wrapped_on_the_instance_and_by_inheritance():
+def test_wrapped_and_inherited_forwards_are_read():
     class Mine(transformers.Gemma2ForCausalLM):
         def forward(self, *args, **kwargs):
             return super().forward(*args, **kwargs)
@@ -252,8 +253,8 @@ def test_forwards_wrapped_on_the_instance_and_by_inheritance():
     assert lm_head(model).softcap == 1.7
 
 
-def test_hooks_of_accelerate_on_the_head():
-    """They put a forward on the instance, and leave the product alone."""
+def test_accelerate_hooks_on_the_head_are_allowed():
+    """They set a forward on the instance without changing the product."""
     hooks = pytest.importorskip("accelerate.hooks")
     model = qwen3()
     hooks.add_hook_to_module(model.lm_head, hooks.AlignDevicesHook(execution_device="cpu"))
@@ -262,7 +263,7 @@ def test_hooks_of_accelerate_on_the_head():
 
 
 class Around(nn.Module):
-    """A model that keeps a whole causal LM inside; the cases below do different things to its logits."""
+    """A model that contains a causal LM; the cases below change its logits in different ways."""
 
     def __init__(self, inside):
         super().__init__()
@@ -275,13 +276,13 @@ class Around(nn.Module):
         return self.inside(input_ids=input_ids).logits
 
 
-def test_a_model_around_a_causal_lm():
+def test_a_model_around_a_causal_lm_is_read():
     model = qwen3()
     assert lm_head(Around(model)) == lm_head(model)
 
 
-def test_a_backbone_that_holds_the_scale():
-    """Asked after the model itself and before the configuration."""
+def test_a_scale_on_the_backbone_is_used():
+    """It is looked up after the model itself and before the configuration."""
     model = build("CohereForCausalLM", {**SMALL, "logit_scale": 0.3})
     del model.logit_scale
     model.model.logit_scale, model.config.logit_scale = 0.7, 0.9
@@ -290,7 +291,7 @@ def test_a_backbone_that_holds_the_scale():
     assert lm_head(model).scale == 0.9
 
 
-# --- refused ---------------------------------------------------------------------------------------------------------
+# Refusals
 
 
 def refused(error, match, model):
@@ -302,7 +303,7 @@ def refused(error, match, model):
 @pytest.mark.parametrize(
     "thing", [nn.Linear(2, 2), Wrapper(nn.Linear(2, 2)), "a name"], ids=["layer", "wrapped", "str"]
 )
-def test_refuses_what_is_no_causal_lm(thing):
+def test_refuses_models_that_are_not_causal_lms(thing):
     refused(TypeError, r"expected a causal LM with get_output_embeddings\(\), got", thing)
 
 
@@ -345,7 +346,7 @@ def test_refuses_models_without_a_head():
     ],
 )
 @pytest.mark.filterwarnings("ignore")
-def test_refuses_families_with_more_than_a_head(name, config, error, match):
+def test_refuses_families_with_more_than_one_head(name, config, error, match):
     with torch.device("meta"):
         cls = getattr(transformers, name)
         refused(error, match, cls(cls.config_class(**config)))
@@ -368,13 +369,13 @@ class Packed(torch.Tensor):
         (nn.Embedding(V, D), "plain nn.Linear, got .*Embedding"),
     ],
 )
-def test_refuses_heads_that_are_not_plain(head, match):
+def test_refuses_heads_that_are_not_plain_linear(head, match):
     model = qwen3()
     model.lm_head = head
     refused(TypeError, match, model)
 
 
-def test_refuses_a_bias_that_is_packed():
+def test_refuses_a_packed_bias():
     model = qwen3()
     model.lm_head.bias = nn.Parameter(torch.zeros(V, dtype=torch.int8), requires_grad=False)
     refused(TypeError, "bias of .* floating-point tensor, got Parameter of torch.int8", model)
@@ -389,7 +390,7 @@ def test_refuses_a_model_around_a_causal_lm_that_changes_its_logits():
 
 
 def test_refuses_a_head_that_no_causal_lm_holds():
-    """A holder without a configuration says nothing of what it does to the logits."""
+    """A module without a configuration may do anything to the logits."""
 
     class Foreign(Around):
         def get_output_embeddings(self):
@@ -423,7 +424,7 @@ def test_refuses_packed_weights():
 
 def test_refuses_unknown_logit_names_in_the_configuration():
     model = qwen3()
-    model.config.attn_logit_softcapping = 50.0  # known not to be about the head
+    model.config.attn_logit_softcapping = 50.0  # known not to concern the head
     model.config.num_logits_to_keep = 3
     lm_head(model)
     model.config.final_logit_power = 2
@@ -431,7 +432,7 @@ def test_refuses_unknown_logit_names_in_the_configuration():
 
 
 class Odd(transformers.Qwen3ForCausalLM):
-    """A forward from elsewhere; the cases below give it different ones."""
+    """A model with a custom forward, set by the cases below."""
 
 
 def scaled_by_an_unknown_name(self, input_ids):
@@ -478,8 +479,8 @@ def scaled_by_a_name_in_a_string(self, input_ids):
 
 
 def capped_twice(self, input_ids):
-    cap, again = self.config.final_logit_softcapping, self.config.output_logit_soft_cap
-    return torch.tanh(self.lm_head(self.model(input_ids)[0]) / cap) * again
+    cap, second_cap = self.config.final_logit_softcapping, self.config.output_logit_soft_cap
+    return torch.tanh(self.lm_head(self.model(input_ids)[0]) / cap) * second_cap
 
 
 def without_the_last_columns(self, input_ids):
@@ -528,7 +529,7 @@ def capped_by_a_known_name(self, input_ids):
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )
-def test_refuses_forwards_that_it_cannot_read(forward, config, error, match, monkeypatch):
+def test_refuses_unreadable_forwards(forward, config, error, match, monkeypatch):
     model = Odd(transformers.Qwen3Config(**SMALL))
     model.extra = nn.Linear(D, D)
     for name, value in config.items():
@@ -566,8 +567,8 @@ def scaled_by_the_text_configuration(self, input_ids):
 @pytest.mark.parametrize(
     ("forward", "expected"), [(scaled_by_a_known_name, 0.3), (scaled_by_the_text_configuration, 0.9)]
 )
-def test_the_configuration_that_the_forward_reads(forward, expected, monkeypatch):
-    """Its own or, of a model for images, that of the text, and both are searched for what is not known."""
+def test_the_configuration_that_the_forward_reads_is_checked(forward, expected, monkeypatch):
+    """Its own or, for a vision model, the text configuration; both are searched for unknown names."""
     model = Odd(transformers.Qwen3Config(**SMALL))
     text = copy.deepcopy(model.config)
     model.config.logit_scale, text.logit_scale = 0.3, 0.9
@@ -579,7 +580,7 @@ def test_the_configuration_that_the_forward_reads(forward, expected, monkeypatch
 
 
 def test_refuses_lost_columns_below_an_adapter(monkeypatch):
-    """The vocabulary is that of the weight, whatever stands beside it."""
+    """The vocabulary is that of the base weight."""
     model = Odd(transformers.Qwen3Config(**SMALL))
     monkeypatch.setattr(Odd, "forward", without_the_last_columns)
     model.config.unpadded_vocab_size = V
@@ -595,7 +596,7 @@ def test_refuses_a_bias_under_a_scale_of_the_hidden_states():
     refused(ValueError, "MiniCPM3ForCausalLM with logits_scaling=4", model)
 
 
-def test_refuses_logits_that_lose_columns():
+def test_refuses_truncated_logits():
     if not hasattr(transformers, "InklingForCausalLM"):
         pytest.skip("this transformers has no Inkling")
     config = transformers.InklingForCausalLM.config_class(**SMALL, logits_mup_width_multiplier=2.5)
@@ -606,7 +607,7 @@ def test_refuses_logits_that_lose_columns():
     refused(ValueError, f"unpadded_vocab_size={V - 1}", model)
 
 
-# --- PEFT; adapters on the head itself: test_adapters.py --------------------------------------------------------------
+# PEFT; adapters on the head itself: test_adapters.py
 
 
 def peft_model(model, adapter="default", **config):
@@ -615,7 +616,7 @@ def peft_model(model, adapter="default", **config):
     return peft.get_peft_model(model, peft.LoraConfig(**{**defaults, **config}), adapter_name=adapter)
 
 
-def test_peft_adapters_elsewhere():
+def test_peft_adapters_elsewhere_leave_the_head_unchanged():
     model = qwen3()
     wrapped = peft_model(model)
     assert lm_head(wrapped) == lm_head(Wrapper(wrapped)) == LMHead(model.lm_head.weight)
@@ -624,14 +625,14 @@ def test_peft_adapters_elsewhere():
     assert not lm_head(wrapped).weight.requires_grad
 
 
-def test_peft_prompt_learning():
+def test_peft_prompt_learning_leaves_the_head_unchanged():
     peft = pytest.importorskip("peft")
     model = qwen3()
     config = peft.PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")
     assert lm_head(peft.get_peft_model(model, config)).weight is model.lm_head.weight
 
 
-def test_peft_modules_to_save():
+def test_peft_modules_to_save_are_the_head():
     peft = pytest.importorskip("peft")
     model = qwen3(tie_word_embeddings=False)
     original = model.lm_head.weight
@@ -647,7 +648,7 @@ def test_peft_modules_to_save():
     hidden, logits = last_hidden_and_logits(model)
     torch.testing.assert_close(logits_of(hidden, lm_head(wrapped)), logits, rtol=1e-5, atol=1e-5)
     wrapped.add_adapter("elsewhere", peft.LoraConfig(r=2, target_modules=["q_proj"]))
-    wrapped.set_adapter("elsewhere")  # which has no copy of the head
+    wrapped.set_adapter("elsewhere")  # PEFT keeps no copy of the head then
     assert lm_head(wrapped).weight is original
     wrapped.set_adapter("second")
     with wrapped.disable_adapter():

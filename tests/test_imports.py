@@ -1,4 +1,4 @@
-"""Which module may import which, and what must work where nothing but torch is installed."""
+"""Import rules between packages, and what must work with only torch installed."""
 
 import ast
 import subprocess
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "fusedalign"
-#: Rooms from the ground up: a module may import from its own room and from those before it.
+#: Packages from the bottom up: a module may import from its own package and from earlier ones.
 ROOMS = [
     "private",
     "checks",
@@ -33,7 +33,7 @@ ROOMS = [
     "demo",
     "cli",
 ]
-#: Shared by impls: records of tokens, tiles, the autograd around an impl's own arithmetic, the adapters' helpers.
+#: Modules shared by impls: per-token records, tiling, autograd around an impl's arithmetic, the base of adapters.
 SHARED = ["base", "logits", "softmax", "head_grads", "tiles", "autograd", "adapter", "parallel"]
 TORCH_ONLY = ["checks", "losses", "sequence"]
 OPTIONAL = [
@@ -48,14 +48,14 @@ def room(path: Path) -> str:
 def imports(path: Path, *, top_level_only=False) -> list[str]:
     tree = ast.parse(path.read_text())
     nodes = tree.body if top_level_only else ast.walk(tree)
-    found = []
+    names = []
     for node in nodes:
         if isinstance(node, ast.Import):
-            found += [alias.name for alias in node.names]
+            names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: imports are absolute"
-            found += [f"{node.module}.{alias.name}" for alias in node.names]
-    return found
+            names += [f"{node.module}.{alias.name}" for alias in node.names]
+    return names
 
 
 FILES = [p for p in PACKAGE.rglob("*.py") if p.parent != PACKAGE or p.name not in ("__init__.py", "__main__.py")]
@@ -69,9 +69,9 @@ def test_every_room_is_listed():
 def test_imports_point_down(path):
     for name in imports(path):
         if name.startswith("fusedalign."):
-            other = name.split(".")[1]
-            assert other in ROOMS, f"{path.name} imports {name}"
-            assert ROOMS.index(other) <= ROOMS.index(room(path)), (
+            package = name.split(".")[1]
+            assert package in ROOMS, f"{path.name} imports {name}"
+            assert ROOMS.index(package) <= ROOMS.index(room(path)), (
                 f"{path.name} must not import {name}, which lies above it"
             )
 
@@ -92,14 +92,14 @@ def test_losses_and_sequence_import_torch_alone(path):
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_only_the_trl_room_and_the_commands_import_trl(path):
-    """Scoring and the benchmark use TRL where that is there, so they import it inside functions."""
+    """Scoring and the benchmark use TRL if it is installed, so they import it inside functions."""
     if room(path) not in ("trl", "demo", "cli"):
         names = imports(path, top_level_only=room(path) in ("score", "bench"))
         assert "trl" not in {name.split(".")[0] for name in names}
 
 
 def test_torch_alone_is_enough():
-    """In a process where the optional packages cannot be imported, the package imports and the PyTorch impl runs."""
+    """With optional packages unimportable, the package imports and the PyTorch impl runs."""
     script = f"""
 import sys, torch  # torch first: its CUDA build looks for triton itself
 class Block:
@@ -116,9 +116,9 @@ assert fusedalign.explain()
 import fusedalign.cli, fusedalign.bench
 print(fusedalign.cli.main(["env"]))
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip().endswith("0")
+    process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.strip().endswith("0")
 
 
 def test_importing_the_package_loads_no_optional_package():

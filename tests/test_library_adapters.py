@@ -1,7 +1,7 @@
-"""The adapters to other libraries: what they pass on, what they refuse and why, and how "auto" passes them by.
+"""The adapters to other libraries: what they pass on, what they refuse and why, and how "auto" skips them.
 
-Neither library's kernels run on a CPU, so that here CCE is a stand-in with the interface of either version, and of
-Liger Kernel what is plain PyTorch runs, or Triton's interpreter. The tests marked gpu run the libraries themselves.
+Neither library's kernels run on a CPU: CCE is replaced by a stand-in with the interface of each version; of Liger
+Kernel the plain PyTorch parts run, or its kernels in Triton's interpreter. Tests marked gpu run the real libraries.
 """
 
 import importlib.machinery
@@ -41,10 +41,10 @@ def problem(hidden=HIDDEN, weight=WEIGHT, **options):
     return Problem(hidden, weight, TARGETS[: len(hidden)], dtype, **options)
 
 
-# ------------------------------------------------------------------------------------------------------ CCE, a stand-in
+# CCE, a stand-in
 
 
-def of_logits(e, c, targets, bias, softcap, reduction):
+def from_logits(e, c, targets, bias, softcap, reduction):
     z = e.float() @ c.float().T
     z = z if bias is None else z + bias.float()
     z = z if softcap is None else softcap * torch.tanh(z / softcap)
@@ -52,19 +52,19 @@ def of_logits(e, c, targets, bias, softcap, reduction):
 
 
 def released(calls):
-    """The interface of 25.1.1."""
+    """The interface of version 25.1.1."""
 
     def linear_cross_entropy(
         e, c, targets, ignore_index=-100, softcap=None, reduction="mean", shift=False, filter_eps="high", impl="cce"
     ):
         calls.append({"filter_eps": filter_eps, "impl": impl, "softcap": softcap, "e": e, "c": c})
-        return of_logits(e, c, targets, None, softcap, reduction)[0]
+        return from_logits(e, c, targets, None, softcap, reduction)[0]
 
     return linear_cross_entropy
 
 
 def git_head(calls):
-    """That of the repository's head."""
+    """The interface of the repository's main branch."""
 
     def linear_cross_entropy(
         e,
@@ -85,7 +85,7 @@ def git_head(calls):
         vocab_parallel_options=None,
     ):
         calls.append({"filter_eps": filter_eps, "impl": impl, "softcap": softcap, "e": e, "c": c})
-        out = of_logits(e, c, targets, bias, softcap, reduction)
+        out = from_logits(e, c, targets, bias, softcap, reduction)
         return out if return_lse else out[0]
 
     return linear_cross_entropy
@@ -93,7 +93,7 @@ def git_head(calls):
 
 @pytest.fixture(params=[released, git_head], ids=["released", "git head"])
 def stand_in(request, monkeypatch):
-    """CCE as a module of the version's interface that runs on a CPU; -> the version, and what it was called with."""
+    """Install a CPU stand-in for CCE with the version's interface; yields the version and the recorded calls."""
     calls = []
     module = types.ModuleType("cut_cross_entropy")
     module.__spec__ = importlib.machinery.ModuleSpec("cut_cross_entropy", None)
@@ -107,7 +107,7 @@ def stand_in(request, monkeypatch):
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("head", [{}, {"softcap": 5.0}, {"scale": 2.0, "softcap": 3.0, "temperature": 0.5}])
 @pytest.mark.parametrize("seed", [0, 1])
-def test_cce_gives_logps_and_gradients(stand_in, dtype, head, seed):
+def test_cce_gives_exact_logps_and_gradients(stand_in, dtype, head, seed):
     case = make_case((3, 17), 23, 252, dtype=dtype, seed=seed, bias=False, **head)
     assert_within_budget(case, run(case, ("logps",), outputs=(), impl="cce"), ("logps",))
     assert_loss_within_budget(case, run_loss(case, impl="cce"))
@@ -117,15 +117,15 @@ def test_cce_gives_logps_and_gradients(stand_in, dtype, head, seed):
         assert call["softcap"] == head["softcap"] / head.get("temperature", 1)
 
 
-def test_cce_folds_what_it_does_not_know_into_the_hidden_states(stand_in):
-    """Rounded once: the same as with hidden states that the caller has multiplied."""
+def test_cce_folds_unsupported_scales_into_the_hidden_states(stand_in):
+    """They are rounded once, as if the caller had scaled the hidden states."""
     case = make_case((3, 17), 23, 252, dtype=torch.bfloat16, bias=False, scale=0.3, temperature=0.7)
     folded = Case((case.hidden.float() * (0.3 / 0.7)).bfloat16(), case.weight, case.targets)
     got, want = case.logps(impl="cce").logps, folded.to(torch.float64).logps(impl="reference").logps
     torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
 
 
-def test_cce_filters_only_when_asked(stand_in):
+def test_cce_filters_only_on_request(stand_in):
     version, calls = stand_in
     linear_logps(HIDDEN, WEIGHT, TARGETS, impl="cce")
     linear_logps(HIDDEN, WEIGHT, TARGETS, impl="cce", filter_eps=1e-4)
@@ -135,7 +135,7 @@ def test_cce_filters_only_when_asked(stand_in):
         assert [(call["impl"], call["filter_eps"]) for call in calls] == [("cce_exact", "auto"), ("cce", 1e-4)]
 
 
-def test_cce_has_bias_and_lse_where_the_features_are(stand_in):
+def test_cce_supports_bias_and_lse_in_versions_with_them(stand_in):
     case = make_case((3, 17), 23, 252, dtype=torch.bfloat16, temperature=0.5)
     options = {"outputs": ("lse",), "impl": "cce"}
     if stand_in[0] is released:
@@ -149,7 +149,7 @@ def test_cce_has_bias_and_lse_where_the_features_are(stand_in):
     assert_loss_within_budget(case, run_loss(case, impl="cce", z_loss=0.1), z_loss=0.1)
 
 
-def test_cce_under_autocast_takes_its_dtype(stand_in):
+def test_cce_uses_the_autocast_dtype(stand_in):
     hidden, weight = HIDDEN.float().requires_grad_(), WEIGHT.float().requires_grad_()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         linear_logps(hidden, weight, TARGETS, impl="cce").logps.sum().backward()
@@ -157,15 +157,15 @@ def test_cce_under_autocast_takes_its_dtype(stand_in):
     assert hidden.grad.dtype == weight.grad.dtype == torch.float32
 
 
-def test_cce_is_not_called_for_nothing(stand_in):
+def test_cce_is_not_called_without_tokens(stand_in):
     case = make_case((2, 5), 7, 11, dtype=torch.bfloat16, bias=False)
-    got = run_loss(Case(case.hidden, case.weight, torch.full_like(case.targets, -100)), impl="cce")
-    assert not any(x.any() for x in got.values())
-    assert got.keys() == {"loss", "dhidden", "dweight"}
+    result = run_loss(Case(case.hidden, case.weight, torch.full_like(case.targets, -100)), impl="cce")
+    assert not any(x.any() for x in result.values())
+    assert result.keys() == {"loss", "dhidden", "dweight"}
     assert not stand_in[1]
 
 
-def test_cce_is_exact_only_where_it_is(stand_in):
+def test_cce_reports_a_caveat_if_it_is_not_exact(stand_in):
     exact = stand_in[0] is git_head
     for options, fits in (({}, True), ({"scale": 0.25}, True), ({"scale": 0.3}, False), ({"temperature": 3.0}, False)):
         row = next(v for v in explain(problem(**options)) if v.impl == "cce")
@@ -177,7 +177,7 @@ def test_cce_is_exact_only_where_it_is(stand_in):
             assert "rounds the target's logit" in row.caveat
 
 
-# ------------------------------------------------------------------------------------------------- what is refused, why
+# Refusals
 
 
 CCE_REFUSALS = {
@@ -190,7 +190,7 @@ CCE_REFUSALS = {
 
 
 @pytest.mark.parametrize("name", CCE_REFUSALS)
-def test_cce_refuses(stand_in, name):
+def test_cce_refuses_unsupported_problems(stand_in, name):
     options, reason = CCE_REFUSALS[name]
     assert reason in cce.IMPL.supports(problem(**options))
 
@@ -214,8 +214,8 @@ needs_liger = pytest.mark.skipif("liger" not in ADAPTED, reason="liger-kernel is
 
 
 @pytest.mark.parametrize("name", LIGER_REFUSALS)
-def test_liger_refuses(name, monkeypatch):
-    monkeypatch.setattr(liger, "_find", lambda: adapter.Library(None, None))  # what it refuses, it refuses without a look
+def test_liger_refuses_unsupported_problems(name, monkeypatch):
+    monkeypatch.setattr(liger, "_find", lambda: adapter.Library(None, None))  # refusals do not read any tensor
     options, reason = LIGER_REFUSALS[name]
     assert reason in liger.IMPL.supports(problem(**options))
 
@@ -231,7 +231,7 @@ def test_liger_has_no_entropy_with_a_bias_or_softcap(monkeypatch):
     assert "nvidia-cutlass-dsl" in liger.IMPL.supports(problem(outputs=entropy))
 
 
-def test_liger_says_what_it_rounds(monkeypatch):
+def test_liger_reports_its_rounding(monkeypatch):
     monkeypatch.setattr(liger, "_find", lambda: adapter.Library(None, None))
     assert "512 tokens" in liger.IMPL.caveat(problem())
     monkeypatch.setattr(liger, "_runs_triton", lambda device: True)
@@ -246,14 +246,14 @@ def test_liger_says_what_it_rounds(monkeypatch):
     assert "1024 tokens at a time" in liger.IMPL.caveat(many)
 
 
-# ---------------------------------------------------------------------------------------------------------------- Liger
+# Liger
 
 
 @needs_liger
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
 @pytest.mark.parametrize("head", [{}, {"scale": 0.5, "temperature": 0.25}])
 @pytest.mark.parametrize("needs", [(1, 1, 1), (1, 0, 1), (0, 1, 1)])
-def test_liger_per_token(dtype, head, needs):
+def test_liger_per_token_logps_are_exact(dtype, head, needs):
     case = make_case((3, 17), 23, 252, dtype=dtype, bias=False, **head)
     assert_within_budget(case, run(case, ("logps",), needs, (), impl="liger"), ("logps",))
     names = ("logps", "entropy")
@@ -262,7 +262,7 @@ def test_liger_per_token(dtype, head, needs):
 
 @pytest.fixture
 def interpreted(monkeypatch):
-    """Liger's Triton kernels in the interpreter, as on a GPU that is no Hopper."""
+    """Run Liger's Triton kernels in the interpreter, as on a GPU before Hopper."""
     if "liger" not in ADAPTED or torch.cuda.is_available():
         pytest.skip("for Liger Kernel on a machine without a GPU")
     monkeypatch.setattr(liger, "_runs_triton", lambda device: True)
@@ -270,7 +270,7 @@ def interpreted(monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("needs", [(1, 1, 1), (1, 0, 0), (0, 1, 1), (0, 0, 1)])
-def test_liger_with_a_bias(interpreted, dtype, needs):
+def test_liger_with_a_bias_is_exact(interpreted, dtype, needs):
     case = make_case((3, 7), 23, 101, dtype=dtype, scale=0.5, temperature=0.25)
     got = run(case, ("logps",), needs, (), impl="liger")
     assert {k for k in got if k[0] == "d"} == {
@@ -281,15 +281,15 @@ def test_liger_with_a_bias(interpreted, dtype, needs):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("options", [{}, {"num_items": 5}, {"num_items": torch.tensor(7)}, {"loss_type": "dft"}])
-def test_liger_scalar(interpreted, dtype, options):
+def test_liger_scalar_loss_is_exact(interpreted, dtype, options):
     case = make_case((3, 7), 23, 101, dtype=dtype, temperature=0.7)
     for needs in ((1, 1, 1), (1, 0, 0), (0, 1, 1)):
         assert_loss_within_budget(case, run_loss(case, needs, impl="liger", **options), **options)
 
 
 @pytest.mark.parametrize("keep_head", [True, False])
-def test_liger_scalar_backward_twice(interpreted, keep_head):
-    """Liger's own backward scales what it has kept in place, and would be wrong the second time."""
+def test_liger_scalar_backward_twice_is_exact(interpreted, keep_head):
+    """Liger's own backward scales saved gradients in place, so a second one would be wrong."""
     case = make_case((3, 7), 23, 101).leaves()
     loss = linear_cross_entropy(
         case.hidden, case.weight, case.targets, bias=case.bias, impl="liger", keep_head=keep_head
@@ -302,7 +302,7 @@ def test_liger_scalar_backward_twice(interpreted, keep_head):
 
 
 @pytest.mark.parametrize("keep_head", [True, False])
-def test_liger_makes_gradients_in_the_forward_unless_told_not_to(interpreted, keep_head):
+def test_liger_computes_gradients_in_the_forward_unless_disabled(interpreted, keep_head):
     saved = []
     case = make_case((3, 7), 23, 101).leaves()
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.data_ptr()) or x, lambda x: x):
@@ -310,24 +310,24 @@ def test_liger_makes_gradients_in_the_forward_unless_told_not_to(interpreted, ke
     assert (case.weight.data_ptr() in saved) == (not keep_head)
 
 
-# ----------------------------------------------------------------------------------------------------------------- auto
+# Auto
 
 
-def test_auto_passes_by_what_is_not_exact_and_says_so_once(monkeypatch, stand_in, caplog):
+def test_auto_skips_inexact_impls_and_logs_it_once(monkeypatch, stand_in, caplog):
     impls._log_once.cache_clear()
     monkeypatch.setattr(impls, "considered", lambda: ("cce", "pytorch"))
     with caplog.at_level(logging.INFO, logger="fusedalign"):
         for _ in range(3):
             linear_logps(HIDDEN, WEIGHT, TARGETS)
-        taken = [record.getMessage() for record in caplog.records]
+        messages = [record.getMessage() for record in caplog.records]
         if stand_in[0] is git_head:
-            assert taken == ["impl='auto' takes cce"]
+            assert messages == ["impl='auto' takes cce"]
             assert stand_in[1]
         else:
-            (message,) = taken
+            (message,) = messages
             assert message.startswith("impl='auto' takes pytorch (cce: not exact: this release rounds the target's")
             assert not stand_in[1]
-        linear_logps(HIDDEN.float(), WEIGHT, TARGETS)  # another reason, another line
+        linear_logps(HIDDEN.float(), WEIGHT, TARGETS)  # another reason is logged again
         assert len(caplog.records) == 2
 
 
@@ -340,12 +340,12 @@ for dtype in (torch.float64, torch.float32, torch.bfloat16):
 print([m for m in sys.modules if m in ("liger_kernel", "cut_cross_entropy")])
 """
     env = {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": ":".join(sys.path)}
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=env)
-    assert done.stdout.strip() == "[]", done.stderr
+    process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=env)
+    assert process.stdout.strip() == "[]", process.stderr
 
 
 @pytest.mark.parametrize("impl", impls.impl_names("adapter"))
-def test_a_library_broken_deep_inside_is_a_reason(monkeypatch, tmp_path, impl):
+def test_an_import_error_deep_inside_a_library_is_reported(monkeypatch, tmp_path, impl):
     module = {"liger": liger, "cce": cce}[impl]
     name = {"liger": "liger_kernel", "cce": "cut_cross_entropy"}[impl]
     (tmp_path / name).mkdir()
@@ -361,17 +361,17 @@ def test_a_library_broken_deep_inside_is_a_reason(monkeypatch, tmp_path, impl):
     assert re.fullmatch(reason, next(v.reason for v in explain(problem()) if v.impl == impl))
     with pytest.raises(ValueError, match=f"impl='{impl}' cannot do this: {reason}"):
         linear_logps(HIDDEN, WEIGHT, TARGETS, impl=impl)
-    assert linear_logps(HIDDEN, WEIGHT, TARGETS).logps.isfinite().all()  # "auto" goes on
-    for found in [m for m in sys.modules if m.split(".")[0] == name]:
-        del sys.modules[found]
+    assert linear_logps(HIDDEN, WEIGHT, TARGETS).logps.isfinite().all()  # "auto" takes the next impl
+    for module_name in [m for m in sys.modules if m.split(".")[0] == name]:
+        del sys.modules[module_name]
 
 
 def test_a_library_that_is_missing_says_how_to_get_it():
-    found = adapter.lazy_library("a_package_that_nobody_has", "pip install it", lambda: None)()
-    assert found.reason == "a_package_that_nobody_has is not installed: pip install it"
+    library = adapter.lazy_library("a_package_that_nobody_has", "pip install it", lambda: None)()
+    assert library.reason == "a_package_that_nobody_has is not installed: pip install it"
 
 
-# ------------------------------------------------------------------------------------------- the libraries, on a GPU
+# The libraries, on a GPU
 
 
 @pytest.mark.gpu
@@ -380,20 +380,20 @@ def test_a_library_that_is_missing_says_how_to_get_it():
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("shape", [((3, 17), 23, 252), ((2, 5, 13), 64, 1001), ((300,), 128, 5003)])
 @pytest.mark.parametrize("head", [{}, {"softcap": 5.0}, {"scale": 0.5, "temperature": 0.25}])
-def test_on_a_gpu(impl, dtype, shape, head):
-    """Ragged shapes, several tokens ignored; within twice eager code's own error, and what a caveat says beyond."""
+def test_libraries_on_a_gpu_are_within_budget(impl, dtype, shape, head):
+    """Ragged shapes with ignored tokens: within twice eager's error plus what the caveat allows."""
     case = make_case(*shape, dtype=dtype, device="cuda", bias=False, **head)
     flat = case.hidden.flatten(0, -2), case.weight, case.targets.clamp(min=0).flatten()
     verdict = next(v for v in explain(Problem(*flat, dtype, **head)) if v.impl == impl)
     assert verdict.reason is None
     partial_sums = 0 if verdict.caveat is None else max(case.weight.shape[0], case.targets.numel()) / 128
-    walk = partial_sums**0.5  # of as many roundings, each up or down
+    walk = partial_sums**0.5  # the sum of that many roundings, each up or down
     assert_within_budget(case, run(case, ("logps",), outputs=(), impl=impl), ("logps",), roundings=1 + walk)
     for needs in ((1, 1, 1), (1, 0, 1)):
         got = run_loss(case, needs, impl=impl)
         if verdict.caveat is not None:
-            # The errors of eager code's tokens may have met by chance in a sum of nothing; theirs need not.
+            # Eager's token errors may cancel in the sum by chance; the library's need not.
             exact, eager = run(case.to(torch.float64), ("logps",), impl="reference"), run_eager(case, ("logps",))
-            of_tokens = (eager["logps"] - exact["logps"]).abs().sum() / case.valid.sum()
-            assert error(got.pop("loss"), run_loss_exact(case)["loss"]) <= 2 * of_tokens
+            mean_error = (eager["logps"] - exact["logps"]).abs().sum() / case.valid.sum()
+            assert error(got.pop("loss"), run_loss_exact(case)["loss"]) <= 2 * mean_error
         assert_loss_within_budget(case, got, roundings=2 + walk)

@@ -1,4 +1,4 @@
-"""The scalar loss: equal to the loss of the per-token path, in value and gradient, whatever path it takes itself."""
+"""The scalar loss equals the loss of the per-token path in value and gradient, on every path."""
 
 import pytest
 import torch
@@ -24,9 +24,9 @@ pytestmark = [pytest.mark.parametrize("device", DEVICES), pytest.mark.parametriz
 
 
 def assert_close(got, want, dtype):
-    """What operands in the logits' own precision allow, which is more than the budgets that eager code sets."""
+    """Assert closeness within what operands in the precision of the logits allow, tighter than eager's budget."""
     for k, x in got.items():
-        # Two roundings to the dtype of the gradient at most, and the fp32 sums inside.
+        # At most two roundings to the gradient's dtype, plus the fp32 sums inside.
         eps = torch.finfo(x.dtype).eps
         size = want[k].abs().max().item()
         bound = size * (eps + (0 if dtype == torch.float64 else 2e-6)) + (1e-15 if dtype == torch.float64 else 1e-8)
@@ -39,7 +39,7 @@ TILES = [{}, {"token_chunk": 4, "vocab_chunk": 30}, {"token_chunk": 1000, "vocab
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tiles", TILES)
 @pytest.mark.parametrize("options", [{}, {"loss_type": "dft"}, {"z_loss": 0.01}, {"num_items": 5}])
-def test_value_and_gradients(impl, device, dtype, tiles, options):
+def test_value_and_gradients_are_within_the_eager_budget(impl, device, dtype, tiles, options):
     case = make_case((3, 11), 24, 203, dtype=dtype, device=device, scale=0.8, softcap=6.0)
     got = run_loss(case, impl=impl, **tiles, **options)
     assert_loss_within_budget(case, got, **options)
@@ -49,7 +49,7 @@ def test_value_and_gradients(impl, device, dtype, tiles, options):
 
 @pytest.mark.parametrize("needs", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (0, 1, 1)])
 @pytest.mark.parametrize("tiles", TILES[:2])
-def test_frozen_inputs(impl, device, needs, tiles):
+def test_frozen_inputs_get_no_gradient(impl, device, needs, tiles):
     case = make_case((3, 11), 24, 203, dtype=finest(impl), device=device)
     got = run_loss(case, needs, impl=impl, **tiles)
     needed = {f"d{name}" for name, n in zip(("hidden", "weight", "bias"), needs, strict=True) if n}
@@ -59,14 +59,14 @@ def test_frozen_inputs(impl, device, needs, tiles):
 
 @pytest.mark.parametrize("needs", [(1, 0, 0), (1, 1, 0), (1, 1, 1)])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_strided_tokens_that_all_count(impl, device, layout, needs):
-    """Nothing is ignored, so nothing need be gathered, and views come as they are."""
+def test_strided_inputs_without_ignored_tokens_give_the_same_result(impl, device, layout, needs):
+    """Without ignored tokens nothing is gathered, so the views reach the impl."""
     case = strided_tokens(layout, dtype=finest(impl), device=device)
     assert_close(run_loss(case, needs, impl=impl), run_loss_exact(case), finest(impl))
 
 
 def test_the_loss_may_be_changed_in_place(impl, device):
-    """As training loops do, to accumulate gradients or to add an auxiliary loss."""
+    """Training loops do that to accumulate gradients or to add an auxiliary loss."""
     case = make_case((2, 5), 16, 101, dtype=finest(impl), device=device)
     want = run_loss(case, impl=impl)
     leaves = case.leaves()
@@ -79,8 +79,8 @@ def test_the_loss_may_be_changed_in_place(impl, device):
         torch.testing.assert_close(grad, want[f"d{name}"] / 4)
 
 
-def test_the_number_of_token_chunks_does_not_matter_to_a_bf16_head(impl, device):
-    """Summing 64 chunks in bf16 alone would round 64 times: that makes the error four times as large."""
+def test_many_token_chunks_add_no_error_to_a_bf16_head_gradient(impl, device):
+    """Summing 64 chunks in plain bf16 would round 64 times and make the error four times as large."""
     case = make_case((64,), 16, 51, dtype=torch.bfloat16, device=device, ignored=0.0)
     want = run_loss_exact(case)["dweight"]
     errors = {}
@@ -89,11 +89,11 @@ def test_the_number_of_token_chunks_does_not_matter_to_a_bf16_head(impl, device)
         errors[chunk] = (got.double() - want).norm()
         assert errors[chunk] <= 1.05 * errors[64], chunk
         if not rounds_logit_grads(impl, device):
-            wrong = (got != want.bfloat16()).float().mean()
-            assert wrong < 0.02, chunk  # correctly rounded but for ties of the fp32 sums
+            wrong_share = (got != want.bfloat16()).float().mean()
+            assert wrong_share < 0.02, chunk  # correctly rounded except for ties of the fp32 sums
 
 
-def test_reduction(impl, device):
+def test_the_mean_is_the_sum_over_counted_tokens(impl, device):
     case = make_case((3, 11), 24, 203, device=device)
     mean, total = (run_loss(case, impl=impl, reduction=r) for r in ("mean", "sum"))
     for k in mean:
@@ -101,21 +101,21 @@ def test_reduction(impl, device):
 
 
 @pytest.mark.parametrize("num_items", [7, torch.tensor(7)])
-def test_num_items(impl, device, num_items):
+def test_num_items_divides_the_sum(impl, device, num_items):
     case = make_case((3, 11), 24, 203, device=device)
     got, total = run_loss(case, impl=impl, num_items=num_items), run_loss(case, impl=impl, reduction="sum")
     for k in got:
         torch.testing.assert_close(got[k] * 7, total[k])
 
 
-def test_everything_ignored_is_a_connected_zero(impl, device):
+def test_all_tokens_ignored_gives_zero_with_zero_gradients(impl, device):
     case = make_case((2, 5), 7, 11, device=device)
     got = run_loss(Case(case.hidden, case.weight, torch.full_like(case.targets, -100), case.bias), impl=impl)
     assert set(got) == {"loss", "dhidden", "dweight", "dbias"}
     assert not any(x.any() for x in got.values())
 
 
-def test_upstream_and_backward_twice(impl, device):
+def test_upstream_scales_gradients_and_backward_runs_twice(impl, device):
     case = make_case((3, 11), 24, 203, device=device).leaves()
     loss = linear_cross_entropy(case.hidden, case.weight, case.targets, bias=case.bias, impl=impl)
     (3 * loss).backward(retain_graph=True)
@@ -126,7 +126,7 @@ def test_upstream_and_backward_twice(impl, device):
         torch.testing.assert_close(g, three[k] * 5 / 3)
 
 
-def test_without_grad(impl, device):
+def test_no_grad_gives_the_same_loss(impl, device):
     case = make_case((3, 11), 24, 203, device=device).leaves()
     with torch.no_grad():
         loss = linear_cross_entropy(case.hidden, case.weight, case.targets, impl=impl)

@@ -1,4 +1,4 @@
-"""Values and gradients of `linear_logps` against the fp64 reference, within budgets that eager code sets."""
+"""Values and gradients of `linear_logps` against the fp64 reference, within the error budgets of eager code."""
 
 import pytest
 import torch
@@ -29,14 +29,14 @@ pytestmark = [pytest.mark.parametrize("device", DEVICES), pytest.mark.parametriz
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("shape", RAGGED)
 @pytest.mark.parametrize("seed", [0, 1])
-def test_values_and_gradients(impl, device, dtype, head, shape, seed):
+def test_outputs_and_gradients_are_within_the_eager_budget(impl, device, dtype, head, shape, seed):
     case = make_case(*shape, dtype=dtype, device=device, seed=seed, bias=seed == 0, **head)
     tiles = {"token_chunk": case.targets.numel() // 3, "vocab_chunk": shape[2] // 3} if seed == 1 else {}
     assert_within_budget(case, run(case, impl=impl, **tiles))
 
 
 @pytest.mark.parametrize("head", HEADS)
-def test_float16(impl, device, head):
+def test_float16_is_within_the_eager_budget(impl, device, head):
     case = make_case((3, 17), 64, 303, dtype=torch.float16, device=device, **head)
     assert_within_budget(case, run(case, impl=impl, vocab_chunk=128))
 
@@ -49,15 +49,15 @@ def test_each_output_has_its_own_gradient(impl, device, dtype, names):
 
 
 @pytest.mark.parametrize("needs", [(h, w, b) for h in (0, 1) for w in (0, 1) for b in (0, 1)])
-def test_frozen_inputs_get_no_gradient_and_the_others_the_right_one(impl, device, needs):
+def test_frozen_inputs_get_no_gradient_and_the_others_are_exact(impl, device, needs):
     case = make_case((3, 7), 16, 101, dtype=finest(impl), device=device, scale=0.5, softcap=6.0)
     options = {"impl": impl, "outputs": ("entropy", "lse"), "vocab_chunk": 13}
     if not any(needs):
         assert not case.leaves(0, 0, 0).logps(**options).logps.requires_grad
         return
     got = run(case, needs=needs, **options)
-    wanted = {f"d{name}" for name, needed in zip(("hidden", "weight", "bias"), needs, strict=True) if needed}
-    assert {name for name in got if name.startswith("d")} == wanted
+    expected = {f"d{name}" for name, needed in zip(("hidden", "weight", "bias"), needs, strict=True) if needed}
+    assert {name for name in got if name.startswith("d")} == expected
     assert_within_budget(case, got)
 
 
@@ -72,8 +72,8 @@ def test_frozen_inputs_get_no_gradient_and_the_others_the_right_one(impl, device
         (("entropy",), ("entropy",)),
     ],
 )
-def test_frozen_head(impl, device, dtype, outputs, names):
-    """The kept Jacobian answers for logps, with the other outputs asked for or not, used or not."""
+def test_a_frozen_head_gives_the_hidden_gradient(impl, device, dtype, outputs, names):
+    """The saved Jacobian gives the gradient of logps, whether other outputs are requested or used."""
     case = make_case((4, 9), 24, 203, dtype=dtype, device=device, softcap=3.0, temperature=0.8)
     frozen = (True, False, False)
     got = run(case, names, frozen, outputs, impl=impl, vocab_chunk=64)
@@ -82,7 +82,7 @@ def test_frozen_head(impl, device, dtype, outputs, names):
 
 
 @pytest.mark.parametrize("name", OUTPUTS)
-def test_only_what_is_asked_for(impl, device, name):
+def test_only_requested_outputs_are_computed(impl, device, name):
     out = make_case((2, 5), 7, 11, device=device).logps(impl=impl, outputs=[name])
     assert [k for k in OUTPUTS if getattr(out, k) is not None] == [name]
     assert isinstance(out, TokenLogps)
@@ -90,7 +90,7 @@ def test_only_what_is_asked_for(impl, device, name):
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float16])
-def test_dtypes_of_results(impl, device, dtype):
+def test_results_have_the_documented_dtypes(impl, device, dtype):
     out = make_case((2, 5), 7, 11, dtype=dtype, device=device).logps(impl=impl, outputs=OUTPUTS)
     expected = torch.float64 if dtype == torch.float64 else torch.float32
     assert {x.dtype for x in out[:-1]} == {expected}
@@ -99,7 +99,7 @@ def test_dtypes_of_results(impl, device, dtype):
 
 @pytest.mark.parametrize("hidden_dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("weight_dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_mixed_dtypes_take_the_wider_one(impl, device, hidden_dtype, weight_dtype):
+def test_mixed_dtypes_use_the_wider_one(impl, device, hidden_dtype, weight_dtype):
     case = make_case((3, 9), 24, 203, device=device)
     case = Case(case.hidden.to(hidden_dtype), case.weight.to(weight_dtype), case.targets, case.bias)
     got, exact = run(case, ("logps",), impl=impl, outputs=()), run(case.to(torch.float64), ("logps",), impl="reference")
@@ -116,12 +116,12 @@ def test_mixed_dtypes_take_the_wider_one(impl, device, hidden_dtype, weight_dtyp
 
 
 @pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
-def test_autocast_rounds_the_operands_and_nothing_else(impl, device, weight_dtype):
+def test_autocast_rounds_only_the_operands(impl, device, weight_dtype):
     case = make_case((3, 9), 24, 203, device=device, bias=False)
     case = Case(case.hidden, case.weight.to(weight_dtype), case.targets).leaves()
     with torch.autocast(device, dtype=torch.bfloat16):
         out = case.logps(impl=impl)
-        out.logps.sum().backward()  # inside, as some people write it
+        out.logps.sum().backward()  # autocast around the call only
     rounded = Case(case.hidden.bfloat16().double(), case.weight.bfloat16().double(), case.targets).leaves()
     exact = rounded.logps(impl="reference")
     exact.logps.sum().backward()
@@ -134,7 +134,7 @@ def test_autocast_rounds_the_operands_and_nothing_else(impl, device, weight_dtyp
 
 @pytest.mark.parametrize("n", [0, 1, 2])
 @pytest.mark.parametrize("v", [1, 2, 3])
-def test_tiny(impl, device, n, v):
+def test_tiny_shapes_work(impl, device, n, v):
     hidden = torch.randn(n, 4, device=device, requires_grad=True)
     weight = torch.randn(v, 4, device=device, requires_grad=True)
     out = linear_logps(hidden, weight, torch.zeros(n, dtype=torch.int64, device=device), impl=impl, outputs=OUTPUTS)
@@ -150,30 +150,30 @@ def test_tiny(impl, device, n, v):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("d", [1, 7, 16, 33])
 @pytest.mark.parametrize("tiles", [{}, {"vocab_chunk": 32}, {"workspace": 10_000}])
-def test_a_head_of_fewer_bits_than_the_products(impl, device, dtype, d, tiles):
-    """What triton keeps in the memory of the gradient, fp32 in rows of D halves, fills those only where D is even."""
+def test_a_half_precision_head_with_fp32_products_is_within_budget(impl, device, dtype, d, tiles):
+    """Triton stores fp32 values in the gradient's memory, rows of D halves, which they fill only for even D."""
     case = make_case((3, 7), d, 333, dtype=dtype, device=device)
     case.weight = case.weight.half()
     assert_within_budget(case, run(case, ("logps",), impl=impl, **tiles), ("logps",))
 
 
 @pytest.mark.parametrize(("softcap", "temperature"), [(1e3, 1.0), (1e7, 1.0), (30.0, 1e-3)])
-def test_a_softcap_far_above_the_logits(impl, device, softcap, temperature):
-    """In fp32 whatever the operands: an absolute error of the tanh would be softcap / temperature as large here."""
+def test_a_softcap_far_above_the_logits_adds_no_error(impl, device, softcap, temperature):
+    """The softcap is computed in fp32: an absolute error of the tanh would be scaled by softcap / temperature."""
     case = make_case((3, 7), 16, 101, dtype=torch.bfloat16, device=device, softcap=softcap, temperature=temperature)
     case.hidden *= temperature
     exact = case.to(torch.float64).logps(impl="reference").logps
     torch.testing.assert_close(case.logps(impl=impl).logps.double(), exact, rtol=1e-5, atol=1e-5)
 
 
-def test_one_token_without_leading_dims(impl, device):
+def test_a_single_token_needs_no_leading_dims(impl, device):
     out = linear_logps(
         torch.randn(8, device=device), torch.randn(5, 8, device=device), torch.tensor(3, device=device), impl=impl
     )
     assert out.logps.shape == ()
 
 
-def test_strided_inputs(impl, device):
+def test_strided_inputs_equal_contiguous_ones(impl, device):
     case = make_case((6, 10), 16, 101, dtype=finest(impl), device=device)
     strided = Case(
         case.hidden.transpose(0, 1).contiguous().transpose(0, 1),
@@ -187,13 +187,13 @@ def test_strided_inputs(impl, device):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_strided_tokens_that_all_count(impl, device, layout):
-    """Nothing is ignored, so nothing need be gathered, and views come as they are."""
+def test_strided_inputs_without_ignored_tokens_give_the_same_result(impl, device, layout):
+    """Without ignored tokens nothing is gathered, so the views reach the impl."""
     case = strided_tokens(layout, dtype=finest(impl), device=device)
     assert_within_budget(case, run(case, impl=impl, vocab_chunk=32))
 
 
-def test_everything_ignored_is_a_connected_zero(impl, device):
+def test_all_tokens_ignored_gives_zero_with_zero_gradients(impl, device):
     case = make_case((2, 5), 7, 11, device=device)
     case = Case(case.hidden, case.weight, torch.full_like(case.targets, -100), case.bias).leaves()
     out = case.logps(impl=impl, outputs=OUTPUTS)
@@ -205,7 +205,7 @@ def test_everything_ignored_is_a_connected_zero(impl, device):
         assert not grad.any(), name
 
 
-def test_ignored_positions_are_zero_whatever_stands_there(impl, device):
+def test_ignored_positions_are_zero_even_for_nan_inputs(impl, device):
     case = make_case((3, 9), 16, 101, device=device).leaves()
     with torch.no_grad():
         case.hidden[~case.valid] = torch.nan
@@ -219,8 +219,8 @@ def test_ignored_positions_are_zero_whatever_stands_there(impl, device):
 
 
 @pytest.mark.parametrize("ignore_index", [-1, 0, 3, 100])
-def test_another_ignore_index(impl, device, ignore_index):
-    """Out of range, or a token of the vocabulary: also the least and the largest of the targets."""
+def test_other_ignore_index_values_work(impl, device, ignore_index):
+    """Out of range, or a token id: also the smallest and the largest target."""
     case = make_case((3, 9), 16, 101, device=device)
     targets = case.targets.masked_fill(case.targets == ignore_index, 5)
     expected = linear_logps(case.hidden, case.weight, targets, impl=impl).logps
@@ -230,13 +230,13 @@ def test_another_ignore_index(impl, device, ignore_index):
 
 
 @pytest.mark.parametrize("frozen", [False, True])
-def test_backward_twice(impl, device, frozen):
+def test_backward_twice_gives_the_same_gradients(impl, device, frozen):
     case = make_case((3, 9), 16, 101, dtype=torch.bfloat16, device=device).leaves(weight=not frozen, bias=not frozen)
     loss = case.logps(impl=impl).logps.sum()
     loss.backward(retain_graph=True)
-    once = {k: g.clone() for k, g in case.grads().items() if g is not None}
+    first = {k: g.clone() for k, g in case.grads().items() if g is not None}
     loss.backward()
-    for k, g in once.items():  # not bitwise: the last backward may use up what the forward has kept
+    for k, g in first.items():  # not bitwise: the last backward may consume what the forward saved
         second = case.grads()[k].double() - g.double()
         assert (second - g).norm() <= torch.finfo(torch.bfloat16).eps * g.double().norm(), k
 
@@ -248,7 +248,7 @@ def test_a_zero_upstream_gives_zero(impl, device):
         assert not g.any()
 
 
-def test_without_grad_nothing_is_kept(impl, device):
+def test_no_grad_builds_no_graph_and_gives_the_same_logps(impl, device):
     case = make_case((3, 9), 16, 101, device=device).leaves()
     with torch.no_grad():
         out = case.logps(impl=impl, outputs=DIFFERENTIABLE[1:])

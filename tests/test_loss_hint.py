@@ -1,4 +1,4 @@
-"""`loss_hint`: gradients made in the forward for the loss that is expected, and the same ones where another comes."""
+"""`loss_hint`: the forward computes gradients for the expected loss; any other loss still gets exact ones."""
 
 import pytest
 import torch
@@ -19,12 +19,12 @@ from fusedalign import linear_logps, sft_loss
 from fusedalign.impls import pytorch
 
 LOSSES = ["nll", "dft"]
-OUTPUTS = ("entropy", "is_top1")  # what TRL logs of SFT
+OUTPUTS = ("entropy", "is_top1")  # the outputs that TRL logs for SFT
 
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Which of the two ways to a gradient of the head the pytorch impl took."""
+    """The names of the pytorch impl's gradient paths that were called."""
     made = []
     for name in ("one_pass", "two_pass_grads"):
         original = getattr(pytorch.IMPL, name)
@@ -33,7 +33,7 @@ def calls(monkeypatch):
 
 
 def train(case, loss_type="nll", *, hint="same", num_items=None, needs=(True, True, True), factor=1.0, **options):
-    """Per-token outputs, the loss that a trainer makes of them, and the gradients; those of `run`'s names."""
+    """Per-token outputs with loss_hint, and loss and gradients of a trainer's reduction, named as in `run`."""
     case = case.leaves(*needs)
     hint = loss_type if hint == "same" else hint
     out = case.logps(outputs=OUTPUTS, loss_hint=hint, **options)
@@ -47,8 +47,8 @@ def train(case, loss_type="nll", *, hint="same", num_items=None, needs=(True, Tr
 @pytest.mark.parametrize(("seed", "num_items"), [(0, None), (1, 1000)])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("leading", "d", "v", "head"), [(*s, h) for s, h in zip(RAGGED, [*HEADS, {}], strict=True)])
-def test_the_expected_loss(calls, leading, d, v, head, dtype, num_items, loss_type, seed):
-    """Of this batch or of a window of accumulation: equal to fp64, and every output to that of a call without hint."""
+def test_the_expected_loss_gets_exact_gradients(calls, leading, d, v, head, dtype, num_items, loss_type, seed):
+    """Normalised by the batch or by an accumulation window: equal to fp64; outputs equal those without a hint."""
     case = make_case(leading, d, v, dtype=dtype, seed=seed, **head)
     out, got = train(case, loss_type, num_items=num_items, impl="pytorch")
     assert calls == ["one_pass"]
@@ -63,22 +63,22 @@ def test_the_expected_loss(calls, leading, d, v, head, dtype, num_items, loss_ty
 @pytest.mark.parametrize("hint", LOSSES)
 @pytest.mark.parametrize("names", [("logps",), ("entropy",), ("logps", "entropy", "lse")])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_another_loss(calls, dtype, names, hint):
-    """Upstream gradients that differ between tokens, and those of other outputs: exact all the same."""
+def test_another_loss_gets_exact_gradients(calls, dtype, names, hint):
+    """Upstream gradients that differ between tokens or belong to other outputs."""
     case = make_case((3, 17), 23, 252, dtype=dtype, softcap=5.0)
     got = run(case, names, loss_hint=hint, impl="pytorch")
     assert calls == ["one_pass", "two_pass_grads"]
     assert_within_budget(case, got, names)
 
 
-@pytest.mark.parametrize("more", ["entropy", "lse"])
-def test_the_expected_loss_and_a_term_of_another_output(calls, more):
+@pytest.mark.parametrize("options", ["entropy", "lse"])
+def test_the_expected_loss_plus_another_term_gets_exact_gradients(calls, options):
     case = make_case((3, 17), 23, 252, dtype=torch.float64)
 
     def grads(hint):
         leaves = case.leaves()
-        out = leaves.logps(outputs=[more], loss_hint=hint, impl="pytorch")
-        (sft_loss(out.logps, case.valid) + 1e-3 * getattr(out, more).mean()).backward()
+        out = leaves.logps(outputs=[options], loss_hint=hint, impl="pytorch")
+        (sft_loss(out.logps, case.valid) + 1e-3 * getattr(out, options).mean()).backward()
         return leaves.grads()
 
     got, want = grads("nll"), grads(None)
@@ -88,7 +88,7 @@ def test_the_expected_loss_and_a_term_of_another_output(calls, more):
 
 @pytest.mark.parametrize("names", [("logps",), ("logps", "entropy", "lse")])
 @pytest.mark.parametrize("impl", sorted(set(IMPLS) - {"pytorch"}))
-def test_other_impls_ignore_it(impl, names):
+def test_other_impls_ignore_the_hint(impl, names):
     case = make_case((2, 5), 16, 123, dtype=finest(impl))
     outputs = ("entropy", "lse") if impl in ("triton", "reference") else ()
     names = names if outputs else ("logps",)
@@ -97,7 +97,7 @@ def test_other_impls_ignore_it(impl, names):
     assert all(torch.equal(got[name], x) for name, x in want.items())
 
 
-def test_the_mean_over_the_batch_leaves_nothing_to_scale(calls, monkeypatch):
+def test_the_mean_over_the_batch_needs_no_scaling(calls, monkeypatch):
     factors = []
     monkeypatch.setattr(pytorch.IMPL, "scale_", lambda x, factor: factors.append(factor.item()) or x)
     train(make_case((65,), 48, 401), impl="pytorch")
@@ -111,8 +111,8 @@ EPS = {dtype: torch.finfo(dtype).eps for dtype in (torch.float64, torch.float32)
 @pytest.mark.parametrize("by", [30, 100, 5000, 1e6])
 @pytest.mark.parametrize("token", [0, 131])
 @pytest.mark.parametrize("dtype", EPS)
-def test_one_token_that_differs(calls, dtype, token, by):
-    """By little more than rounding does, `by` units of eps, in a batch of many: its gradient is its own."""
+def test_one_token_with_another_weight_gets_its_own_gradient(calls, dtype, token, by):
+    """A weight that differs by slightly more than rounding (`by` units of eps) is not taken for the expected loss."""
     case = make_case((4, 50), 8, 61, dtype=dtype, ignored=0.0)
     weights = torch.ones(200, dtype=dtype)
     weights[token] += by * EPS[dtype]
@@ -129,16 +129,16 @@ def test_one_token_that_differs(calls, dtype, token, by):
 
 @pytest.mark.parametrize("loss_type", LOSSES)
 @pytest.mark.parametrize("dtype", EPS)
-def test_rounding_makes_no_other_loss(calls, dtype, loss_type):
-    """The expected loss in another order of operations: each token's weight is 2 units of eps off, at most."""
+def test_rounding_differences_count_as_the_expected_loss(calls, dtype, loss_type):
+    """The expected loss in another order of operations: each token's weight is off by at most 2 eps."""
     case = make_case((4, 50), 8, 61, dtype=dtype)
-    off = 2 * EPS[dtype] * torch.randint(-1, 2, (4, 50), generator=torch.Generator().manual_seed(0))
+    rounding = 2 * EPS[dtype] * torch.randint(-1, 2, (4, 50), generator=torch.Generator().manual_seed(0))
 
     def grads(hint):
         leaves = case.leaves()
         logps = leaves.logps(impl="pytorch", loss_hint=hint).logps
         weights = logps.detach().exp() if loss_type == "dft" else torch.ones_like(logps)
-        logps.backward(-0.37 * weights * (1 + off))
+        logps.backward(-0.37 * weights * (1 + rounding))
         return leaves.grads()
 
     got, want = grads(loss_type), grads(None)
@@ -150,8 +150,8 @@ def test_rounding_makes_no_other_loss(calls, dtype, loss_type):
 
 @pytest.mark.parametrize("factor", [0.0, -3.7, 65536.0, 1e-30, torch.inf, torch.nan])
 @pytest.mark.parametrize("loss_type", LOSSES)
-def test_any_scale_of_the_loss(loss_type, factor):
-    """A scaler of gradients, its overflow, and a loss that counts for nothing."""
+def test_any_loss_scale_is_recognised(loss_type, factor):
+    """A GradScaler factor, its overflow to inf, and a factor of 0."""
     case = make_case((3, 17), 23, 252)
     _, got = train(case, loss_type, factor=factor, impl="pytorch")
     _, want = train(case, loss_type, hint=None, factor=factor, impl="pytorch")
@@ -161,8 +161,8 @@ def test_any_scale_of_the_loss(loss_type, factor):
 
 
 @pytest.mark.parametrize(("least", "expected"), [(0.0, 1), (60.0, 1), (95.0, 2)])
-def test_dft_of_targets_that_are_next_to_impossible(calls, least, expected):
-    """Their weights are below the least normal number, where a rounding is as large as they are; at last all are."""
+def test_dft_with_subnormal_weights_is_exact(calls, least, expected):
+    """Weights below the smallest normal number have rounding errors as large as themselves; in the last case all do."""
     hidden = torch.linspace(least, 120, 300)[:, None]
     case = Case(hidden, torch.tensor([[0.0], [1.0]]), torch.zeros(300, dtype=torch.int64))
     _, got = train(case, "dft", num_items=1000, impl="pytorch")
@@ -172,8 +172,8 @@ def test_dft_of_targets_that_are_next_to_impossible(calls, least, expected):
         torch.testing.assert_close(got[name], x, rtol=1e-5, atol=1e-40)
 
 
-def test_dft_where_every_weight_vanishes():
-    """0 / 0 is no factor: the gradients are made again, and are 0."""
+def test_dft_with_all_weights_zero_gives_zero_gradients():
+    """0 / 0 gives no factor: the gradients are recomputed, and are 0."""
     case = make_case((7,), 5, 11, bias=False)
     case.targets = torch.full((7,), 3)
     case.hidden, case.weight = torch.ones(7, 5), torch.ones(11, 5) * 100
@@ -185,7 +185,7 @@ def test_dft_where_every_weight_vanishes():
 
 @pytest.mark.parametrize("second", ["same", "uniform", "another"])
 @pytest.mark.parametrize("device", DEVICES)
-def test_a_graph_that_is_kept(second, device):
+def test_a_retained_graph_runs_backward_twice(second, device):
     case = make_case((3, 17), 23, 252, dtype=torch.float64, device=device)
 
     def backward_twice(hint):
@@ -205,7 +205,7 @@ def test_a_graph_that_is_kept(second, device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_several_forwards_before_their_backwards(device):
+def test_several_forwards_may_precede_their_backwards(device):
     case = make_case((3, 17), 23, 252, dtype=torch.float64, device=device)
 
     def accumulate(hint):
@@ -221,7 +221,7 @@ def test_several_forwards_before_their_backwards(device):
 
 @pytest.mark.parametrize("tokens", [0, 6])
 @pytest.mark.parametrize("loss_type", LOSSES)
-def test_no_token_counts(tokens, loss_type):
+def test_all_tokens_ignored_gives_zero_gradients(tokens, loss_type):
     hidden = torch.randn(2, tokens // 2, 5, requires_grad=True)
     weight = torch.randn(11, 5, requires_grad=True)
     out = linear_logps(
@@ -243,7 +243,7 @@ IGNORED = {
 
 
 @pytest.mark.parametrize("name", IGNORED)
-def test_where_it_gains_nothing_it_is_ignored(calls, name):
+def test_the_hint_is_ignored_if_it_saves_nothing(calls, name):
     options, dtype, expected = IGNORED[name]
     case = make_case((96,), 33, 601, dtype=dtype)
     _, got = train(case, impl="pytorch", **options)
@@ -252,8 +252,8 @@ def test_where_it_gains_nothing_it_is_ignored(calls, name):
     assert all(torch.equal(got[key], x) for key, x in want.items())
 
 
-def test_a_frozen_backbone(calls):
-    """A head that is trained alone."""
+def test_a_frozen_backbone_gets_exact_head_gradients(calls):
+    """Only the head is trained."""
     case = make_case((65,), 48, 401)
     _, got = train(case, needs=(False, True, True), impl="pytorch")
     assert calls == ["one_pass"]
@@ -263,7 +263,7 @@ def test_a_frozen_backbone(calls):
 
 @pytest.mark.parametrize("uniform", [True, False])
 @pytest.mark.parametrize("trained", [(True, True), (False, True)])
-def test_a_head_of_several_parts(calls, uniform, trained):
+def test_a_head_in_parts_gets_exact_gradients(calls, uniform, trained):
     case = make_case((3, 17), 24, 252, dtype=torch.float64)
     upstream = torch.linspace(-1, 1, 51, dtype=torch.float64).view(3, 17)
     upstream = torch.full_like(upstream, -0.2) if uniform else upstream
@@ -286,8 +286,8 @@ def test_a_head_of_several_parts(calls, uniform, trained):
 
 
 @pytest.mark.parametrize("loss_type", LOSSES)
-def test_under_autocast(calls, loss_type):
-    """The logits are made again in the backward, which no autocast surrounds."""
+def test_the_hint_works_under_autocast(calls, loss_type):
+    """The logits are recomputed in the backward, outside the autocast region."""
     case = make_case((3, 17), 23, 252)
 
     def grads(hint, upstream=None):
@@ -300,16 +300,16 @@ def test_under_autocast(calls, loss_type):
             out.logps.backward(upstream)
         return leaves.grads()
 
-    another = torch.linspace(-1, 1, 51).view(3, 17)
-    for upstream in (None, another):
+    slope = torch.linspace(-1, 1, 51).view(3, 17)
+    for upstream in (None, slope):
         got, want = grads(loss_type, upstream), grads(None, upstream)
         for name in want:
             torch.testing.assert_close(got[name], want[name], rtol=1e-5, atol=1e-6)
     assert calls == ["one_pass", "two_pass_grads", "one_pass", "two_pass_grads", "two_pass_grads"]
 
 
-def test_under_a_checkpoint(calls):
-    """Whose hooks on saved tensors unpack each of them once."""
+def test_the_hint_works_under_checkpointing(calls):
+    """Checkpointing allows a single unpack of each saved tensor."""
     case = make_case((3, 7), 16, 101, bias=False).leaves(True, True, False)
 
     def loss(hidden):
@@ -323,14 +323,14 @@ def test_under_a_checkpoint(calls):
     torch.testing.assert_close(case.weight.grad, want["dweight"])
 
 
-def test_an_unknown_loss():
+def test_an_unknown_loss_raises():
     case = make_case((7,), 5, 11)
     with pytest.raises(ValueError, match=r"loss_hint must be one of nll, dft, or None, got 'dpo'"):
         case.logps(loss_hint="dpo")
 
 
-def test_a_graph_ignores_it(calls):
-    """Its operators return what they keep, and a backward's may not write into it."""
+def test_a_graph_ignores_the_hint(calls):
+    """Custom operators return what they save, and their backward must not write into it."""
     case = make_case((3, 17), 23, 252)
 
     def loss(hidden, weight, hint):

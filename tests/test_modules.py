@@ -1,4 +1,4 @@
-"""`LinearCrossEntropyLoss`: equal to the model's own loss, and never a second home of the head."""
+"""`LinearCrossEntropyLoss` equals the model's own loss and never registers the head a second time."""
 
 import copy
 
@@ -56,7 +56,7 @@ def test_equals_the_models_own_loss(tied, seed):
 
 @pytest.mark.parametrize("shift", [0, 1, 2, 17, 40])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_shift_and_reduction(shift, reduction):
+def test_shift_and_reduction_equal_cross_entropy(shift, reduction):
     loss_fn = LinearCrossEntropyLoss(
         in_features=D, out_features=V, shift=shift, reduction=reduction, ignore_index=-1, temperature=0.7
     )
@@ -74,7 +74,7 @@ def test_shift_and_reduction(shift, reduction):
 
 @pytest.mark.parametrize("leading", [(), (2, 3)])
 @pytest.mark.parametrize("shift", [0, 1, 3])
-def test_any_number_of_leading_dimensions(leading, shift):
+def test_any_number_of_leading_dimensions_works(leading, shift):
     """Each row is shifted by itself."""
     loss_fn = LinearCrossEntropyLoss(in_features=D, out_features=V, shift=shift, reduction="none")
     hidden, labels = torch.randn(*leading, 5, D), torch.randint(0, V, (*leading, 5))
@@ -85,16 +85,16 @@ def test_any_number_of_leading_dimensions(leading, shift):
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_every_option_reaches_the_primitive(reduction, monkeypatch):
-    """Under the name that it has there, none of them at its default."""
+    """Each option is passed on under its own name; all values differ from the defaults."""
     calls = []
     for name in ("linear_logps", "linear_cross_entropy"):
         original = getattr(modules, name)
         monkeypatch.setattr(modules, name, lambda *a, _f=original, **k: calls.append((_f.__name__, k)) or _f(*a, **k))
     shared = {"scale": 0.5, "softcap": 9.0, "temperature": 0.7, "workspace": 10**5, "vocab_chunk": 100}
     shared |= {"keep_head": False, "impl": "pytorch", "ignore_index": -1}
-    of_loss = {} if reduction == "none" else {"loss_type": "dft", "z_loss": 0.1}
+    loss_options = {} if reduction == "none" else {"loss_type": "dft", "z_loss": 0.1}
     loss_fn = LinearCrossEntropyLoss(
-        in_features=D, out_features=V, bias=True, chunk_size=7, reduction=reduction, **shared, **of_loss
+        in_features=D, out_features=V, bias=True, chunk_size=7, reduction=reduction, **shared, **loss_options
     )
     (ids, _), hidden = batch(), torch.randn(3, 17, D)
     loss = loss_fn(hidden, ids)
@@ -102,18 +102,18 @@ def test_every_option_reaches_the_primitive(reduction, monkeypatch):
     assert name == ("linear_logps" if reduction == "none" else "linear_cross_entropy")
     assert options.pop("bias") is loss_fn.head.bias
     if reduction != "none":
-        of_loss |= {"reduction": reduction, "num_items": None}
-    assert options == shared | of_loss | {"token_chunk": 7}
+        loss_options |= {"reduction": reduction, "num_items": None}
+    assert options == shared | loss_options | {"token_chunk": 7}
     assert loss.shape == ((3, 17) if reduction == "none" else ())
 
 
-def test_its_own_head_is_made_as_asked():
+def test_an_owned_head_follows_the_constructor_arguments():
     head = LinearCrossEntropyLoss(in_features=3, out_features=5, device="meta", dtype=torch.bfloat16).head
     assert (head.weight.shape, head.weight.dtype, head.weight.device.type) == ((5, 3), torch.bfloat16, "meta")
     assert head.bias is None
 
 
-def test_it_is_printed_with_what_was_chosen():
+def test_repr_shows_the_options():
     loss_fn = LinearCrossEntropyLoss(in_features=3, out_features=5, shift=1, softcap=2.0, reduction="sum")
     assert loss_fn.extra_repr() == "reduction='sum', shift=1, impl='auto', softcap=2.0"
     assert loss_fn.extra_repr() in repr(loss_fn)
@@ -128,29 +128,29 @@ def test_num_items_divides_only_a_mean():
 
 
 def test_the_shift_copies_no_hidden_states():
-    """What it makes is as large as the labels."""
+    """Allocations are at most as large as the labels."""
     loss_fn = LinearCrossEntropyLoss(in_features=64, out_features=5, shift=1)
     hidden, labels = torch.randn(1, 100, 64), torch.randint(0, 5, (1, 100))
-    with torch.no_grad(), Allocations() as made:
+    with torch.no_grad(), Allocations() as allocations:
         targets = loss_fn._targets(labels)
-    assert made.largest() == labels.numel()
+    assert allocations.largest() == labels.numel()
     assert targets.shape == labels.shape
     with torch.no_grad():
         assert loss_fn(hidden, labels).isfinite()
 
 
-def test_a_models_head_is_not_registered_a_second_time():
+def test_a_model_head_is_not_registered_twice():
     model = qwen3()
     loss_fn = LinearCrossEntropyLoss(model.get_output_embeddings())
     assert not list(loss_fn.parameters())
     assert not loss_fn.state_dict()
-    whole = torch.nn.ModuleDict({"model": model, "loss": loss_fn})
-    assert len(list(whole.parameters())) == len(list(model.parameters()))
-    assert not any(name.startswith("loss.") for name in whole.state_dict())
-    whole.load_state_dict(whole.state_dict())
+    modules = torch.nn.ModuleDict({"model": model, "loss": loss_fn})
+    assert len(list(modules.parameters())) == len(list(model.parameters()))
+    assert not any(name.startswith("loss.") for name in modules.state_dict())
+    modules.load_state_dict(modules.state_dict())
 
 
-def test_the_weight_is_looked_up_at_each_call():
+def test_the_weight_is_read_at_each_call():
     model, hidden, (_, labels) = qwen3(), torch.randn(3, 17, D), batch()
     loss_fn = LinearCrossEntropyLoss(model.get_output_embeddings())
     before = loss_fn(hidden, labels)
@@ -158,7 +158,7 @@ def test_the_weight_is_looked_up_at_each_call():
     want = linear_cross_entropy(hidden, model.lm_head.weight, labels)
     torch.testing.assert_close(loss_fn(hidden, labels), want)
     assert (want - before).abs() > 1e-4
-    model.to(torch.float64)  # as a move to another device, which replaces the data
+    model.to(torch.float64)  # like a move to another device, which replaces the data
     assert loss_fn(hidden.double(), labels).dtype == torch.float64
 
 
@@ -181,7 +181,7 @@ def test_a_deep_copy_refers_to_the_copied_head(function, order):
     assert copied["model"].lm_head is not model.lm_head
 
 
-def test_a_head_of_its_own_is_saved_copied_and_moved():
+def test_an_owned_head_is_saved_copied_and_moved():
     first, second = (LinearCrossEntropyLoss(in_features=D, out_features=V, bias=True) for _ in range(2))
     assert first.state_dict().keys() == {"head.weight", "head.bias"}
     second.load_state_dict(first.state_dict())
@@ -194,7 +194,7 @@ def test_a_head_of_its_own_is_saved_copied_and_moved():
     torch.testing.assert_close(first.double()(hidden.double(), labels).float(), want)
 
 
-def test_peft_modules_to_save():
+def test_peft_modules_to_save_are_used():
     peft = pytest.importorskip("peft")
     model, (ids, labels) = qwen3(), batch()
     loss_fn = LinearCrossEntropyLoss(model.get_output_embeddings)
@@ -211,7 +211,7 @@ def test_peft_modules_to_save():
 
 
 @pytest.mark.parametrize("use_dora", [False, True])
-def test_lora_on_the_head_is_served_and_dora_refused(use_dora):
+def test_lora_on_the_head_works_and_dora_is_refused(use_dora):
     peft = pytest.importorskip("peft")
     model, hidden, (_, labels) = qwen3(), torch.randn(3, 17, D), batch()
     loss_fn = LinearCrossEntropyLoss(model.get_output_embeddings, shift=1)
@@ -232,7 +232,7 @@ def test_lora_on_the_head_is_served_and_dora_refused(use_dora):
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-6)
 
 
-def test_in_one_graph():
+def test_the_module_compiles_to_one_graph():
     model, (ids, labels) = qwen3(), batch()
     loss_fn = LinearCrossEntropyLoss(model.get_output_embeddings(), shift=1)
     hidden = model.model(ids)[0].detach()
@@ -279,7 +279,7 @@ def test_in_one_graph():
         ),
     ],
 )
-def test_bad_options(options, kind, message):
+def test_bad_options_raise(options, kind, message):
     with pytest.raises(kind, match=message):
         LinearCrossEntropyLoss(**options)
 
@@ -306,7 +306,7 @@ def train(impl, device="cpu", dtype=torch.float32, seed=0):
 
 
 @pytest.mark.parametrize("impl", [impl for impl in IMPLS if impl != "cce"])
-def test_20_steps_end_where_the_reference_ends(impl, reference_losses):
+def test_20_steps_match_the_reference(impl, reference_losses):
     losses = train(impl)
     assert losses[-1] < losses[0] - 0.1
     torch.testing.assert_close(losses, reference_losses, rtol=1e-4, atol=1e-5)
@@ -317,22 +317,22 @@ LOW = {"device": "cuda" if torch.cuda.is_available() else "cpu", "dtype": torch.
 
 @pytest.fixture(scope="module")
 def runs_in_bf16():
-    """Of 8 seeds, with the reference and with the model's own logits."""
+    """Losses over 8 seeds, with the reference and with the model's own logits."""
     return [torch.stack([train(impl, seed=seed, **LOW) for seed in range(8)]) for impl in ("reference", "logits")]
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("impl", [impl for impl in IMPLS if impl != "reference"])
-def test_20_steps_in_bf16_on_a_gpu(impl, runs_in_bf16):
-    """At most twice as far from the reference as logits lead.
+def test_20_bf16_steps_on_a_gpu_stay_near_the_reference(impl, runs_in_bf16):
+    """At most twice as far from the reference as with logits.
 
-    Weights in bf16 round every update, up or down, so that runs drift apart from the least difference: with logits by
-    one to several percent. Hence the mean distance over 8 seeds.
+    bf16 weights round every update, so the smallest difference makes runs diverge (with logits by one to several
+    percent); hence the mean distance over 8 seeds.
     """
     exact, eager = runs_in_bf16
     got = torch.stack([train(impl, seed=seed, **LOW) for seed in range(8)])
-    torch.testing.assert_close(got[:, 0], exact[:, 0], rtol=2**-8, atol=0)  # before any update: a logit's rounding
+    torch.testing.assert_close(got[:, 0], exact[:, 0], rtol=2**-8, atol=0)  # before any update: rounded logits
     distance, allowed = ((losses - exact).abs().mean() for losses in (got, eager))
     assert distance <= 2 * allowed, (distance, allowed)
     assert (got[:, -1] < got[:, 0] - 0.1).all()

@@ -1,15 +1,15 @@
-"""Where the target has nearly all of the probability, its gradient is 1 - p: by expm1, not by 1 less a rounded p."""
+"""If the target has nearly all probability, its gradient 1 - p needs expm1: 1 minus a rounded p loses digits."""
 
 import pytest
 import torch
 from helpers import DEVICES, OURS, Case, run, run_loss, run_loss_exact
 
-#: exp(-k log 2) beside 1: sums that fp32 holds, so that only the difference from 1 can round.
+#: 1 + 2**-k is exact in fp32, so that only the difference from 1 can be rounded.
 POWERS = range(6, 15)
 
 
 def two_columns(dtype, device):
-    """p = 1 / (1 + 2**-k) of column 0; only its row meets the last number of hidden, whose gradient is then 1 - p."""
+    """p = 1 / (1 + 2**-k) for column 0; the last hidden dimension meets only its row, so its gradient is 1 - p."""
     n = len(POWERS)
     others = torch.tensor([-k * 0.6931471805599453 for k in POWERS], dtype=torch.float64).float()
     hidden = torch.zeros(n, n + 1)
@@ -28,8 +28,8 @@ def relative_error(got, want):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("impl", [impl for impl in OURS if impl != "reference"])
 @pytest.mark.parametrize("tiles", [{}, {"vocab_chunk": 1}, {"token_chunk": 4}])
-def test_a_frozen_head(impl, device, tiles):
-    """A rounded p is off by half a unit in its last place, 3e-8, which is up to 5e-4 of 1 - p here."""
+def test_frozen_head_gradients_keep_1_minus_p_exact(impl, device, tiles):
+    """A rounded p is off by half an ulp, 3e-8, which is up to 5e-4 of 1 - p here."""
     case, exact = two_columns(torch.float32, device), two_columns(torch.float64, "cpu")
     frozen = {"needs": (True, False, False)}
     want = run(exact, ("logps",), impl="reference", outputs=(), **frozen)["dhidden"]
@@ -39,7 +39,7 @@ def test_a_frozen_head(impl, device, tiles):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("path", ["frozen head", "one pass", "kept"])
-def test_triton_with_a_scalar_loss_and_with_kept_logits(device, path):
+def test_triton_keeps_1_minus_p_exact_in_scalar_loss_and_kept_logits(device, path):
     if "triton" not in OURS:
         pytest.skip("triton is not installed")
     case, exact = two_columns(torch.float32, device), two_columns(torch.float64, "cpu")

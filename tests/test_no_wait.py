@@ -1,4 +1,4 @@
-"""With targets on the CPU nobody waits for the GPU, and the results are the same."""
+"""With targets on the CPU no call synchronises with the GPU, and the results are the same."""
 
 import contextlib
 from dataclasses import replace
@@ -14,7 +14,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 @contextlib.contextmanager
 def no_wait():
-    """Whatever makes the CPU wait for the GPU raises here."""
+    """Raise on any operation that makes the CPU wait for the GPU."""
     torch.cuda.set_sync_debug_mode("error")
     try:
         yield
@@ -26,7 +26,7 @@ def no_wait():
 @pytest.mark.parametrize("needs", [(False, False, False), (True, False, False), (True, True, True)])
 @pytest.mark.parametrize("ignored", [0.0, 0.3])
 @pytest.mark.parametrize("outputs", [(), ("entropy", "is_top1")])
-def test_forward_and_backward(impl, needs, ignored, outputs):
+def test_forward_and_backward_do_not_synchronise(impl, needs, ignored, outputs):
     case = make_case((3, 17), 64, 303, dtype=torch.bfloat16, device="cuda", ignored=ignored, bias=needs[2])
 
     def run(case):
@@ -44,8 +44,8 @@ def test_forward_and_backward(impl, needs, ignored, outputs):
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -1.0])
-def test_losses_look_at_no_value(bad):
-    """Of numbers that come in tensors: one out of its range makes NaN."""
+def test_losses_do_not_synchronise(bad):
+    """Numbers passed as tensors are not read: one out of range gives NaN."""
     x, desirable = -torch.rand(2, device="cuda"), torch.tensor([True, False], device="cuda")
     rows, mask = -torch.rand(2, 3, device="cuda"), torch.ones(2, 3, device="cuda")
     numbers, one = torch.tensor([1.0, bad], device="cuda"), torch.ones(2, device="cuda")
@@ -61,12 +61,12 @@ def test_losses_look_at_no_value(bad):
             *([] if bad == -1.0 else [dpo_loss(x, x, x, x, pair_weights=numbers).losses[1]]),
         ]
     assert torch.stack(outs).isnan().all()
-    if bad != -1.0:  # waits for its rewards, whose number only the device knows
+    if bad != -1.0:  # its rewards need a count that only the device knows
         assert kto_loss(x, x, desirable, numbers[1]).losses.isnan().all()
 
 
-def test_the_forward_of_the_fused_trainers():
-    """Although its labels are on the GPU: they are copied while the backbone has yet to run."""
+def test_the_forward_of_the_fused_trainers_does_not_synchronise():
+    """Although labels are on the GPU: they are copied to the CPU before the backbone runs."""
     transformers, forward = pytest.importorskip("transformers"), pytest.importorskip("fusedalign.trl.forward")
     from fusedalign.trl.options import HeadOptions
 
@@ -79,7 +79,7 @@ def test_the_forward_of_the_fused_trainers():
     forward.add_lm_head(model, options=HeadOptions())
     ids = torch.randint(0, 303, (2, 9), device="cuda")
     labels = ids.where(ids % 3 > 0, -100)
-    # transformers looks into a mask of two dimensions, or for packed rows without one, and waits; not into this one.
+    # transformers reads 2-D masks (or detects packed rows without one) and waits; it does not read this 4-D mask.
     mask = torch.ones(1, 1, 9, 9, dtype=torch.bool, device="cuda").tril()
     arguments = {"attention_mask": mask, "labels": labels, "fused_lm_head": True, "num_items_in_batch": 7}
     expected = model(ids, **arguments).log_probs
@@ -89,7 +89,7 @@ def test_the_forward_of_the_fused_trainers():
     except RuntimeError as error:
         if "synchroniz" not in str(error):
             raise
-        pytest.skip("this backbone waits for the GPU itself")
+        pytest.skip("this backbone synchronises with the GPU itself")
     with no_wait():
         got = model(ids, **arguments).log_probs
     assert torch.equal(got, expected)

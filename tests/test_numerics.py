@@ -1,4 +1,4 @@
-"""Where real projects lost digits or got NaN."""
+"""Numerical edge cases that cost real projects digits or gave NaN."""
 
 from dataclasses import replace
 
@@ -13,7 +13,7 @@ pytestmark = [pytest.mark.parametrize("device", DEVICES), pytest.mark.parametriz
 
 
 def logits_case(logits, targets, dtype=torch.float32, device="cpu"):
-    """A head whose logits are given: hidden is one-hot, weight holds them as columns."""
+    """A case with given logits: hidden is one-hot, and the logits are the columns of weight."""
     n = logits.shape[0]
     hidden = torch.eye(n, dtype=dtype, device=device)
     return Case(hidden, logits.t().to(device=device, dtype=dtype), torch.as_tensor(targets, device=device))
@@ -21,7 +21,7 @@ def logits_case(logits, targets, dtype=torch.float32, device="cpu"):
 
 @pytest.mark.parametrize("tiles", [{}, {"vocab_chunk": 3}])
 @pytest.mark.parametrize("p", [0.999, 0.9999])
-def test_gradient_of_a_confident_target(impl, device, tiles, p):
+def test_the_gradient_of_a_confident_target_is_exact(impl, device, tiles, p):
     """bf16 logits or probabilities would round 1 - p to 0 or to a multiple of 1/256."""
     logits = torch.zeros(2, 5, dtype=torch.float64)
     logits[:, 1] = torch.tensor(p / (1 - p) * 4).log()
@@ -34,20 +34,20 @@ def test_gradient_of_a_confident_target(impl, device, tiles, p):
 
 
 @pytest.mark.parametrize("offset", [-50.0, 1e4, -1e4])
-def test_a_common_offset_changes_nothing(impl, device, offset):
-    logits = torch.randn(4, 37, dtype=torch.float64).mul_(8).round().div_(8)  # offsets stay exact in fp32
+def test_a_common_logit_offset_changes_nothing(impl, device, offset):
+    logits = torch.randn(4, 37, dtype=torch.float64).mul_(8).round().div_(8)  # the offset is exact in fp32
     for c in (0.0, offset):
         case = logits_case(logits + c, [0, 5, 36, 7], device=device)
         out = case.logps(impl=impl, outputs=OUTPUTS, vocab_chunk=5)
         want = logits.log_softmax(-1)[torch.arange(4), [0, 5, 36, 7]]
-        # 1e4 + z in fp32: the logits are exact here, only reference's log_softmax may round their sum
+        # 1e4 + z in fp32: logits are exact here, only the reference's log_softmax may round sums
         torch.testing.assert_close(out.logps.double().cpu(), want, rtol=1e-5, atol=1e-5)
         assert (out.logps <= 0).all()
         grad = run(case, ("logps",), impl=impl, vocab_chunk=5)["dhidden"]
         assert torch.isfinite(grad).all()
 
 
-def test_one_huge_logit(impl, device):
+def test_one_huge_logit_stays_finite(impl, device):
     logits = torch.randn(3, 11)
     logits[:, 4] = 3e4
     case = logits_case(logits, [4, 0, 10], device=device)
@@ -64,14 +64,14 @@ def test_one_huge_logit(impl, device):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_logps_are_never_positive(impl, device, scale, dtype):
     case = make_case((8, 16), 24, 203, dtype=dtype, device=device, scale=float(scale))
-    targets = (case.hidden.float() @ case.weight.float().t() + case.bias.float()).argmax(-1)  # the likeliest of all
+    targets = (case.hidden.float() @ case.weight.float().t() + case.bias.float()).argmax(-1)  # the most likely column
     out = linear_logps(case.hidden, case.weight, targets, bias=case.bias, scale=scale, impl=impl, outputs=["entropy"])
     assert (out.logps <= 0).all()
     assert (out.entropy >= 0).all()
 
 
-def test_masked_vocabulary(impl, device):
-    """A bias of -inf removes a column, whole tiles of them too, without a NaN anywhere else."""
+def test_minus_inf_bias_removes_columns_without_nan(impl, device):
+    """A bias of -inf removes columns, also whole tiles, without a NaN elsewhere."""
     case = make_case((3, 7), 16, 40, device=device, ignored=0.0)
     allowed = torch.arange(40, device=device) % 2 == 1
     allowed[:10] = False
@@ -86,26 +86,26 @@ def test_masked_vocabulary(impl, device):
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-def test_nan_and_inf_stay_in_their_token(impl, device, bad):
+def test_nan_and_inf_affect_only_their_token(impl, device, bad):
     case = make_case((2, 6), 16, 101, device=device, ignored=0.0)
     clean = case.logps(impl=impl, vocab_chunk=30).logps
     case.hidden[1, 2, 3] = bad
-    # Triton's interpreter raises where it looks for the largest of a row of NaN.
-    asked = OUTPUTS[:-1] if impl == "triton" and INTERPRETED else OUTPUTS
-    out = case.logps(impl=impl, outputs=asked, vocab_chunk=30)
+    # Triton's interpreter raises on the argmax of a row of NaN.
+    outputs = OUTPUTS[:-1] if impl == "triton" and INTERPRETED else OUTPUTS
+    out = case.logps(impl=impl, outputs=outputs, vocab_chunk=30)
     affected = torch.zeros(2, 6, dtype=torch.bool, device=device)
     affected[1, 2] = True
     for name in ("logps", "entropy", "log_sum_sq_probs"):
         assert torch.equal(getattr(out, name).isnan(), affected), name
-    assert torch.equal(out.lse.isfinite(), ~affected)  # of infinite logits it may itself be infinite
+    assert torch.equal(out.lse.isfinite(), ~affected)  # may be infinite for infinite logits
     torch.testing.assert_close(out.logps[~affected], clean[~affected])
-    grad = run(case, ("logps",), impl=impl, outputs=asked, vocab_chunk=30)["dhidden"]
+    grad = run(case, ("logps",), impl=impl, outputs=outputs, vocab_chunk=30)["dhidden"]
     assert torch.isfinite(grad[~affected]).all()
     assert grad[1, 2].isnan().any()
 
 
 def test_nan_in_weight_reaches_every_token(impl, device):
-    """None of which has a likeliest token then, not even the largest of the other columns."""
+    """Then no token has a top-1 column, not even the largest of the other columns."""
     case = make_case((2, 6), 16, 101, device=device, ignored=0.0)
     case = replace(case, targets=logits_of(case).argmax(-1))
     assert case.logps(impl=impl, vocab_chunk=30, outputs=["is_top1"]).is_top1.all()
@@ -118,8 +118,8 @@ def test_nan_in_weight_reaches_every_token(impl, device):
 
 @pytest.mark.parametrize("size", [1e6, 1e9, 1e15])
 @pytest.mark.parametrize("kind", ["frozen", "frozen, scalar loss", "trained", "trained, scalar loss"])
-def test_logits_whose_last_place_is_larger_than_a_nat(impl, device, size, kind):
-    """A billion has a last place of 64 in fp32: two sums of one logit, in different orders, differ by that."""
+def test_gradients_stay_exact_for_logits_with_coarse_rounding(impl, device, size, kind):
+    """At 1e9 an fp32 ulp is 64: two sums of one logit in different orders differ by that much."""
     case = make_case((6,), 16, 67, device=device, ignored=0.0, bias=False)
     case = replace(case, weight=case.weight * size)
     case.targets[1:] = logits_of(case).argmax(-1)[1:]
@@ -141,20 +141,20 @@ def test_logits_whose_last_place_is_larger_than_a_nat(impl, device, size, kind):
 
 
 def logits_of(case):
-    """In fp64."""
+    """The logits in fp64."""
     return case.hidden.double() @ case.weight.double().T + (0 if case.bias is None else case.bias.double())
 
 
 @pytest.mark.parametrize("v", [5, 127, 129])
-def test_softcap_where_tiles_do_not_divide_the_vocabulary(impl, device, v):
-    """Padding that survives tanh as a finite logit would add probability mass."""
+def test_softcap_adds_no_mass_from_tile_padding(impl, device, v):
+    """Tile padding that becomes a finite logit through tanh would add probability mass."""
     hidden, weight = torch.randn(3, 16, device=device), -torch.rand(v, 16, device=device)
     targets = torch.arange(v, device=device)[:, None].expand(v, 3)
     out = linear_logps(hidden.expand(v, 3, 16), weight, targets, softcap=2.0, impl=impl, vocab_chunk=64)
     torch.testing.assert_close(out.logps.exp().sum(0), torch.ones(3, device=device))
 
 
-def test_order_of_bias_scale_softcap_temperature(impl, device):
+def test_bias_scale_softcap_temperature_apply_in_this_order(impl, device):
     hidden, weight, bias = torch.tensor([[1.0]]), torch.tensor([[0.5], [-1.0]]), torch.tensor([0.25, 0.75])
     # raw: 0.75, -0.25; times scale 2: 1.5, -0.5; softcap 3: 3 tanh(0.5), 3 tanh(-1/6); over temperature 0.5
     logits = torch.tensor([3 * torch.tensor(0.5).tanh() / 0.5, 3 * torch.tensor(-0.5 / 3).tanh() / 0.5])
@@ -174,7 +174,7 @@ def test_is_top1_takes_the_first_of_equal_logits(impl, device):
         assert case.logps(impl=impl, outputs=["is_top1"], **tiles).is_top1.tolist() == [True, False, False]
 
 
-def test_upstream_gradients_differ_by_token(impl, device):
+def test_each_token_uses_its_own_upstream_gradient(impl, device):
     """Each token's gradient is its own: scaling one token's upstream scales that row alone."""
     case = make_case((8,), 16, 101, dtype=finest(impl), device=device, ignored=0.0)
 
@@ -207,8 +207,8 @@ def test_error_does_not_grow_with_the_number_of_tiles(impl, device):
 
 
 @pytest.mark.parametrize("loss", ["logps", "cross_entropy"])
-def test_200_steps_end_where_full_logits_end(impl, device, loss):
-    """A bf16 model trained with tiles ends, entropy included, where fp32 logits of the same bf16 operands end."""
+def test_200_training_steps_match_full_logits(impl, device, loss):
+    """A bf16 model trained with tiles ends with the loss and entropy of training with fp32 logits."""
     skip_where_interpreted(impl, device)
 
     def train(**options):
@@ -235,7 +235,7 @@ def test_200_steps_end_where_full_logits_end(impl, device, loss):
 
 
 @pytest.mark.slow
-def test_more_than_2_to_the_31_logits(impl, device):
+def test_more_than_2_to_the_31_logits_work(impl, device):
     if impl == "reference":
         pytest.skip("its logits alone would take 9 GB")
     skip_where_interpreted(impl, device)
@@ -250,7 +250,7 @@ def test_more_than_2_to_the_31_logits(impl, device):
     torch.testing.assert_close(logps[some].double(), exact, rtol=1e-5, atol=1e-5)
 
 
-def test_more_tokens_than_a_grid_has(impl, device):
+def test_more_tokens_than_a_grid_dimension_work(impl, device):
     skip_where_interpreted(impl, device)
     hidden, weight = torch.randn(70_000, 2, device=device), torch.randn(3, 2, device=device)
     targets = torch.randint(0, 3, (70_000,), device=device)

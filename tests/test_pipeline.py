@@ -1,4 +1,4 @@
-"""A Qwen3 over two ranks of a pipeline, the loss on the last stage with each impl: equal to one process."""
+"""A Qwen3 over two pipeline ranks, with each impl's loss on the last stage, equals one process."""
 
 import importlib.util
 import os
@@ -16,7 +16,7 @@ pytest.importorskip("transformers")
 RECIPE = Path(__file__).parents[1] / "recipes/pipeline.py"
 SCHEDULES = ("GPipe", "1F1B")
 ON_CPU = [impl for impl in IMPLS if impl != "cce"]
-#: Triton's interpreter takes seconds for a step: one schedule shows what the other would.
+#: Triton's interpreter takes seconds per step, so it runs one schedule only.
 CASES = [(s, impl) for s in SCHEDULES for impl in ON_CPU if not INTERPRETED or (s, impl) != ("GPipe", "triton")]
 CASES_ON_GPUS = [(s, impl) for s in SCHEDULES for impl in IMPLS]
 
@@ -43,25 +43,25 @@ def rank_main(rank, folder, cases, on_gpus):
         grads = {name: p.grad.cpu() for name, p in stage.named_parameters()}
         results[schedule, impl] = None if loss is None else loss.cpu(), grads
     torch.save(results, f"{folder}/{rank}.pt")
-    dist.barrier()  # a rank that leaves early takes the other's connections along
+    dist.barrier()  # a rank that exits early closes the connections of the other
     dist.destroy_process_group()
     os._exit(0)  # as in test_ddp.py
 
 
 def run_pipelines(folder, cases, *, on_gpus):
-    """(schedule, impl) -> loss and gradients, of each rank."""
+    """(schedule, impl) -> loss and gradients of each rank."""
     mp.spawn(rank_main, args=(str(folder), cases, on_gpus), nprocs=2)
     return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
 
 
 def in_one_process(device="cpu", dtype=torch.float32, exact=False):
-    """The same from logits and PyTorch's own cross-entropy; `exact`: weights of `dtype`, all else in fp64."""
+    """Loss and gradients from logits with PyTorch's cross-entropy; `exact`: weights of `dtype` computed in fp64."""
     r = recipe()
     stages, (ids, labels) = [stage.to(device, dtype) for stage in r.build()], (x.to(device) for x in r.batch())
     stages = [stage.double() for stage in stages] if exact else stages
     logits = stages[1].lm_head(stages[1](stages[0](ids)))
-    wide = torch.promote_types(logits.dtype, torch.float32)
-    loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).to(wide), labels[:, 1:].flatten())
+    dtype_of_logits = torch.promote_types(logits.dtype, torch.float32)
+    loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).to(dtype_of_logits), labels[:, 1:].flatten())
     loss.backward()
     return loss.detach().cpu(), [{name: p.grad.cpu() for name, p in stage.named_parameters()} for stage in stages]
 
@@ -89,11 +89,11 @@ def test_two_stages_equal_one_process(piped, single, schedule, impl):
 
 
 def test_the_recipe_learns():
-    """As its docstring has it run: on two GPUs where they are, else on the CPU."""
+    """Run as in its docstring: on two GPUs if present, else on the CPU."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", str(RECIPE)]
-    done = subprocess.run([*command, "--impl", "pytorch", "--schedule", "1F1B"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    losses = [float(line.split()[-1]) for line in done.stdout.splitlines() if line.startswith("step")]
+    process = subprocess.run([*command, "--impl", "pytorch", "--schedule", "1F1B"], capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    losses = [float(line.split()[-1]) for line in process.stdout.splitlines() if line.startswith("step")]
     assert len(losses) == 20
     assert losses[-1] < losses[0]
 
@@ -107,7 +107,7 @@ def piped_on_gpus(tmp_path_factory):
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 @pytest.mark.parametrize(("schedule", "impl"), CASES_ON_GPUS)
 def test_two_stages_in_bf16_on_two_gpus(piped_on_gpus, schedule, impl):
-    """At most twice as far from fp64 as one process with logits, and the rounding of sums over micro-batches."""
+    """At most twice the error of one process with logits, plus the rounding of sums over micro-batches."""
     loss, exact = in_one_process("cuda", torch.bfloat16, exact=True)
     eager_loss, eager = in_one_process("cuda", torch.bfloat16)
     size = torch.finfo(torch.bfloat16).eps / 2
@@ -117,5 +117,5 @@ def test_two_stages_in_bf16_on_two_gpus(piped_on_gpus, schedule, impl):
         got = piped_on_gpus[rank][schedule, impl][1]
         assert got.keys() == exact[rank].keys()
         for name, want in exact[rank].items():
-            ours, theirs = ((x[name].double() - want).norm() for x in (got, eager[rank]))
-            assert ours <= 2 * theirs + 4 * size * want.norm(), f"rank {rank}: {name}"
+            error, eager_error = ((x[name].double() - want).norm() for x in (got, eager[rank]))
+            assert error <= 2 * eager_error + 4 * size * want.norm(), f"rank {rank}: {name}"

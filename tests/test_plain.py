@@ -1,4 +1,4 @@
-"""What is no plain memory is refused by every public function that takes tensors, in a line that says what to pass."""
+"""Every public function refuses tensors without plain storage, in one line that says what to pass."""
 
 import functools
 import inspect
@@ -23,7 +23,7 @@ H, W, T, B = torch.randn(2, 3, 4), torch.randn(6, 4), torch.randint(0, 6, (2, 3)
 X, GOOD, ROWS, ONES = torch.tensor([-1.0, -2.0]), torch.tensor([True, False]), -torch.ones(2, 3), torch.ones(2, 3)
 IDS, LENGTHS = torch.arange(6).view(2, 3), torch.tensor([1, 2])
 
-#: Every public function with tensors, and all its tensors by name.
+#: Every public function with tensor arguments -> its tensors by name.
 CALLS = {
     "linear_logps": (linear_logps, {"hidden": H, "weight": W, "targets": T, "bias": B}, {}),
     "linear_cross_entropy": (linear_cross_entropy, {"hidden": H, "weight": W, "targets": T, "bias": B}, {}),
@@ -75,25 +75,25 @@ def mesh():
 
 def refused(call, name, bad):
     f, tensors, options = CALLS[call]
-    f(**tensors, **options)  # is served
+    f(**tensors, **options)  # is accepted
     with pytest.raises(TypeError) as caught:
         f(**tensors | {name: bad}, **options)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
 
-def test_every_public_function_with_tensors_is_here():
+def test_every_public_function_with_tensors_is_tested():
     public = {name for name in losses.__all__ if inspect.isfunction(getattr(losses, name))}
     public |= {n for n, f in vars(sequence).items() if inspect.isfunction(f) and f.__module__ == sequence.__name__}
     public |= {"linear_logps", "linear_cross_entropy"}
     assert {name for name in public if not name.startswith("_")} <= CALLS.keys()
     for f, tensors, options in CALLS.values():
-        takes = {p.name for p in inspect.signature(f).parameters.values() if "Tensor" in str(p.annotation)}
-        assert takes <= {*tensors, *options, "num_items", "bias"}
+        tensor_names = {p.name for p in inspect.signature(f).parameters.values() if "Tensor" in str(p.annotation)}
+        assert tensor_names <= {*tensors, *options, "num_items", "bias"}
 
 
 @EACH
-def test_dtensors(mesh, call, name):
+def test_dtensors_are_refused(mesh, call, name):
     x, is_head = CALLS[call][1][name], name in ("weight", "bias")
     for placement in (Replicate(), *([Shard(0)] if x.ndim and not is_head else [])):
         message = refused(call, name, distribute_tensor(x, mesh, [placement]))
@@ -111,12 +111,12 @@ def test_a_sharded_tensor_of_the_head_beside_a_plain_one(mesh, name):
 
 
 @EACH
-def test_nested_and_sparse_tensors(call, name):
+def test_nested_and_sparse_tensors_are_refused(call, name):
     x = CALLS[call][1][name]
     if not x.ndim:
-        pytest.skip("one number")
+        pytest.skip("a 0-d tensor has no nested or sparse layout")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PyTorch's, of prototypes
+        warnings.simplefilter("ignore")  # PyTorch's prototype warning
         nested = [torch.nested.nested_tensor([x, x], layout=layout) for layout in (torch.strided, torch.jagged)]
     for bad in nested:
         assert f"got a nested tensor: pass torch.nested.to_padded_tensor({name}, 0.0)" in refused(call, name, bad)
@@ -124,7 +124,7 @@ def test_nested_and_sparse_tensors(call, name):
 
 
 class Wrapped(torch.Tensor):
-    """Brings its own arithmetic, as masked and quantised tensors do."""
+    """A subclass with its own arithmetic, like masked and quantised tensors."""
 
     @staticmethod
     def __new__(cls, x):
@@ -136,13 +136,13 @@ class Wrapped(torch.Tensor):
 
 
 @EACH
-def test_tensors_with_their_own_arithmetic(call, name):
+def test_tensor_subclasses_with_own_arithmetic_are_refused(call, name):
     message = refused(call, name, Wrapped(CALLS[call][1][name]))
     assert message.startswith(f"{name} must be a plain tensor, got a Wrapped, which brings its own arithmetic")
 
 
 @pytest.mark.parametrize("position", [0, 1])
-def test_parts_of_the_head(mesh, position):
+def test_dtensor_parts_of_the_head_are_refused(mesh, position):
     parts = [W[:, :3], W[:, 3:]]
     parts[position] = distribute_tensor(parts[position].contiguous(), mesh, [Shard(0)])
     with pytest.raises(TypeError, match=rf"^weight\[{1 - position}\] must be a DTensor sharded on dimension 0"):
@@ -152,7 +152,7 @@ def test_parts_of_the_head(mesh, position):
         linear_logps(H, tuple(parts), T)
 
 
-def test_heads_of_models(mesh):
+def test_dtensor_heads_of_models_are_refused(mesh):
     transformers = pytest.importorskip("transformers")
     sizes = {"vocab_size": 11, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
     heads = {"num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 8}
@@ -166,20 +166,20 @@ def test_heads_of_models(mesh):
         lm_head(model)
 
 
-@pytest.mark.parametrize("which", ["weight", "bias"])
-def test_the_module(mesh, which):
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_the_module_refuses_dtensors(mesh, name):
     head = nn.Linear(4, 6)
-    setattr(head, which, nn.Parameter(distribute_tensor(getattr(head, which).detach(), mesh, [Replicate()])))
+    setattr(head, name, nn.Parameter(distribute_tensor(getattr(head, name).detach(), mesh, [Replicate()])))
     for call in (lambda: LinearCrossEntropyLoss(head)(H, T), lambda: layer_head(head)):
-        with pytest.raises(TypeError, match=rf"^{which} of output_embeddings must be a plain tensor, got a DTensor"):
+        with pytest.raises(TypeError, match=rf"^{name} of output_embeddings must be a plain tensor, got a DTensor"):
             call()
-    whole = LinearCrossEntropyLoss(nn.Linear(4, 6))
+    module = LinearCrossEntropyLoss(nn.Linear(4, 6))
     with pytest.raises(TypeError, match=r"^hidden must be a plain tensor, got a DTensor"):
-        whole(distribute_tensor(H, mesh, [Shard(0)]), T)
+        module(distribute_tensor(H, mesh, [Shard(0)]), T)
 
 
-def test_the_remedy_gives_the_right_gradient(mesh):
-    """On one rank; over several, Partial() is what adds the gradients of each rank's tokens up."""
+def test_the_suggested_fix_gives_the_right_gradient(mesh):
+    """On one rank; over several ranks, Partial() adds up the gradients of each rank's tokens."""
     want = W.clone().requires_grad_()
     linear_cross_entropy(H, want, T).backward()
     for options in ({}, {"grad_placements": [Partial()]}):
@@ -188,16 +188,16 @@ def test_the_remedy_gives_the_right_gradient(mesh):
         torch.testing.assert_close(weight.grad.full_tensor(), want.grad)
 
 
-def test_stand_ins_of_a_traced_graph_are_served():
+def test_fake_tensors_of_a_traced_graph_are_accepted():
     with FakeTensorMode(allow_non_fake_inputs=True):
         x = torch.zeros(2)
         assert fusedalign.dpo_loss(x, x, x, x, pair_weights=x).losses.shape == (2,)
         assert fusedalign.sft_loss(x, x, num_items=x[0]).shape == ()
 
 
-def test_plain_subclasses_are_served():
+def test_subclasses_without_own_arithmetic_are_accepted():
     class Named(torch.Tensor):
-        """Says nothing of its arithmetic."""
+        """A subclass without its own arithmetic."""
 
     torch.testing.assert_close(
         linear_logps(H.as_subclass(Named), W, T).logps.as_subclass(torch.Tensor), linear_logps(H, W, T).logps
@@ -206,8 +206,8 @@ def test_plain_subclasses_are_served():
 
 
 @pytest.mark.parametrize("f", [linear_logps, linear_cross_entropy])
-def test_meta_tensors(f):
-    """Of a model that has been built without memory."""
+def test_meta_tensors_are_refused(f):
+    """As in a model built on the meta device."""
     meta = [x.to("meta") for x in (H, W, T)]
     for args in (meta, [*meta[:2], T]):
         with pytest.raises(

@@ -46,7 +46,7 @@ FAMILIES = {
 }
 TOKENS = 48
 DTYPES = ["bfloat16", "float32"]
-#: A step of which every part has another size.
+#: A step in which every part has a different size.
 STEP = Step(batch=3, length=20, prompt=8, dtype="bfloat16")
 
 
@@ -60,7 +60,7 @@ def shapes(family="qwen3", **more):
 
 @pytest.fixture(scope="module")
 def qwen3():
-    """Records of one model, which are made once."""
+    """Records of one model, cached per module."""
     return shapes()
 
 
@@ -69,25 +69,25 @@ def real_model(family, dtype):
     return transformers.AutoModelForCausalLM.from_config(config(family), dtype=getattr(torch, dtype)).train()
 
 
-# -------------------------------------------------------------------------------------------------- against real models
+# Against real models
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_parameters_gradients_and_averages_are_those_of_a_model_that_trains(family):
+def test_parameters_gradients_and_optimizer_state_match_a_trained_model(family):
     model = real_model(family, "bfloat16")
     ids = torch.arange(TOKENS)[None] % 97
     model(input_ids=ids, labels=ids).loss.backward()
     optimiser = torch.optim.AdamW(model.parameters(), fused=True)
     optimiser.step()
-    found = shapes(family).model(STEP)
-    assert found.parameters == sum(p.numel() for p in model.parameters())
-    assert sizes.gradients(found).bytes == sum(p.grad.nbytes for p in model.parameters())
-    by_name = {part.name: part.bytes for part in sizes.held(found, STEP)}
+    model_record = shapes(family).model(STEP)
+    assert model_record.parameters == sum(p.numel() for p in model.parameters())
+    assert sizes.gradients(model_record).bytes == sum(p.grad.nbytes for p in model.parameters())
+    sizes_by_name = {part.name: part.bytes for part in sizes.held(model_record, STEP)}
     averages = [x for state in optimiser.state.values() for name, x in state.items() if name.startswith("exp_avg")]
-    assert by_name["optimiser"] == sum(x.nbytes for x in averages)
-    assert by_name["weights"] == by_name["reference model"] == sum(p.nbytes for p in model.parameters())
-    assert (found.vocab, found.width) == tuple(model.get_output_embeddings().weight.shape)
-    assert found.tied is (model.get_output_embeddings().weight is model.get_input_embeddings().weight)
+    assert sizes_by_name["optimiser"] == sum(x.nbytes for x in averages)
+    assert sizes_by_name["weights"] == sizes_by_name["reference model"] == sum(p.nbytes for p in model.parameters())
+    assert (model_record.vocab, model_record.width) == tuple(model.get_output_embeddings().weight.shape)
+    assert model_record.tied is (model.get_output_embeddings().weight is model.get_input_embeddings().weight)
 
 
 def saved_by_the_last_layer(model, tokens, keys):
@@ -105,15 +105,15 @@ def saved_by_the_last_layer(model, tokens, keys):
     def before(layer, args, kwargs):
         known.update(saved)
         alive.extend(saved.values())
-        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
-        known.update(x.untyped_storage()._cdata for x in given)
+        inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        known.update(x.untyped_storage()._cdata for x in inputs)
         saved.clear()
 
     def after(layer, args, out):
         pack(out if isinstance(out, torch.Tensor) else out[0])
-        done.append(sum(x.nbytes() for key, x in saved.items() if key not in known))
+        finished.append(sum(x.nbytes() for key, x in saved.items() if key not in known))
 
-    done: list[int] = []
+    finished: list[int] = []
     layers[-1].register_forward_pre_hook(before, with_kwargs=True)
     layers[-1].register_forward_hook(after)
     ids = torch.zeros(1, tokens, dtype=torch.int64)
@@ -123,33 +123,33 @@ def saved_by_the_last_layer(model, tokens, keys):
         tracing._mixed(True),
     ):
         model.base_model(input_ids=ids, position_ids=ids, use_cache=False)
-    return done[0]
+    return finished[0]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_layer_keeps_what_autograd_saves_of_a_real_one(family, dtype):
+def test_layer_activations_match_what_autograd_saves(family, dtype):
     model = real_model(family, dtype)
     if dtype == "bfloat16" and any(isinstance(m, torch.nn.LayerNorm) for m in model.modules()):
-        pytest.skip("a CPU has no LayerNorm of fp32 numbers with bf16 weights, which a GPU has")
+        pytest.skip("LayerNorm of fp32 inputs with bf16 weights needs a GPU")
     for keys in (TOKENS, TOKENS + 16):
         step = Step("sft", 1, TOKENS, dtype=dtype)
-        found = trace(build(config(family), step), TOKENS, keys=keys)
-        assert len(found.order) == 3
-        assert found.tokens == TOKENS
-        assert found.layers[-1].kept == saved_by_the_last_layer(model, TOKENS, keys)
+        record = trace(build(config(family), step), TOKENS, keys=keys)
+        assert len(record.order) == 3
+        assert record.tokens == TOKENS
+        assert record.layers[-1].kept == saved_by_the_last_layer(model, TOKENS, keys)
 
 
 def test_a_copied_prompt_costs_its_keys_and_values():
-    few, more = (trace(build(config("llama"), STEP), TOKENS, keys=TOKENS + copies).layers[0] for copies in (1, 17))
-    assert more.kept - few.kept == 16 * 2 * (2 * 8) * 2  # keys and values of two heads of 8 numbers, in bf16
+    few, many = (trace(build(config("llama"), STEP), TOKENS, keys=TOKENS + copies).layers[0] for copies in (1, 17))
+    assert many.kept - few.kept == 16 * 2 * (2 * 8) * 2  # keys and values of two heads of 8 numbers, in bf16
 
 
 @pytest.mark.parametrize("checkpointing", [True, False])
 @pytest.mark.parametrize("tokens", [16, 400])
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "qwen3_moe"])
-def test_the_moments_of_the_backbone_are_those_of_a_real_step(family, tokens, checkpointing):
-    """Real tensors on the CPU, from embeddings to the last gradient, with the gradient of a head beside them."""
+def test_backbone_memory_moments_match_a_real_step(family, tokens, checkpointing):
+    """Real tensors on the CPU, from the embeddings to the last gradient, plus the gradient of a head."""
     model = real_model(family, "bfloat16")
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -162,69 +162,69 @@ def test_the_moments_of_the_backbone_are_those_of_a_real_step(family, tokens, ch
         del hidden
         seed.backward()
     source, step = shapes(family), replace(method="sft", batch=1, length=tokens, prompt=0, checkpointing=checkpointing)
-    found = sizes.largest(source.model(step), step, source.trace(step), 0)
-    assert found.bytes == pytest.approx(living.peak, rel=0.03)
+    moment = sizes.largest(source.model(step), step, source.trace(step), 0)
+    assert moment.bytes == pytest.approx(living.peak, rel=0.03)
     assert 0 < head.nbytes < living.peak
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_checkpoint_is_one_hidden_state_a_token(dtype):
-    found = trace(build(config(), replace(dtype=dtype)), TOKENS)
+def test_a_checkpoint_stores_one_hidden_state_per_token(dtype):
+    record = trace(build(config(), replace(dtype=dtype)), TOKENS)
     item = {"bfloat16": 2, "float32": 4}[dtype]
-    assert [layer.checkpoint for layer in found.layers] == [TOKENS * 32 * item] * 3
-    assert (found.width, found.item) == (32, item)
+    assert [layer.checkpoint for layer in record.layers] == [TOKENS * 32 * item] * 3
+    assert (record.width, record.item) == (32, item)
 
 
-def test_the_gradients_of_all_layers_are_those_of_the_model_without_its_ends():
-    found = trace(build(config(), STEP), TOKENS)
+def test_layer_gradients_sum_to_those_of_the_model_without_embeddings_and_head():
+    record = trace(build(config(), STEP), TOKENS)
     model = real_model("qwen3", "bfloat16")
-    assert sum(layer.grads for layer in found.layers) == sum(p.nbytes for p in model.model.layers.parameters())
+    assert sum(layer.grads for layer in record.layers) == sum(p.nbytes for p in model.model.layers.parameters())
 
 
-def test_a_repeated_forward_takes_as_much_as_the_layer_does_without_checkpointing():
+def test_recomputation_takes_as_much_memory_as_the_layer_without_checkpointing():
     layer = trace(build(config(), STEP), TOKENS).layers[0]
     assert layer.checkpoint < layer.kept < layer.backward_peak
     assert layer.recompute_peak == pytest.approx(layer.backward_peak, rel=0.05)
     assert layer.forward_peak < layer.kept
 
 
-def test_layers_of_another_kind_are_run_by_themselves():
-    more = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "mlp_only_layers": [1]}
-    found = trace(build(config("qwen3_moe", **more), STEP), TOKENS)
-    assert len(found.kinds) == 2
-    assert found.order == (0, 1, 0)
-    assert found.layers[0].grads != found.layers[1].grads
+def test_layers_of_different_kinds_are_traced_separately():
+    options = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "mlp_only_layers": [1]}
+    record = trace(build(config("qwen3_moe", **options), STEP), TOKENS)
+    assert len(record.kinds) == 2
+    assert record.order == (0, 1, 0)
+    assert record.layers[0].grads != record.layers[1].grads
 
 
-def test_of_a_model_that_sees_the_layers_that_read_are_run():
+def test_vision_models_are_traced_by_their_text_layers():
     text = SMALL | FAMILIES["gemma3_text"]
     vision = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
-    both = transformers.Gemma3Config(text_config=text, vision_config=vision | {"image_size": 28, "patch_size": 14})
-    model, alone = build(both, STEP), trace(build(config("gemma3_text"), STEP), TOKENS)
-    assert trace(model, TOKENS) == alone
+    config_ = transformers.Gemma3Config(text_config=text, vision_config=vision | {"image_size": 28, "patch_size": 14})
+    model, text_trace = build(config_, STEP), trace(build(config("gemma3_text"), STEP), TOKENS)
+    assert trace(model, TOKENS) == text_trace
     model = build(config("gemma3_text"), STEP)
     with torch.device("meta"):
         model.model.tower = transformers.AutoModel.from_config(config("llama", hidden_size=16, num_hidden_layers=1))
-    assert trace(model, TOKENS) == alone
+    assert trace(model, TOKENS) == text_trace
 
 
-def test_adapters_alone_have_gradients_and_the_layer_keeps_less():
+def test_with_lora_only_adapters_have_gradients_and_layers_save_less():
     peft = pytest.importorskip("peft")
     source, step = shapes(), replace(lora_r=4)
     model = real_model("qwen3", "bfloat16")
     adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
     trained = [p for p in adapted.parameters() if p.requires_grad]
-    found, full = source.model(step), source.model(STEP)
-    assert found.adapters == sum(p.numel() for p in trained)
-    assert found.parameters == full.parameters
-    assert sizes.gradients(found).bytes == sum(p.nbytes for p in trained)
-    assert sum(layer.grads for layer in source.trace(step).layers) == sizes.gradients(found).bytes
-    parts = {part.name: part.bytes for part in sizes.held(found, step)}
+    lora, full_training = source.model(step), source.model(STEP)
+    assert lora.adapters == sum(p.numel() for p in trained)
+    assert lora.parameters == full_training.parameters
+    assert sizes.gradients(lora).bytes == sum(p.nbytes for p in trained)
+    assert sum(layer.grads for layer in source.trace(step).layers) == sizes.gradients(lora).bytes
+    parts = {part.name: part.bytes for part in sizes.held(lora, step)}
     assert parts["reference model"] == 0
     assert parts["optimiser"] == 2 * parts["adapters"]
 
 
-def test_weights_in_fp32_are_copied_for_the_products():
+def test_fp32_weights_are_cast_for_the_products():
     layer = trace(build(config(), replace(dtype="float32")), TOKENS).layers[0]
     model = real_model("qwen3", "float32")
     linear = [m.weight for m in model.model.layers[0].modules() if isinstance(m, torch.nn.Linear)]
@@ -247,11 +247,11 @@ HYBRID = transformers.JambaConfig(
 BLOOM = transformers.BloomConfig(vocab_size=97, hidden_size=32, n_head=4, n_layer=2)
 
 
-@pytest.mark.parametrize("made", [MAMBA, HYBRID, BLOOM], ids=lambda made: made.model_type)
-def test_layers_without_an_attention_function_are_refused_at_once(made):
+@pytest.mark.parametrize("config", [MAMBA, HYBRID, BLOOM], ids=lambda config: config.model_type)
+def test_layers_without_an_attention_function_are_refused_at_once(config):
     start = time.monotonic()
     with pytest.raises(LayersError, match=r"attention|causal LM"):
-        trace(build(made, STEP), 100_000)  # their loops over tokens would take hours
+        trace(build(config, STEP), 100_000)  # their loops over tokens take too long
     assert time.monotonic() - start < 20
 
 
@@ -264,7 +264,7 @@ def test_layers_that_need_numbers_are_refused_with_the_reason():
     assert len(model.model.layers) == 3
 
 
-# ----------------------------------------------------------------------------------------------------------- arithmetic
+# Arithmetic
 
 
 def replace(step=STEP, **more):
@@ -276,8 +276,8 @@ MODEL = Model("m", parameters=1000, item=2, vocab=50, width=4)
 TRACE = Trace(tokens=10, width=4, item=2, kinds=(LAYER,), order=(0, 0, 0), before=20, after=30)
 
 
-class Made:
-    """A source of records that a test makes up: activations follow the tokens, weights the dtype."""
+class SyntheticSource:
+    """A synthetic source of records: activations scale with tokens, weights with the dtype."""
 
     def __init__(self, parameters=1000, layer=LAYER, adapters=10):
         self.parameters, self.layer, self.adapters = parameters, layer, adapters
@@ -300,7 +300,7 @@ def peak_of(source):
     return peak
 
 
-def test_slots_of_a_step():
+def test_token_slots_of_a_step_are_counted():
     pairs = Step("dpo", batch=3, length=20, prompt=8)
     assert (pairs.rows, pairs.padded, pairs.packed, pairs.keys, pairs.scored) == (6, 120, 96, 120, 72)
     assert Step("orpo", batch=3, length=20, prompt=8).scored == 96
@@ -310,11 +310,11 @@ def test_slots_of_a_step():
     assert (known.padded, known.packed, known.keys, known.scored) == (120, 48, 60, 36)
 
 
-def test_moments_by_hand():
+def test_moments_equal_hand_computed_sums():
     step = Step("dpo", 1, 6, 1, dtype="bfloat16")
-    found = {m.name: m.bytes for m in sizes.moments(MODEL, step, TRACE, 5000)}
+    moments = {m.name: m.bytes for m in sizes.moments(MODEL, step, TRACE, 5000)}
     head, all_gradients = 50 * 4 * 2, 2000
-    assert found == {
+    assert moments == {
         "head": 20 + 300 + 30 + head + 5000,
         "forward of the reference": 20 + 300 + 30 + head + 300 + 2 * 10 * 4 * 2,
         "backward of layer 3": head + 20 + 200 + 1500,
@@ -323,76 +323,76 @@ def test_moments_by_hand():
         "backward of the embedding": all_gradients + 80,
         "step of the optimiser": all_gradients,
     }
-    without = {m.name: m.bytes for m in sizes.moments(MODEL, replace(step, checkpointing=False), TRACE, 5000)}
-    assert without["head"] == 20 + 3000 + 30 + head + 5000
-    assert without["backward of layer 2"] == head + 70 + 20 + 1000 + 1400
+    unchecked = {m.name: m.bytes for m in sizes.moments(MODEL, replace(step, checkpointing=False), TRACE, 5000)}
+    assert unchecked["head"] == 20 + 3000 + 30 + head + 5000
+    assert unchecked["backward of layer 2"] == head + 70 + 20 + 1000 + 1400
     later = {m.name: m.bytes for m in sizes.moments(MODEL, replace(step, accumulation=2), TRACE, 5000)}
-    assert later["head"] == found["head"] + all_gradients
+    assert later["head"] == moments["head"] + all_gradients
     assert later["backward of layer 3"] == all_gradients + 20 + 200 + 1500
     tied = {m.name: m.bytes for m in sizes.moments(replace(MODEL, tied=True), step, TRACE, 5000)}
     assert tied["backward of the embedding"] == all_gradients + head + 80
     frozen = {m.name: m.bytes for m in sizes.moments(replace(MODEL, adapters=10), step, TRACE, 5000)}
     assert "backward of the embedding" not in frozen
-    assert frozen["head"] == found["head"] - head
+    assert frozen["head"] == moments["head"] - head
     assert "forward of the reference" not in {
         m.name for m in sizes.moments(MODEL, replace(step, precomputed=True), TRACE, 0)
     }
 
 
-def test_a_copy_of_the_weights_counts_until_the_forward_ends():
+def test_cast_weights_count_until_the_forward_ends():
     cast = replace(TRACE, kinds=(replace(LAYER, casts=11),))
     step = Step("sft", 1, 10)
-    with_casts, without = ({m.name: m.bytes for m in sizes.moments(MODEL, step, x, 0)} for x in (cast, TRACE))
-    assert {name for name in without if with_casts[name] != without[name]} == {"head"}
-    assert with_casts["head"] - without["head"] == 33
+    with_casts, without_casts = ({m.name: m.bytes for m in sizes.moments(MODEL, step, x, 0)} for x in (cast, TRACE))
+    assert {name for name in without_casts if with_casts[name] != without_casts[name]} == {"head"}
+    assert with_casts["head"] - without_casts["head"] == 33
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_the_loss_layer_by_hand(method):
-    """A head that is large enough for every tile to be full."""
+def test_the_loss_layer_equals_a_hand_computed_sum(method):
+    """A head large enough for every tile to be full."""
     model, step = Model("m", 10**9, 2, 150_000, 2048), Step(method, 8, 2048, 0, dtype="bfloat16")
     n = step.rows * 2048
-    picked, gradient, wide = n * 2048 * 4, 150_000 * 2048 * 2, (n + 150_000) * 2048 * 4
-    found = {part.name: part.bytes - gradient for part in sizes.head_layers(model, step)}
-    stock = picked + wide + 4096 * 32768 * 2
+    picked, gradient, both_grads = n * 2048 * 4, 150_000 * 2048 * 2, (n + 150_000) * 2048 * 4
+    extra_bytes = {part.name: part.bytes - gradient for part in sizes.head_layers(model, step)}
+    stock = picked + both_grads + 4096 * 32768 * 2
     if method in ("cpo", "simpo", "orpo"):
         stock = n * 150_000 * (8 if method == "simpo" else 10)
-    assert found == {
+    assert extra_bytes == {
         "triton": picked + 256 * 2**20,
         "pytorch": picked + 256 * 2**20,
         "liger": picked + 512 * 150_000 * 4,
-        "cce": picked + wide,
+        "cce": picked + both_grads,
         "stock TRL": stock,
     }
     frozen = {part.name: part.bytes for part in sizes.head_layers(replace(model, adapters=10), step)}
-    assert frozen["triton"] == found["triton"]
+    assert frozen["triton"] == extra_bytes["triton"]
     assert frozen["cce"] == picked + n * 2048 * 4
 
 
-def test_the_fused_head_of_trl_takes_what_was_measured():
-    """docs/performance.md: extra of forward and backward, dW and dH included, in MiB."""
+def test_the_fused_head_of_trl_matches_measured_memory():
+    """docs/performance.md: additional memory of forward and backward, including dW and dH, in MiB."""
     measured = {(8192, 4096, 128_256): 3454, (4096, 2048, 151_936): 2086, (8192, 2304, 256_000): 3740}
     for (n, d, v), mib in measured.items():
         part = sizes.head_layers(Model("m", 10**9, 2, v, d), Step("sft", 1, n, 0, dtype="bfloat16"))[-1]
-        assert (part.bytes - n * d * 2) / 2**20 == pytest.approx(mib, rel=0.01)  # hidden states are no extra there
+        assert (part.bytes - n * d * 2) / 2**20 == pytest.approx(mib, rel=0.01)  # not counted in the table
 
 
 @pytest.mark.parametrize("checkpointing", [True, False])
 @pytest.mark.parametrize("method", METHODS)
 def test_more_tokens_take_more_memory(qwen3, method, checkpointing):
     peak = peak_of(qwen3)
-    found = [
+    totals = [
         [peak(Step(method, batch, length, dtype="bfloat16", checkpointing=checkpointing)) for length in (64, 256)]
         for batch in (1, 8)
     ]
     for i in range(2):
-        assert found[i] == sorted(set(found[i]))
-        column = [row[i] for row in found]
+        assert totals[i] == sorted(set(totals[i]))
+        column = [row[i] for row in totals]
         assert column == sorted(set(column))
 
 
-def test_every_formula_gives_its_number(qwen3):
-    """What stands in a formula as factors and terms is the number of bytes beside it."""
+def test_every_formula_evaluates_to_its_bytes(qwen3):
+    """The factors and terms of a formula evaluate to its number of bytes."""
     step = replace(batch=64, length=512, prompt=100)
     model = qwen3.model(step)
     for part in [*sizes.head_layers(model, step), sizes.gradients(model), *sizes.held(model, step)[:3]]:
@@ -411,23 +411,23 @@ def evaluated(formula):
     return total
 
 
-# --------------------------------------------------------------------------------------------------------------- advice
+# Advice
 
 
-def test_the_best_change_is_that_of_what_takes_most():
+def test_the_best_change_reduces_the_largest_part():
     few = replace(batch=1, length=4, prompt=0)
-    heavy_weights = ranked(few, peak_of(Made(parameters=10**9)))
+    heavy_weights = ranked(few, peak_of(SyntheticSource(parameters=10**9)))
     assert heavy_weights[0].about.startswith("LoRA")
     activations = replace(batch=64, length=1000, checkpointing=False)
-    assert ranked(activations, peak_of(Made(parameters=10)))[0].about == "gradient checkpointing"
+    assert ranked(activations, peak_of(SyntheticSource(parameters=10)))[0].about == "gradient checkpointing"
     checkpointed = replace(activations, checkpointing=True)
-    assert ranked(checkpointed, peak_of(Made(parameters=10)))[0].about == "--batch 32 --accumulation 2"
+    assert ranked(checkpointed, peak_of(SyntheticSource(parameters=10)))[0].about == "--batch 32 --accumulation 2"
     with_lora = replace(few, lora_r=8, dtype="float32")
-    assert ranked(with_lora, peak_of(Made(parameters=10**9)))[0].about == "weights in bf16, --dtype bfloat16"
+    assert ranked(with_lora, peak_of(SyntheticSource(parameters=10**9)))[0].about == "weights in bf16, --dtype bfloat16"
 
 
-def test_changes_save_what_they_say_and_come_in_order():
-    peak, step = peak_of(Made(parameters=10**6)), replace(dtype="float32", checkpointing=False)
+def test_changes_save_what_they_claim_and_are_sorted():
+    peak, step = peak_of(SyntheticSource(parameters=10**6)), replace(dtype="float32", checkpointing=False)
     found = ranked(step, peak)
     assert [x.saved for x in found] == sorted((x.saved for x in found), reverse=True)
     assert all(x.saved == peak(step) - peak(x.step) > 0 and x.bytes == peak(x.step) for x in found)
@@ -436,40 +436,40 @@ def test_changes_save_what_they_say_and_come_in_order():
     assert reference.saved == 4 * 10**6
 
 
-def test_what_is_on_already_is_not_proposed():
+def test_settings_already_on_are_not_proposed():
     step = Step("dpo", 1, 8, dtype="bfloat16", lora_r=4, precomputed=True, optimiser="adamw_bnb_8bit")
     assert list(changes(step)) == []
     assert not [about for about, _ in changes(Step("sft", 4, 8)) if about.startswith("reference")]
 
 
 @pytest.mark.parametrize(("batch", "less"), [(8, (4, 2)), (3, (1, 3)), (9, (3, 3)), (5, (1, 5))])
-def test_a_smaller_micro_batch_leaves_the_rows_of_a_step(batch, less):
+def test_a_smaller_micro_batch_keeps_the_rows_per_step(batch, less):
     other = next(step for about, step in changes(replace(batch=batch)) if about.startswith("--batch"))
     assert (other.batch, other.accumulation) == less
 
 
-def test_changes_are_put_together_until_the_step_fits():
-    peak, step = peak_of(Made(parameters=10**6)), replace(dtype="float32", checkpointing=False)
+def test_changes_are_combined_until_the_step_fits():
+    peak, step = peak_of(SyntheticSource(parameters=10**6)), replace(dtype="float32", checkpointing=False)
     assert together(step, peak, peak(step)) == []
     best = ranked(step, peak)[0]
     assert [x.about for x in together(step, peak, best.bytes)] == [best.about]
-    more = together(step, peak, best.bytes - 1)
-    assert len(more) > 1
-    assert more[-1].bytes < best.bytes
-    assert more[0].about == best.about
+    combined = together(step, peak, best.bytes - 1)
+    assert len(combined) > 1
+    assert combined[-1].bytes < best.bytes
+    assert combined[0].about == best.about
     everything = together(step, peak, 1000)
     assert everything[-1].bytes > 1000
     assert ranked(everything[-1].step, peak) == []
 
 
-def test_one_row_is_singular():
+def test_a_single_row_is_printed_in_the_singular():
     assert ", 1 pair of 20 tokens" in describe(replace(batch=1))
     assert ", 1 row of 20 tokens" in describe(replace(batch=1, method="sft"))
     assert ", 3 pairs of 20 tokens" in describe(STEP)
 
 
 def test_a_plan_says_what_fits():
-    source, step = Made(parameters=10**6), replace(batch=2)
+    source, step = SyntheticSource(parameters=10**6), replace(batch=2)
     needed = plan(source, step).needed
     assert plan(source, step, needed).together == []
     assert ": yes, 0.0 MiB free" in render(plan(source, step, needed)).replace("\n  ", " ")
@@ -481,11 +481,11 @@ def test_a_plan_says_what_fits():
     assert "\nnot enough even together: LoRA" in render(plan(source, step, sizes.CONTEXT))
 
 
-# -------------------------------------------------------------------------------------------------------------- command
+# Command
 
 
-def saved_config(folder, made=None):
-    (made or config()).save_pretrained(folder)
+def saved_config(folder, model_config=None):
+    (model_config or config()).save_pretrained(folder)
     return str(folder)
 
 
@@ -501,17 +501,17 @@ def test_the_command_prints_every_part_in_a_hundred_columns(tmp_path, capsys):
         assert f"\n  {text} " in out or f"\n{text}" in out, text
 
 
-@pytest.mark.parametrize("more", [["--lora"], ["--method", "orpo"], ["--method", "kto", "--precompute_ref_log_probs"]])
-def test_the_command_gives_json(tmp_path, capsys, more):
+@pytest.mark.parametrize("flags", [["--lora"], ["--method", "orpo"], ["--method", "kto", "--precompute_ref_log_probs"]])
+def test_the_command_gives_json(tmp_path, capsys, flags):
     words = ["plan", "--model_name_or_path", saved_config(tmp_path), "--batch", "2", "--length", "64", "--json"]
-    assert main([*words, *more]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["model"]["parameters"] == sum(p.numel() for p in real_model("qwen3", "bfloat16").parameters())
-    ours = found["totals"][0]
-    assert ours["bytes"] == sum(x["bytes"] for x in found["held"]) + sum(size for _, size in ours["moment"]["parts"])
+    assert main([*words, *flags]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["model"]["parameters"] == sum(p.numel() for p in real_model("qwen3", "bfloat16").parameters())
+    total = report["totals"][0]
+    assert total["bytes"] == sum(x["bytes"] for x in report["held"]) + sum(size for _, size in total["moment"]["parts"])
 
 
-def test_a_quantised_model_is_planned_without_it_and_told_so(tmp_path, capsys):
+def test_a_quantised_model_is_planned_unquantised_with_a_note(tmp_path, capsys):
     quantised = config(quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
     words = [
         "plan",
@@ -556,7 +556,7 @@ def test_the_embedded_model_is_planned_without_being_built(capsys, monkeypatch):
         (["--colour", "red"], "unrecognized arguments: --colour red"),
     ],
 )
-def test_a_wrong_word_is_one_line(words, message, capsys):
+def test_a_wrong_argument_is_a_one_line_error(words, message, capsys):
     assert main(["plan", "--model_name_or_path", "embedded", *words]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
@@ -564,7 +564,7 @@ def test_a_wrong_word_is_one_line(words, message, capsys):
     assert captured.err.count("\n") == 1
 
 
-def test_a_wrong_model_is_one_line(tmp_path, capsys, monkeypatch):
+def test_a_wrong_model_is_a_one_line_error(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     t5 = transformers.T5Config(vocab_size=97, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2)
     (tmp_path / "broken").mkdir()

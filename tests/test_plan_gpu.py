@@ -1,4 +1,4 @@
-"""On a GPU: the peak of a step is the predicted one within 10 %, for two models and three trainings.
+"""On a GPU: the predicted peak of a step is within 10 % of the measured one, for two models and three trainings.
 
 `pytest -m gpu -s tests/test_plan_gpu.py` prints the table of docs/plan.md.
 """
@@ -29,7 +29,7 @@ def predicted(training, size):
 
 
 def measured(training, size, folder):
-    """The peak of the second and third step of the trainer that `bench trl --equal` builds."""
+    """The measured peak of steps 2 and 3 with the trainer of `bench trl --equal`."""
     from fusedalign.bench.training.settings import Job
     from fusedalign.bench.training.worker import build
 

@@ -1,4 +1,4 @@
-"""What must hold for every problem, over problems that hypothesis thinks up."""
+"""Properties of every problem, over random problems from hypothesis."""
 
 import torch
 from helpers import Case, make_case, run
@@ -36,7 +36,7 @@ def case_of(shape, head, seed) -> Case:
 
 
 @given(shapes, heads, seeds, tiles)
-def test_tiles_do_not_matter(shape, head, seed, tiling):
+def test_tiles_do_not_change_the_result(shape, head, seed, tiling):
     case = case_of(shape, head, seed)
     want, got = run(case, impl="reference"), run(case, impl="pytorch", **tiling)
     assert want.keys() == got.keys()
@@ -85,11 +85,11 @@ def test_masking_a_token_equals_dropping_it(shape, head, seed, tiling):
 
 
 @given(shapes, heads, seeds, tiles)
-def test_the_order_of_tokens_does_not_matter(shape, head, seed, tiling):
+def test_the_order_of_tokens_does_not_change_the_result(shape, head, seed, tiling):
     case = case_of(shape, head, seed)
     flat = Case(case.hidden.flatten(0, -2), case.weight, case.targets.flatten(), case.bias, case.head)
     order = torch.randperm(len(flat.targets), generator=torch.Generator().manual_seed(seed))
-    moved = Case(flat.hidden[order], flat.weight, flat.targets[order], flat.bias, flat.head)
+    permuted = Case(flat.hidden[order], flat.weight, flat.targets[order], flat.bias, flat.head)
     options = {"impl": "pytorch", "outputs": ("entropy", "lse"), **tiling}
-    for x, y in zip(flat.logps(**options)[:3], moved.logps(**options)[:3], strict=True):
+    for x, y in zip(flat.logps(**options)[:3], permuted.logps(**options)[:3], strict=True):
         torch.testing.assert_close(x[order], y, rtol=1e-9, atol=1e-9)

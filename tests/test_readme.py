@@ -11,7 +11,7 @@ README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.S)
 
 
-def test_python_blocks(tmp_path, monkeypatch):
+def test_python_blocks_run(tmp_path, monkeypatch):
     assert len(BLOCKS) >= 4
     shutil.copytree(ROOT / "recipes", tmp_path / "recipes")
     monkeypatch.chdir(tmp_path)
@@ -25,8 +25,8 @@ def test_python_blocks(tmp_path, monkeypatch):
     assert names["trainer"].state.global_step == 2
 
 
-def test_before_and_after_are_the_same_numbers():
-    """The comparison at the top: both halves bind `logps`, so run it once up to each."""
+def test_before_and_after_blocks_give_the_same_numbers():
+    """Both halves of the comparison at the top bind `logps`, so each half is run separately."""
     before, after = BLOCKS[0].split("# after")
     names: dict = {}
     exec(before, names)
@@ -43,7 +43,7 @@ def test_make_targets_and_commands_exist():
         assert (ROOT / recipe).is_file()
 
 
-def test_the_command_that_scores_runs(tmp_path, monkeypatch, capsys):
+def test_the_score_command_runs(tmp_path, monkeypatch, capsys):
     pytest.importorskip("trl")
     from fusedalign.cli import main
 

@@ -1,4 +1,4 @@
-"""The record of a run: it outlives resumes, second runs, Ctrl-C and full disks, and what is extra costs no training."""
+"""The record of a run survives resumes, second runs, Ctrl-C and full disks; failures of extras stop no training."""
 
 import errno
 import json
@@ -24,7 +24,7 @@ psutil = pytest.importorskip("psutil")
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """A folder with a model of two small layers, and one with a file of data."""
+    """A folder with a model of two small layers and a data file."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     folder = tmp_path_factory.mktemp("model")
@@ -69,7 +69,7 @@ def words(model, output, **options):
 
 
 def lines(output):
-    """The metrics, by a parser that knows the standard alone."""
+    """The metrics, read by a strict JSON parser."""
 
     def refuse(constant):
         raise AssertionError(f"{constant} is no JSON")
@@ -83,26 +83,26 @@ def steps(output):
 
 @pytest.fixture(scope="module")
 def finished(model, tmp_path_factory):
-    """What a run of four steps leaves; tests copy it."""
+    """The output folder of a run of four steps; tests copy it."""
     output = tmp_path_factory.mktemp("runs") / "finished"
     assert main(["sft", *words(model, output)]) == 0
     return output
 
 
 @pytest.fixture
-def done(finished, tmp_path):
+def finished_run(finished, tmp_path):
     return shutil.copytree(finished, tmp_path / "out")
 
 
 def error(capsys):
-    """The one line."""
+    """The only error line on stderr."""
     err = [line for line in capsys.readouterr().err.splitlines() if line.startswith("fusedalign: error: ")]
     assert len(err) == 1, err
     return err[0]
 
 
 def stop_at(monkeypatch, step, what=KeyboardInterrupt):
-    """Interrupt the training when a step ends, after its line and its checkpoint."""
+    """Interrupt the training at the end of a step, after its metrics line and checkpoint."""
 
     def end(self, args, state, control, **kwargs):
         if state.global_step == step:
@@ -112,33 +112,33 @@ def stop_at(monkeypatch, step, what=KeyboardInterrupt):
     monkeypatch.setattr(transformers.trainer_callback.DefaultFlowCallback, "on_log", end, raising=False)
 
 
-# ------------------------------------------------------------------------------------------------ metrics over two runs
+# Metrics over two runs
 
 
 @pytest.mark.parametrize("word", ["last", "true", "True"])
-def test_a_resume_keeps_the_lines_before_it(model, done, word):
-    before = (done / "metrics.jsonl").read_text().splitlines()
-    assert main(["sft", *words(model, done, max_steps=6, resume_from_checkpoint=word)]) == 0
-    after = (done / "metrics.jsonl").read_text().splitlines()
-    assert after[:4] == before[:4]  # to the letter
-    assert steps(done) == [1, 2, 3, 4, 5, 6]
-    assert [row["step"] for row in lines(done) if "train_runtime" in row] == [6]
+def test_a_resume_keeps_earlier_metrics(model, finished_run, word):
+    before = (finished_run / "metrics.jsonl").read_text().splitlines()
+    assert main(["sft", *words(model, finished_run, max_steps=6, resume_from_checkpoint=word)]) == 0
+    after = (finished_run / "metrics.jsonl").read_text().splitlines()
+    assert after[:4] == before[:4]  # byte for byte
+    assert steps(finished_run) == [1, 2, 3, 4, 5, 6]
+    assert [row["step"] for row in lines(finished_run) if "train_runtime" in row] == [6]
 
 
-def test_a_resume_from_an_interruption_says_each_step_once(model, tmp_path, monkeypatch, capsys):
-    """Step 3 was logged, then all was lost after checkpoint 2: it is trained, and logged, again."""
+def test_a_resume_after_an_interruption_logs_each_step_once(model, tmp_path, monkeypatch, capsys):
+    """Step 3 was logged but is lost after checkpoint 2: it is trained and logged again."""
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
         stop_at(patch, 3)
         assert main(["sft", *words(model, out)]) == 130
     assert len(lines(out)) in (2, 3)
     with (out / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 3, "loss": 1.0}\n{"step": 4, "lo')  # and a line that a kill has cut
+        file.write('{"step": 3, "loss": 1.0}\n{"step": 4, "lo')  # and a line truncated by a kill
     assert main(["sft", *words(model, out, resume_from_checkpoint="last")]) == 0, capsys.readouterr().err
     assert steps(out) == [1, 2, 3, 4]
 
 
-def test_a_resume_equals_a_run_without_an_interruption(model, done, finished, tmp_path, monkeypatch):
+def test_a_resume_equals_a_run_without_an_interruption(model, finished_run, finished, tmp_path, monkeypatch):
     out = tmp_path / "interrupted"
     with monkeypatch.context() as patch:
         stop_at(patch, 3)
@@ -148,45 +148,45 @@ def test_a_resume_equals_a_run_without_an_interruption(model, done, finished, tm
         assert {**got, "num_tokens": 0} == pytest.approx({**want, "num_tokens": 0}, rel=1e-5)
 
 
-def test_resume_from_a_file_and_from_a_folder_elsewhere(model, done, tmp_path):
+def test_a_resume_accepts_a_file_and_a_folder_elsewhere(model, finished_run, tmp_path):
     config = tmp_path / "mine.yaml"
     config.write_text("resume_from_checkpoint: true\n")
-    assert main(["sft", "--config", str(config), *words(model, done, max_steps=5)]) == 0
-    assert steps(done) == [1, 2, 3, 4, 5]
+    assert main(["sft", "--config", str(config), *words(model, finished_run, max_steps=5)]) == 0
+    assert steps(finished_run) == [1, 2, 3, 4, 5]
     other = tmp_path / "other"
-    resume = done / "checkpoint-2"
+    resume = finished_run / "checkpoint-2"
     assert main(["sft", *words(model, other, resume_from_checkpoint=resume, save_strategy="no")]) == 0
     assert steps(other) == [1, 2, 3, 4]
 
 
-def test_a_checkpoint_cut_short_is_passed_over(model, done):
-    (done / "checkpoint-4" / "trainer_state.json").write_text('{"global_step": 4, "log_hist')
-    assert main(["sft", *words(model, done, resume_from_checkpoint="last")]) == 0
-    assert steps(done) == [1, 2, 3, 4]
-    assert json.loads((done / "checkpoint-4" / "trainer_state.json").read_text())["global_step"] == 4
+def test_a_truncated_checkpoint_is_skipped(model, finished_run):
+    (finished_run / "checkpoint-4" / "trainer_state.json").write_text('{"global_step": 4, "log_hist')
+    assert main(["sft", *words(model, finished_run, resume_from_checkpoint="last")]) == 0
+    assert steps(finished_run) == [1, 2, 3, 4]
+    assert json.loads((finished_run / "checkpoint-4" / "trainer_state.json").read_text())["global_step"] == 4
 
 
 @pytest.mark.parametrize("word", ["false", "none"])
-def test_no_resume_in_words(model, tmp_path, word):
+def test_words_for_no_resume_start_a_new_run(model, tmp_path, word):
     out = tmp_path / "out"
     assert main(["sft", *words(model, out, resume_from_checkpoint=word, max_steps=1)]) == 0
     assert steps(out) == [1]
 
 
-# ------------------------------------------------------------------------------------------------------ what is refused
+# What is refused
 
 
-def test_a_finished_folder_is_refused_and_untouched(model, done, capsys, monkeypatch):
+def test_a_finished_folder_is_refused_and_untouched(model, finished_run, capsys, monkeypatch):
     from fusedalign.trl import train
 
     monkeypatch.setattr(train, "load_data", lambda *_: pytest.fail("refused after the data were loaded"))
-    before = {path: path.read_bytes() for path in done.rglob("*") if path.is_file()}
-    assert main(["sft", *words(model, done)]) == 2
+    before = {path: path.read_bytes() for path in finished_run.rglob("*") if path.is_file()}
+    assert main(["sft", *words(model, finished_run)]) == 2
     message = error(capsys)
     assert "output_dir must hold no earlier run" in message
     assert "--overwrite_output_dir" in message
     assert "--resume_from_checkpoint last" in message
-    assert {path: path.read_bytes() for path in done.rglob("*") if path.is_file()} == before
+    assert {path: path.read_bytes() for path in finished_run.rglob("*") if path.is_file()} == before
 
 
 def test_a_folder_with_a_model_or_metrics_alone_is_refused(model, tmp_path, capsys):
@@ -200,7 +200,7 @@ def test_a_folder_with_a_model_or_metrics_alone_is_refused(model, tmp_path, caps
         assert "resume" not in message  # there is no checkpoint
 
 
-def test_an_interrupted_run_is_not_begun_again_by_accident(model, tmp_path, monkeypatch, capsys):
+def test_an_interrupted_run_is_not_restarted_by_accident(model, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
         stop_at(patch, 3)
@@ -211,68 +211,68 @@ def test_an_interrupted_run_is_not_begun_again_by_accident(model, tmp_path, monk
 
 
 @pytest.mark.parametrize("flag", [["--overwrite_output_dir"], ["--overwrite_output_dir", "true"]])
-def test_overwrite_starts_anew(model, done, flag):
-    (done / "adapter_config.json").write_text("{}")
-    argv = words(model, done, max_steps=1, save_strategy="no")
+def test_overwrite_starts_a_new_run(model, finished_run, flag):
+    (finished_run / "adapter_config.json").write_text("{}")
+    argv = words(model, finished_run, max_steps=1, save_strategy="no")
     assert main(["sft", *argv, *flag]) == 0
-    assert steps(done) == [1]
-    assert not list(done.glob("checkpoint-*"))  # or `last` would mean one of the earlier run
-    assert not (done / "adapter_config.json").exists()
-    assert (done / "model.safetensors").is_file()
+    assert steps(finished_run) == [1]
+    assert not list(finished_run.glob("checkpoint-*"))  # otherwise `last` would mean one of the earlier run
+    assert not (finished_run / "adapter_config.json").exists()
+    assert (finished_run / "model.safetensors").is_file()
 
 
-def test_overwrite_keeps_all_until_the_training_begins(model, done, capsys):
-    argv = words(model, done, dataset_name="nowhere.jsonl")
+def test_overwrite_keeps_all_files_until_training_begins(model, finished_run, capsys):
+    argv = words(model, finished_run, dataset_name="nowhere.jsonl")
     assert main(["sft", *argv, "--overwrite_output_dir"]) == 2
     assert "nowhere.jsonl" in error(capsys)
-    assert steps(done) == [1, 2, 3, 4]
-    assert (done / "checkpoint-4").is_dir()
+    assert steps(finished_run) == [1, 2, 3, 4]
+    assert (finished_run / "checkpoint-4").is_dir()
 
 
 @pytest.mark.parametrize("name", [".", "checkpoint-2"])
-def test_overwrite_does_not_remove_the_model_it_starts_from(done, model, capsys, name):
-    argv = words(model, done, model_name_or_path=done / name)
+def test_overwrite_does_not_remove_the_model_it_starts_from(finished_run, model, capsys, name):
+    argv = words(model, finished_run, model_name_or_path=finished_run / name)
     assert main(["sft", *argv, "--overwrite_output_dir"]) == 2
     assert "output_dir must not hold the model that is trained" in error(capsys)
-    assert (done / "model.safetensors").is_file()
+    assert (finished_run / "model.safetensors").is_file()
 
 
-def test_going_on_from_an_earlier_checkpoint_drops_the_later_ones_only_when_told(model, done, capsys):
-    argv = words(model, done, max_steps=3, resume_from_checkpoint=done / "checkpoint-2")
+def test_resuming_an_earlier_checkpoint_drops_later_ones_only_on_request(model, finished_run, capsys):
+    argv = words(model, finished_run, max_steps=3, resume_from_checkpoint=finished_run / "checkpoint-2")
     assert main(["sft", *argv]) == 2
     assert "no checkpoint later than the one to go on from" in error(capsys)
     assert main(["sft", *argv, "--overwrite_output_dir"]) == 0
-    assert steps(done) == [1, 2, 3]
-    assert (done / "checkpoint-2").is_dir()
-    assert not (done / "checkpoint-4").exists()
+    assert steps(finished_run) == [1, 2, 3]
+    assert (finished_run / "checkpoint-2").is_dir()
+    assert not (finished_run / "checkpoint-4").exists()
 
 
 @pytest.mark.parametrize("value", ["last", "true"])
-def test_no_checkpoint_to_go_on_from(model, tmp_path, capsys, value):
+def test_a_missing_checkpoint_is_an_error(model, tmp_path, capsys, value):
     assert main(["sft", *words(model, tmp_path / "out", resume_from_checkpoint=value)]) == 2
     message = error(capsys)
     assert f"resume_from_checkpoint={value} must find a checkpoint in output_dir" in message
     assert "--save_strategy" in message
 
 
-def test_a_checkpoint_that_is_none(model, done, tmp_path, capsys):
+def test_a_folder_that_is_not_a_checkpoint_is_an_error(model, finished_run, tmp_path, capsys):
     for value in (tmp_path / "nowhere", model):
         assert main(["sft", *words(model, tmp_path / "out", resume_from_checkpoint=value)]) == 2
         assert error(capsys).endswith(f"a trainer_state.json, got {value} (--debug shows the traceback)")
-    assert main(["sft", *words(model, tmp_path / "out", resume_from_checkpoint=done)]) == 2
-    assert f"got {done}; the last one in there is {done / 'checkpoint-4'}" in error(capsys)
+    assert main(["sft", *words(model, tmp_path / "out", resume_from_checkpoint=finished_run)]) == 2
+    assert f"got {finished_run}; the last one in there is {finished_run / 'checkpoint-4'}" in error(capsys)
 
 
-def test_a_checkpoint_of_another_model(model, done, tmp_path, capsys):
+def test_a_checkpoint_of_another_model_is_an_error(model, finished_run, tmp_path, capsys):
     weights = transformers.LlamaConfig.from_pretrained(model)
     weights.hidden_size = 16
-    transformers.LlamaForCausalLM(weights).save_pretrained(done / "checkpoint-4")
-    assert main(["sft", *words(model, done, max_steps=6, resume_from_checkpoint="last")]) == 2
+    transformers.LlamaForCausalLM(weights).save_pretrained(finished_run / "checkpoint-4")
+    assert main(["sft", *words(model, finished_run, max_steps=6, resume_from_checkpoint="last")]) == 2
     error(capsys)
-    assert not (done / "run.lock").exists()
+    assert not (finished_run / "run.lock").exists()
 
 
-# ------------------------------------------------------------------------------------------------------------- the lock
+# The lock
 
 
 def holder(pid, host=None, started=None):
@@ -280,8 +280,8 @@ def holder(pid, host=None, started=None):
     return json.dumps({"pid": pid, "host": host or socket.gethostname(), "started": started})
 
 
-def test_one_run_at_a_time(model, tmp_path, capsys):
-    """The one that runs is named; nothing of it is touched."""
+def test_a_running_lock_refuses_a_second_run(model, tmp_path, capsys):
+    """The error names the running process; its files are not touched."""
     out = tmp_path / "out"
     out.mkdir()
     (out / "run.lock").write_text(holder(os.getppid()))
@@ -293,8 +293,8 @@ def test_one_run_at_a_time(model, tmp_path, capsys):
     assert (out / "run.lock").exists()
 
 
-def test_two_runs_at_once(model, tmp_path, monkeypatch, capsys):
-    """A second one that starts while the first one trains."""
+def test_a_second_run_during_training_is_refused(model, tmp_path, monkeypatch, capsys):
+    """A second run starts while the first one trains."""
     from types import SimpleNamespace
 
     from fusedalign.trl.folder import claimed
@@ -303,9 +303,9 @@ def test_two_runs_at_once(model, tmp_path, monkeypatch, capsys):
 
     def second(self, args, state, control, **kwargs):
         training = SimpleNamespace(output_dir=str(out), resume_from_checkpoint=None, process_index=0)
-        overwrite, named = SimpleNamespace(overwrite_output_dir=True), SimpleNamespace(model_name_or_path=str(model))
+        overwrite, source = SimpleNamespace(overwrite_output_dir=True), SimpleNamespace(model_name_or_path=str(model))
         with pytest.raises(ValueError, match=f"held by process {os.getpid()} on") as caught:
-            claimed(SimpleNamespace(training=training, fused=overwrite, model=named)).__enter__()
+            claimed(SimpleNamespace(training=training, fused=overwrite, model=source)).__enter__()
         refused.append(caught)
 
     monkeypatch.setattr(transformers.trainer_callback.DefaultFlowCallback, "on_step_begin", second)
@@ -342,7 +342,7 @@ def test_a_lock_that_cannot_be_checked_is_left_alone(model, tmp_path, capsys, ki
     assert (out / "run.lock").read_text() == lock
 
 
-def test_two_that_took_over_the_same_lock(tmp_path):
+def test_a_lock_taken_over_by_another_process_is_an_error(tmp_path):
     from fusedalign.trl.lock import locked
 
     with locked(tmp_path) as lock:
@@ -350,28 +350,28 @@ def test_two_that_took_over_the_same_lock(tmp_path):
         (tmp_path / "run.lock").write_text(holder(os.getppid()))
         with pytest.raises(ValueError, match=f"held by process {os.getppid()} on"):
             lock.check()
-    assert (tmp_path / "run.lock").exists()  # the other one's
+    assert (tmp_path / "run.lock").exists()  # the lock of the other process stays
 
 
-def test_an_output_directory_that_is_a_file(model, tmp_path, capsys):
+def test_an_output_directory_that_is_a_file_is_an_error(model, tmp_path, capsys):
     (tmp_path / "out").write_text("")
     assert main(["sft", *words(model, tmp_path / "out")]) == 2
     assert f"output_dir must be a folder that can be written to, got {tmp_path / 'out'}" in error(capsys)
 
 
-# ---------------------------------------------------------------------------------------------------------- valid lines
+# Valid JSON lines
 
 
-def test_nan_is_null(model, tmp_path, monkeypatch):
-    """Also in a checkpoint, from which a resume takes the earlier lines."""
+def test_nan_is_written_as_null(model, tmp_path, monkeypatch):
+    """Also in a checkpoint, which a resume reads the earlier lines from."""
     import trl
 
     out, log = tmp_path / "out", trl.SFTTrainer.log
 
-    def odd(self, logs, *rest):
+    def log_with_nan(self, logs, *rest):
         return log(self, {**logs, "a": float("nan"), "b": float("-inf")}, *rest)
 
-    monkeypatch.setattr(trl.SFTTrainer, "log", odd)
+    monkeypatch.setattr(trl.SFTTrainer, "log", log_with_nan)
     assert main(["sft", *words(model, out, max_steps=2)]) == 0
     assert [row["a"] for row in lines(out)] == [None] * 3
     assert main(["sft", *words(model, out, max_steps=3, resume_from_checkpoint="last")]) == 0
@@ -379,7 +379,7 @@ def test_nan_is_null(model, tmp_path, monkeypatch):
     assert all(row["loss"] > 0 for row in lines(out)[:3])
 
 
-def test_numbers_of_torch_and_numpy_are_numbers():
+def test_torch_and_numpy_scalars_are_written_as_numbers():
     import numpy as np
 
     from fusedalign.reports import to_json
@@ -408,11 +408,11 @@ def test_numbers_of_torch_and_numpy_are_numbers():
     }
 
 
-# ----------------------------------------------------------------------------------------------------------- full disks
+# Full disks
 
 
-def test_a_disk_that_fills_while_metrics_are_written(model, tmp_path, monkeypatch, capsys):
-    """One warning, the training goes on, and the lines follow once there is room."""
+def test_a_disk_that_fills_up_warns_once_and_training_continues(model, tmp_path, monkeypatch, capsys):
+    """One warning is printed, training continues, and the lines are written once there is room."""
     from fusedalign.trl.record import MetricsFile
 
     append, tries = MetricsFile._append, []
@@ -428,12 +428,12 @@ def test_a_disk_that_fills_while_metrics_are_written(model, tmp_path, monkeypatc
     out = tmp_path / "out"
     assert main(["sft", *words(model, out)]) == 0
     assert steps(out) == [1, 2, 3, 4]
-    told = [line for line in capsys.readouterr().err.splitlines() if "No space left" in line]
-    assert len(told) == 1
-    assert told[0].startswith("fusedalign: warning: ")
+    messages = [line for line in capsys.readouterr().err.splitlines() if "No space left" in line]
+    assert len(messages) == 1
+    assert messages[0].startswith("fusedalign: warning: ")
 
 
-def test_a_disk_that_stays_full(model, tmp_path, monkeypatch, capsys):
+def test_a_disk_that_stays_full_warns_and_saves_the_model(model, tmp_path, monkeypatch, capsys):
     from fusedalign.trl.record import MetricsFile
 
     def full(self, text):
@@ -472,29 +472,29 @@ def broken_library(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("breaks", "said"),
+    ("breaks", "message"),
     [
         (no_matplotlib, "it needs matplotlib (pip install matplotlib)"),
         (full_disk, "No space left on device"),
         (broken_library, "IndexError"),
     ],
 )
-def test_the_plot_is_extra(model, tmp_path, monkeypatch, capsys, breaks, said):
+def test_a_failed_plot_does_not_fail_the_run(model, tmp_path, monkeypatch, capsys, breaks, message):
     breaks(monkeypatch)
     out = tmp_path / "out"
     assert main(["sft", *words(model, out, max_steps=1)]) == 0
     printed = capsys.readouterr()
     assert printed.out.splitlines()[-1] == f"model: {out}  metrics: {out / 'metrics.jsonl'}"
-    told = [line for line in printed.err.splitlines() if line.startswith("fusedalign: ")]
-    assert len(told) == 1
-    assert told[0].startswith("fusedalign: warning: the plot")
-    assert said in told[0]
+    messages = [line for line in printed.err.splitlines() if line.startswith("fusedalign: ")]
+    assert len(messages) == 1
+    assert messages[0].startswith("fusedalign: warning: the plot")
+    assert message in messages[0]
     assert (out / "model.safetensors").is_file()
     assert not (out / "metrics.png").exists()
 
 
-def test_the_demo_twice_and_without_matplotlib(model, tmp_path, monkeypatch, capsys):
-    """Its own folders it overwrites; with recipes of one step and this small model."""
+def test_the_demo_runs_twice_and_without_matplotlib(model, tmp_path, monkeypatch, capsys):
+    """The demo overwrites its own folders; run with one-step recipes and this small model."""
     from fusedalign import demo
 
     rows = [{"prompt": "a" * (i + 1), "chosen": "yes", "rejected": "no"} for i in range(4)]
@@ -520,62 +520,62 @@ def test_the_demo_twice_and_without_matplotlib(model, tmp_path, monkeypatch, cap
     assert "| final loss " in printed.out
     assert "plot: " not in printed.out
     assert f"model: {tmp_path / 'demo' / 'dpo-fusedalign'}  metrics: " in printed.out
-    told = [line for line in printed.err.splitlines() if "pip install matplotlib" in line]
-    assert told == ["fusedalign: warning: the plot was left out: it needs matplotlib (pip install matplotlib)"]
+    messages = [line for line in printed.err.splitlines() if "pip install matplotlib" in line]
+    assert messages == ["fusedalign: warning: the plot was left out: it needs matplotlib (pip install matplotlib)"]
 
 
-# --------------------------------------------------------------------------------------------------------------- Ctrl-C
+# Ctrl-C
 
 
-def test_ctrl_c_says_what_is_kept_and_how_to_go_on(model, tmp_path, monkeypatch, capsys):
+def test_ctrl_c_reports_what_is_kept_and_how_to_resume(model, tmp_path, monkeypatch, capsys):
     out = tmp_path / "a run"
     argv = [*words(model, out), "--overwrite_output_dir"]
     with monkeypatch.context() as patch:
         stop_at(patch, 3)
         assert main(["sft", *argv]) == 130
-    interrupted, kept, again = capsys.readouterr().err.strip().splitlines()[-3:]
+    interrupted, kept, resume = capsys.readouterr().err.strip().splitlines()[-3:]
     assert interrupted == "fusedalign: interrupted"
     assert kept == f"kept: {out / 'checkpoint-2'} (step 2), {out / 'metrics.jsonl'}"
-    assert again.startswith("go on: fusedalign sft --model_name_or_path ")
-    command = shlex.split(again)[4:]
+    assert resume.startswith("go on: fusedalign sft --model_name_or_path ")
+    command = shlex.split(resume)[4:]
     assert command == [*words(model, out), "--resume_from_checkpoint", "last"]
     assert not (out / "run.lock").exists()
     assert main(["sft", *command]) == 0
     assert steps(out) == [1, 2, 3, 4]
-    with monkeypatch.context() as patch:  # a second time: the words are not added twice
+    with monkeypatch.context() as patch:  # the second time the arguments are not added twice
         stop_at(patch, 5)
         assert main(["sft", *command, "--max_steps", "6"]) == 130
     assert capsys.readouterr().err.count("resume_from_checkpoint") == 1
 
 
-def test_ctrl_c_without_a_checkpoint(model, tmp_path, monkeypatch, capsys):
+def test_ctrl_c_without_a_checkpoint_says_so(model, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
         stop_at(patch, 3)
         assert main(["sft", *words(model, out, save_strategy="no")]) == 130
-    kept, none, again = capsys.readouterr().err.strip().splitlines()[-3:]
+    kept, none, restart = capsys.readouterr().err.strip().splitlines()[-3:]
     assert kept == f"kept: {out / 'metrics.jsonl'}"
     assert "no checkpoint was saved: --save_strategy steps --save_steps N" in none
-    assert again.endswith("--overwrite_output_dir")
+    assert restart.endswith("--overwrite_output_dir")
 
 
-def test_ctrl_c_before_the_training(model, done, monkeypatch, capsys):
+def test_ctrl_c_before_training_keeps_the_folder(model, finished_run, monkeypatch, capsys):
     from fusedalign.trl import train
 
     def stop(*_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(train, "load_data", stop)
-    assert main(["sft", *words(model, done), "--overwrite_output_dir"]) == 130
+    assert main(["sft", *words(model, finished_run), "--overwrite_output_dir"]) == 130
     err = capsys.readouterr().err
     assert "nothing was trained yet" in err
     assert "go on" not in err
-    assert steps(done) == [1, 2, 3, 4]
+    assert steps(finished_run) == [1, 2, 3, 4]
 
 
 @pytest.mark.slow
-def test_kill_and_ctrl_c_for_real(model, tmp_path):
-    """A run that is killed leaves a lock that the next one takes over; that one is interrupted, and the third ends."""
+def test_killed_and_interrupted_processes_resume(model, tmp_path):
+    """A killed run leaves a lock that the next run takes over; that one is interrupted, and the third finishes."""
     out = tmp_path / "out"
     argv = words(model, out, max_steps=100_000, save_steps=20)
 

@@ -1,4 +1,4 @@
-"""NVIDIA's compute-sanitizer over one small problem a kernel: no access out of bounds, no race in shared memory."""
+"""NVIDIA's compute-sanitizer on one small problem per kernel: no access out of bounds, no shared-memory race."""
 
 import shutil
 import subprocess
@@ -46,8 +46,8 @@ print("done")
 def test_the_sanitizer_finds_nothing(tool, monkeypatch):
     monkeypatch.setenv(
         "PYTORCH_NO_CUDA_MEMORY_CACHING", "1"
-    )  # else one large allocation hides what lies beyond a tensor
+    )  # else one large cached allocation hides accesses beyond a tensor
     command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", SCRIPT]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    assert "done" in done.stdout
+    process = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    assert process.returncode == 0, process.stdout[-4000:] + process.stderr[-2000:]
+    assert "done" in process.stdout

@@ -1,4 +1,4 @@
-"""A gradient of a gradient through the head: the right number or an error, whichever way it is asked for."""
+"""Double backward through the head gives the right number or an error, however it is requested."""
 
 from functools import partial
 
@@ -26,7 +26,7 @@ CALLS = {
 
 
 def penalised(case, call, *, needs_weight=True, needs_factor=False):
-    """The leaves, the gradient of a loss by hidden states, and that loss plus the square of its gradient."""
+    """The leaves, the gradient of a loss with respect to hidden, and the loss plus that gradient squared."""
     leaves = case.leaves(True, needs_weight, False)
     factor = torch.ones((), dtype=leaves.hidden.dtype, device=leaves.hidden.device, requires_grad=needs_factor)
     out = call(leaves.hidden, leaves.weight, leaves.targets)
@@ -41,7 +41,7 @@ def penalised(case, call, *, needs_weight=True, needs_factor=False):
 @pytest.mark.parametrize("needs_weight", [False, True])
 @pytest.mark.parametrize("call", CALLS)
 def test_a_gradient_penalty_is_right_or_raises(impl, device, needs_weight, call):
-    """Never the loss's gradient alone, whichever way it is asked for. A graph of a backward does no harm by itself."""
+    """The penalty's gradient is never silently dropped. create_graph=True alone does no harm."""
     case = make_case((2, 3), 16, 13, dtype=finest(impl), device=device, ignored=0.0, bias=False)
     _, exact_grad, exact_total = penalised(
         case.to(torch.float64), partial(CALLS[call], impl="reference"), needs_weight=needs_weight
@@ -63,7 +63,7 @@ def test_a_gradient_penalty_is_right_or_raises(impl, device, needs_weight, call)
 
 
 def eager_call(name):
-    """The same from full logits."""
+    """`linear_logps` from full logits."""
 
     def call(hidden, weight, targets):
         logps = (hidden @ weight.T).log_softmax(-1)
@@ -90,8 +90,8 @@ def test_a_compiled_gradient_penalty_raises(backend, needs_weight, call):
 
 
 @pytest.mark.parametrize("impl", OURS)
-def test_a_gradient_is_differentiable_elsewhere(impl):
-    """A penalty on a gradient that does not pass through the head is right, beside one that is refused."""
+def test_a_gradient_penalty_outside_the_head_is_right(impl):
+    """A penalty on a gradient that does not pass through the head works, while one that does is refused."""
     case = make_case((2, 3), 16, 13, dtype=finest(impl), ignored=0.0, bias=False).leaves()
     extra = torch.ones(3, dtype=case.hidden.dtype, requires_grad=True)
     loss = linear_cross_entropy(case.hidden, case.weight, case.targets, impl=impl) + extra.pow(3).sum()
@@ -102,8 +102,8 @@ def test_a_gradient_is_differentiable_elsewhere(impl):
 
 
 @pytest.mark.parametrize("call", ["cross entropy", "frozen head"])
-def test_hidden_states_are_released_as_before(call):
-    """What makes a second gradient raise holds no memory of the hidden states that the backward does not need."""
+def test_the_double_backward_check_holds_no_hidden_states(call):
+    """The check that makes double backward raise keeps no hidden states alive."""
     case = make_case((2, 3), 16, 13, ignored=0.0, bias=False).leaves(True, call == "cross entropy", False)
     function = linear_cross_entropy if call == "cross entropy" else linear_logps
     hidden = case.hidden * 1

@@ -26,8 +26,8 @@ def test_shift_labels_aligns_with_hidden_states():
     assert torch.equal(shift_labels(labels[0]), targets[0])
 
 
-def test_another_ignore_index():
-    """Of the last token of a row, of a segment, and of what is no completion."""
+def test_other_ignore_index_values_work():
+    """For the last token of a row, of a segment, and for tokens outside the completion."""
     labels, positions = torch.tensor([[5, 6, 7, 8]]), torch.tensor([[0, 1, 0, 1]])
     assert shift_labels(labels, ignore_index=-1).tolist() == [[6, 7, 8, -1]]
     assert shift_labels(labels, position_ids=positions, ignore_index=-1).tolist() == [[6, -1, 8, -1]]
@@ -36,14 +36,14 @@ def test_another_ignore_index():
 
 def test_shifted_targets_score_like_shifted_hidden_states():
     hidden, weight, labels = torch.randn(3, 7, 8), torch.randn(50, 8), torch.randint(0, 50, (3, 7))
-    whole = linear_logps(hidden, weight, shift_labels(labels)).logps
-    cut = linear_logps(hidden[:, :-1], weight, labels[:, 1:].contiguous()).logps
-    torch.testing.assert_close(whole[:, :-1], cut)
-    assert not whole[:, -1].any()
+    logps = linear_logps(hidden, weight, shift_labels(labels)).logps
+    shifted = linear_logps(hidden[:, :-1], weight, labels[:, 1:].contiguous()).logps
+    torch.testing.assert_close(logps[:, :-1], shifted)
+    assert not logps[:, -1].any()
 
 
 def test_packed_segments_equal_padded_rows():
-    """Three sequences, packed in one row and padded in three: same sums, and no token looks over its segment's edge."""
+    """Three sequences, packed in one row and padded in three: equal sums, and no target crosses a segment boundary."""
     weight, lengths = torch.randn(50, 8), (4, 1, 3)
     hiddens = [torch.randn(n, 8) for n in lengths]
     labels = [torch.randint(0, 50, (n,)) for n in lengths]
@@ -58,22 +58,22 @@ def test_packed_segments_equal_padded_rows():
     assert got[1] == 0  # one token predicts nothing
 
 
-def test_a_new_row_is_a_new_segment():
+def test_each_row_starts_a_new_segment():
     ones = torch.ones(2, 3)
-    positions = torch.tensor([[0, 1, 0], [5, 6, 7]])  # the second row starts in the middle of a longer text
+    positions = torch.tensor([[0, 1, 0], [5, 6, 7]])  # the second row starts in the middle of a text
     assert segment_sum(ones, ones, positions).tolist() == [2, 1, 3]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_long_segments_lose_no_more_than_rows_do(dtype):
-    """One after another in their own dtype, 4097 numbers near -1 would end at -256 in bf16."""
+def test_long_bf16_segments_are_summed_without_loss(dtype):
+    """Summed sequentially in bf16, 4097 numbers near -1 would stop at -256."""
     values, ones = torch.full((1, 40_000), -1.1, dtype=dtype), torch.ones(1, 40_000)
     (got,) = segment_sum(values, ones, torch.arange(40_000)[None])
     assert got.dtype == dtype
     torch.testing.assert_close(got.double(), values.double().sum(), rtol=torch.finfo(dtype).eps, atol=0)
 
 
-def test_the_gradient_of_a_segments_sum_is_that_of_its_tokens():
+def test_segment_sum_gradients_reach_their_tokens():
     values = torch.randn(2, 4, dtype=torch.float64, requires_grad=True)
     mask, positions = torch.tensor([[1, 1, 0, 1], [0, 1, 1, 1]]), torch.tensor([[0, 1, 2, 0], [3, 4, 0, 1]])
     segment_sum(values, mask, positions).backward(torch.tensor([2.0, 3.0, 5.0, 7.0], dtype=torch.float64))
@@ -85,16 +85,16 @@ def test_rows_without_tokens_have_no_segments():
 
 
 @pytest.mark.parametrize("left", [False, True])
-def test_completion_mask_with_padding_on_either_side(left):
+def test_completion_mask_allows_padding_on_either_side(left):
     attention = torch.tensor([[1, 1, 1, 1, 0], [1, 1, 0, 0, 0], [0, 0, 0, 0, 0]])
     attention = attention.flip(-1) if left else attention
     mask = completion_mask(torch.tensor([2, 2, 0]), attention)
     assert mask.sum(-1).tolist() == [2, 0, 0]
     assert mask[0].int().tolist() == ([0, 0, 0, 1, 1] if left else [0, 0, 1, 1, 0])
-    assert mask.dtype == torch.bool  # ~mask of integers would be -1 and -2
+    assert mask.dtype == torch.bool  # ~mask of an integer mask is -1 and -2
 
 
-def test_completion_labels():
+def test_completion_labels_ignore_prompt_and_padding():
     ids = torch.tensor([[5, 6, 7], [8, 9, 1]])
     assert completion_labels(ids, torch.tensor([[False, True, True], [False, False, False]])).tolist() == [
         [-100, 6, 7],
@@ -125,8 +125,8 @@ def test_masked_values_have_no_influence_on_segments(bad):
 
 @pytest.mark.parametrize("mask_dtype", [torch.bool, torch.int64, torch.float32])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_the_dtype_is_that_of_the_values(dtype, mask_dtype):
-    """Whatever the mask's is; lengths are int64."""
+def test_sums_keep_the_dtype_of_the_values(dtype, mask_dtype):
+    """Whatever the mask's dtype; lengths are int64."""
     values, mask = torch.ones(2, 3, dtype=dtype), torch.tensor([[1, 1, 0], [1, 0, 0]]).to(mask_dtype)
     pair = preference_pair(values, mask)
     for x in (sequence_sum(values, mask), sequence_mean(values, mask), pair.chosen_logps, pair.rejected_mean_logps):
@@ -146,7 +146,7 @@ def test_an_empty_completion_is_zero_with_zero_gradient(f):
     assert values.grad[1].all()
 
 
-def test_split_pairs():
+def test_split_pairs_returns_chosen_and_rejected_halves():
     chosen, rejected = split_pairs(torch.arange(12).view(6, 2))
     assert chosen.tolist() == [[0, 1], [2, 3], [4, 5]]
     assert rejected.tolist() == [[6, 7], [8, 9], [10, 11]]
@@ -188,6 +188,6 @@ BAD = [
 
 
 @pytest.mark.parametrize(("call", "message"), BAD)
-def test_bad_shapes(call, message):
+def test_bad_shapes_raise(call, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         call()

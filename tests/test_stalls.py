@@ -1,4 +1,4 @@
-"""No step waits for a compiler: each kernel is compiled once, whatever the number of tokens, and before its launch."""
+"""No step waits for a compiler: each kernel is compiled once, ahead of its launch, for any number of tokens."""
 
 import collections
 import json
@@ -15,37 +15,37 @@ from fusedalign import linear_cross_entropy, linear_logps
 
 pytest.importorskip("triton", reason="triton is not installed: it has nothing to compile")
 
-#: Most variants of a kernel in one path: with memory for e and without, and of each those of a vocabulary's last
-#: columns, where V is no multiple of 16.
+#: Maximum variants of a kernel per path: with and without stored exponentials, each also for the last columns if V is
+#: not a multiple of 16.
 MOST = {"sums_kernel": 4, "grads_kernel": 2, "kept_grads_kernel": 2}
 
 
 @pytest.mark.parametrize("gpu", ["H100", "A100"])
-def test_no_signature_follows_the_number_of_tokens(gpu):
-    """What two dry runs launch has all signatures of 50 ragged numbers of tokens."""
+def test_no_signature_depends_on_the_number_of_tokens(gpu):
+    """Two dry runs launch all signatures that 50 ragged numbers of tokens need."""
     script = Path(__file__).parent / "signatures.py"
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(script.parents[1]), environment.get("PYTHONPATH", "")])
-    done = subprocess.run([sys.executable, script, gpu], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    rows = json.loads(done.stdout)
+    process = subprocess.run([sys.executable, script, gpu], capture_output=True, text=True, env=environment)
+    assert process.returncode == 0, process.stderr
+    rows = json.loads(process.stdout)
     assert len(rows) > 30
     for row in rows:
         assert row["later"] == [], row["case"]
         assert {"sums_kernel", "fold_kernel"} <= set(row["first"]), row["case"]
-        odd = "Qwen3" not in row["case"]
+        optional = "Qwen3" not in row["case"]
         for kernel, count in collections.Counter(row["first"]).items():
-            assert count <= (MOST.get(kernel, 1) if odd or kernel == "sums_kernel" else 1), row["case"]
-        if not odd:
+            assert count <= (MOST.get(kernel, 1) if optional or kernel == "sums_kernel" else 1), row["case"]
+        if not optional:
             assert row["first"].count("sums_kernel") <= 2
 
 
 def variants() -> dict[str, int]:
-    """How often each kernel has been compiled or loaded in this process."""
+    """Number of compiled or loaded variants of each kernel in this process."""
     from fusedalign.impls.triton import kernels
 
-    found = {name: getattr(x, "device_caches", None) for name, x in vars(kernels).items() if name.endswith("_kernel")}
-    return {name: sum(len(caches[0]) for caches in x.values()) for name, x in found.items() if x is not None}
+    caches = {name: getattr(x, "device_caches", None) for name, x in vars(kernels).items() if name.endswith("_kernel")}
+    return {name: sum(len(cache[0]) for cache in x.values()) for name, x in caches.items() if x is not None}
 
 
 def no_grad(hidden, weight, targets):
@@ -84,7 +84,7 @@ def scalar_frozen(hidden, weight, targets):
 @pytest.mark.parametrize("v", [32000, 32001, 32003])
 @pytest.mark.parametrize("path", [no_grad, reference, policy, frozen, hinted, scalar, scalar_frozen])
 def test_nothing_is_compiled_after_the_second_call(path, v):
-    """Of 50 numbers of tokens, the first two of them small: kernels for what is not kept in dW come ahead too."""
+    """Over 50 numbers of tokens, the first two small: kernels for tokens not stored in dW are compiled ahead too."""
     draw = random.Random(0)
     weight = torch.randn(v, 256, device="cuda", dtype=torch.bfloat16).requires_grad_()
     for i, n in enumerate([7, 33, 1, 16, 255, 4096, 9000, *(draw.randint(1, 3000) for _ in range(43))]):
@@ -100,7 +100,7 @@ def test_nothing_is_compiled_after_the_second_call(path, v):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_what_is_prepared_is_there_at_the_first_call():
+def test_prepared_kernels_are_loaded_at_the_first_call():
     from fusedalign.impls import triton as impl
     from fusedalign.impls.triton import ahead
     from fusedalign.problem import Problem

@@ -1,4 +1,4 @@
-"""torch.func and torch.export around the head: the right number, or one line that says what is served."""
+"""torch.func and torch.export around the head give the right number, or one line that says what is supported."""
 
 import re
 
@@ -18,7 +18,7 @@ CALLS = {
 }
 EACH = pytest.mark.parametrize("call", CALLS)
 
-#: What opaque backwards cannot serve.
+#: Transforms that opaque backwards do not support.
 TRANSFORMS = {
     "grad": lambda f: grad(f)(H),
     "jacrev": lambda f: jacrev(f)(H),
@@ -32,7 +32,7 @@ TRANSFORMS = {
 @EACH
 @pytest.mark.parametrize("impl", ["auto", "pytorch"])
 @pytest.mark.parametrize("name", TRANSFORMS)
-def test_refused_in_one_line(call, impl, name):
+def test_unsupported_transforms_are_one_line_errors(call, impl, name):
     with pytest.raises(ValueError, match=rf"^impl='{impl}' cannot do this: torch\.func's transforms .*") as caught:
         TRANSFORMS[name](lambda h, w=W: CALLS[call](h, w, impl=impl))
     assert "impls that can: reference; or take gradients with torch.autograd" in str(caught.value)
@@ -40,7 +40,7 @@ def test_refused_in_one_line(call, impl, name):
 
 
 @EACH
-def test_reference_serves_them(call):
+def test_the_reference_supports_all_transforms(call):
     def f(h, w=W):
         return CALLS[call](h, w, impl="reference")
 
@@ -51,24 +51,24 @@ def test_reference_serves_them(call):
     torch.testing.assert_close(grad(f)(H), exact(H))
     torch.testing.assert_close(vmap(grad(f))(torch.stack([H, 2 * H])), torch.stack([exact(H), exact(2 * H)]))
     # In fp64: second derivatives of squares cancel, so that fp32 may differ by more than its usual tolerance.
-    wide, head = H.double(), W.double()
+    hidden, head = H.double(), W.double()
     torch.testing.assert_close(
-        hessian(lambda h: f(h, head))(wide), torch.autograd.functional.hessian(lambda h: f(h, head), wide)
+        hessian(lambda h: f(h, head))(hidden), torch.autograd.functional.hessian(lambda h: f(h, head), hidden)
     )
     torch.testing.assert_close(vmap(lambda w: f(H, w))(torch.stack([W, -W])), torch.stack([f(H), f(H, -W)]))
 
 
-def test_targets_are_looked_at():
+def test_targets_mapped_by_vmap_are_refused():
     with pytest.raises(ValueError, match=r"^targets must be the same in all of vmap, got mapped ones: use leading dim"):
         vmap(lambda h, t: linear_logps(h, W, t, impl="reference").logps)(H, T)
-    both = grad(lambda h, t: linear_logps(h, W, t, impl="reference").logps.sum())(H, T)  # wrapped, not mapped
-    assert both.shape == H.shape
+    grads = grad(lambda h, t: linear_logps(h, W, t, impl="reference").logps.sum())(H, T)  # wrapped, not mapped
+    assert grads.shape == H.shape
 
 
 @EACH
 @pytest.mark.parametrize("head", [{}, {"softcap": 3.0, "scale": 0.5, "temperature": 0.7}])
-def test_forward_mode_without_gradients(call, head):
-    """torch.func.jvp, and the dual numbers that it is made of."""
+def test_forward_mode_works_without_gradients(call, head):
+    """torch.func.jvp, and the dual numbers it uses."""
     want = jvp(lambda h: CALLS[call](h, W, impl="reference", **head), (H,), (W[:4],))[1]
     torch.testing.assert_close(jvp(lambda h: CALLS[call](h, W, impl="pytorch", **head), (H,), (W[:4],))[1], want)
     with forward_ad.dual_level():
@@ -76,8 +76,8 @@ def test_forward_mode_without_gradients(call, head):
     torch.testing.assert_close(dual, want)
 
 
-def test_functional_call():
-    """Plain tensors in the place of parameters, as torch.func has it."""
+def test_functional_call_works():
+    """torch.func.functional_call with plain tensors instead of parameters."""
     loss = LinearCrossEntropyLoss(in_features=8, out_features=20, bias=True)
     other = {"head.weight": W.clone().requires_grad_(), "head.bias": torch.randn(20, requires_grad=True)}
     got = torch.autograd.grad(functional_call(loss, other, (H, T)), other.values())
@@ -106,7 +106,7 @@ class Model(nn.Module):
 @pytest.mark.parametrize(
     "options", [{}, {"reduction": "none"}, {"z_loss": 0.1, "reduction": "sum", "softcap": 3.0, "impl": "pytorch"}]
 )
-def test_export(strict, options):
+def test_export_gives_the_same_numbers(strict, options):
     model = Model(**options)
     x, labels = torch.randn(2, 5, 8), torch.randint(0, 20, (2, 5))
     exported = torch.export.export(model, (x, labels), strict=strict).module()
@@ -117,7 +117,7 @@ def test_export(strict, options):
 
 
 @pytest.mark.parametrize("strict", [True, False])
-def test_what_is_exported_trains(strict):
+def test_an_exported_program_trains(strict):
     model, x, labels = Model(), torch.randn(2, 5, 8), torch.randint(0, 20, (2, 5))
     exported = torch.export.export(model, (x, labels), strict=strict).module()
     want = torch.autograd.grad(model(x, labels), list(model.parameters()))
@@ -129,7 +129,7 @@ def test_what_is_exported_trains(strict):
 
 
 @pytest.mark.parametrize("strict", [True, False])
-def test_what_cannot_be_exported(strict):
+def test_unsupported_exports_raise(strict):
     class Parts(nn.Module):
         def forward(self, hidden, weight):
             return linear_logps(hidden, (weight[:, :3], weight[:, 3:]), T).logps
@@ -145,12 +145,12 @@ def test_what_cannot_be_exported(strict):
     ):
         with pytest.raises(Exception, match=re.escape(message)) as caught:
             torch.export.export(model, args, strict=strict)
-        assert strict or isinstance(caught.value, ValueError)  # dynamo makes its own error of it
+        assert strict or isinstance(caught.value, ValueError)  # dynamo raises its own error
 
 
 @pytest.mark.parametrize("loss_hint", [None, "nll"])
 @pytest.mark.parametrize("trained", [False, True])
-def test_several_upstream_gradients_at_once_are_one_line(trained, loss_hint):
+def test_batched_upstream_gradients_are_a_one_line_error(trained, loss_hint):
     hidden, weight = torch.randn(3, 4, requires_grad=True), torch.randn(6, 4, requires_grad=trained)
     targets = torch.tensor([1, 5, 0])
     logps = linear_logps(hidden, weight, targets, impl="pytorch", loss_hint=loss_hint).logps

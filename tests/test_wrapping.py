@@ -41,7 +41,7 @@ WRAPPERS = {
 @pytest.mark.parametrize("f", [per_token, scalar])
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("name", WRAPPERS)
-def test_same_numbers(impl, device, f, frozen, name):
+def test_wrapped_calls_give_the_same_numbers(impl, device, f, frozen, name):
     g = torch.Generator().manual_seed(1)
     tensors = torch.randn(3, 7, 16, generator=g), torch.randn(101, 16, generator=g)
     results = []
@@ -53,11 +53,11 @@ def test_same_numbers(impl, device, f, frozen, name):
     torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-5)
 
 
-def test_compiling_the_model_around_it_does_not_trace_the_tiles():
-    """The graph breaks there: what gets compiled is what stands before and after."""
+def test_compiling_the_model_does_not_trace_the_tiles():
+    """The graph breaks at the call: only the code before and after is compiled."""
     import torch._dynamo.testing
 
     counter = torch._dynamo.testing.CompileCounter()
     hidden, weight = torch.randn(3, 7, 16), torch.randn(101, 16)
     torch.compile(per_token, backend=counter)(hidden, weight, "pytorch")
-    assert counter.op_count < 40  # traced, the tiles make it several times that
+    assert counter.op_count < 40  # traced tiles would give several times as many

@@ -1,4 +1,4 @@
-"""Every loss on numbers small enough to work out by hand; the arithmetic stands beside each."""
+"""Every loss against hand-computed values; the arithmetic is in the comments."""
 
 import math
 
@@ -56,7 +56,7 @@ DPO = {
 
 
 @pytest.mark.parametrize("loss_type", dpo.LOSS_TYPES)
-def test_dpo(loss_type):
+def test_dpo_equals_hand_computed_values(loss_type):
     options, expected = DPO[loss_type]
     out = dpo_loss(*LOGPS, beta=0.5, loss_type=loss_type, **options)
     assert out.losses.tolist() == pytest.approx([expected], abs=1e-6)
@@ -73,7 +73,7 @@ def test_aot_sorts_the_batch():
     assert losses.tolist() == pytest.approx([-ls(-2), -ls(5)])
 
 
-# With beta 0.5 and scores in the place of a = 2, b = -1:
+# With beta 0.5 and scores instead of a = 2, b = -1:
 DIVERGENCES = {
     "reverse_kl": ({}, 2 - -1),
     "forward_kl": ({}, (1 - math.exp(-2)) - (1 - math.exp(1))),
@@ -83,14 +83,14 @@ DIVERGENCES = {
 
 
 @pytest.mark.parametrize("name", DIVERGENCES)
-def test_f_divergences(name):
+def test_f_divergences_equal_hand_computed_values(name):
     options, d = DIVERGENCES[name]
     out = dpo_loss(*LOGPS, beta=0.5, f_divergence_type=name, **options)
     assert out.losses.item() == pytest.approx(-ls(0.5 * d), rel=1e-6)
     assert out.chosen_rewards.item() == 1  # rewards stay log-ratios
 
 
-def test_several_losses_and_pair_weights():
+def test_several_losses_and_pair_weights_add_up():
     weights = torch.tensor([0.5])
     out = dpo_loss(
         *LOGPS, beta=0.5, loss_type=["sigmoid", "sft"], loss_weights=[2.0, 0.1], pair_weights=weights, **LENGTHS
@@ -98,14 +98,14 @@ def test_several_losses_and_pair_weights():
     assert out.losses.item() == pytest.approx((2 * -ls(1.5) + 0.1 * 2.5) * 0.5)
 
 
-def test_wpo_weights():
+def test_wpo_weights_equal_hand_computed_values():
     logps, sums = torch.tensor([[-1.0, -2.0, 9.0]]), torch.tensor([[-2.0, -4.0, 9.0]])
     # (1 + 2) / 2 tokens
     assert wpo_weights(logps, sums, torch.tensor([[1, 1, 0]])).item() == pytest.approx(math.exp(1.5))
     assert wpo_weights(logps, sums, torch.zeros(1, 3)).item() == 1
 
 
-def test_ld_logps():
+def test_ld_logps_equal_hand_computed_values():
     logps = torch.tensor([[9.0, -1.0, -2.0, -3.0]])
     mask = torch.tensor([[0, 1, 1, 1]])
     assert ld_logps(logps, mask, torch.tensor([1]), ld_alpha=0.5).item() == -1 + 0.5 * -5
@@ -123,14 +123,14 @@ CPO = {
 
 @pytest.mark.parametrize("f", [cpo_loss, tpo_loss])
 @pytest.mark.parametrize("loss_type", cpo.LOSS_TYPES)
-def test_cpo_and_tpo(f, loss_type):
+def test_cpo_and_tpo_equal_hand_computed_values(f, loss_type):
     options, expected = CPO[loss_type]
     out = f(torch.tensor([-6.0]), torch.tensor([-10.0]), beta=0.5, loss_type=loss_type, **options)
     assert out.losses.item() == pytest.approx(expected)
     assert (out.chosen_rewards.item(), out.rejected_rewards.item()) == (-3, -5)
 
 
-def test_simpo_and_tpo_l():
+def test_simpo_and_tpo_l_equal_hand_computed_values():
     # 2 (-1 - -1.5) - 0.4 = 0.6: gamma is not divided or multiplied by beta
     args = torch.tensor([-1.0]), torch.tensor([-1.5])
     out = simpo_loss(*args, beta=2.0, gamma=0.4, label_smoothing=0.25)
@@ -140,23 +140,23 @@ def test_simpo_and_tpo_l():
 
 
 @pytest.mark.parametrize(("alpha", "expected"), [(0.5, (1 - math.e) / 0.5), (-0.5, (1 - 1 / math.e) / -0.5), (0, -2)])
-def test_alphapo(alpha, expected):
+def test_alphapo_equals_hand_computed_values(alpha, expected):
     assert alphapo_rewards(torch.tensor([-2.0]), alpha=alpha).item() == pytest.approx(expected)
 
 
-def test_alphapo_goes_over_into_simpo():
+def test_alphapo_approaches_simpo():
     logps = torch.linspace(-8, -0.01, 9, dtype=torch.float64)
     torch.testing.assert_close(alphapo_rewards(logps, alpha=1e-9), logps)
 
 
-def test_orpo():
+def test_orpo_equals_hand_computed_values():
     # p = 1/2 has odds 1, p = 1/5 odds 1/4: log odds ratio log 4, s = 4/5
     out = orpo_loss(torch.tensor([0.5]).log(), torch.tensor([0.2]).log(), beta=0.3)
     assert out.losses.item() == pytest.approx(-0.3 * math.log(0.8), rel=1e-6)
     assert out.chosen_rewards.item() == pytest.approx(0.3 * math.log(0.5))
 
 
-def test_kto():
+def test_kto_equals_hand_computed_values():
     # x = 2 and -1, kl = 1, beta = 0.5: 1 - s(0.5 (2 - 1)) and 1 - s(0.5 (1 - -1))
     logps, ref = torch.tensor([-10.0, -15.0]), torch.tensor([-12.0, -14.0])
     desirable = torch.tensor([True, False])
@@ -169,7 +169,7 @@ def test_kto():
     assert set(kto.LOSS_TYPES) == {"kto", "apo_zero_unpaired"}
 
 
-def test_kto_kl():
+def test_kto_kl_equals_hand_computed_values():
     kl = kto_kl(torch.tensor([-1.0, -8.0], requires_grad=True), torch.tensor([-4.0, -6.0]))
     assert kl.item() == 0.5  # (3 - 2) / 2
     assert not kl.requires_grad
@@ -177,7 +177,7 @@ def test_kto_kl():
     assert kto_kl(torch.zeros(0), torch.zeros(0)) == 0
 
 
-def test_sft_label_smoothing_and_z_loss():
+def test_sft_label_smoothing_and_z_loss_equal_hand_computed_values():
     logps, mask = torch.tensor([-1.0, -3.0, torch.nan]), torch.tensor([True, True, False])
     means, lse = torch.tensor([-5.0, -7.0, torch.nan]), torch.tensor([2.0, 4.0, torch.nan])
     # 0.9 * (1 + 3) / 2 + 0.1 * (5 + 7) / 2
@@ -186,7 +186,7 @@ def test_sft_label_smoothing_and_z_loss():
     assert sft_loss(logps, mask, z_loss=0.01, lse=lse).item() == pytest.approx(2.1)
 
 
-def test_sft_label_smoothing_is_that_of_pytorch():
+def test_sft_label_smoothing_equals_pytorch():
     logits, targets = torch.randn(5, 7, requires_grad=True), torch.randint(0, 7, (5,))
     all_logps = logits.log_softmax(-1)
     logps = all_logps.gather(-1, targets[:, None]).squeeze(-1)

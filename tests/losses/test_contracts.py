@@ -1,4 +1,4 @@
-"""What every loss keeps to: gradients, finite extremes, fp32 at least, no broadcasting, no ignored options."""
+"""Contracts of every loss: gradients, finite extremes, at least fp32, no broadcasting, no ignored options."""
 
 import functools
 import math
@@ -32,12 +32,12 @@ def dpo_options(loss_type, b):
     if loss_type in SMOOTHED:
         options["label_smoothing"] = 0.1
     if loss_type in ("ipo", "sigmoid_norm", "sft"):
-        options |= {"chosen_lengths": torch.arange(b), "rejected_lengths": torch.arange(b).flip(0)}  # 0 among them
+        options |= {"chosen_lengths": torch.arange(b), "rejected_lengths": torch.arange(b).flip(0)}  # includes 0
     return options
 
 
 def pairwise():
-    """name -> (the number of [B] inputs, b -> the loss as a function of them)."""
+    """The pairwise losses: name -> (number of [B] inputs, batch size -> loss function of the inputs)."""
     table = {
         f"dpo {name}": (4, lambda b, name=name: functools.partial(dpo_loss, **dpo_options(name, b)))
         for name in dpo.LOSS_TYPES
@@ -80,7 +80,7 @@ def inputs(n, b, dtype=torch.float64, seed=0):
 
 @EACH
 @pytest.mark.parametrize("b", [1, 2, 7])
-def test_gradcheck(name, b):
+def test_every_gradients_are_exact_and_dft_weights_constant(name, b):
     n, make = PAIRWISE[name]
     assert torch.autograd.gradcheck(lambda *x: make(b)(*x).losses, [x.requires_grad_() for x in inputs(n, b)])
 
@@ -111,26 +111,26 @@ def test_extremes_stay_finite_in_value_and_gradient(name, dtype):
             assert grad is None or torch.isfinite(grad).all()
 
 
-#: Those whose other arguments belong to their row, or that look at the whole batch, have tests of their own.
+#: Losses with further per-row arguments, or that depend on the whole batch, have separate tests.
 SEPARABLE = [name for name in PAIRWISE if not any(x in name for x in ("aot", "sft", "kto", "dpo ipo", "norm"))]
 
 
 @pytest.mark.parametrize("name", SEPARABLE)
-def test_each_pair_by_itself(name):
+def test_losses_do_not_depend_on_the_other_pairs(name):
     n, make = PAIRWISE[name]
     order, xs = torch.tensor([4, 2, 0, 1, 3]), inputs(n, 5)
     torch.testing.assert_close(make(5)(*(x[order] for x in xs)).losses, make(5)(*xs).losses[order])
 
 
 @pytest.mark.parametrize("loss_type", ["aot", "aot_unpaired"])
-def test_aot_depends_on_the_set_of_pairs_alone(loss_type):
+def test_aot_does_not_depend_on_the_order_of_pairs(loss_type):
     order, xs = torch.tensor([4, 2, 0, 1, 3]), inputs(4, 5)
     f = functools.partial(dpo_loss, loss_type=loss_type)
     torch.testing.assert_close(f(*(x[order] for x in xs)).losses, f(*xs).losses)
 
 
 @pytest.mark.parametrize("loss_type", ["ipo", "sigmoid_norm"])
-def test_lengths_belong_to_their_pair(loss_type):
+def test_each_pair_uses_its_own_lengths(loss_type):
     order, xs = torch.tensor([2, 0, 1]), inputs(4, 3)
     lengths = [torch.tensor([1, 5, 2]), torch.tensor([4, 3, 7])]
 
@@ -164,7 +164,7 @@ def test_the_first_step_is_log_2(loss_type, b):
 
 
 @pytest.mark.parametrize("x", [-1e-38, -1e-9, -1e-4, -0.5, -math.log(2), -0.7, -5.0, -100.0, -1e5])
-def test_log1mexp(x):
+def test_log1mexp_is_exact(x):
     exact = math.log(-math.expm1(x)) if x > -1 else math.log1p(-math.exp(x))
     value = torch.tensor(x, dtype=torch.float64, requires_grad=True)
     out = log1mexp(value)
@@ -174,7 +174,7 @@ def test_log1mexp(x):
 
 
 def test_orpo_near_zero_has_the_right_gradient():
-    """d loss / d c = -beta s(-log odds) / (1 - e**c): what a naive log1p(-exp) turns into NaN."""
+    """d loss / d c = -beta s(-log odds) / (1 - e**c); a naive log1p(-exp) gives NaN."""
     c, r = torch.tensor([-1e-9], requires_grad=True), torch.tensor([-1.0])
     (grad,) = torch.autograd.grad(orpo_loss(c, r, beta=1.0).losses.sum(), c)
     x, y = -1e-9, -1.0
@@ -183,7 +183,7 @@ def test_orpo_near_zero_has_the_right_gradient():
 
 
 @pytest.mark.parametrize("side", [True, False])
-def test_kto_with_one_side_absent(side):
+def test_kto_works_with_one_side_absent(side):
     x = torch.tensor([-1.0, -2.0, -3.0], requires_grad=True)
     out = kto_loss(x, torch.zeros(3), torch.full((3,), side), 0.5)
     assert [len(out.chosen_rewards), len(out.rejected_rewards)] == ([3, 0] if side else [0, 3])
@@ -192,8 +192,8 @@ def test_kto_with_one_side_absent(side):
 
 
 @pytest.mark.parametrize(("tau", "d"), [(2.0, -200.0), (2.0, -1e4), (5.0, -1e5)])
-def test_discopops_exponent_is_held(tau, d):
-    """With tau > 1 the product m exp(-x) grows as exp(-x (1 - 1 / tau)) below 0; free, it overflows fp32 near -178."""
+def test_discopop_exponent_is_clamped(tau, d):
+    """With tau > 1, m exp(-x) grows as exp(-x (1 - 1 / tau)) for x < 0; unclamped, it overflows fp32 near -178."""
     c = torch.tensor([d, 0.5], requires_grad=True)
     zero = torch.zeros(2)
     losses = dpo_loss(c, zero, zero, zero, beta=1.0, loss_type="discopop", discopop_tau=tau).losses
@@ -202,14 +202,14 @@ def test_discopops_exponent_is_held(tau, d):
     assert losses[0].item() == pytest.approx(expected[0], rel=1e-5)
     assert torch.isfinite(losses).all()
     assert torch.isfinite(grad).all()
-    assert losses.square().isfinite().all()  # as the constant promises
+    assert losses.square().isfinite().all()  # as documented for the constant
     m = 1 / (1 + math.exp(-0.5 / tau))
     assert losses[1].item() == pytest.approx((1 - m) * math.log1p(math.exp(-0.5)) + m * math.exp(-0.5), rel=1e-6)
 
 
 @pytest.mark.parametrize("loss_type", ["sigmoid", "ipo", "apo_zero"])
 def test_pair_weights_are_constants(loss_type):
-    """WPO's weights come of the policy, and no gradient goes back through them."""
+    """WPO weights depend on the policy, but carry no gradient."""
     c, r, c0, r0 = (x.requires_grad_() for x in inputs(4, 3))
     weights = (c.exp() * torch.tensor([1.0, 2.0, 0.5])).float()
     options = dpo_options(loss_type, 3)
@@ -221,8 +221,8 @@ def test_pair_weights_are_constants(loss_type):
 
 
 @pytest.mark.parametrize("coef", [1 - 1e-12, 1 + 1e-12, 1.0])
-def test_alpha_divergence_near_reverse_kl(coef):
-    """(exp((al - 1) x) - 1) / (al - 1): 1 less a rounded exponential would leave three digits."""
+def test_alpha_divergence_is_exact_near_reverse_kl(coef):
+    """(exp((al - 1) x) - 1) / (al - 1) needs expm1: subtracting 1 from a rounded exponential leaves three digits."""
     xs = inputs(4, 5)
     got = dpo_loss(*xs, f_divergence_type="alpha_divergence", f_alpha_divergence_coef=coef).losses
     torch.testing.assert_close(got, dpo_loss(*xs).losses, rtol=1e-10, atol=0)
@@ -235,7 +235,7 @@ def test_kto_weights_do_not_enter_the_denominator():
 
 
 @EACH
-def test_nothing_broadcasts(name):
+def test_shapes_do_not_broadcast(name):
     n, make = PAIRWISE[name]
     for bad in (torch.zeros(3, 1), torch.zeros(1), torch.zeros(())):
         for i in range(n):
@@ -335,21 +335,21 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_out_of_range(name):
+def test_out_of_range_options_raise(name):
     call, message = BAD[name]
     with pytest.raises(ValueError, match=re.escape(message)):
         call()
 
 
-def test_sft_may_stand_beside_a_divergence():
+def test_sft_combines_with_a_divergence():
     lengths = {"chosen_lengths": X + 1, "rejected_lengths": X + 1}
     options = {"f_divergence_type": "forward_kl", **lengths}
-    both = dpo_loss(X - 1, X - 2, X, X, loss_type=["sigmoid", "sft"], **options).losses
+    combined = dpo_loss(X - 1, X - 2, X, X, loss_type=["sigmoid", "sft"], **options).losses
     apart = [
         dpo_loss(X - 1, X - 2, X, X, loss_type="sigmoid", **options),
         dpo_loss(X - 1, X - 2, X, X, loss_type="sft", **lengths),
     ]
-    torch.testing.assert_close(both, sum(x.losses for x in apart))
+    torch.testing.assert_close(combined, sum(x.losses for x in apart))
 
 
 WRONG_TYPES = {
@@ -369,7 +369,7 @@ WRONG_TYPES = {
 
 
 @pytest.mark.parametrize("name", WRONG_TYPES)
-def test_wrong_types(name):
+def test_wrong_types_raise(name):
     call, message = WRONG_TYPES[name]
     with pytest.raises(TypeError, match=re.escape(message)):
         call()

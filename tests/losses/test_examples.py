@@ -18,7 +18,7 @@ def test_examples_run(name):
 
 
 @pytest.mark.parametrize("name", [name for name in losses.__all__ if name.islower()])
-def test_docstrings_have_all_parts(name):
+def test_docstrings_have_all_sections(name):
     doc = getattr(losses, name).__doc__
     for part in ("Args:", "Returns:", "Raises:", "Source:", "Example:", ">>>"):
         assert part in doc, part

@@ -1,4 +1,4 @@
-"""Numbers that no loss can be made of are refused, those that come in tensors too, and none is rounded on its way."""
+"""Invalid numbers are refused, also as tensors, and valid ones are not rounded."""
 
 import functools
 import math
@@ -32,7 +32,7 @@ ONES, LSE = torch.ones(2), torch.tensor([3.0, 4.0])
 HIDDEN, WEIGHT, TARGETS = torch.randn(3, 4), torch.randn(5, 4), torch.tensor([0, 4, 2])
 
 PAIR = functools.partial(dpo_loss, C, R, C - 1, R - 1)
-#: name of the number -> functions of it.
+#: number name -> functions that take it.
 NUMBERS = {
     "beta": [
         *(functools.partial(PAIR, loss_type=name) for name in dpo.LOSS_TYPES if name not in ("exo_pair", "robust")),
@@ -79,22 +79,22 @@ def with_lengths(f):
 
 
 @EACH_NUMBER
-def test_every_number_is_finite_in_fp32(name, f):
+def test_numbers_not_finite_in_fp32_are_refused(name, f):
     for bad in (math.nan, math.inf, -math.inf, np.float32("nan"), np.float64("inf"), 1e39, 10**40):
         with pytest.raises(ValueError, match=rf"^{name} must be .*, got {re.escape(str(bad))}$"):
             with_lengths(f)(**{name: bad})
 
 
 @EACH_NUMBER
-def test_every_number_is_one(name, f):
+def test_values_that_are_not_numbers_are_refused(name, f):
     for bad in ("1", 1j, [1.0], np.ones(2), *([] if name in ("num_items", "kl") else [ONES, torch.tensor(0.5)])):
         with pytest.raises(TypeError, match=rf"^{name} must be a number, got {type(bad).__name__}$"):
             with_lengths(f)(**{name: bad})
 
 
 @EACH_NUMBER
-def test_neither_a_truth_value_nor_an_array_is_a_number(name, f):
-    """Of True and of an array without dimensions arithmetic with tensors makes errors of its own, or other types."""
+def test_bools_and_0d_arrays_are_refused(name, f):
+    """Arithmetic of tensors with bools or 0-d arrays raises unclear errors or changes types."""
     for bad in (True, np.array(0.5)):
         with pytest.raises(TypeError, match=rf"^{name} must be a number, got {type(bad).__name__}$"):
             with_lengths(f)(**{name: bad})
@@ -102,8 +102,8 @@ def test_neither_a_truth_value_nor_an_array_is_a_number(name, f):
 
 @pytest.mark.parametrize("name", ["beta", "discopop_tau", "softcap", "temperature", "num_items"])
 @pytest.mark.parametrize("bad", [5e-324, 1e-310, 1e-39])
-def test_what_divides_has_a_finite_reciprocal(name, bad):
-    """1 / 5e-324 is inf in fp64 already, 1 / 1e-39 in fp32."""
+def test_divisors_without_a_finite_reciprocal_are_refused(name, bad):
+    """1 / 5e-324 is inf in fp64, 1 / 1e-39 in fp32."""
     for f in NUMBERS[name]:
         with pytest.raises(ValueError, match=f"^{name} must be at least 1.2e-38, .*, got {bad}$"):
             with_lengths(f)(**{name: bad})
@@ -111,7 +111,7 @@ def test_what_divides_has_a_finite_reciprocal(name, bad):
 
 @pytest.mark.parametrize("name", ["beta", "discopop_tau", "softcap", "temperature"])
 @pytest.mark.parametrize("bad", [0, 0.0, -1])
-def test_what_divides_is_positive(name, bad):
+def test_divisors_that_are_not_positive_are_refused(name, bad):
     for f in NUMBERS[name]:
         with pytest.raises(ValueError, match=f"^{name} must be > 0(| or None), got {bad}$"):
             with_lengths(f)(**{name: bad})
@@ -126,7 +126,7 @@ def test_what_divides_is_positive(name, bad):
     ],
 )
 @pytest.mark.parametrize("f", [linear_logps, linear_cross_entropy])
-def test_the_quotients_that_logits_are_made_with_are_finite(f, options, quotient):
+def test_infinite_quotients_in_the_logits_are_refused(f, options, quotient):
     with pytest.raises(ValueError, match=quotient):
         f(HIDDEN, WEIGHT, TARGETS, **options)
 
@@ -143,9 +143,9 @@ def test_an_alpha_that_fp32_cannot_hold_is_simpo():
     torch.testing.assert_close(small, C.double(), rtol=1e-11, atol=0)
 
 
-# ------------------------------------------------------------------------------------------------ numbers that are data
+# Numbers passed as tensors
 
-#: name -> (a function of the tensor, good values of which any may go bad, what is bad for it)
+#: name -> (a function of the tensor, valid values, invalid values)
 NOT_FINITE = (math.nan, math.inf, -math.inf)
 TENSORS = {
     "kl": (lambda x: kto_loss(C, R, GOOD, x).losses, torch.tensor(0.5), NOT_FINITE),
@@ -188,7 +188,7 @@ EACH_TENSOR = pytest.mark.parametrize(
 )
 
 
-def spoilt(name, bad, dtype):
+def with_bad_value(name, bad, dtype):
     f, good, _ = TENSORS[name]
     x = good.to(dtype).clone()
     x.view(-1)[-1] = bad
@@ -196,17 +196,17 @@ def spoilt(name, bad, dtype):
 
 
 @EACH_TENSOR
-def test_values_on_the_cpu_raise(name, bad, dtype):
-    f, x = spoilt(name, bad, dtype)
+def test_bad_cpu_tensor_values_raise(name, bad, dtype):
+    f, x = with_bad_value(name, bad, dtype)
     with pytest.raises(ValueError, match=rf"^{name.partition(' ')[0]} must be finite(| and >= 0), got {bad}$"):
         f(x)
 
 
 @EACH_TENSOR
-def test_values_that_are_not_looked_at_make_nan(monkeypatch, name, bad, dtype):
-    """As on a GPU, where a look would wait, and in graphs: never a plausible number."""
+def test_bad_values_in_unread_tensors_give_nan(monkeypatch, name, bad, dtype):
+    """On a GPU (reading would synchronise) and in graphs a bad value gives NaN, never a plausible number."""
     monkeypatch.setattr(fusedalign.checks, "has_values", lambda x: False)
-    f, x = spoilt(name, bad, dtype)
+    f, x = with_bad_value(name, bad, dtype)
     out = f(x)
     assert out.flatten()[-1].isnan()
     good = TENSORS[name][1]
@@ -215,7 +215,7 @@ def test_values_that_are_not_looked_at_make_nan(monkeypatch, name, bad, dtype):
         assert torch.isfinite(out[0]), "the other pair has nothing to do with it"
 
 
-def test_values_in_a_graph_make_nan():
+def test_bad_tensor_values_in_a_graph_give_nan():
     @functools.partial(torch.compile, backend="eager", fullgraph=True)
     def f(kl, lengths):
         losses = kto_loss(C, R, GOOD, kl).losses
@@ -228,22 +228,22 @@ def test_values_in_a_graph_make_nan():
 
 @pytest.mark.parametrize("f", NUMBERS["num_items"])
 @pytest.mark.parametrize("items", [0.25, 3, 1e-3, np.float32(0.5), np.int64(7)])
-def test_num_items_divides_as_given(f, items):
-    """A part of an item too: the mean over ranks of a count may be one."""
-    whole = f(num_items=1)
-    for given in (items, torch.tensor(float(items)), torch.tensor([float(items)], dtype=torch.float64)):
-        out = f(num_items=given)
+def test_num_items_divides_without_rounding(f, items):
+    """Fractions too: a count averaged over ranks may be fractional."""
+    total = f(num_items=1)
+    for num_items in (items, torch.tensor(float(items)), torch.tensor([float(items)], dtype=torch.float64)):
+        out = f(num_items=num_items)
         assert out.dtype == torch.float32
-        torch.testing.assert_close(out, whole / float(items))
+        torch.testing.assert_close(out, total / float(items))
 
 
 @pytest.mark.parametrize("f", NUMBERS["num_items"])
-def test_no_items_divide_by_nothing(f):
+def test_num_items_of_zero_divides_by_one(f):
     for none in (0, 0.0, torch.tensor(0), torch.tensor(0.0)):
         assert torch.equal(f(num_items=none), f(num_items=1))
 
 
-def test_num_items_in_a_graph():
+def test_num_items_works_in_a_graph():
     hidden = HIDDEN.clone().requires_grad_()
     compiled = torch.compile(linear_cross_entropy, backend="eager", fullgraph=True)
     for items in (0.5, 3, torch.tensor(0.5), torch.tensor(4)):
@@ -252,7 +252,7 @@ def test_num_items_in_a_graph():
     assert compiled(hidden, WEIGHT, TARGETS, num_items=torch.tensor(-2.0), impl="pytorch").isnan()
 
 
-# --------------------------------------------------------------------------------------------------- PyTorch's default
+# PyTorch's default
 
 
 @pytest.fixture
@@ -262,8 +262,8 @@ def default_bf16():
     torch.set_default_dtype(torch.float32)
 
 
-def others():
-    """Losses and helpers that are not in PAIRWISE, and those of it with numbers that no half precision holds."""
+def other_losses():
+    """Losses and helpers missing in PAIRWISE, and PAIRWISE ones with numbers that half precision cannot hold."""
     x, y = inputs(2, 4)
     mask, desirable = torch.ones(4), torch.tensor([True, False, True, False])
     weights = {"desirable_weight": 1.1, "undesirable_weight": 0.9}
@@ -292,9 +292,9 @@ def losses_of(f, xs):
     return f(*xs).losses
 
 
-@pytest.mark.parametrize("name", others())
-def test_fp64_is_exact_whatever_the_default_dtype(name, request):
-    loss = others()[name]
+@pytest.mark.parametrize("name", other_losses())
+def test_fp64_is_exact_under_any_default_dtype(name, request):
+    loss = other_losses()[name]
     want = loss()
     request.getfixturevalue("default_bf16")
     got = loss()
@@ -303,7 +303,7 @@ def test_fp64_is_exact_whatever_the_default_dtype(name, request):
 
 
 def test_kto_weights_and_kl_enter_in_fp64():
-    """Not by way of fp32: 0.1 is another number there."""
+    """They are not rounded to fp32, where 0.1 differs."""
     x = torch.zeros(2, dtype=torch.float64)
     out = kto_loss(x, x, GOOD, 0.1, beta=1.0, desirable_weight=0.1, undesirable_weight=0.3).losses
     exact = [0.1 / (1 + math.exp(-0.1)), 0.3 / (1 + math.exp(0.1))]
@@ -312,7 +312,7 @@ def test_kto_weights_and_kl_enter_in_fp64():
 
 @pytest.mark.parametrize("impl", ["pytorch", "reference"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_the_head_is_exact_whatever_the_default_dtype(request, impl, dtype):
+def test_the_head_is_exact_under_any_default_dtype(request, impl, dtype):
     hidden, weight = HIDDEN.to(dtype).requires_grad_(), WEIGHT.to(dtype).requires_grad_()
     bias = torch.randn(5, dtype=dtype)
 

@@ -1,4 +1,4 @@
-"""sft_loss by hand, against PyTorch's cross-entropy, and on the inputs that break averages."""
+"""`sft_loss`: hand-computed values, PyTorch's cross-entropy, and inputs that break averages."""
 
 import math
 import re
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from fusedalign import sft_loss
 
 
-def test_by_hand():
+def test_loss_equals_hand_computed_values():
     logps = torch.tensor([[-1.0, -2.0], [-3.0, -4.0]])
     mask = torch.tensor([[True, False], [True, True]])
     assert sft_loss(logps, mask).item() == pytest.approx((1 + 3 + 4) / 3)
@@ -19,7 +19,7 @@ def test_by_hand():
     assert sft_loss(logps, mask, loss_type="dft").item() == pytest.approx(dft)
 
 
-def test_is_cross_entropy():
+def test_loss_equals_cross_entropy():
     logits, targets = torch.randn(3, 7, 11), torch.randint(0, 11, (3, 7))
     targets[0, :3] = -100
     logps = logits.log_softmax(-1).gather(-1, targets.clamp(min=0)[..., None]).squeeze(-1)
@@ -34,7 +34,7 @@ def test_masking_equals_dropping(loss_type):
     torch.testing.assert_close(sft_loss(logps, mask, loss_type=loss_type), dropped)
 
 
-def test_gradients():
+def test_gradients_are_exact_and_dft_weights_constant():
     logps = -torch.rand(3, 4, dtype=torch.float64)
     mask = torch.rand(3, 4) > 0.4
     assert torch.autograd.gradcheck(lambda x: sft_loss(x, mask), logps.requires_grad_())
@@ -43,7 +43,7 @@ def test_gradients():
 
 
 @pytest.mark.parametrize("loss_type", ["nll", "dft"])
-def test_nothing_counts(loss_type):
+def test_no_counted_token_gives_zero(loss_type):
     logps = torch.tensor([[torch.nan, -torch.inf]], requires_grad=True)
     loss = sft_loss(logps, torch.zeros(1, 2, dtype=torch.bool), loss_type=loss_type)
     loss.backward()
@@ -52,7 +52,7 @@ def test_nothing_counts(loss_type):
 
 
 @pytest.mark.parametrize("num_items", [0, torch.tensor(0)])
-def test_an_accumulation_window_without_tokens(num_items):
+def test_an_accumulation_window_without_tokens_gives_zero(num_items):
     assert sft_loss(-torch.ones(1, 2), torch.zeros(1, 2), num_items=num_items) == 0
 
 
@@ -88,6 +88,6 @@ def test_half_precision_is_summed_in_fp32():
         ((torch.ones(2).long(), torch.ones(2)), {}, TypeError, "logps must be floating-point, got torch.int64"),
     ],
 )
-def test_bad_input(args, options, kind, message):
+def test_bad_input_raises(args, options, kind, message):
     with pytest.raises(kind, match=re.escape(message)):
         sft_loss(*args, **options)

@@ -3,7 +3,7 @@
 Left out, because TRL differs there, on purpose or not:
 
 - label_smoothing or an f-divergence with a DPO loss type that has no use for it: TRL ignores it or refuses it in its
-  constructor, `dpo_loss` raises. The same goes for label_smoothing with CPO's and TPO's hinge and ipo.
+  constructor, `dpo_loss` raises. Likewise label_smoothing with CPO's and TPO's hinge and ipo.
 - WPO's weights with hinge, and with sft on more than one pair: TRL multiplies in place and autograd refuses; with aot
   and aot_unpaired its constructor does.
 - ld_alpha with sft: TRL's sft looks at the tokens and not at the discounted sums that `dpo_loss` is given.
@@ -40,12 +40,12 @@ from fusedalign.losses.dpo import LOSS_TYPES as DPO_LOSS_TYPES
 
 VOCAB = 29
 BATCHES = pytest.mark.parametrize(("b", "seed"), [(b, seed) for b in (1, 2, 7) for seed in range(3)])
-BETAS = [{}, {"beta": 0.02}, {"beta": 0.7}]  # one a seed; {}: the default, here as there
-DRIFT = [0.1, 0.3, 0.6]  # one a seed: how far the policy is from the reference
+BETAS = [{}, {"beta": 0.02}, {"beta": 0.7}]  # one per seed; {}: the default of both
+DRIFT = [0.1, 0.3, 0.6]  # one per seed: distance of the policy from the reference
 
 
 class Bigram(nn.Module):
-    """A language model that is one table, with the two ways to call it that TRL's trainers use."""
+    """A bigram language model with the two call signatures that TRL's trainers use."""
 
     is_gradient_checkpointing = False
 
@@ -60,9 +60,9 @@ class Bigram(nn.Module):
         logits, labels = logits[:, :-1], labels[:, 1:]
         mask, logps = labels != -100, logits.log_softmax(-1)
         exact = logps.gather(-1, labels.clamp(min=0)[..., None]).squeeze(-1)
-        rounded = (256 * exact).round() / 256  # their sums are the same in whatever order
+        rounded = (256 * exact).round() / 256  # sums do not depend on the order
         self.token_logps = exact + (rounded - exact).detach()
-        self.output = FusedCausalLMOutput(  # zero outside of the mask, as TRL documents
+        self.output = FusedCausalLMOutput(  # zero outside the mask, as TRL documents
             log_probs=self.token_logps.where(mask, 0),
             entropy=-(logps.exp() * logps).sum(-1).where(mask, 0),
             log_sum_sq_probs=(2 * logps).logsumexp(-1).detach().where(mask, 0),
@@ -80,7 +80,7 @@ def models(seed):
 
 
 def make_batch(rows, seed, *, empty=False):
-    """Prompts of 1 to 3 tokens, completions of 1 to 9; `empty`: the last of them has none."""
+    """Prompts of 1 to 3 tokens, completions of 1 to 9; `empty`: the last completion has no tokens."""
     g = torch.Generator().manual_seed(100 + seed)
     prompts, completions = torch.randint(1, 4, (rows, 1), generator=g), torch.randint(1, 10, (rows, 1), generator=g)
     completions[-1] *= not empty
@@ -127,12 +127,12 @@ ONE_PROCESS = SimpleNamespace(
 
 
 def stub(cls, config, model, ref_model=None, label_smoother=None, **options):
-    """A trainer with its own methods and its config's defaults, but without __init__, which wants data and files."""
+    """A trainer with its methods and config defaults, but without running `__init__`, which needs data and files."""
     defaults = {x.name: x.default if x.default_factory is MISSING else x.default_factory() for x in fields(config)}
     assert options.keys() <= defaults.keys()
     args = SimpleNamespace(**defaults | options)
     trainer = object.__new__(cls)
-    vars(trainer).update(vars(args))  # beta and the like have the same name there
+    vars(trainer).update(vars(args))  # beta etc. are attributes of the same name
     vars(trainer).update(
         {"args": args, "accelerator": ONE_PROCESS, "model": model, "ref_model": ref_model, "aux_loss_enabled": False},
         _metrics=defaultdict(lambda: defaultdict(list)),
@@ -153,21 +153,21 @@ def stub(cls, config, model, ref_model=None, label_smoother=None, **options):
     return trainer
 
 
-def close(ours, theirs, *, scale=1.0):
-    tolerance = 1e-12 if getattr(theirs, "dtype", None) == torch.float64 else 1e-6
-    torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance * scale)
+def close(got, want, *, scale=1.0):
+    tolerance = 1e-12 if getattr(want, "dtype", None) == torch.float64 else 1e-6
+    torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance * scale)
 
 
-def same(ours, theirs, *inputs):
-    """Both losses and their gradients; where all of a gradient is small, to 1e-5 of its largest entry."""
-    close(ours, theirs)
-    mine, its = (torch.autograd.grad(x.sum(), inputs, retain_graph=True) for x in (ours, theirs))
-    for x, y in zip(mine, its, strict=True):
+def assert_same(got, want, *inputs):
+    """Assert equal losses and gradients; gradients to 1e-5 of their largest entry."""
+    close(got, want)
+    grads, want_grads = (torch.autograd.grad(x.sum(), inputs, retain_graph=True) for x in (got, want))
+    for x, y in zip(grads, want_grads, strict=True):
         close(x, y, scale=min(1.0, 10 * y.abs().max().item()))
 
 
-def same_rewards(ours, metrics):
-    for name, rewards in (("chosen", ours.chosen_rewards), ("rejected", ours.rejected_rewards)):
+def assert_same_rewards(out, metrics):
+    for name, rewards in (("chosen", out.chosen_rewards), ("rejected", out.rejected_rewards)):
         if len(rewards):
             logged = metrics[f"rewards/{name}"]
             close(rewards.mean().item(), logged[-1] if isinstance(logged, list) else logged)
@@ -178,19 +178,19 @@ def cases(*options):
     return pytest.mark.parametrize("options", options, ids=names)
 
 
-def dpo_both(options, b, seed, **only_ours):
-    """Ours, theirs, the policy's log-probability of each token, and what TRL logs."""
+def dpo_both(options, b, seed, **overrides):
+    """`dpo_loss`, TRL's loss, the policy's per-token log-probabilities, and TRL's metrics."""
     batch, (policy, reference) = make_batch(2 * b, seed, empty=b == 7), models(seed)
     names = [options["loss_type"]] if isinstance(options["loss_type"], str) else options["loss_type"]
     precomputed = seed == 1
-    theirs = options | {"loss_type": names, "precompute_ref_log_probs": precomputed}
-    trainer, given = stub(DPOTrainer, DPOConfig, policy, reference, **theirs), {}
+    trl_options = options | {"loss_type": names, "precompute_ref_log_probs": precomputed}
+    trainer, refs = stub(DPOTrainer, DPOConfig, policy, reference, **trl_options), {}
     if precomputed:
-        given["ref_chosen_logps"], given["ref_rejected_logps"] = trainer.compute_ref_log_probs(reference, batch)
-    theirs = trainer._compute_loss(policy, batch | given, return_outputs=False)
+        refs["ref_chosen_logps"], refs["ref_rejected_logps"] = trainer.compute_ref_log_probs(reference, batch)
+    trl_loss = trainer._compute_loss(policy, batch | refs, return_outputs=False)
     tokens, out = policy.token_logps, policy.output
 
-    options, mask = options | only_ours, completion(batch)
+    options, mask = options | overrides, completion(batch)
     lengths = mask.sum(1)
     logps, ref_logps = out.log_probs, fused(reference, batch).log_probs.detach()
     if (ld_alpha := options.pop("ld_alpha", None)) is None:
@@ -203,7 +203,7 @@ def dpo_both(options, b, seed, **only_ours):
         options["pair_weights"] = chosen * rejected
     halves = [half for x in sums for half in x.chunk(2)]
     options["chosen_lengths"], options["rejected_lengths"] = lengths.chunk(2)
-    return losses.dpo_loss(*halves, **options), theirs, tokens, trainer._metrics["train"]
+    return losses.dpo_loss(*halves, **options), trl_loss, tokens, trainer._metrics["train"]
 
 
 SMOOTHED = {"exo_pair": (1e-3, 0.3), "robust": (0.1, 0.4), "aot": (0.1, 0.6), "aot_unpaired": (0.1, 0.6)}
@@ -222,26 +222,26 @@ SEVERAL = [
 ]
 
 
-def named(name, **options):
+def dpo_options(name, **options):
     smoothing = {"label_smoothing": 0.1} if name == "exo_pair" else {}
     return {"loss_type": name} | smoothing | options
 
 
 @BATCHES
 @cases(
-    *(named(name) for name in DPO_LOSS_TYPES),
+    *(dpo_options(name) for name in DPO_LOSS_TYPES),
     *({"loss_type": name, "label_smoothing": x} for name, values in SMOOTHED.items() for x in values),
-    *(named(name, **x) for name in SCORED for x in DIVERGENCES if name != "discopop"),
-    *(named("discopop", beta=0.1, **x) for x in DIVERGENCES if x.get("f_alpha_divergence_coef") != -1.0),
-    *(named("discopop", discopop_tau=x) for x in (0.01, 1.0)),
-    *(named(name, ld_alpha=x) for name in DPO_LOSS_TYPES if name != "sft" for x in (0.0, 0.5, 1.0)),
-    *(named(name, use_weighting=True) for name in WEIGHTED),
+    *(dpo_options(name, **x) for name in SCORED for x in DIVERGENCES if name != "discopop"),
+    *(dpo_options("discopop", beta=0.1, **x) for x in DIVERGENCES if x.get("f_alpha_divergence_coef") != -1.0),
+    *(dpo_options("discopop", discopop_tau=x) for x in (0.01, 1.0)),
+    *(dpo_options(name, ld_alpha=x) for name in DPO_LOSS_TYPES if name != "sft" for x in (0.0, 0.5, 1.0)),
+    *(dpo_options(name, use_weighting=True) for name in WEIGHTED),
     *SEVERAL,
 )
-def test_dpo(options, b, seed):
-    ours, theirs, tokens, metrics = dpo_both(BETAS[seed] | options, b, seed)
-    same(ours.losses.mean(), theirs, tokens)
-    same_rewards(ours, metrics)
+def test_dpo_equals_trl(options, b, seed):
+    out, trl_loss, tokens, metrics = dpo_both(BETAS[seed] | options, b, seed)
+    assert_same(out.losses.mean(), trl_loss, tokens)
+    assert_same_rewards(out, metrics)
 
 
 @BATCHES
@@ -252,30 +252,30 @@ def test_dpo(options, b, seed):
     {"loss_type": "apo_zero_unpaired"},
     {"loss_type": "apo_zero_unpaired", "desirable_weight": 0.0, "undesirable_weight": 2.5},
 )
-def test_kto(options, labels, b, seed):
+def test_kto_equals_trl(options, labels, b, seed):
     options = options | BETAS[seed]
     batch, (policy, reference) = make_batch(b, seed, empty=b == 7), models(seed)
-    mismatched = make_batch(b, 50 + seed)  # the mean is above 0 for some of the seeds and below it for others
+    mismatched = make_batch(b, 50 + seed)  # the mean is positive for some seeds and negative for others
     desirable = torch.arange(b) % 3 != 1 if labels == "mixed" else torch.full((b,), labels == "desirable")
     precomputed = seed == 1
     trainer = stub(KTOTrainer, KTOConfig, policy, reference, **options, precompute_ref_log_probs=precomputed)
     inputs = batch | {f"KL_{k}": v for k, v in mismatched.items()}
     if precomputed:
         inputs["ref_logps"], inputs["ref_KL_logps"] = trainer.compute_ref_log_probs(reference, inputs)
-    theirs = trainer._compute_loss(policy, inputs | {"label": desirable}, return_outputs=False)
+    trl_loss = trainer._compute_loss(policy, inputs | {"label": desirable}, return_outputs=False)
     tokens, logps = policy.token_logps, policy.output.log_probs.sum(1)
 
     kl = None
     if options["loss_type"] == "kto":
         kl = losses.kto_kl(*(fused(model, mismatched).log_probs.sum(1) for model in (policy, reference)))
         close(kl.item(), trainer._metrics["train"]["kl"][-1])
-    ours = losses.kto_loss(logps, fused(reference, batch).log_probs.sum(1).detach(), desirable, kl, **options)
-    same(ours.losses.mean(), theirs, tokens)
-    same_rewards(ours, trainer._metrics["train"])
+    out = losses.kto_loss(logps, fused(reference, batch).log_probs.sum(1).detach(), desirable, kl, **options)
+    assert_same(out.losses.mean(), trl_loss, tokens)
+    assert_same_rewards(out, trainer._metrics["train"])
 
 
 def our_cpo(chosen, rejected, options):
-    """In TRL's options."""
+    """`cpo_loss` with TRL's options."""
     options = dict(options)
     if (alpha := options.pop("alpha", 0.0)) != 0:
         chosen, rejected = (losses.alphapo_rewards(x, alpha=alpha) for x in (chosen, rejected))
@@ -302,32 +302,33 @@ def pair(b, seed, scale, dtype=torch.float32):
     return (-scale * rand).requires_grad_().unbind()
 
 
-def same_pairs(ours, theirs, *inputs):
-    same(ours.losses, theirs[0], *inputs)
-    close(ours.chosen_rewards, theirs[1])
-    close(ours.rejected_rewards, theirs[2])
+def assert_same_pairs(out, trl_out, *inputs):
+    assert_same(out.losses, trl_out[0], *inputs)
+    close(out.chosen_rewards, trl_out[1])
+    close(out.rejected_rewards, trl_out[2])
 
 
 @BATCHES
 @pytest.mark.parametrize(("alpha", "dtype"), ALPHAS)
 @cases(*CPO)
-def test_cpo_and_alphapo_of_each_pair(options, alpha, dtype, b, seed):
+def test_cpo_and_alphapo_of_each_pair_equal_trl(options, alpha, dtype, b, seed):
     options = {"alpha": alpha} | (BETAS[seed] or {"beta": 2.5}) | options
     averaged = alpha or options["loss_type"] in ("ipo", "simpo")
     inputs = pair(b, seed, 2 if averaged else 40, dtype)
-    same_pairs(our_cpo(*inputs, options), stub(CPOTrainer, CPOConfig, None, **options).cpo_loss(*inputs), *inputs)
+    trl_out = stub(CPOTrainer, CPOConfig, None, **options).cpo_loss(*inputs)
+    assert_same_pairs(our_cpo(*inputs, options), trl_out, *inputs)
 
 
 @BATCHES
 @pytest.mark.parametrize("beta", [0.1, 1.0])
-def test_orpo_of_each_pair(beta, b, seed):
+def test_orpo_of_each_pair_equals_trl(beta, b, seed):
     inputs = pair(b, seed, 3)
     negated, *rewards = stub(ORPOTrainer, ORPOConfig, None, beta=beta).odds_ratio_loss(*inputs)
-    same_pairs(losses.orpo_loss(*inputs, beta=beta), (-negated, *rewards), *inputs)
+    assert_same_pairs(losses.orpo_loss(*inputs, beta=beta), (-negated, *rewards), *inputs)
 
 
 def separate(batch):
-    """The batch as CPO's and ORPO's collator has it."""
+    """The batch as the collator of CPO and ORPO lays it out."""
     labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
     columns = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "labels": labels}
     sides = {k: dict(zip(("chosen", "rejected"), v.chunk(2), strict=True)) for k, v in columns.items()}
@@ -341,7 +342,7 @@ def separate(batch):
     {"loss_type": "sigmoid", "cpo_alpha": 0.3},
     {"loss_type": "orpo"},
 )
-def test_cpo_and_orpo_with_their_nll(options, b, seed):
+def test_cpo_and_orpo_with_nll_equal_trl(options, b, seed):
     options = options | BETAS[seed]
     batch, (policy, _) = make_batch(2 * b, seed), models(seed)
     logps, mask = token_logps(policy, batch), completion(batch)
@@ -349,15 +350,15 @@ def test_cpo_and_orpo_with_their_nll(options, b, seed):
     if options["loss_type"] == "orpo":
         del options["loss_type"]
         trainer = stub(ORPOTrainer, ORPOConfig, policy, **options, padding_value=0)
-        ours, nll_weight, nll_mask = losses.orpo_loss(c, r, **options), 1.0, batch["attention_mask"][:, 1:].bool()
+        out, nll_weight, nll_mask = losses.orpo_loss(c, r, **options), 1.0, batch["attention_mask"][:, 1:].bool()
     else:
         trainer = stub(CPOTrainer, CPOConfig, policy, **options)
         nll_weight, nll_mask = options.pop("cpo_alpha", 1.0), mask
-        ours = our_cpo(c, r, options)
-    theirs, metrics = trainer.get_batch_loss_metrics(policy, separate(batch))
+        out = our_cpo(c, r, options)
+    trl_loss, metrics = trainer.get_batch_loss_metrics(policy, separate(batch))
     nll = losses.sft_loss(logps[:b], nll_mask[:b])
-    same(ours.losses.mean() + nll_weight * nll, theirs, policy.weight)
-    same_rewards(ours, metrics)
+    assert_same(out.losses.mean() + nll_weight * nll, trl_loss, policy.weight)
+    assert_same_rewards(out, metrics)
 
 
 @BATCHES
@@ -370,44 +371,44 @@ def test_cpo_and_orpo_with_their_nll(options, b, seed):
     {"loss_type": "tpo-l"},
     {"loss_type": "tpo-l", "label_smoothing": 0.2, "tpo_l_gamma": 1.2},
 )
-def test_tpo(options, tpo_alpha, b, seed):
+def test_tpo_equals_trl(options, tpo_alpha, b, seed):
     options = options | BETAS[seed]
     batch, (policy, _) = make_batch((3 if tpo_alpha else 2) * b, seed, empty=b == 7), models(seed)
     trainer = stub(TPOTrainer, TPOConfig, policy, **options, tpo_alpha=tpo_alpha)
-    theirs = trainer._compute_loss(policy, batch, return_outputs=False)
+    trl_loss = trainer._compute_loss(policy, batch, return_outputs=False)
     options = {"gamma" if k == "tpo_l_gamma" else k: v for k, v in options.items()}
     logps, mask = token_logps(policy, batch), completion(batch)
     means = reduced(logps, mask, mean=options["loss_type"] in ("ipo", "tpo-l"))
-    ours = losses.tpo_loss(means[:b], means[b : 2 * b], **options)
+    out = losses.tpo_loss(means[:b], means[b : 2 * b], **options)
     nll = losses.sft_loss(logps[2 * b :], mask[2 * b :]) if tpo_alpha else 0
-    same(ours.losses.mean() + tpo_alpha * nll, theirs, policy.weight)
-    same_rewards(ours, trainer._metrics["train"])
+    assert_same(out.losses.mean() + tpo_alpha * nll, trl_loss, policy.weight)
+    assert_same_rewards(out, trainer._metrics["train"])
 
 
 @BATCHES
 @pytest.mark.parametrize("num_items", [None, torch.tensor(50)])
 @cases({"loss_type": "nll"}, {"loss_type": "dft"}, {"loss_type": "nll", "label_smoothing": 0.1})
-def test_sft(options, num_items, b, seed):
+def test_sft_equals_trl(options, num_items, b, seed):
     batch, (policy, _) = make_batch(b, seed, empty=b == 7), models(seed)
     smoothing = options.get("label_smoothing", 0.0)
-    smoother = LabelSmoother(epsilon=smoothing) if smoothing else None  # as transformers' Trainer makes it
+    smoother = LabelSmoother(epsilon=smoothing) if smoothing else None  # as the transformers Trainer computes it
     trainer = stub(SFTTrainer, SFTConfig, policy, loss_type=options["loss_type"], label_smoother=smoother)
     labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
     inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "labels": labels}
-    theirs = trainer.compute_loss(policy, inputs, num_items_in_batch=num_items)
+    trl_loss = trainer.compute_loss(policy, inputs, num_items_in_batch=num_items)
     smoothed = {"mean_logps": all_logps(policy, batch).mean(-1)} if smoothing else {}
     logps = token_logps(policy, batch) if smoothing else policy.token_logps
-    ours = losses.sft_loss(logps, completion(batch), num_items=num_items, **options, **smoothed)
-    same(ours, theirs, policy.weight)
+    loss = losses.sft_loss(logps, completion(batch), num_items=num_items, **options, **smoothed)
+    assert_same(loss, trl_loss, policy.weight)
 
 
-def test_a_wrong_beta_is_caught():
-    ours, theirs, tokens, metrics = dpo_both({"loss_type": "sigmoid", "beta": 0.1}, 2, 0, beta=0.1001)
-    grads = [torch.autograd.grad(x, tokens, retain_graph=True)[0] for x in (ours.losses.mean(), theirs)]
+def test_the_comparison_detects_a_wrong_beta():
+    out, trl_loss, tokens, metrics = dpo_both({"loss_type": "sigmoid", "beta": 0.1}, 2, 0, beta=0.1001)
+    grads = [torch.autograd.grad(x, tokens, retain_graph=True)[0] for x in (out.losses.mean(), trl_loss)]
     for check in (
-        lambda: close(ours.losses.mean(), theirs),
+        lambda: close(out.losses.mean(), trl_loss),
         lambda: close(*grads),
-        lambda: same_rewards(ours, metrics),
+        lambda: assert_same_rewards(out, metrics),
     ):
         with pytest.raises(AssertionError):
             check()

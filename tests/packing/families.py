@@ -25,7 +25,7 @@ LATENT = {
 }
 GPT2 = {"n_embd": 32, "n_head": 4, "n_layer": 2, "n_positions": 64}
 
-#: Name of the test -> transformers' name of the architecture, and what its configuration has beside `SMALL`.
+#: test name -> architecture name in transformers, and configuration fields in addition to `SMALL`.
 PACKABLE = {
     "llama": ("llama", {}),
     "qwen3": ("qwen3", {"head_dim": 8}),
@@ -41,7 +41,7 @@ PACKABLE = {
     "deepseek_v3": ("deepseek_v3", LATENT),
     "granite": ("granite", {"attention_multiplier": 0.4, "residual_multiplier": 0.7, "logits_scaling": 3.0}),
 }
-#: What cannot be packed, and why.
+#: Models that cannot be packed: name -> (architecture, options, reason).
 REFUSED = {
     "falcon_h1": (
         "falcon_h1",
@@ -98,20 +98,20 @@ REFUSED = {
 
 
 def build(architecture, options=(), attention="sdpa", dtype=torch.float32):
-    """Always the same model."""
+    """Build a model, always with the same weights."""
     torch.manual_seed(0)
     config = transformers.AutoConfig.for_model(architecture, **SMALL | dict(options))
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention)
     for parameter in model.parameters():
-        if parameter.ndim > 1:  # so that attention tells tokens apart
+        if parameter.ndim > 1:  # so that attention weights differ between tokens
             parameter.data.mul_(4)
     return model.to(dtype)
 
 
 def padded_pairs(seed, pairs=3, longest=14):
-    """(input_ids, attention_mask) of uneven pairs, all chosen first, padded on the right with what is not zero.
+    """(input_ids, attention_mask) of uneven pairs, all chosen rows first, right-padded with non-zero ids.
 
-    Some answers begin alike, one is empty, and the prompt of one pair differs in its two rows.
+    Some answers share a beginning, one is empty, and one pair has two different prompts.
     """
     g = torch.Generator().manual_seed(seed)
     draw = lambda low, high: int(torch.randint(low, high + 1, (), generator=g))  # noqa: E731

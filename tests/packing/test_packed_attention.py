@@ -13,7 +13,7 @@ from fusedalign.packing import attention as packed_attention
 from fusedalign.packing import pack_padded, pack_rows
 from fusedalign.packing.attention import _causal, _segments, _varlen, _WithPrefixes, varlen_attention
 
-#: In groups of 2 and of 3: a shared beginning, equal rows, a row that begins another, an empty one, nothing shared.
+#: Groups of 2 and 3: a shared prefix, equal rows, a row that is a prefix, an empty row, nothing shared.
 ROWS = [
     [3, 4, 5, 6, 7, 8, 9],
     [3, 4, 5],
@@ -35,19 +35,19 @@ HEADS = [(2, 2), (4, 2), (3, 1)]
 def operands(batch, heads, sizes=(8, 8), dtype=torch.float64, device="cpu", seed=0):
     g = torch.Generator().manual_seed(seed)
     shapes = [(heads[0], sizes[0]), (heads[1], sizes[0]), (heads[1], sizes[1])]
-    made = (torch.randn(1, n, batch.tokens, size, generator=g) * 1.5 for n, size in shapes)
-    return [x.to(device, dtype).requires_grad_() for x in made]
+    tensors = (torch.randn(1, n, batch.tokens, size, generator=g) * 1.5 for n, size in shapes)
+    return [x.to(device, dtype).requires_grad_() for x in tensors]
 
 
 def values_and_grads(f, operands, real):
-    """The output of tokens [0, real) and the gradients of a loss that asks each number something else."""
+    """The output of tokens [0, real), and gradients of a loss that weights each number differently."""
     out = f(*operands)[:, :real].double()
     direction = torch.linspace(1, 9, out.numel(), dtype=torch.float64, device=out.device).sin().view_as(out)
     return [out.detach(), *(x.double() for x in torch.autograd.grad((out * direction).sum(), operands))]
 
 
 def eager_varlen(q, k, v, query_offsets, key_offsets, max_q, max_k, scale, window_size):
-    """What `torch.nn.attention.varlen.varlen_attn` documents, one run at a time."""
+    """`torch.nn.attention.varlen.varlen_attn` in eager code, one segment at a time."""
     left, right = window_size
     assert right == 0
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
@@ -58,9 +58,9 @@ def eager_varlen(q, k, v, query_offsets, key_offsets, max_q, max_k, scale, windo
         assert b - a <= max_q
         assert d - c <= max_k
         back = torch.arange(b - a)[:, None] + (d - c) - (b - a) - torch.arange(d - c)[None]
-        seen = (back >= 0) & ((back <= left) | (left < 0))
+        mask = (back >= 0) & ((back <= left) | (left < 0))
         scores = torch.einsum("qhd,khd->hqk", q[a:b], k[c:d]) * scale
-        outs.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, -torch.inf).softmax(-1), v[c:d]))
+        outs.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(~mask, -torch.inf).softmax(-1), v[c:d]))
     return torch.cat(outs)
 
 
@@ -81,7 +81,7 @@ def varlen_2_13(
 
 
 def operator(q, k, v, cum_seq_q, cum_seq_k, max_q, max_k, dropout, is_causal, debug, *, scale, **window):
-    """The operator below `varlen_attn`."""
+    """Stand-in for the operator behind `varlen_attn`."""
     left, right = window["window_size_left"], window["window_size_right"]
     assert (dropout, is_causal, debug) == (0.0, left < 0, False)
     return (eager_varlen(q, k, v, cum_seq_q, cum_seq_k, max_q, max_k, scale, (left, right)),)
@@ -89,7 +89,7 @@ def operator(q, k, v, cum_seq_q, cum_seq_k, max_q, max_k, dropout, is_causal, de
 
 @pytest.fixture(params=["segments", operator, varlen_2_10, varlen_2_11, varlen_2_13])
 def attend(request, monkeypatch):
-    """Each way to attend; plain code in the place of the kernel, so that what is around it is tested here too."""
+    """Each attention path; eager code replaces the kernel, so that the code around it is tested without a GPU."""
     if request.param == "segments":
         return _segments
     monkeypatch.setattr(packed_attention, "_has_operator", lambda: request.param is operator)
@@ -103,62 +103,62 @@ def attend(request, monkeypatch):
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize("groups", [1, 2, 3])
-def test_packed_rows(attend, groups, heads, window):
+def test_packed_attention_equals_dense_attention(attend, groups, heads, window):
     batch = pack_rows(ROWS, groups=groups, multiple=11)
     assert (batch.shared is None) == (groups == 1)
     real = int((batch.row_counts > 0).sum())
-    assert batch.tokens > real  # there is filler
-    made, scale = operands(batch, heads, (12, 7)), 0.7
+    assert batch.tokens > real  # there are filler tokens
+    inputs, scale = operands(batch, heads, (12, 7)), 0.7
     if window is not None and attend is _varlen and packed_attention.varlen_attention() is varlen_2_10:
         with pytest.raises(packed_attention.LayoutError, match=r"attention with a window needs PyTorch 2\.11"):
-            attend(*made, batch, scale, window)
+            attend(*inputs, batch, scale, window)
         return
-    got = values_and_grads(lambda q, k, v: attend(q, k, v, batch, scale, window), made, real)
-    want = values_and_grads(lambda q, k, v: oracles.attention(q, k, v, batch, scale, window), made, real)
+    got = values_and_grads(lambda q, k, v: attend(q, k, v, batch, scale, window), inputs, real)
+    want = values_and_grads(lambda q, k, v: oracles.attention(q, k, v, batch, scale, window), inputs, real)
     for name, a, b in zip(("out", "dq", "dk", "dv"), got, want, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12, msg=lambda m, name=name: f"{name}: {m}")
 
 
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("heads", HEADS)
-def test_right_padded_rows(heads, window):
-    made = operands(pack_rows([range(1, 10)]), heads, (8, 5))
-    got = values_and_grads(lambda q, k, v: _causal(q, k, v, 0.7, window), made, 9)
+def test_right_padded_attention_equals_dense_attention(heads, window):
+    inputs = operands(pack_rows([range(1, 10)]), heads, (8, 5))
+    got = values_and_grads(lambda q, k, v: _causal(q, k, v, 0.7, window), inputs, 9)
     repeats = heads[0] // heads[1]
     want = values_and_grads(
         lambda q, k, v: oracles.dense(q, k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1), 0.7, window),
-        made,
+        inputs,
         9,
     )
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
-def test_gradients_of_shared_keys():
+def test_gradients_of_shared_keys_are_summed():
     batch = pack_rows(ROWS, groups=3)
     keys, values = (torch.randn(batch.tokens, 2, dtype=torch.float64, requires_grad=True) for _ in range(2))
     assert batch.shared is not None
     assert torch.autograd.gradcheck(lambda k, v: _WithPrefixes.apply(k, v, *batch.shared), (keys, values))
 
 
-# ------------------------------------------------------------------------------------------------------------- on a GPU
+# On a GPU
 
 SIZES = [(64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (256, 256)]
 
 
 def padded_sdpa(query, key, value, batch, scale, window):
-    """The same numbers as padded rows give them, by SDPA under a mask, where each row is computed by itself."""
+    """The same result from padded rows: SDPA with a mask, each row separately."""
     index, valid = batch.token_index.to(query.device), batch.valid.to(query.device)
     repeats = query.shape[1] // key.shape[1]
     q, k, v = (x[0][:, index].transpose(0, 1) for x in (query, key, value))
     k, v = (x.repeat_interleave(repeats, 1) for x in (k, v))
     place = torch.arange(index.shape[1], device=query.device)
     back = place[:, None] - place[None]
-    seen = (back >= 0) if window is None else (back >= 0) & (back < window)
-    seen = seen & valid[:, None, None, :] | torch.eye(len(place), dtype=torch.bool, device=query.device)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale).transpose(1, 2)
+    allowed = (back >= 0) if window is None else (back >= 0) & (back < window)
+    allowed = allowed & valid[:, None, None, :] | torch.eye(len(place), dtype=torch.bool, device=query.device)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, scale=scale).transpose(1, 2)
     packed = out.new_zeros(batch.tokens, *out.shape[2:])
-    for row, mask, tokens in reversed(list(zip(out, valid, index, strict=True))):  # the first of its rows wins
+    for row, mask, tokens in reversed(list(zip(out, valid, index, strict=True))):  # first row wins
         packed = packed.index_copy(0, tokens[mask], row[mask])
     return packed[None]
 
@@ -170,8 +170,8 @@ def padded_sdpa(query, key, value, batch, scale, window):
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (8, 1)], ids=str)
 @pytest.mark.parametrize("window", [None, 1, 37])
-def test_the_kernel(dtype, sizes, heads, window):
-    """Its error against fp64 is at most twice that of SDPA on padded rows, and half a unit in the last place."""
+def test_the_kernel_error_is_at_most_twice_that_of_sdpa(dtype, sizes, heads, window):
+    """Its error against fp64 is at most twice that of SDPA on padded rows, plus half an ulp."""
     g = torch.Generator().manual_seed(0)
     rows = []
     for length, own in ((70, 50), (1, 130), (200, 1), (40, 0)):
@@ -181,11 +181,11 @@ def test_the_kernel(dtype, sizes, heads, window):
     batch = pack_rows(rows, groups=2, multiple=64)
     assert batch.shared is not None
     real, device = int((batch.row_counts > 0).sum()), batch.to("cuda")
-    made, scale = operands(batch, heads, sizes, dtype, "cuda"), sizes[0] ** -0.5
-    got = values_and_grads(lambda q, k, v: _varlen(q, k, v, device, scale, window), made, real)
-    eager = values_and_grads(lambda q, k, v: padded_sdpa(q, k, v, batch, scale, window), made, real)
+    inputs, scale = operands(batch, heads, sizes, dtype, "cuda"), sizes[0] ** -0.5
+    got = values_and_grads(lambda q, k, v: _varlen(q, k, v, device, scale, window), inputs, real)
+    eager = values_and_grads(lambda q, k, v: padded_sdpa(q, k, v, batch, scale, window), inputs, real)
     exact = values_and_grads(
-        lambda q, k, v: oracles.attention(q, k, v, batch, scale, window), [x.double() for x in made], real
+        lambda q, k, v: oracles.attention(q, k, v, batch, scale, window), [x.double() for x in inputs], real
     )
     for name, a, b, want in zip(("out", "dq", "dk", "dv"), got, eager, exact, strict=True):
         rounding = torch.finfo(dtype).eps * want.abs().max().item()
@@ -193,20 +193,20 @@ def test_the_kernel(dtype, sizes, heads, window):
         error = (a - want).abs().max().item()
         assert math.isfinite(error), name
         assert error <= budget, f"{name}: {error:.2e} > {budget:.2e}"
-    assert not any(x.grad is not None for x in made)
+    assert not any(x.grad is not None for x in inputs)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_layout_on_the_gpu_comes_from_there(tmp_path):
+def test_a_layout_copied_to_the_gpu_is_used_from_the_gpu(tmp_path):
     ids = torch.tensor([[5, 6, 7, 0], [5, 6, 8, 9]], device="cuda")
     batch = pack_padded(ids, (ids > 0).long(), groups=2)
     assert batch.input_ids.device.type == "cpu"
     pinned = batch.pin_memory()
     assert pinned.input_ids.is_pinned()
     assert pinned.shared.tokens.is_pinned()
-    moved = pinned.to("cuda", non_blocking=True)
-    assert {moved.input_ids.device.type, moved.shared.tokens.device.type} == {"cuda"}
-    assert torch.equal(moved.input_ids.cpu(), batch.input_ids)
+    layout = pinned.to("cuda", non_blocking=True)
+    assert {layout.input_ids.device.type, layout.shared.tokens.device.type} == {"cuda"}
+    assert torch.equal(layout.input_ids.cpu(), batch.input_ids)
     values = torch.randn(batch.tokens, 3, device="cuda")
     assert torch.equal(batch.spread(values).cpu(), batch.spread(values.cpu()))

@@ -1,4 +1,4 @@
-"""Models of many families, packed and padded: hidden states, gradients of all parameters, log-probabilities."""
+"""Models of many families, packed against padded: hidden states, gradients and log-probabilities."""
 
 import copy
 
@@ -16,9 +16,9 @@ TOLERANCE = 1e-5
 
 
 def run(model, ids, mask, layout=None):
-    """Hidden states of the real tokens, [tokens, D], and the gradients of a loss that asks each number something else.
+    """Hidden states of the real tokens, [tokens, D], and gradients of a loss that weights each number differently.
 
-    Tokens are asked in their rows, so that a shared one is asked once for each of its rows.
+    The loss is over padded rows, so a shared token counts once per row.
     """
     model.zero_grad()
     if layout is None:
@@ -44,14 +44,14 @@ def assert_same(got, want, tolerance=TOLERANCE):
 
 @pytest.fixture(scope="module")
 def family():
-    """family(name) -> a model that may run packed, made once."""
-    made = {}
+    """family(name) -> a model enabled for packing, cached per module."""
+    models = {}
 
     def get(name):
-        if name not in made:
-            made[name] = families.build(*families.PACKABLE[name])
-            enable(made[name])
-        return made[name].train()
+        if name not in models:
+            models[name] = families.build(*families.PACKABLE[name])
+            enable(models[name])
+        return models[name].train()
 
     return get
 
@@ -68,7 +68,7 @@ def test_packed_equals_padded(family, name):
 
 
 @pytest.mark.parametrize("name", families.PACKABLE)
-def test_right_padded_rows_without_a_mask(family, name):
+def test_right_padded_rows_without_a_mask_equal_masked_rows(family, name):
     model = family(name)
     enable_unmasked(model)
     for seed in range(2):
@@ -77,7 +77,7 @@ def test_right_padded_rows_without_a_mask(family, name):
 
 
 @pytest.mark.parametrize("name", ["qwen3", "gemma3"])
-def test_rows_that_are_padded_on_the_left(family, name):
+def test_left_padded_rows_equal_masked_rows(family, name):
     model, (ids, mask) = family(name), families.padded_pairs(0)
     flipped = torch.cat([torch.full((len(ids), 2), 7), ids], 1).flip(1), torch.cat([mask[:, :2] * 0, mask], 1).flip(1)
     positions = (flipped[1].cumsum(1) - 1).clamp(min=0)
@@ -93,7 +93,7 @@ def test_rows_that_are_padded_on_the_left(family, name):
 
 @pytest.mark.parametrize("name", ["qwen3", "gemma3", "phi", "deepseek_v3"])
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_gradient_checkpointing(family, name, reentrant):
+def test_packed_gradient_checkpointing_equals_padded(family, name, reentrant):
     model, (ids, mask) = copy.deepcopy(family(name)), families.padded_pairs(1)
     want = run(family(name), ids, mask)
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
@@ -103,17 +103,17 @@ def test_gradient_checkpointing(family, name, reentrant):
 
 
 @pytest.mark.parametrize("name", ["qwen3", "granite", "phi", "gpt_neox"])
-def test_log_probabilities(family, name):
-    """Against fp64's of the full logits; of all tokens and of a completion's."""
+def test_packed_logps_equal_fp64_full_logits(family, name):
+    """Compared with fp64 full logits, for all tokens and for completion tokens."""
     model, (ids, mask) = family(name), families.padded_pairs(2)
     exact = copy.deepcopy(model).double().eval()
     with torch.no_grad():
         logits = exact(input_ids=ids, attention_mask=mask).logits.log_softmax(-1)
     entropy = -(logits.exp() * logits).sum(-1)
     batch = pack_padded(ids, mask, groups=2)
-    every = ids.masked_fill(mask == 0, -100)
-    for labels in (None, every.masked_fill(torch.arange(ids.shape[1]) < 4, -100)):
-        targets = shift_labels(every if labels is None else labels)
+    all_labels = ids.masked_fill(mask == 0, -100)
+    for labels in (None, all_labels.masked_fill(torch.arange(ids.shape[1]) < 4, -100)):
+        targets = shift_labels(all_labels if labels is None else labels)
         counted = targets != -100
         got = packed_logps(model, batch, labels, outputs=["entropy"])
         want = logits.gather(-1, targets.clamp(min=0)[..., None])[..., 0].where(counted, 0)
@@ -123,7 +123,7 @@ def test_log_probabilities(family, name):
     assert counted.any()
 
 
-def test_labels_that_do_not_belong_are_refused(family):
+def test_mismatched_labels_are_refused(family):
     model, batch = (
         family("qwen3"),
         pack_padded(torch.tensor([[5, 6, 7], [5, 6, 0]]), torch.tensor([[1, 1, 1], [1, 1, 0]])),
@@ -136,25 +136,25 @@ def test_labels_that_do_not_belong_are_refused(family):
 
 
 @pytest.mark.parametrize("name", ["qwen3", "gemma3", "gpt_neox"])
-def test_half_precision(name):
-    """The error against fp32 is at most twice the padded run's own, over a few batches."""
-    wide = families.build(*families.PACKABLE[name])
+def test_half_precision_error_is_at_most_twice_the_padded_one(name):
+    """The error against fp32 is at most twice that of the padded run, over a few batches."""
+    exact_model = families.build(*families.PACKABLE[name])
     half = families.build(*families.PACKABLE[name], dtype=torch.bfloat16)
     enable(half)
     totals = {}
     for seed in range(4):
         ids, mask = families.padded_pairs(seed)
-        exact = run(wide, ids, mask)
+        exact = run(exact_model, ids, mask)
         layouts = {"padded": None, "packed": pack_padded(ids, mask, groups=2), "unmasked": RightPadded()}
-        for how, layout in layouts.items():
+        for layout_name, layout in layouts.items():
             for key, x in run(half, ids, mask, layout).items():
-                totals.setdefault((how, key), []).append((x.float() - exact[key]).square().sum())
+                totals.setdefault((layout_name, key), []).append((x.float() - exact[key]).square().sum())
     error = {key: torch.stack(x).sum().sqrt() for key, x in totals.items()}
-    for (how, key), x in error.items():
-        assert x <= 2 * error["padded", key], (how, key)
+    for (layout_name, key), x in error.items():
+        assert x <= 2 * error["padded", key], (layout_name, key)
 
 
-def test_a_first_call_proves_the_model():
+def test_the_first_call_proves_the_model():
     model, batch = families.build("qwen3", {"head_dim": 8}), pack_padded(torch.tensor([[5, 6]]), torch.ones(1, 2))
     assert packed_hidden(model, batch).shape == (2, 32)
     refused = families.build(*families.REFUSED["stablelm"][:2])

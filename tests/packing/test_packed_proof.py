@@ -1,4 +1,4 @@
-"""The proof: what it refuses and why, that it leaves no trace, and that it finds what has been broken on purpose."""
+"""The packing proof: refusals with reasons, no side effects, and detection of injected faults."""
 
 import copy
 import dataclasses
@@ -28,7 +28,7 @@ TRACES = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 
 def traces(model):
-    """All of a model that a proof must leave as it was."""
+    """The state of a model that a proof must not change."""
     config = model.config.get_text_config()
     return {
         "attention": (model.config._attn_implementation, config._attn_implementation),
@@ -42,8 +42,8 @@ def traces(model):
 
 
 def assert_no_trace(model, check, **changed):
-    """`check()` changes nothing but what is given."""
-    for i, module in enumerate(model.modules()):  # a pattern that no default has
+    """Assert that `check()` changes nothing except `changed`."""
+    for i, module in enumerate(model.modules()):  # a pattern different from any default
         module.training = i % 3 > 0
     for i, parameter in enumerate(model.parameters()):
         parameter.grad = torch.full_like(parameter, i) if parameter.requires_grad and i % 2 else None
@@ -57,7 +57,7 @@ def assert_no_trace(model, check, **changed):
 
 
 @pytest.mark.parametrize("name", families.REFUSED)
-def test_what_is_refused(name):
+def test_unpackable_models_are_refused_with_the_reason(name):
     architecture, options, reason = families.REFUSED[name]
     model = families.build(architecture, options, attention=None)
 
@@ -69,7 +69,7 @@ def test_what_is_refused(name):
 
 
 @pytest.mark.parametrize("name", ["falcon_h1", "qwen3_next", "lfm2", "falcon", "stablelm", "llama4", "gpt2"])
-def test_what_is_refused_without_a_mask(name):
+def test_unsafe_models_without_a_mask_are_refused_with_the_reason(name):
     architecture, options, reason = families.REFUSED[name]
     model = families.build(architecture, options, attention=None)
 
@@ -94,7 +94,7 @@ def test_dropout_is_found_before_training(prove):
         ("qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration takes more than text"),
     ],
 )
-def test_models_that_are_no_text_decoders(name, reason, monkeypatch):
+def test_models_other_than_text_decoders_are_refused(name, reason, monkeypatch):
     pytest.importorskip("trl")
     monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "trl"))
     import tiny
@@ -110,13 +110,13 @@ def test_models_that_are_no_text_decoders(name, reason, monkeypatch):
 
 
 @pytest.mark.parametrize("prove", [enable, enable_unmasked])
-def test_what_is_proven_leaves_its_attention_alone(prove):
+def test_the_proof_changes_only_the_attention_name(prove):
     model = families.build(*families.PACKABLE["gemma3"])
     for parameter in list(model.parameters())[::3]:
         parameter.requires_grad_(False)
     name = packed_attention.PREFIX + "sdpa"
     assert_no_trace(model, lambda: prove(model), attention=(name, name))
-    assert_no_trace(model, lambda: prove(model))  # again
+    assert_no_trace(model, lambda: prove(model))  # the second proof
 
 
 def test_frozen_and_quantised_models_are_proven_by_hidden_states():
@@ -126,7 +126,7 @@ def test_frozen_and_quantised_models_are_proven_by_hidden_states():
     assert 0 < proof.difference <= proof.allowed
 
 
-def test_a_model_that_only_runs_forward_may_have_dropout():
+def test_a_forward_only_model_may_have_dropout():
     model = families.build(*families.PACKABLE["qwen3"])
     for module in model.modules():
         if hasattr(module, "attention_dropout"):
@@ -139,21 +139,21 @@ def test_a_model_that_only_runs_forward_may_have_dropout():
     assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
 
 
-def test_a_model_that_is_not_in_memory():
+def test_a_model_on_the_meta_device_is_refused():
     with torch.device("meta"):
         model = families.build(*families.PACKABLE["qwen3"])
     with pytest.raises(LayoutError, match="Qwen3ForCausalLM has weights that are not in memory"):
         enable(model)
 
 
-def test_attention_that_is_not_sdpa_keeps_its_mask():
+def test_attention_other_than_sdpa_keeps_its_mask():
     model = families.build(*families.PACKABLE["qwen3"], attention="eager")
     with pytest.raises(LayoutError, match="eager attention has its own way with masks"):
         enable_unmasked(model)
     enable(model)
 
 
-def test_errors_of_a_model_say_what_went_wrong():
+def test_errors_raised_by_a_model_are_reported():
     model = families.build(*families.PACKABLE["qwen3"])
 
     def broken(*_, **__):
@@ -169,9 +169,9 @@ def test_errors_of_a_model_say_what_went_wrong():
 
 
 def test_without_a_layout_nothing_changes():
-    """Masks, caches and generation are those of the attention that the model had."""
+    """Without a layout, masks, caches and generation are those of the original attention."""
     ids, mask = families.padded_pairs(0)
-    mask = torch.cat([mask[:, :2] * 0, mask[:, 2:]], 1)  # on both sides
+    mask = torch.cat([mask[:, :2] * 0, mask[:, 2:]], 1)  # padding on both sides
 
     def answers(model):
         options = {"attention_mask": mask[:, :4], "max_new_tokens": 9, "do_sample": False}
@@ -184,16 +184,16 @@ def test_without_a_layout_nothing_changes():
         assert all(map(torch.equal, answers(model), before))
 
 
-# ------------------------------------------------------------------------------------------------- broken on purpose
+# Injected faults
 
 
 def _positions(monkeypatch):
-    """Those of the later answers are off by one."""
+    """Fault: positions of the later answers are off by one."""
     change_batches(monkeypatch, lambda batch: {"position_ids": batch.position_ids + in_answers(batch)})
 
 
 def in_answers(batch):
-    """[1, S]: 1 for the tokens that follow a prefix."""
+    """[1, S]: 1 for tokens after a shared prefix."""
     mask = torch.zeros_like(batch.position_ids)
     for segment in batch.segments:
         if segment.prefix_length:
@@ -220,24 +220,24 @@ def _prefix_dropped(monkeypatch):
 
 
 def _prefix_short(monkeypatch):
-    """Its last token is not seen."""
+    """Fault: the last token of the prefix is not attended to."""
     change_segments(monkeypatch, lambda segment: segment._replace(prefix_length=max(0, segment.prefix_length - 1)))
 
 
 def _sibling_seen(monkeypatch):
-    """An answer sees one token of the other one: the prefix reaches too far."""
+    """Fault: the prefix is one token too long, so an answer sees a token of the other one."""
     change_segments(
         monkeypatch, lambda segment: segment._replace(prefix_length=segment.prefix_length + (segment.prefix_length > 0))
     )
 
 
 def _wrong_prefix(monkeypatch):
-    """That of the first prompt for all."""
+    """Fault: all rows use the prefix of the first prompt."""
     change_segments(monkeypatch, lambda segment: segment._replace(prefix_start=0))
 
 
 def change_causal(monkeypatch, change):
-    """`change(scale, window)` -> what attention takes in their place."""
+    """Replace scale and window of the attention by `change(scale, window)`."""
     original = packed_attention._causal
 
     def causal(query, key, value, scale, window):
@@ -263,7 +263,7 @@ def _window_narrow(monkeypatch):
 
 
 def _not_causal(monkeypatch):
-    """A query sees the token after it."""
+    """Fault: a query sees the next token."""
 
     def causal(query, key, value, scale, window):
         queries, keys = query.shape[2], key.shape[2]
@@ -276,7 +276,7 @@ def _not_causal(monkeypatch):
 
 
 class _Scaled(torch.autograd.Function):
-    """The right values, and gradients that are not."""
+    """Correct values with wrong gradients."""
 
     @staticmethod
     def forward(ctx, x, factor):
@@ -292,7 +292,7 @@ def change_gradients(monkeypatch, factor):
     original = packed_attention._causal
 
     def causal(query, key, value, scale, window):
-        if query.shape[2] < key.shape[2]:  # after a prefix
+        if query.shape[2] < key.shape[2]:  # after a shared prefix
             key, value = _Scaled.apply(key, factor), _Scaled.apply(value, factor)
         return original(query, key, value, scale, window)
 
@@ -300,7 +300,7 @@ def change_gradients(monkeypatch, factor):
 
 
 def _gradients_lost(monkeypatch):
-    """The prompt learns nothing from the later answers."""
+    """Fault: the prompt gets no gradient from the later answers."""
 
     def lost(grad):
         grad = grad.clone()
@@ -311,7 +311,7 @@ def _gradients_lost(monkeypatch):
 
 
 def _gradients_misplaced(monkeypatch):
-    """Each goes to the token before."""
+    """Fault: each gradient is shifted to the previous token."""
     change_gradients(monkeypatch, lambda grad: grad.roll(-1, 2))
 
 
@@ -333,14 +333,14 @@ WINDOW_FAULTS = {
 }
 
 
-#: In bf16 a scale that is 5 % off is rounding, and so are positions where few numbers of a head tell of them.
+#: Faults within bf16 rounding: a scale 5 % off, and positions if few head dimensions encode them.
 HALF = [(fault, "qwen3", torch.bfloat16) for fault in FAULTS if fault != "scale"]
 HALF += [(fault, "gpt_neox", torch.bfloat16) for fault in FAULTS if fault not in ("scale", "positions")]
 CASES = [(fault, name, torch.float32) for fault in FAULTS for name in ("qwen3", "gpt_neox", "deepseek_v3")] + HALF
 
 
 @pytest.mark.parametrize(("fault", "name", "dtype"), CASES)
-def test_a_fault_is_found(fault, name, dtype, monkeypatch):
+def test_the_proof_detects_every_injected_fault(fault, name, dtype, monkeypatch):
     model = families.build(*families.PACKABLE[name], dtype=dtype)
     FAULTS[fault](monkeypatch)
     with pytest.raises(LayoutMismatchError, match="does not come out as in the padded layout"):
@@ -353,8 +353,8 @@ def test_a_fault_is_found(fault, name, dtype, monkeypatch):
 @pytest.mark.parametrize("name", ["mistral", "gemma3"])
 @pytest.mark.parametrize("prove", [enable, enable_unmasked])
 @pytest.mark.parametrize("fault", WINDOW_FAULTS)
-def test_a_fault_of_windows_is_found(fault, prove, name, window, dtype, monkeypatch):
-    """Also where windows are wider than the rows of the proof are long."""
+def test_the_proof_detects_window_faults(fault, prove, name, window, dtype, monkeypatch):
+    """Also with windows wider than the rows of the proof."""
     architecture, options = families.PACKABLE[name]
     model = families.build(architecture, options | {"sliding_window": window}, dtype=dtype)
     WINDOW_FAULTS[fault](monkeypatch)
@@ -363,7 +363,7 @@ def test_a_fault_of_windows_is_found(fault, prove, name, window, dtype, monkeypa
     assert model.config.sliding_window == window
 
 
-def test_layers_that_ask_for_another_window_are_refused():
+def test_layers_with_a_different_window_are_refused():
     model = families.build(*families.PACKABLE["gemma3"])
     for layer in model.base_model.layers:
         if layer.self_attn.sliding_window:
@@ -386,7 +386,7 @@ def test_a_compiled_model_stays_one_graph(name, attention):
         torch.testing.assert_close(got.last_hidden_state, want.last_hidden_state, rtol=1e-5, atol=1e-5)
 
 
-def test_layers_that_are_compiled_already():
+def test_layers_compiled_beforehand_pass_the_proof():
     model = families.build(*families.PACKABLE["gemma3"])
     for layer in model.base_model.layers:
         layer.compile(backend="eager")
@@ -396,7 +396,7 @@ def test_layers_that_are_compiled_already():
 
 @pytest.mark.parametrize("prove", [enable, enable_unmasked])
 def test_layers_that_change_their_mask_are_refused(prove):
-    """As sparse attention does, of which a few tokens see nothing."""
+    """As in sparse attention, where a few tokens of the proof would not show it."""
     model = families.build(*families.PACKABLE["qwen3"])
     attention = model.base_model.layers[0].self_attn
     forward = attention.forward
@@ -412,14 +412,14 @@ def test_layers_that_change_their_mask_are_refused(prove):
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_pickled_models_have_the_attention_that_they_had(attention):
-    """Another process knows no other."""
-    of = lambda x: pickle.loads(pickle.dumps(x))  # noqa: E731
+def test_pickled_models_keep_their_original_attention(attention):
+    """Another process has no packed attention registered."""
+    unpickled = lambda x: pickle.loads(pickle.dumps(x))  # noqa: E731
     model = families.build(*families.PACKABLE["gemma3"], attention=attention).eval()
     enable(model)
-    for config in (of(model.config), of(model).config):
+    for config in (unpickled(model.config), unpickled(model).config):
         assert config._attn_implementation == attention
     ids, mask = families.padded_pairs(0)
     batch = pack_padded(ids, mask, groups=2)
-    for same in (of(model), copy.deepcopy(model)):
-        torch.testing.assert_close(packed_hidden(same, batch), packed_hidden(model, batch))
+    for copied in (unpickled(model), copy.deepcopy(model)):
+        torch.testing.assert_close(packed_hidden(copied, batch), packed_hidden(model, batch))

@@ -1,4 +1,4 @@
-"""Tiny models, examples of all shapes, and full logits as the oracle."""
+"""Tiny models, examples of all shapes, and an oracle from full logits."""
 
 import math
 
@@ -26,7 +26,7 @@ FAMILIES = {
         **_SMALL, head_dim=8, sliding_window=8, layer_types=["sliding_attention", "full_attention"],
         final_logit_softcapping=2.0,
     ),
-    # Attention with a softcap and state along the row cannot be packed.
+    # Attention with a softcap, and recurrent state, cannot be packed.
     "gemma2": lambda: transformers.Gemma2Config(**_SMALL, head_dim=8, final_logit_softcapping=0.5),
 }  # fmt: skip
 
@@ -48,7 +48,7 @@ def window(prompt, answer):
 
 
 def pairs(count, seed=0):
-    """Rows of uneven length; answers may begin alike, be equal, or be of one token."""
+    """Pairs of uneven length; answers may share a prefix, be equal, or have one token."""
     g = torch.Generator().manual_seed(seed)
     examples = []
     for row in range(count):
@@ -61,7 +61,7 @@ def pairs(count, seed=0):
 
 
 def texts(count, seed=0):
-    """Rows of one answer, some of several windows."""
+    """Single-answer examples, some split into several windows."""
     g = torch.Generator().manual_seed(seed)
     examples = []
     for row in range(count):
@@ -72,7 +72,7 @@ def texts(count, seed=0):
 
 @torch.no_grad()
 def oracle(model, answer):
-    """Logps, entropies, ranks and whether all are greedy, of the tokens that count, in fp64 from full logits."""
+    """Logps, entropies, ranks and is_greedy of the counted tokens, in fp64 from full logits."""
     logps, entropies, ranks = [], [], []
     for each in answer.windows:
         model = model.double()

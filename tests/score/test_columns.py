@@ -19,7 +19,7 @@ def pair(row):
     return Example(row, (Answer("chosen", (WINDOW,)), Answer("rejected", (WINDOW,))))
 
 
-def test_single_answers():
+def test_single_answers_have_their_columns():
     table = columns.table([single(3), single(5)], [(Score(-6.0, 3, True),), (Score(-1.0, 2, False),)])
     assert table.to_pydict() == {
         "row": [3, 5],
@@ -39,7 +39,7 @@ def test_plain_text_has_bits_per_byte():
     assert table["bits_per_byte"].to_pylist() == pytest.approx([2.0])
 
 
-def test_pairs_with_a_reference():
+def test_pairs_with_a_reference_have_reward_columns():
     scores = [(Score(-3.0, 3, True), Score(-5.0, 4, False)), (Score(-4.0, 1, False), Score(-4.0, 2, False))]
     reference = [(Score(-4.0, 3, True), Score(-4.5, 4, False)), (Score(-3.0, 1, False), Score(-6.0, 2, False))]
     table = columns.table([pair(0), pair(1)], scores, reference, 0.5)
@@ -63,13 +63,13 @@ def test_pairs_with_a_reference():
     assert columns.table([pair(0), pair(1)], scores).column_names == table.column_names[:13]
 
 
-def test_single_answers_with_a_reference():
+def test_single_answers_with_a_reference_have_a_reward():
     table = columns.table([single(0)], [(Score(-3.0, 3, True),)], [(Score(-5.0, 3, True),)], 0.1)
     assert table.column_names[-2:] == ["ref_logps", "reward"]
     assert table["reward"].to_pylist() == pytest.approx([0.2])
 
 
-def test_tokens_on_request():
+def test_token_columns_are_optional():
     per_token = {"ranks": [0.0, 70000.0], "logps": [-0.5, -2.5], "entropy": [0.25, 1.0]}
     table = columns.table([pair(0)], [(Score(-3.0, 2, False, per_token),) * 2])
     names = ["token_logps", "token_entropies", "token_ranks"]
@@ -81,7 +81,7 @@ def test_tokens_on_request():
     assert table.schema.field("chosen_token_entropies").type == pa.list_(pa.float32())
 
 
-def test_values_that_are_not_finite_are_kept():
+def test_non_finite_values_are_kept():
     scores = [
         (Score(float("nan"), 3, False), Score(-1.0, 1, True)),
         (Score(-1e6, 1, False), Score(-math.inf, 1, False)),
@@ -93,7 +93,7 @@ def test_values_that_are_not_finite_are_kept():
     assert got["margin"][1] == math.inf
 
 
-def test_no_example():
+def test_no_example_gives_an_empty_table():
     assert columns.table([], []).schema == pa.schema([("row", pa.int64())])
 
 
@@ -102,12 +102,12 @@ def test_every_column_is_described():
     scores = (Score(-3.0, 1, False, {"logps": [-3.0], "entropy": [1.0], "ranks": [2.0]}),)
     table = columns.table([single(0, 7, "text")], [scores], [scores], 0.1)
     pairs = columns.table([pair(0)], [scores * 2], [scores * 2], 0.1)
-    every = {columns.prefixed(answer, name) for answer in ("text", "chosen", "rejected") for name in described}
-    assert {*table.column_names, *pairs.column_names} <= every
+    documented = {columns.prefixed(answer, name) for answer in ("text", "chosen", "rejected") for name in described}
+    assert {*table.column_names, *pairs.column_names} <= documented
     assert set(table.column_names) | {"margin", "accuracy", "reward_margin", "reward_accuracy"} == set(described)
 
 
-def test_scores_that_do_not_fit_are_refused():
+def test_mismatched_scores_are_refused():
     with pytest.raises(ValueError, match=r"expected scores of 1 examples, one an answer \(2\), got 1"):
         columns.table([pair(0)], [(Score(-3.0, 1, False),)])
     with pytest.raises(ValueError, match="beta must be given with a reference"):

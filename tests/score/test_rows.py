@@ -1,4 +1,4 @@
-"""Rows as examples: the tokens and labels of TRL's trainers, windows of text, and refusals that cost one row each."""
+"""Rows become examples: the tokens and labels of TRL's trainers, windows of text, and refusals row by row."""
 
 import json
 import logging
@@ -31,7 +31,7 @@ def tokenizer(folder):
 
 @pytest.fixture(scope="module")
 def tokenizer_with_bos(folder):
-    """One that begins what it encodes with a BOS and ends it with an EOS."""
+    """A tokenizer that adds BOS and EOS to everything it encodes."""
     from tokenizers.processors import TemplateProcessing
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -45,7 +45,7 @@ def tokenizer_with_bos(folder):
 
 @pytest.fixture(scope="module")
 def trained_on(folder, tmp_path_factory):
-    """trained_on("dpo", rows, tokenizer, max_length=...) -> of each row and answer the tokens and labels of a batch."""
+    """trained_on("dpo", rows, tokenizer, max_length=...) -> tokens and labels per row and answer, from a batch."""
     model = AutoModelForCausalLM.from_pretrained(folder)
     output = str(tmp_path_factory.mktemp("runs"))
 
@@ -68,14 +68,14 @@ def trained_on(folder, tmp_path_factory):
         if labels is None:
             labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
         lengths = batch["attention_mask"].sum(1)
-        every = [(x[:n].tolist(), y[:n].tolist()) for x, y, n in zip(batch["input_ids"], labels, lengths, strict=True)]
-        return [every[i :: len(rows)] for i in range(len(rows))]
+        pairs = [(x[:n].tolist(), y[:n].tolist()) for x, y, n in zip(batch["input_ids"], labels, lengths, strict=True)]
+        return [pairs[i :: len(rows)] for i in range(len(rows))]
 
     return batch
 
 
 def scored(rows, tokenizer, **options):
-    """Of each row and answer the tokens and labels; no row is refused."""
+    """Tokens and labels per row and answer; asserts that no row is refused."""
     source = Rows(Dataset.from_list(rows), tokenizer, RowOptions(**options))
     examples, refused = source.examples(0, len(source))
     assert not refused
@@ -87,7 +87,7 @@ def scored(rows, tokenizer, **options):
 
 
 def assert_equal(got, want):
-    """The same tokens, and the same labels but for a first token, which is never predicted."""
+    """Assert equal tokens, and equal labels except for the first token, which is never predicted."""
     assert len(got) == len(want)
     for row, others in zip(got, want, strict=True):
         assert [ids for ids, _ in row] == [ids for ids, _ in others]
@@ -113,7 +113,7 @@ PLAIN = [
         "prompt": "a boat has th",
         "chosen": "e sail",
         "rejected": "at sail",
-    },  # the end of the prompt becomes part of "the"
+    },  # the last prompt character is merged into "the"
 ]
 SHARED = [
     {"chosen": "Question: why? Answer: because it is so", "rejected": "Question: why? Answer: who knows"},
@@ -143,7 +143,7 @@ PAIRS = {
 
 @pytest.mark.parametrize("bos", [False, True])
 @pytest.mark.parametrize("name", PAIRS)
-def test_pairs_are_those_of_dpo(name, bos, tokenizer, tokenizer_with_bos, trained_on):
+def test_pairs_have_the_tokens_of_dpo(name, bos, tokenizer, tokenizer_with_bos, trained_on):
     tokenizer = tokenizer_with_bos if bos else tokenizer
     rows = PAIRS[name]
     assert_equal(scored(rows, tokenizer), trained_on("dpo", rows, tokenizer))
@@ -151,7 +151,7 @@ def test_pairs_are_those_of_dpo(name, bos, tokenizer, tokenizer_with_bos, traine
 
 @pytest.mark.parametrize("mode", ["keep_start", "keep_end"])
 @pytest.mark.parametrize("name", ["plain", "conversations"])
-def test_pairs_are_cut_as_those_of_dpo(name, mode, tokenizer, trained_on):
+def test_pairs_are_truncated_like_dpo(name, mode, tokenizer, trained_on):
     rows = PAIRS[name]
     cut = {"max_length": 12 if name == "plain" else 20, "truncation_mode": mode}
     source = Rows(Dataset.from_list(rows), tokenizer, RowOptions(**cut))
@@ -201,7 +201,7 @@ TRL_NAMES = {"completion_only_loss": "completion_only_loss", "assistant_only_los
 
 
 @pytest.mark.parametrize("name", SINGLES)
-def test_single_rows_are_those_of_sft(name, tokenizer, trained_on):
+def test_single_rows_have_the_tokens_of_sft(name, tokenizer, trained_on):
     kind, rows, options = SINGLES[name]
     assert Rows(Dataset.from_list(rows), tokenizer, RowOptions(**options)).kind == kind
     want = trained_on("sft", rows, tokenizer, **{TRL_NAMES[k]: x for k, x in options.items()})
@@ -209,7 +209,7 @@ def test_single_rows_are_those_of_sft(name, tokenizer, trained_on):
 
 
 @pytest.mark.parametrize("name", ["plain prompts", "text"])
-def test_a_tokenizer_that_adds_both_ends(name, tokenizer_with_bos, trained_on):
+def test_a_tokenizer_that_adds_bos_and_eos_matches_the_trainers(name, tokenizer_with_bos, trained_on):
     _, rows, _ = SINGLES[name]
     assert_equal(scored(rows, tokenizer_with_bos), trained_on("sft", rows, tokenizer_with_bos))
 
@@ -218,7 +218,7 @@ def test_a_tokenizer_that_adds_both_ends(name, tokenizer_with_bos, trained_on):
 @pytest.mark.parametrize(
     "name", ["plain prompts", "conversations with prompts", "chats, the assistant's", "tokens with labels"]
 )
-def test_single_rows_are_cut_as_those_of_sft(name, mode, tokenizer, trained_on):
+def test_single_rows_are_truncated_like_sft(name, mode, tokenizer, trained_on):
     _, rows, options = SINGLES[name]
     cut = {"max_length": {"tokens with labels": 3, "plain prompts": 12}.get(name, 24), "truncation_mode": mode}
     examples, refused = Rows(Dataset.from_list(rows), tokenizer, RowOptions(**cut, **options)).examples(0, len(rows))
@@ -236,7 +236,7 @@ RENDERING = (
 
 
 @pytest.mark.parametrize("method", ["dpo", "sft"])
-def test_columns_that_change_how_a_template_is_rendered(method, folder, trained_on):
+def test_template_columns_are_used_like_in_the_trainers(method, folder, trained_on):
     tokenizer = AutoTokenizer.from_pretrained(folder, chat_template=RENDERING)
     options = [
         {"tools": '[{"name": "boat"}]', "chat_template_kwargs": {"style": "short"}},
@@ -245,17 +245,17 @@ def test_columns_that_change_how_a_template_is_rendered(method, folder, trained_
     names = ["prompt", "chosen", "rejected"]
     if method == "sft":
         names[1:] = ["completion"]
-    every = [
+    columns = [
         {"prompt": row["prompt"], "chosen": row["chosen"], "rejected": row["rejected"], "completion": row["chosen"]}
         for row in WHOLE
     ]
-    rows = [{name: row[name] for name in names} | option for row, option in zip(every, options, strict=True)]
+    rows = [{name: row[name] for name in names} | option for row, option in zip(columns, options, strict=True)]
     got = scored(rows, tokenizer)
     assert_equal(got, trained_on(method, rows, tokenizer))
     assert ["boat" in tokenizer.decode(row[0][0]) for row in got] == [True, False]
     assert ["long" in tokenizer.decode(row[0][0]) for row in got] == [False, True]
-    without = [rows[0], rows[1] | {"tools": None, "chat_template_kwargs": None}]
-    examples, refused = Rows(without, tokenizer, RowOptions()).examples(0, 2)
+    plain_rows = [rows[0], rows[1] | {"tools": None, "chat_template_kwargs": None}]
+    examples, refused = Rows(plain_rows, tokenizer, RowOptions()).examples(0, 2)
     assert not refused
     assert tokenizer.decode(examples[1].answers[0].windows[0].input_ids).startswith("plain")
 
@@ -266,7 +266,7 @@ def tokens(text, tokenizer):
 
 @pytest.mark.parametrize("stride", [None, 1, 3, 7])
 @pytest.mark.parametrize("length", [2, 7, 8, 9, 16, 50])
-def test_windows_count_each_token_once_with_the_context_that_the_stride_leaves(length, stride):
+def test_windows_count_each_token_once_with_the_context_of_the_stride(length, stride):
     ids, width = list(range(100, 100 + length)), 8
     parts = windows(ids, width, stride)
     counted = [x for part in parts for x in part.labels if x != -100]
@@ -290,7 +290,7 @@ def test_text_that_fits_is_one_window_and_ends_with_the_eos(tokenizer):
     assert window.labels == [-100, *window.input_ids[1:]]
 
 
-def test_long_text_is_windows(tokenizer):
+def test_long_text_is_split_into_windows(tokenizer):
     text = "A boat is a thing that floats. " * 20
     ids = [*tokens(text, tokenizer), tokenizer.eos_token_id]
     for stride in (None, 5):
@@ -309,7 +309,7 @@ def test_a_bos_is_the_context_of_the_first_token(tokenizer, tokenizer_with_bos):
         assert counted == [*tokens("a boat", tokenizer), tokenizer.eos_token_id][first:]
 
 
-def test_tokens_alone_are_windows_as_they_are(tokenizer):
+def test_input_ids_are_windowed_unchanged(tokenizer):
     ids = list(range(3, 40))
     ((example,), _) = Rows([{"input_ids": ids}], tokenizer, RowOptions(max_length=10)).examples(0, 1)
     assert example.answers[0].windows == windows(ids, 10)
@@ -383,7 +383,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_a_bad_row_is_refused_by_name_and_the_others_go_on(name, folder):
+def test_a_bad_row_is_refused_by_name_and_the_others_are_kept(name, folder):
     kind, change, options, reason = REFUSED[name]
     tokenizer = AutoTokenizer.from_pretrained(folder, chat_template=STRICT)
     good = GOOD[kind]
@@ -398,7 +398,7 @@ def test_a_bad_row_is_refused_by_name_and_the_others_go_on(name, folder):
     assert refused[0].reason
 
 
-def test_the_assistant_alone_needs_an_assistant(tokenizer, folder):
+def test_assistant_only_loss_needs_an_assistant_turn(tokenizer, folder):
     rows = [CHATS[0], {"messages": [turn("user", "hello?")]}]
     _, refused = Rows(rows, tokenizer, RowOptions(assistant_only_loss=True)).examples(0, 2)
     reason = "the chat template must mark the assistant's tokens with {% generation %}, got none marked"
@@ -409,7 +409,7 @@ def test_the_assistant_alone_needs_an_assistant(tokenizer, folder):
     assert "got text" in refused[0].reason
 
 
-def test_reasons_are_counted_without_what_is_the_rows_own():
+def test_reasons_are_counted_without_row_specific_values():
     assert reason_kind("messages[3].role must be text, got None") == "messages[...].role must be text"
     assert reason_kind("max_length=16 must leave a token of chosen to score, got them at 3 to 5 of 7 tokens") == (
         "max_length=16 must leave a token of chosen to score"
@@ -429,7 +429,7 @@ def test_reasons_are_counted_without_what_is_the_rows_own():
         ([PLAIN[0] | {"image": "a.png"}], {}, "must be of text alone"),
     ],
 )
-def test_what_no_row_can_be_scored_with_is_refused_at_once(rows, options, message, tokenizer):
+def test_options_that_no_row_can_satisfy_are_refused_at_once(rows, options, message, tokenizer):
     with pytest.raises(ValueError, match=message):
         Rows(rows, tokenizer, RowOptions(**options))
 
@@ -443,12 +443,12 @@ def test_what_no_row_can_be_scored_with_is_refused_at_once(rows, options, messag
         ({"stride": 8, "max_length": 8}, "stride must be less than max_length=8"),
     ],
 )
-def test_options_out_of_range(options, message):
+def test_options_out_of_range_raise(options, message):
     with pytest.raises(ValueError, match=message):
         RowOptions(**options)
 
 
-def test_what_the_tokenizer_lacks_is_refused_at_once(folder):
+def test_missing_tokenizer_features_are_refused_at_once(folder):
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.chat_template = None
     for rows in (CHATS, read("preferences", 2)):
@@ -464,19 +464,19 @@ def test_a_stream_is_refused(tokenizer):
         Rows(Dataset.from_list(TEXTS).to_iterable_dataset(), tokenizer, RowOptions())
 
 
-def test_slices_equal_the_whole(tokenizer):
+def test_slices_equal_the_full_list(tokenizer):
     source = Rows(Dataset.from_list(read("preferences", 25)), tokenizer, RowOptions(max_length=20))
-    whole = source.examples(0, 25)
+    full = source.examples(0, 25)
     parts = [source.examples(start, start + 10) for start in (0, 10, 20)]
-    assert [example for examples, _ in parts for example in examples] == whole[0]
-    assert [row for _, refused in parts for row in refused] == whole[1]
-    assert whole[0]
-    assert whole[1]
-    assert source.examples(0, 25) == whole
+    assert [example for examples, _ in parts for example in examples] == full[0]
+    assert [row for _, refused in parts for row in refused] == full[1]
+    assert full[0]
+    assert full[1]
+    assert source.examples(0, 25) == full
 
 
-def test_a_thread_is_quiet_waits_for_no_process_and_leaves_trl_as_it_was(tokenizer, monkeypatch, caplog, capsys):
-    """TRL would say of each row how its prompt was cut, through a logger that needs the state of all processes."""
+def test_a_reading_thread_logs_nothing_and_restores_trl(tokenizer, monkeypatch, caplog, capsys):
+    """TRL logs how each prompt was truncated, through a logger that needs accelerate's process state."""
     monkeypatch.setattr(PartialState, "_shared_state", {})
     before = {name: vars(trl.trainer.dpo_trainer)[name] for name in ("logger", "global_then_local_main_first")}
     rows = [{"prompt": "a boat has th", "chosen": "e sail" * 600, "rejected": "at sail"}, PLAIN[0]]

@@ -1,4 +1,4 @@
-"""Log-probabilities of one batch: those of full logits in fp64, padded and packed, with gradients."""
+"""`sequence_logps` of one batch, padded and packed, with gradients, against fp64 full logits."""
 
 import models
 import peft
@@ -17,14 +17,14 @@ def batch(rows, left=False, seed=0):
     ids = torch.zeros(rows, max(lengths), dtype=torch.int64)
     mask = torch.zeros_like(ids)
     for i, n in enumerate(lengths):
-        where = slice(max(lengths) - n, None) if left else slice(0, n)
-        ids[i, where] = torch.tensor(models.ids(n, g))
-        mask[i, where] = 1
+        columns = slice(max(lengths) - n, None) if left else slice(0, n)
+        ids[i, columns] = torch.tensor(models.ids(n, g))
+        mask[i, columns] = 1
     return ids, mask
 
 
 def exact(model, ids, mask, labels):
-    """Per-token logps from the rows alone, in fp64."""
+    """Per-token logps in fp64, each row run separately."""
     double = type(model)(model.config).double().eval()
     double.load_state_dict({name: x.double() for name, x in model.state_dict().items()})
     result = torch.zeros(ids.shape, dtype=torch.float64)
@@ -42,7 +42,7 @@ def exact(model, ids, mask, labels):
 @pytest.mark.parametrize("packed", [False, "auto"])
 @pytest.mark.parametrize("family", models.FAMILIES)
 @torch.no_grad()
-def test_are_those_of_full_logits(family, packed, left):
+def test_scores_equal_full_logits(family, packed, left):
     model = models.build(family)
     for seed in range(2):
         ids, mask = batch(5, left, seed)
@@ -71,7 +71,7 @@ def test_without_labels_each_token_but_the_first_counts(left):
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_is_differentiable(packed):
+def test_gradients_equal_full_logits(packed):
     model = models.build()
     ids, mask = batch(4)
     sequence_logps(model, ids, attention_mask=mask, packed=packed).logps.sum().backward()
@@ -87,7 +87,7 @@ def test_is_differentiable(packed):
 
 
 @torch.no_grad()
-def test_prompts_are_shared():
+def test_groups_share_their_prompts():
     model, widths = models.build(), []
     examples = models.pairs(3)
     rows = [a.windows[0].input_ids for k in (0, 1) for a in [e.answers[k] for e in examples]]
@@ -95,17 +95,17 @@ def test_prompts_are_shared():
     ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
     mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
     model.get_input_embeddings().register_forward_pre_hook(lambda m, args: widths.append(args[0].numel()))
-    alone = sequence_logps(model, ids, attention_mask=mask, packed=True)
+    separate = sequence_logps(model, ids, attention_mask=mask, packed=True)
     shared = sequence_logps(model, ids, attention_mask=mask, packed=True, groups=2)
-    torch.testing.assert_close(alone.tokens.logps, shared.tokens.logps, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(separate.tokens.logps, shared.tokens.logps, rtol=1e-4, atol=1e-5)
     assert widths[-1] < widths[-2] == sum(map(len, rows))
 
 
 @torch.no_grad()
-def test_adapters_count():
+def test_adapters_are_applied():
     model = models.build()
     ids, mask = batch(3)
-    plain = sequence_logps(model, ids, attention_mask=mask).logps
+    base = sequence_logps(model, ids, attention_mask=mask).logps
     wrapped = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj", "lm_head"]))
     for name, parameter in wrapped.named_parameters():
         if "lora_B" in name:
@@ -115,12 +115,12 @@ def test_adapters_count():
     logits = wrapped(input_ids=ids, attention_mask=mask).logits[:, :-1]
     picked = logits.log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
     torch.testing.assert_close(adapted.logps, (picked * mask[:, 1:]).sum(1), rtol=1e-4, atol=1e-4)
-    assert not torch.allclose(adapted.logps, plain)
+    assert not torch.allclose(adapted.logps, base)
     counted = mask[:, 1:].bool()
     assert torch.equal((adapted.ranks[:, :-1] == 0)[counted], (logits.argmax(-1) == ids[:, 1:])[counted])
 
 
-def test_refusals():
+def test_bad_arguments_are_refused():
     model = models.build("gemma2")
     ids, mask = batch(2)
     with pytest.raises(LayoutError, match="softcap"):
@@ -128,9 +128,9 @@ def test_refusals():
     with pytest.raises(ValueError, match=r"labels must be \[B, L\]"):
         sequence_logps(model, ids, ids[:, 1:], attention_mask=mask)
     for packed in (False, True):
-        wrong = ids.clone()
+        bad_ids = ids.clone()
         with pytest.raises(ValueError, match="labels on padding"):
-            sequence_logps(models.build(), ids, wrong, attention_mask=torch.zeros_like(mask), packed=packed)
+            sequence_logps(models.build(), ids, bad_ids, attention_mask=torch.zeros_like(mask), packed=packed)
     prompt_tuned = peft.get_peft_model(
         models.build(), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
     )
@@ -139,7 +139,7 @@ def test_refusals():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_ranks_go_over_tiles(monkeypatch, dtype):
+def test_ranks_are_exact_over_several_tiles(monkeypatch, dtype):
     g = torch.Generator().manual_seed(0)
     hidden, weight = torch.randn(9, 8, generator=g).to(dtype), torch.randn(50, 8, generator=g).to(dtype)
     bias, targets = torch.randn(50, generator=g), torch.randint(0, 50, (9,), generator=g)
@@ -153,7 +153,7 @@ def test_ranks_go_over_tiles(monkeypatch, dtype):
 @pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("place", [2, 3])
 def test_a_label_on_padding_is_refused(packed, place):
-    """Also on the padding after a row's last token, whose prediction there is."""
+    """Also on the padding right after a row's last token, although a prediction exists there."""
     ids, mask = torch.tensor([[9, 10, 2, 2], [9, 10, 5, 6]]), torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]])
     labels = torch.full((2, 4), -100)
     labels[0, 1], labels[0, place] = 10, 2
@@ -161,6 +161,6 @@ def test_a_label_on_padding_is_refused(packed, place):
         sequence_logps(models.build(), ids, labels, attention_mask=mask, packed=packed)
 
 
-def test_another_word_for_packed_is_refused():
+def test_unknown_values_of_packed_are_refused():
     with pytest.raises(ValueError, match="packed must be 'auto', True or False, got 'true'"):
         sequence_logps(models.build(), torch.tensor([[9, 10]]), packed="true")

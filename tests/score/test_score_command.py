@@ -1,4 +1,4 @@
-"""`fusedalign score` from its words to its files, and `score` in Python."""
+"""`fusedalign score` from arguments to files, and `score` in Python."""
 
 import json
 import math
@@ -28,7 +28,7 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def other(tmp_path_factory):
+def other_folder(tmp_path_factory):
     return str(build_embedded_model(tmp_path_factory.mktemp("model") / "n", seed=1))
 
 
@@ -52,8 +52,8 @@ def run(folder, tmp_path, capsys):
     def command(rows, *words, name="data.jsonl", status=0, out="scores.parquet"):
         data = write(tmp_path / name, rows)
         capsys.readouterr()
-        given = ["--model_name_or_path", folder, "--dataset_name", data, "--out", str(tmp_path / out), *words]
-        assert main(["score", *given]) == status, capsys.readouterr().err
+        argv = ["--model_name_or_path", folder, "--dataset_name", data, "--out", str(tmp_path / out), *words]
+        assert main(["score", *argv]) == status, capsys.readouterr().err
         table = tmp_path / out
         return (pyarrow.parquet.read_table(table).to_pylist() if table.exists() else None), capsys.readouterr()
 
@@ -62,7 +62,7 @@ def run(folder, tmp_path, capsys):
 
 @torch.no_grad()
 def answer_logps(model, tokenizer, prompt, answer):
-    """Per-token logps of the answer and its end, from full logits in fp64."""
+    """Per-token logps of the answer and its end token, from full logits in fp64."""
     start = tokenizer(prompt)["input_ids"]
     ids = tokenizer(prompt + answer + tokenizer.eos_token)["input_ids"]
     logits = model.double()(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
@@ -70,7 +70,7 @@ def answer_logps(model, tokenizer, prompt, answer):
     return [logits[t - 1, ids[t]].item() for t in range(len(start), len(ids))]
 
 
-def test_pairs(run, model, tokenizer):
+def test_pairs_are_scored_like_full_logits(run, model, tokenizer):
     rows, printed = run(PAIRS, "--per_token", "logps", "ranks")
     assert [row["row"] for row in rows] == list(range(9))
     for row, pair in zip(rows, PAIRS, strict=True):
@@ -88,7 +88,7 @@ def test_pairs(run, model, tokenizer):
     assert max(map(len, printed.out.splitlines())) <= 100 or "/" in printed.out
 
 
-def test_files(run, tmp_path):
+def test_a_run_writes_only_the_scores_and_the_plot(run, tmp_path):
     _, printed = run(PAIRS)
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"data.jsonl", "scores.parquet", "scores.png"}
@@ -96,21 +96,21 @@ def test_files(run, tmp_path):
     assert f"wrote {tmp_path / 'scores.parquet'}" in printed.out
 
 
-def test_a_reference(run, other, folder):
-    rows, printed = run(PAIRS, "--ref_model", other, "--beta", "0.5")
+def test_a_reference_model_adds_rewards(run, other_folder, folder):
+    rows, printed = run(PAIRS, "--ref_model", other_folder, "--beta", "0.5")
     for row in rows:
         reward = {side: 0.5 * (row[f"{side}_logps"] - row[f"ref_{side}_logps"]) for side in ("chosen", "rejected")}
         assert row["chosen_reward"] == pytest.approx(reward["chosen"], abs=1e-6)
         assert row["reward_margin"] == pytest.approx(reward["chosen"] - reward["rejected"], abs=1e-6)
         assert row["reward_accuracy"] == (row["reward_margin"] > 0)
     assert "reward" in printed.out
-    alone, _ = run(PAIRS, "--ref_model", folder, out="same.parquet")
-    assert all(row["reward_margin"] == pytest.approx(0, abs=1e-6) for row in alone)
+    self_rewards, _ = run(PAIRS, "--ref_model", folder, out="same.parquet")
+    assert all(row["reward_margin"] == pytest.approx(0, abs=1e-6) for row in self_rewards)
 
 
 @pytest.mark.parametrize("stride", [None, 5, 15])
-def test_plain_text_in_windows(run, model, tokenizer, stride):
-    """Each token but the first counts once, with max_length - stride tokens before it or all there are."""
+def test_plain_text_is_scored_in_windows(run, model, tokenizer, stride):
+    """Each token except the first counts once, with at least max_length - stride tokens (or all) as context."""
     words = ["--max_length", "16", *(["--stride", str(stride)] if stride else [])]
     rows, _ = run(TEXTS, *words)
     for row, text in zip(rows, TEXTS, strict=True):
@@ -130,7 +130,7 @@ def test_plain_text_in_windows(run, model, tokenizer, stride):
         assert row["bits_per_byte"] == pytest.approx(-total / math.log(2) / row["num_bytes"], rel=1e-4)
 
 
-def test_rows_that_cannot_be_scored(run, tmp_path):
+def test_unscorable_rows_are_listed(run, tmp_path):
     broken = [*PAIRS[:2], {"prompt": "x", "chosen": "", "rejected": "y"}, *PAIRS[2:4]]
     rows, printed = run(broken)
     assert [row["row"] for row in rows] == [0, 1, 3, 4]
@@ -139,16 +139,16 @@ def test_rows_that_cannot_be_scored(run, tmp_path):
     assert "chosen must not be empty" in lines[0]["reason"]
     assert printed.err.startswith("fusedalign: warning: 1 of 5 rows could not be scored")
     assert len(printed.err.splitlines()) == 1
-    again, printed = run(broken, "--strict", status=3)  # is finished
-    assert again == rows
+    rows_again, printed = run(broken, "--strict", status=3)  # is finished
+    assert rows_again == rows
     assert "1 of 5 rows" in printed.err
 
 
 def test_other_settings_are_refused(run):
     rows, _ = run(PAIRS)
     for words in (["--max_length", "20"], ["--per_token", "logps"]):
-        again, printed = run(PAIRS, *words, status=2)
-        assert again == rows
+        rows_again, printed = run(PAIRS, *words, status=2)
+        assert rows_again == rows
         assert "--out must be new or of the same settings" in printed.err
     run(PAIRS[1:], status=2)
 
@@ -178,34 +178,34 @@ def test_a_setting_that_differs_is_named(run, words, name):
     assert printed.err.count("\n") == 1
 
 
-def test_flags_and_columns_without_influence(run):
+def test_irrelevant_flags_and_columns_do_not_change_the_run(run):
     rows = [row | {"id": i} for i, row in enumerate(PAIRS)]
-    given, _ = run(rows, "--per_token", "ranks", "logps")
-    same = [row | {"id": -i} for i, row in enumerate(PAIRS)]
+    scores, _ = run(rows, "--per_token", "ranks", "logps")
+    changed = [row | {"id": -i} for i, row in enumerate(PAIRS)]
     words = ["--per_token", "logps", "ranks", "ranks", "--strict", "--beta", "3", "--fused_workspace", "1000000"]
-    assert run(same, *words)[0] == given
+    assert run(changed, *words)[0] == scores
 
 
-def test_what_fails_at_once_blocks_no_other_settings(run, tmp_path):
+def test_a_run_that_fails_at_once_leaves_no_files(run, tmp_path):
     run(PAIRS, "--fused_impl", "nonsense", status=2)
     assert {path.name for path in tmp_path.iterdir()} == {"data.jsonl"}
     run(PAIRS)
 
 
-def test_a_full_disk_is_one_line_with_the_remedy(run, tmp_path, monkeypatch):
+def test_a_full_disk_is_a_one_line_error_with_the_remedy(run, tmp_path, monkeypatch):
     import errno
     import os
 
     fsync, count = os.fsync, []
 
-    def full(descriptor):
+    def failing_fsync(descriptor):
         count.append(descriptor)
         if len(count) > 1:
             raise OSError(errno.ENOSPC, "No space left on device")
         fsync(descriptor)
 
     with monkeypatch.context() as patched:
-        patched.setattr(os, "fsync", full)
+        patched.setattr(os, "fsync", failing_fsync)
         _, printed = run(PAIRS, status=2)
     assert f"got {tmp_path / 'scores.parquet'} on a full one" in printed.err
     assert "the same command goes on from there" in printed.err
@@ -213,21 +213,21 @@ def test_a_full_disk_is_one_line_with_the_remedy(run, tmp_path, monkeypatch):
     run(PAIRS)
 
 
-def test_code_of_the_model_counts(folder, tmp_path):
+def test_the_model_digest_includes_its_code(folder, tmp_path):
     import shutil
 
     from fusedalign.score import identity
 
     shutil.copytree(folder, tmp_path / "m")
-    found = {identity.files_digest(str(tmp_path / "m"), None)}
+    digests = {identity.files_digest(str(tmp_path / "m"), None)}
     for name in ("modeling_own.py", "config.json", "model.safetensors"):
         with (tmp_path / "m" / name).open("a") as file:
             file.write(" ")
-        found.add(identity.files_digest(str(tmp_path / "m"), None))
-    assert len(found) == 4
+        digests.add(identity.files_digest(str(tmp_path / "m"), None))
+    assert len(digests) == 4
 
 
-def test_yaml_and_flags(run, tmp_path):
+def test_yaml_fields_and_flags_are_accepted(run, tmp_path):
     (tmp_path / "score.yaml").write_text("per_token: [entropy]\nmax_tokens_per_batch: 64\n")
     rows, _ = run(PAIRS, "--config", str(tmp_path / "score.yaml"))
     assert len(rows[0]["chosen_token_entropies"]) == rows[0]["chosen_num_tokens"]
@@ -236,7 +236,7 @@ def test_yaml_and_flags(run, tmp_path):
     assert "did you mean --per_token?" in printed.err
 
 
-def test_an_adapter_is_a_model(run, folder, tmp_path):
+def test_an_adapter_folder_is_accepted_as_a_model(run, folder, tmp_path):
     import peft
 
     base = transformers.AutoModelForCausalLM.from_pretrained(folder)
@@ -277,13 +277,13 @@ def test_an_adapter_is_a_model(run, folder, tmp_path):
         (["--fused_impl", "cuda"], "impl must be one of"),
     ],
 )
-def test_errors_of_one_line(run, words, message):
+def test_bad_arguments_are_one_line_errors(run, words, message):
     _, printed = run(PAIRS, *words, status=2, out="new.parquet")
     assert message in printed.err
     assert len(printed.err.strip().splitlines()) == 1
 
 
-def test_no_row_at_all(run, tmp_path):
+def test_no_scorable_row_is_reported(run, tmp_path):
     for words, status in (([], 0), (["--strict"], 3)):  # the second reads the finished file
         rows, printed = run([{"prompt": "a", "chosen": "", "rejected": "b"}] * 3, *words, status=status)
         assert rows == []
@@ -296,7 +296,7 @@ def test_no_row_at_all(run, tmp_path):
     assert "question" in printed.err
 
 
-def test_help(capsys):
+def test_help_names_the_main_options(capsys):
     assert main(["score", "--help"]) == 0
     text = capsys.readouterr().out
     for word in ("--out", "--ref_model", "--max_tokens_per_batch", "--ref_cache", "--strict"):
@@ -306,31 +306,31 @@ def test_help(capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["torch.distributed.run", "accelerate.commands.launch"])
 def test_two_processes_write_the_same_file(run, folder, tmp_path, launcher):
-    alone, _ = run(PAIRS)
+    single, _ = run(PAIRS)
     flag = "--nproc_per_node" if launcher.startswith("torch") else "--num_processes"
-    more = [] if launcher.startswith("torch") else ["--cpu"]
+    cpu = [] if launcher.startswith("torch") else ["--cpu"]
     words = ["--model_name_or_path", folder, "--dataset_name", str(tmp_path / "data.jsonl")]
     out = tmp_path / "two.parquet"
-    command = [sys.executable, "-m", launcher, flag, "2", *more, "-m", "fusedalign", "score", *words, "--out", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr
-    assert pyarrow.parquet.read_table(out).to_pylist() == alone
+    command = [sys.executable, "-m", launcher, flag, "2", *cpu, "-m", "fusedalign", "score", *words, "--out", str(out)]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert process.returncode == 0, process.stderr
+    assert pyarrow.parquet.read_table(out).to_pylist() == single
     assert not list(tmp_path.glob("two.parquet.*"))
 
 
-# ---------------------------------------------------------------------------------------------------------- in Python
+# In Python
 
 
-def test_score_in_python(model, tokenizer, tmp_path):
+def test_score_returns_a_data_set_in_python(model, tokenizer, tmp_path):
     model.train()
-    found = score(model, tokenizer, Dataset.from_list(PAIRS))
+    scores = score(model, tokenizer, Dataset.from_list(PAIRS))
     assert model.training
-    assert len(found) == 9
+    assert len(scores) == 9
     want = answer_logps(model.eval(), tokenizer, PAIRS[3]["prompt"], PAIRS[3]["chosen"])
-    assert found[3]["chosen_logps"] == pytest.approx(sum(want), abs=1e-3)
-    assert len(found.filter(lambda row: row["margin"] > 0)) == sum(found["accuracy"])
+    assert scores[3]["chosen_logps"] == pytest.approx(sum(want), abs=1e-3)
+    assert len(scores.filter(lambda row: row["margin"] > 0)) == sum(scores["accuracy"])
     out = tmp_path / "scores.parquet"
-    assert score(model, tokenizer, Dataset.from_list(PAIRS), out=out).to_list() == found.to_list()
+    assert score(model, tokenizer, Dataset.from_list(PAIRS), out=out).to_list() == scores.to_list()
     with pytest.raises(ValueError, match="--out must be new or of the same settings"):
         score(model, tokenizer, Dataset.from_list(PAIRS[1:]), out=out)
     changed = transformers.AutoModelForCausalLM.from_pretrained(model.name_or_path)
@@ -340,21 +340,21 @@ def test_score_in_python(model, tokenizer, tmp_path):
         score(changed, tokenizer, Dataset.from_list(PAIRS), out=out)
 
 
-def test_rewards_in_python(model, tokenizer, other):
-    reference = transformers.AutoModelForCausalLM.from_pretrained(other)
-    found = score(model, tokenizer, Dataset.from_list(PAIRS), ref_model=reference, beta=0.2)
-    row = found[0]
+def test_rewards_are_returned_in_python(model, tokenizer, other_folder):
+    reference = transformers.AutoModelForCausalLM.from_pretrained(other_folder)
+    scores = score(model, tokenizer, Dataset.from_list(PAIRS), ref_model=reference, beta=0.2)
+    row = scores[0]
     assert row["chosen_reward"] == pytest.approx(0.2 * (row["chosen_logps"] - row["ref_chosen_logps"]), abs=1e-6)
 
 
-def test_python_takes_rows_as_they_are(model, tokenizer, tmp_path):
+def test_python_accepts_lists_of_mappings_with_arrays(model, tokenizer, tmp_path):
     """A list of mappings, arrays in it; an array is known by all of its values."""
     import numpy as np
 
     tokens = np.arange(3, 1503) % 400
     out = tmp_path / "scores.parquet"
-    found = score(model, tokenizer, [{"input_ids": tokens}], max_length=64, out=out)
-    assert found[0]["num_tokens"] == 1499
+    scores = score(model, tokenizer, [{"input_ids": tokens}], max_length=64, out=out)
+    assert scores[0]["num_tokens"] == 1499
     tokens[700] += 1
     with pytest.raises(ValueError, match="with dataset"):
         score(model, tokenizer, [{"input_ids": tokens}], max_length=64, out=out)
@@ -369,12 +369,12 @@ def test_python_takes_rows_as_they_are(model, tokenizer, tmp_path):
         ({"max_tokens_per_batch": 0}, "max_tokens must be 'auto' or a number of tokens above 0, got 0"),
     ],
 )
-def test_errors_in_python(model, tokenizer, options, message):
+def test_bad_options_raise_in_python(model, tokenizer, options, message):
     with pytest.raises(ValueError, match=message):
         score(model, tokenizer, Dataset.from_list(PAIRS), **options)
 
 
-def test_no_row_in_python(model, tokenizer):
+def test_no_scorable_row_raises_in_python(model, tokenizer):
     with pytest.raises(ValueError, match="expected a row that can be scored, got 2 that cannot, the first for: chosen"):
         score(model, tokenizer, Dataset.from_list([PAIRS[0] | {"chosen": ""}] * 2))
     with pytest.raises(ValueError, match="the data set must have at least one row, got none"):

@@ -1,4 +1,4 @@
-"""`fusedalign score --ref_cache`: written with a training's own words, read by that training."""
+"""`fusedalign score --ref_cache`: written with the arguments of a training and read by that training."""
 
 import json
 
@@ -51,9 +51,9 @@ def test_training_with_the_cache_equals_a_live_reference(config, tmp_path, capsy
     assert f"train with --ref_logps {cache}" in capsys.readouterr().out
     assert sorted(path.name for path in tmp_path.glob("ref*")) == ["ref.parquet"]
     runs = []
-    for name, more in (("live", []), ("cached", ["--ref_logps", str(cache)])):
+    for name, cache_flags in (("live", []), ("cached", ["--ref_logps", str(cache)])):
         folder = tmp_path / name
-        assert main([method, "--config", config, *words, *more, "--output_dir", str(folder)]) == 0
+        assert main([method, "--config", config, *words, *cache_flags, "--output_dir", str(folder)]) == 0
         runs.append(metrics(folder))
     for live, cached in zip(*runs, strict=True):
         assert live.keys() == cached.keys()
@@ -70,10 +70,10 @@ def test_prompts_are_computed_once(config, tmp_path, capsys, monkeypatch):
     units = []
     original = scorer.batches
 
-    def batches(found, *rest, **options):
-        found = list(found)
-        units.extend(found)
-        return original(found, *rest, **options)
+    def batches(planned, *rest, **options):
+        planned = list(planned)
+        units.extend(planned)
+        return original(planned, *rest, **options)
 
     monkeypatch.setattr(scorer, "batches", batches)
     assert main(["score", "--ref_cache", str(tmp_path / "r.parquet"), "--config", config]) == 0
@@ -90,25 +90,25 @@ def test_prompts_are_computed_once(config, tmp_path, capsys, monkeypatch):
         (["--learning_rte", "1"], "did you mean --learning_rate?"),
     ],
 )
-def test_errors_of_one_line(config, tmp_path, capsys, words, message):
+def test_bad_arguments_are_one_line_errors(config, tmp_path, capsys, words, message):
     assert main(["score", "--ref_cache", str(tmp_path / "r.parquet"), "--config", config, *words]) == 2
     err = capsys.readouterr().err.strip()
     assert message in err.splitlines()[-1]
 
 
 @pytest.mark.parametrize("content", [None, "a file of the user"])
-def test_what_is_no_cache_is_not_written_over(config, tmp_path, capsys, monkeypatch, content):
+def test_a_file_that_is_not_a_cache_is_not_overwritten(config, tmp_path, capsys, monkeypatch, content):
     from fusedalign.trl import train
 
-    monkeypatch.setattr(train, "find_model", None)  # told before anything is loaded
-    taken = tmp_path / "taken"
-    taken.mkdir() if content is None else taken.write_text(content)
-    assert main(["score", "--ref_cache", str(taken), "--config", config]) == 2
-    assert f"--ref_cache must name the file to write, got {taken}, which is " in capsys.readouterr().err
-    assert taken.is_dir() if content is None else taken.read_text() == content
+    monkeypatch.setattr(train, "find_model", None)  # checked before anything is loaded
+    file = tmp_path / "taken"
+    file.mkdir() if content is None else file.write_text(content)
+    assert main(["score", "--ref_cache", str(file), "--config", config]) == 2
+    assert f"--ref_cache must name the file to write, got {file}, which is " in capsys.readouterr().err
+    assert file.is_dir() if content is None else file.read_text() == content
 
 
-def test_an_interrupted_run_goes_on_with_the_same_words_alone(config, tmp_path, capsys, monkeypatch):
+def test_an_interrupted_run_resumes_only_with_the_same_arguments(config, tmp_path, capsys, monkeypatch):
     from fusedalign.trl import ref_cache
 
     words = ["score", "--ref_cache", str(tmp_path / "ref.parquet"), "--config", config]
@@ -137,7 +137,7 @@ def test_another_truncation_is_refused(config, tmp_path, capsys):
     assert "ref_logps must be a cache made with max_length=48" in capsys.readouterr().err
 
 
-def test_what_is_there_is_used_or_refused(config, tmp_path, capsys, monkeypatch):
+def test_an_existing_cache_is_used_or_refused(config, tmp_path, capsys, monkeypatch):
     cache = tmp_path / "ref.parquet"
     words = ["score", "--ref_cache", str(cache), "--config", config]
     cache.write_text("my notes")
@@ -146,14 +146,14 @@ def test_what_is_there_is_used_or_refused(config, tmp_path, capsys, monkeypatch)
     assert cache.read_text() == "my notes"
     cache.unlink()
     assert main(words) == 0
-    before = cache.read_bytes()
-    for more, name in ((["--max_length", "48"], "max_length, rows"), (["--dtype", "bfloat16"], "dtype, weights")):
-        assert main([*words, *more]) == 2
+    content = cache.read_bytes()
+    for flags, name in ((["--max_length", "48"], "max_length, rows"), (["--dtype", "bfloat16"], "dtype, weights")):
+        assert main([*words, *flags]) == 2
         assert f"with another {name}" in capsys.readouterr().err
     monkeypatch.setattr("fusedalign.score.reference.score_run", lambda run: pytest.fail("scored again"))
     for rank in ("0", "1"):
         monkeypatch.setenv("RANK", rank)
         assert main(words) == 0
     assert capsys.readouterr().out.count("is there already") == 1
-    assert cache.read_bytes() == before
+    assert cache.read_bytes() == content
     assert sorted(path.name for path in tmp_path.glob("ref*")) == ["ref.parquet"]

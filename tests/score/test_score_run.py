@@ -1,4 +1,4 @@
-"""A whole run: shards, what interrupts it, several ranks, and files that must not be touched."""
+"""A complete scoring run: shards, interruptions, several ranks, and files that must not be touched."""
 
 import contextlib
 import errno
@@ -35,7 +35,7 @@ class Pairs:
 
 
 class FakeScorer:
-    """Scores that follow from the row and the model's name alone; one row fails in one model."""
+    """A scorer that derives scores from the row and the model name; one row fails with one model."""
 
     max_tokens = 10
 
@@ -71,8 +71,8 @@ def content(out):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """An uninterrupted run."""
+def uninterrupted(tmp_path_factory):
+    """The file of an uninterrupted run."""
     out = tmp_path_factory.mktemp("whole") / "scores.parquet"
     defaults = ShardStore.__init__.__defaults__
     ShardStore.__init__.__defaults__ = (4,)
@@ -97,7 +97,7 @@ def test_every_row_is_scored_or_refused_once(tmp_path, reference):
 
 
 def in_child(body):
-    """Run `body` in a forked process; its exit status, negative for a signal."""
+    """Run `body` in a forked process; return its exit status, negative for a signal."""
     pid = os.fork()
     if pid == 0:
         code = 1
@@ -109,7 +109,7 @@ def in_child(body):
 
 
 def steps(action):
-    """Call `action(n)` before the n-th time that a file is opened for writing, synchronised, linked or renamed."""
+    """Call `action(n)` before the n-th file operation (open for writing, fsync, link or rename)."""
     count = 0
 
     def counting(function):
@@ -126,7 +126,7 @@ def steps(action):
     return lambda: count
 
 
-def test_killed_at_any_step_it_goes_on_and_ends_the_same(tmp_path, whole):
+def test_a_run_killed_at_any_step_resumes_to_the_same_file(tmp_path, uninterrupted):
     def count(body_out):
         total = steps(lambda n: None)
         score_run(make(body_out))
@@ -145,11 +145,11 @@ def test_killed_at_any_step_it_goes_on_and_ends_the_same(tmp_path, whole):
 
         assert in_child(killed) == -signal.SIGKILL
         score_run(make(out))
-        assert content(out) == whole
+        assert content(out) == uninterrupted
         assert not list(tmp_path.glob(f"{k}.parquet.*"))  # neither shards nor temporary files of the finished run
 
 
-def test_what_is_there_is_not_made_again(tmp_path):
+def test_finished_shards_are_not_recomputed(tmp_path):
     out, log = tmp_path / "scores.parquet", []
     store = make(out).store
 
@@ -176,7 +176,7 @@ def test_what_is_there_is_not_made_again(tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["data", "shorter", "note", "lost"])
-def test_a_damaged_shard_is_made_again(tmp_path, whole, damage):
+def test_a_damaged_shard_is_recomputed(tmp_path, uninterrupted, damage):
     out, log = tmp_path / "scores.parquet", []
     run = make(out, log=log)
     store = run.store
@@ -196,10 +196,10 @@ def test_a_damaged_shard_is_made_again(tmp_path, whole, damage):
     score_run(run)
     assert log[0] == [row for row in range(16, 20) if row % 7 != 3]
     assert len(log) == 1 + store.shards
-    assert content(out) == whole
+    assert content(out) == uninterrupted
 
 
-def test_a_full_disk_leaves_what_was_finished(tmp_path, whole, monkeypatch):
+def test_a_full_disk_keeps_finished_shards(tmp_path, uninterrupted, monkeypatch):
     out, original, count = tmp_path / "scores.parquet", os.fsync, []
 
     def fsync(descriptor):
@@ -215,15 +215,15 @@ def test_a_full_disk_leaves_what_was_finished(tmp_path, whole, monkeypatch):
     monkeypatch.setattr(os, "fsync", original)
     assert 0 < len(make(out).store.missing(POLICY)) < make(out).store.shards
     score_run(make(out))
-    assert content(out) == whole
+    assert content(out) == uninterrupted
 
 
-def test_a_small_disk(tmp_path, whole):
+def test_a_full_tmpfs_keeps_finished_shards(tmp_path, uninterrupted):
     disk = tmp_path / "disk"
     disk.mkdir()
-    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24k", "tmpfs", str(disk)], capture_output=True)
-    if made.returncode:
-        pytest.skip("may not mount a file system")
+    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24k", "tmpfs", str(disk)], capture_output=True)
+    if mount.returncode:
+        pytest.skip("needs permission to mount a file system")
     out = disk / "scores.parquet"
     try:
         with pytest.raises(OSError, match="No space left"):
@@ -231,49 +231,49 @@ def test_a_small_disk(tmp_path, whole):
         assert not list(disk.glob("**/*.tmp"))
         subprocess.run(["mount", "-o", "remount,size=4m", str(disk)], check=True)
         score_run(make(out))
-        assert content(out) == whole
+        assert content(out) == uninterrupted
     finally:
         subprocess.run(["umount", str(disk)], check=True)
 
 
 @pytest.mark.parametrize("source", ["number", "model", "run"])
-def test_a_shard_in_the_place_of_another_is_made_again(tmp_path, whole, source):
-    """A whole shard with the right checksum, copied from elsewhere."""
+def test_a_shard_of_another_run_is_recomputed(tmp_path, uninterrupted, source):
+    """A complete shard with a valid checksum, copied from another run."""
     out = tmp_path / "scores.parquet"
-    run, other = make(out), make(tmp_path / "other.parquet", model="b")
-    for each, name in ((run, POLICY), (run, REFERENCE), (other, POLICY)):
+    run, other_run = make(out), make(tmp_path / "other.parquet", model="b")
+    for each, name in ((run, POLICY), (run, REFERENCE), (other_run, POLICY)):
         each.store.claim(name, {"max_tokens": 10})
         run_module._fill(each, each.store, name, each.models[name])
     number, model, store = {
-        "number": (3, POLICY, run.store), "model": (4, REFERENCE, run.store), "run": (4, POLICY, other.store),
+        "number": (3, POLICY, run.store), "model": (4, REFERENCE, run.store), "run": (4, POLICY, other_run.store),
     }[source]  # fmt: skip
-    for taken, place in zip(store._paths(model, number), run.store._paths(POLICY, 4), strict=True):
-        place.write_bytes(taken.read_bytes())
+    for other_path, place in zip(store._paths(model, number), run.store._paths(POLICY, 4), strict=True):
+        place.write_bytes(other_path.read_bytes())
     assert run.store.missing(POLICY) == [4]
     score_run(run)
-    assert content(out) == whole
+    assert content(out) == uninterrupted
 
 
 @pytest.mark.parametrize("damage", [b"", b"{", b"[]", b"\xff"])
-def test_damaged_settings_are_written_again(tmp_path, whole, damage):
+def test_damaged_settings_are_rewritten(tmp_path, uninterrupted, damage):
     out = tmp_path / "scores.parquet"
     run = make(out)
     run.store.claim(POLICY, {"max_tokens": 10})
     (run.store.folder / POLICY / "settings.json").write_bytes(damage)
     score_run(run)
-    assert content(out) == whole
+    assert content(out) == uninterrupted
 
 
-def test_a_file_system_without_links(tmp_path, whole, monkeypatch):
+def test_a_file_system_without_hard_links_works(tmp_path, uninterrupted, monkeypatch):
     def link(own, path):
         raise PermissionError(errno.EPERM, "Operation not permitted")
 
     monkeypatch.setattr(os, "link", link)
     score_run(make(tmp_path / "scores.parquet"))
-    assert content(tmp_path / "scores.parquet") == whole
+    assert content(tmp_path / "scores.parquet") == uninterrupted
 
 
-def test_the_finished_file_is_on_the_disk_before_the_shards_go(tmp_path, monkeypatch):
+def test_the_finished_file_is_synced_before_shards_are_deleted(tmp_path, monkeypatch):
     out, log = tmp_path / "scores.parquet", []
     fsync, replace, remove = os.fsync, os.replace, ShardStore.remove
 
@@ -295,8 +295,8 @@ def test_the_finished_file_is_on_the_disk_before_the_shards_go(tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("processes", [2, 4])
-def test_processes_that_know_nothing_of_each_other(tmp_path, whole, processes):
-    """The same command twice at once, without torchrun: each is rank 0, and neither fails nor damages the file."""
+def test_uncoordinated_processes_write_the_same_file(tmp_path, uninterrupted, processes):
+    """The same command started twice without torchrun: both are rank 0, and neither fails or damages the file."""
     for attempt in range(3):
         out = tmp_path / str(attempt) / "scores.parquet"
         out.parent.mkdir()
@@ -311,12 +311,12 @@ def test_processes_that_know_nothing_of_each_other(tmp_path, whole, processes):
                 os._exit(code)
             children.append(pid)
         assert [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children] == [0] * processes
-        assert content(out) == whole
+        assert content(out) == uninterrupted
         assert sorted(p.name for p in out.parent.iterdir()) == ["scores.parquet", "scores.refused.jsonl"]
 
 
-def test_a_rank_stops_where_the_run_was_finished_without_it(tmp_path):
-    """Also where the finished file has been taken away since, as that of a reference cache."""
+def test_a_rank_stops_if_the_run_is_already_finished(tmp_path):
+    """Also if the finished file has been moved since, as a reference cache is."""
     out, log = tmp_path / "scores.parquet", []
 
     class Late(FakeScorer):
@@ -333,7 +333,7 @@ def test_a_rank_stops_where_the_run_was_finished_without_it(tmp_path):
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
-def test_ranks_share_the_work_and_write_the_same_file(tmp_path, whole, ranks):
+def test_ranks_share_the_work_and_write_the_same_file(tmp_path, uninterrupted, ranks):
     out = tmp_path / "scores.parquet"
     children = []
     for rank in range(ranks):
@@ -346,19 +346,19 @@ def test_ranks_share_the_work_and_write_the_same_file(tmp_path, whole, ranks):
             os._exit(code)
         children.append(pid)
     assert [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children] == [0] * ranks
-    assert content(out) == whole
+    assert content(out) == uninterrupted
     assert sorted(p.name for p in tmp_path.iterdir()) == ["scores.parquet", "scores.refused.jsonl"]
 
 
-def test_the_shards_of_a_dead_rank_are_made_by_the_others(tmp_path, whole):
+def test_other_ranks_compute_the_shards_of_a_dead_rank(tmp_path, uninterrupted):
     """Rank 0 alone of four writes the whole file."""
     out = tmp_path / "scores.parquet"
     score_run(make(out, 0, 4))
-    assert content(out) == whole
+    assert content(out) == uninterrupted
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 5])
-def test_each_rank_looks_at_every_shard_its_own_first(ranks):
+def test_each_rank_visits_its_own_shards_first_then_all(ranks):
     for rank in range(ranks):
         order = list(shard_order(11, rank, ranks))
         assert sorted(order) == list(range(11))
@@ -381,7 +381,7 @@ def test_other_settings_are_refused(tmp_path, finished):
 
 
 @pytest.mark.parametrize("what", ["text", "parquet"])
-def test_files_of_others_are_left_alone(tmp_path, what):
+def test_unrelated_files_are_not_touched(tmp_path, what):
     out = tmp_path / "scores.parquet"
     if what == "text":
         out.write_text("my notes")
@@ -394,7 +394,7 @@ def test_files_of_others_are_left_alone(tmp_path, what):
 
 
 @pytest.mark.parametrize("part", [0.1, 0.4, 0.9])
-def test_damage_of_the_finished_file_is_found(tmp_path, part):
+def test_damage_to_the_finished_file_is_detected(tmp_path, part):
     out = tmp_path / "scores.parquet"
     score_run(make(out))
     table = pyarrow.parquet.ParquetFile(out).metadata.row_group(3).column(2)
@@ -407,7 +407,7 @@ def test_damage_of_the_finished_file_is_found(tmp_path, part):
 
 
 @pytest.mark.parametrize("damage", [None, "", "{}\n", "{"])
-def test_a_lost_list_of_refused_rows_is_found(tmp_path, damage):
+def test_a_missing_list_of_refused_rows_is_detected(tmp_path, damage):
     run = make(tmp_path / "scores.parquet")
     score_run(run)
     if damage is None:
@@ -418,23 +418,23 @@ def test_a_lost_list_of_refused_rows_is_found(tmp_path, damage):
         score_run(run)
 
 
-def test_a_budget_of_an_earlier_process_is_kept(tmp_path):
-    """So that a run that goes on has the batches of an uninterrupted one."""
-    out, seen = tmp_path / "scores.parquet", []
+def test_a_resumed_run_keeps_the_earlier_budget(tmp_path):
+    """A resumed run then has the batches of an uninterrupted one."""
+    out, budgets = tmp_path / "scores.parquet", []
     run = make(out, reference=False)
     run.store.claim(POLICY, {"max_tokens": 77})
 
     class Noting(FakeScorer):
         def scores(self, examples, advance=None):
-            seen.append(self.max_tokens)
+            budgets.append(self.max_tokens)
             return super().scores(examples, advance)
 
     score_run(Run(run.source, out, run.settings, {POLICY: Noting}))
-    assert set(seen) == {77}
+    assert set(budgets) == {77}
 
 
 def test_a_terminal_shows_rows_tokens_and_the_time_left(tmp_path, monkeypatch):
-    """Also one that knows no width, as that of `script`."""
+    """Also a terminal without a known width, such as that of `script`."""
     master, slave = pty.openpty()
     with os.fdopen(slave, "w") as terminal:
         monkeypatch.setattr("sys.stderr", terminal)
@@ -444,19 +444,19 @@ def test_a_terminal_shows_rows_tokens_and_the_time_left(tmp_path, monkeypatch):
         with run_module._progress("scoring, reference", 10, 0, rank=1) as advance:
             advance(3, 600)
         os.set_blocking(master, False)
-        shown = ""
+        screen = ""
         with contextlib.suppress(BlockingIOError):
             while True:
-                shown += os.read(master, 65536).decode()
+                screen += os.read(master, 65536).decode()
     os.close(master)
-    assert "scoring, policy" in shown
-    assert " 5/10 " in shown
-    assert "tokens/s" in shown
-    assert "<00:00" in shown
-    assert "reference" not in shown
+    assert "scoring, policy" in screen
+    assert " 5/10 " in screen
+    assert "tokens/s" in screen
+    assert "<00:00" in screen
+    assert "reference" not in screen
 
 
-def test_a_log_has_a_line_from_time_to_time(capsys, monkeypatch):
+def test_a_log_gets_periodic_lines(capsys, monkeypatch):
     for seconds, is_shown in ((30, False), (0.01, True)):
         monkeypatch.setattr(run_module, "_LOG_SECONDS", seconds)
         with run_module._progress("scoring, policy", 10, 0, rank=0) as advance:
@@ -466,7 +466,7 @@ def test_a_log_has_a_line_from_time_to_time(capsys, monkeypatch):
         assert ("tokens/s" in capsys.readouterr().err) == is_shown
 
 
-def test_no_row_that_can_be_scored(tmp_path):
+def test_a_run_without_scorable_rows_finishes(tmp_path):
     class Nothing(Pairs):
         def examples(self, start, stop):
             return [], [RefusedRow(row, "it is empty") for row in range(start, stop)]
@@ -480,7 +480,7 @@ def test_no_row_that_can_be_scored(tmp_path):
     assert [json.loads(line) for line in lines] == [{"row": i, "reason": "it is empty"} for i in range(ROWS)]
 
 
-def test_shards_hold_every_bit(tmp_path):
+def test_shards_store_values_bitwise(tmp_path):
     store = ShardStore(tmp_path, 4, {})
     store.claim(POLICY, {})
     score = Score(-1 / 3, 2, True, {"logps": [-0.1, -1e-300], "ranks": [0, 5]})

@@ -1,4 +1,4 @@
-"""Examples under a budget of tokens: the same scores whatever the batches, and what happens where memory runs out."""
+"""Scoring within a token budget: scores independent of batching, and recovery from out-of-memory errors."""
 
 import models
 import pytest
@@ -13,7 +13,7 @@ from fusedalign.score.scorer import PER_TOKEN, Scorer, batches
 @pytest.mark.parametrize("packed", [False, "auto"])
 @pytest.mark.parametrize("family", models.FAMILIES)
 @pytest.mark.parametrize("rows", [models.pairs, models.texts])
-def test_scores_are_those_of_full_logits(family, packed, rows):
+def test_scores_equal_full_logits(family, packed, rows):
     model, examples = models.build(family), rows(9)
     scorer = Scorer(model, packed=packed, max_tokens=100, per_token=PER_TOKEN)
     assert scorer.packed == (packed == "auto" and family != "gemma2")
@@ -22,15 +22,15 @@ def test_scores_are_those_of_full_logits(family, packed, rows):
 
 def test_scores_do_not_depend_on_the_budget():
     model, examples = models.build(), models.pairs(12)
-    whole, *others = [Scorer(model, max_tokens=n).scores(examples) for n in (10_000, 64, 1)]
+    expected, *others = [Scorer(model, max_tokens=n).scores(examples) for n in (10_000, 64, 1)]
     for scores in others:
-        for row, want in zip(scores, whole, strict=True):
+        for row, want in zip(scores, expected, strict=True):
             for a, b in zip(row, want, strict=True):
                 assert (a.tokens, a.is_greedy) == (b.tokens, b.is_greedy)
                 assert a.logps == pytest.approx(b.logps, abs=1e-3)
 
 
-def test_bf16_is_as_near_as_bf16_can_be():
+def test_bf16_scores_are_within_bf16_rounding():
     model = models.build(dtype=torch.bfloat16)
     examples = models.pairs(8)
     models.assert_scores(model, examples, Scorer(model).scores(examples), tolerance=0.15)
@@ -54,25 +54,25 @@ def test_batches_keep_to_the_budget(packed):
 
 
 @pytest.mark.parametrize("long", [False, True])
-def test_examples_with_one_prompt_run_together(long):
-    """Answers in rows of their own, as of KTO or multiple choice: a prompt of some length is computed once."""
+def test_examples_with_one_prompt_share_its_computation(long):
+    """Separate rows with one prompt, as in KTO or multiple choice: a prompt long enough to pay is computed once."""
     g = torch.Generator().manual_seed(0)
     prompts = [models.ids(12 if long else 3, g) for _ in range(3)]
     examples = [
         Example(i, (Answer("completion", (models.window(prompts[i % 3], models.ids(1 + i % 5, g)),)),))
         for i in range(31)
     ]
-    model, seen = models.build(), []
-    model.get_input_embeddings().register_forward_pre_hook(lambda m, args: seen.append(args[0].numel()))
+    model, sizes = models.build(), []
+    model.get_input_embeddings().register_forward_pre_hook(lambda m, args: sizes.append(args[0].numel()))
     scorer = Scorer(model, packed=True)
-    seen.clear()
+    sizes.clear()
     models.assert_scores(model, examples, scorer.scores(examples))
     tokens = sum(len(e.answers[0].windows[0].input_ids) for e in examples)
-    assert (sum(seen) < 0.6 * tokens) == long
+    assert (sum(sizes) < 0.6 * tokens) == long
 
 
 def fails_above(monkeypatch, limit, error=torch.OutOfMemoryError):
-    """Let a batch of more than so many padded token slots fail; returns the sizes that were tried."""
+    """Make batches above `limit` token slots run out of memory; return the list of sizes tried."""
     sizes, original = [], scorer_module.select_logps
 
     def select(model, ids, labels, mask, **options):
@@ -87,7 +87,7 @@ def fails_above(monkeypatch, limit, error=torch.OutOfMemoryError):
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError, RuntimeError])
 @pytest.mark.parametrize("packed", [False, True])
-def test_halves_where_memory_runs_out(monkeypatch, packed, error):
+def test_running_out_of_memory_halves_the_batch(monkeypatch, packed, error):
     model, examples = models.build(), models.pairs(12)
     want = Scorer(model, packed=packed).scores(examples)
     scorer = Scorer(model, packed=packed, max_tokens=1000)
@@ -96,13 +96,13 @@ def test_halves_where_memory_runs_out(monkeypatch, packed, error):
     assert max(sizes) > 120
     for a, b in zip(got, want, strict=True):
         assert [x.logps for x in a] == pytest.approx([x.logps for x in b], abs=1e-3)
-    assert scorer.max_tokens < 1000  # so that the next shard does not try again
+    assert scorer.max_tokens < 1000  # the next shard starts with the smaller budget
     first = len(sizes)
     scorer.scores(examples)
     assert sum(size > 120 for size in sizes[first:]) < sum(size > 120 for size in sizes[:first])
 
 
-def test_a_row_that_never_fits_is_named(monkeypatch):
+def test_a_row_that_never_fits_is_refused_by_name(monkeypatch):
     model, examples = models.build(), models.pairs(6)
     longest = max(len(a.windows[0].input_ids) for e in examples for a in e.answers)
     fails_above(monkeypatch, longest - 1)
@@ -123,7 +123,7 @@ def test_other_errors_are_not_swallowed(monkeypatch):
         Scorer(models.build(), max_tokens=64).scores(models.pairs(2))
 
 
-def test_what_is_no_number_is_named():
+def test_a_nan_score_is_refused_by_name():
     model = models.build()
     with torch.no_grad():
         model.get_input_embeddings().weight[50] = float("nan")
@@ -134,7 +134,7 @@ def test_what_is_no_number_is_named():
     assert "the model's log-probability is nan" in refused
 
 
-def test_a_token_that_the_model_does_not_have_is_named():
+def test_a_token_outside_the_vocabulary_is_refused_by_name():
     plain = Example(0, (Answer("text", (Window([4, 5, 6], [4, 5, 6]),)),))
     foreign = Example(1, (Answer("text", (Window([4, models.VOCAB, 6], [4, 5, 6]),)),))
     refused, scored = Scorer(models.build()).scores([foreign, plain])
@@ -143,10 +143,10 @@ def test_a_token_that_the_model_does_not_have_is_named():
 
 
 def test_progress_counts_each_example_and_token_once():
-    examples, told = models.pairs(10) + models.texts(7), []
-    Scorer(models.build(), max_tokens=80).scores(examples, lambda rows, tokens: told.append((rows, tokens)))
-    assert sum(rows for rows, _ in told) == 17
-    assert sum(tokens for _, tokens in told) == sum(
+    examples, reports = models.pairs(10) + models.texts(7), []
+    Scorer(models.build(), max_tokens=80).scores(examples, lambda rows, tokens: reports.append((rows, tokens)))
+    assert sum(rows for rows, _ in reports) == 17
+    assert sum(tokens for _, tokens in reports) == sum(
         len(w.input_ids) for e in examples for a in e.answers for w in a.windows
     )
 
@@ -160,7 +160,7 @@ def test_progress_counts_each_example_and_token_once():
         ({"per_token": ["rank"]}, "per_token must be of logps, entropy, ranks, got 'rank'"),
     ],
 )
-def test_words_that_are_none(options, message):
+def test_bad_options_raise(options, message):
     with pytest.raises(ValueError, match=message):
         Scorer(models.build(), **options)
 
@@ -173,7 +173,7 @@ def test_packed_true_refuses_with_the_reason():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("packed", [False, "auto"])
-def test_on_a_gpu(packed):
+def test_scores_on_a_gpu_equal_full_logits(packed):
     model = models.build().cuda()
     examples = models.pairs(40)
     scores = Scorer(model, packed=packed, per_token=PER_TOKEN).scores(examples)
@@ -189,7 +189,7 @@ def test_on_a_gpu(packed):
         "Triton Error [CUDA]: out of memory",
     ],
 )
-def test_memory_that_runs_out_outside_of_the_allocator_halves_the_batch(monkeypatch, words):
+def test_out_of_memory_errors_outside_the_allocator_halve_the_batch(monkeypatch, words):
     examples, sizes = models.pairs(6), []
     original = scorer_module.select_logps
 
@@ -202,14 +202,14 @@ def test_memory_that_runs_out_outside_of_the_allocator_halves_the_batch(monkeypa
     model = models.build()
     want = Scorer(model).scores(examples)
     monkeypatch.setattr(scorer_module, "select_logps", select)
-    found = Scorer(model).scores(examples)
+    got = Scorer(model).scores(examples)
     assert max(sizes) > 4
-    assert [[s.tokens for s in row] for row in found] == [[s.tokens for s in row] for row in want]
+    assert [[s.tokens for s in row] for row in got] == [[s.tokens for s in row] for row in want]
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_a_failure_at_the_end_loses_no_result_before_it(monkeypatch, packed):
-    """The longer answer of the last pair never fits; the pair is refused by its name, and all before it are scored."""
+def test_an_out_of_memory_last_row_loses_no_earlier_result(monkeypatch, packed):
+    """The longer answer of the last pair never fits: the pair is refused by name, all earlier rows are scored."""
     g = torch.Generator().manual_seed(0)
     one = Example(0, (Answer("text", (models.window(models.ids(3, g), models.ids(4, g)),)),))
     prompt = models.ids(3, g)
@@ -223,7 +223,7 @@ def test_a_failure_at_the_end_loses_no_result_before_it(monkeypatch, packed):
     assert refused == "rejected: out of memory with this row's 33 tokens alone"
 
 
-def test_dropout_is_no_reason_to_pad_what_only_runs_forward():
+def test_scoring_packs_models_with_dropout():
     config = transformers.GPT2Config(vocab_size=models.VOCAB, n_positions=64, n_embd=16, n_layer=1, n_head=2)
     scorer = Scorer(transformers.GPT2LMHeadModel(config).eval())
     assert scorer.packed, scorer.refusal

@@ -1,4 +1,4 @@
-"""The table at the end and the histogram."""
+"""The summary table and the histogram."""
 
 import math
 import struct
@@ -27,12 +27,12 @@ def singles(name="completion", text_bytes=None, scores=CHOSEN):
 
 
 def cells(text, label):
-    """What a line holds after its label."""
+    """The cells of a line after its label."""
     (line,) = [line for line in text.splitlines() if line.strip().startswith(label)]
     return line.strip()[len(label) :].split()
 
 
-def test_single_answers():
+def test_single_answers_are_summarised():
     text = summary(singles(), {"model": "embedded"})
     assert cells(text, "model") == ["embedded"]
     assert cells(text, "rows") == ["4"]
@@ -50,7 +50,7 @@ def test_single_answers():
     assert "bits per byte" not in text
 
 
-def test_pairs():
+def test_pairs_are_summarised_with_margin_and_accuracy():
     text = summary(pairs(), {})
     assert cells(text, "tokens") == ["10", "10"]
     assert cells(text, "perplexity of all tokens") == [f"{math.exp(x / 10):.4f}" for x in (24, 31)]
@@ -59,14 +59,14 @@ def test_pairs():
     assert "reward" not in text
 
 
-def test_rewards():
+def test_rewards_are_summarised():
     text = summary(pairs(reference=list(zip(REJECTED, CHOSEN, strict=True))), {})
     assert cells(text, "implicit reward, mean") == ["0.8750", "-0.8750"]
     assert cells(text, "reward margin, mean") == ["1.7500"]
     assert cells(text, "reward accuracy") == ["75.0", "%", "(3", "of", "4", "pairs)"]
 
 
-def test_bytes():
+def test_text_is_summarised_in_bits_per_byte():
     text = summary(singles("text", 10), {})
     assert cells(text, "bytes") == ["40"]
     assert cells(text, "bits per byte") == [f"{24 / 40 / math.log(2):.4f}"]
@@ -86,7 +86,7 @@ def test_refused_rows_are_counted_by_reason():
     assert summary(singles(), {"refused": {"text must be text": 7}}).count("text must be text") == 1
 
 
-def test_lines_are_no_longer_than_a_terminal():
+def test_lines_fit_a_terminal():
     about = {"model": "q" * 150, "data set": "a long name " * 20, "refused": {"why not " * 40: 3}}
     text = summary(pairs(), about)
     assert max(map(len, text.splitlines())) <= WIDTH
@@ -95,7 +95,7 @@ def test_lines_are_no_longer_than_a_terminal():
     assert text.count("q") == 150
 
 
-def test_values_that_are_not_finite_are_left_out_and_counted():
+def test_non_finite_values_are_excluded_and_counted():
     scores = [*CHOSEN, Score(math.nan, 5, False), Score(-math.inf, 6, False)]
     text = summary(singles(scores=scores), {})
     assert cells(text, "not finite, left out below") == ["2"]
@@ -104,20 +104,20 @@ def test_values_that_are_not_finite_are_left_out_and_counted():
     assert cells(text, "tokens") == ["21"]
 
 
-def test_nothing_finite():
+def test_only_non_finite_values_print_dashes():
     text = summary(singles("text", 3, [Score(math.nan, 5, False)]), {})
     assert cells(text, "mean over rows") == ["-"]
     assert cells(text, "perplexity of all tokens") == ["-"]
     assert cells(text, "bits per byte") == ["-"]
 
 
-def test_no_row_scored():
+def test_no_scored_row_is_summarised():
     text = summary(columns.table([], []), {"refused": {"text must be text": 2}})
     assert cells(text, "scored") == ["0"]
     assert cells(text, "rows") == ["2"]
 
 
-def test_tables_of_arrow_and_of_lists_read_alike():
+def test_arrow_tables_and_lists_give_the_same_summary():
     table = pa.concat_tables([pairs(), pairs()])
     assert summary(table, {}) == summary(table.to_pydict(), {})
     text = singles("text", 10)
@@ -130,7 +130,7 @@ def size(path):
     return struct.unpack(">II", content[16:24])
 
 
-def test_histogram(tmp_path):
+def test_histogram_has_one_panel_per_quantity(tmp_path):
     pytest.importorskip("matplotlib")
     one, two, three = (tmp_path / f"{n}.png" for n in (1, 2, 3))
     histogram(singles(), one)
@@ -141,14 +141,14 @@ def test_histogram(tmp_path):
 
 
 @pytest.mark.parametrize("table", [columns.table([], []), singles(scores=[Score(math.nan, 1, False)])])
-def test_histogram_of_nothing(table, tmp_path):
+def test_histogram_without_finite_scores_fails(table, tmp_path):
     pytest.importorskip("matplotlib")
     failure = plot_failure(lambda path: histogram(table, path), tmp_path / "none.png")
     assert failure.endswith("ValueError: expected a finite score to draw, got none")
     assert not (tmp_path / "none.png").exists()
 
 
-def test_histogram_with_some_columns_not_finite(tmp_path):
+def test_histogram_skips_non_finite_columns(tmp_path):
     pytest.importorskip("matplotlib")
     scores = [(a, Score(-math.inf, 1, False)) for a in CHOSEN]
     histogram(pairs(scores=scores), tmp_path / "some.png")

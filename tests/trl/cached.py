@@ -1,4 +1,4 @@
-"""A reference cache, written by a plain loop over full logits."""
+"""Write a reference cache by a plain loop over full logits."""
 
 import torch
 
@@ -7,7 +7,7 @@ from fusedalign.trl.ref_rows import reference_examples
 
 
 def write(path, kind, model, datasets, tokenizer, args, name="the-model"):
-    """The cache of these data at `path`, and its record."""
+    """Write the cache of these data to `path` and return its record."""
     rows = [row for dataset in datasets for row in reference_examples(kind, dataset, tokenizer, args)]
     with torch.no_grad():
         logps = [_sum_of_logps(model.eval(), row) for row in rows]

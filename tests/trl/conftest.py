@@ -1,4 +1,4 @@
-"""A model, data, and a way to train a few steps twice."""
+"""Models, data, and builders of trainers that train a few steps."""
 
 import functools
 import gc
@@ -21,7 +21,7 @@ AUTO = {"t5": AutoModelForSeq2SeqLM, "qwen2_5_vl": AutoModelForImageTextToText}
 
 @pytest.fixture(scope="session", autouse=True)
 def _quick_garbage_collection():
-    """Each training ends with a collection that looks at what all these libraries have made: half of its time."""
+    """Freeze imported objects: the garbage collection after each training would otherwise take half of its time."""
     gc.collect()
     gc.freeze()
     yield
@@ -29,8 +29,8 @@ def _quick_garbage_collection():
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _packages_looked_for_once():
-    """Else each step looks through all that is installed for peft, many times."""
+def _cached_package_lookup():
+    """Cache a package lookup that every training step repeats many times."""
     original = imports._is_package_available
     imports._is_package_available = functools.cache(original)
     yield
@@ -39,34 +39,34 @@ def _packages_looked_for_once():
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory):
-    """tiny_folder("qwen3") -> a folder with the model of `tiny.MODELS`, always the same one."""
-    made = {}
+    """tiny_folder("qwen3") -> a folder with that model of `tiny.MODELS`, always with the same weights."""
+    folders = {}
 
     def folder(name):
-        if name not in made:
-            made[name] = tmp_path_factory.mktemp(name)
+        if name not in folders:
+            folders[name] = tmp_path_factory.mktemp(name)
             torch.manual_seed(1)
             model = tiny.MODELS[name]()
             for parameter in model.parameters():
-                if parameter.ndim > 1:  # so that logits differ by more than rounding does
+                if parameter.ndim > 1:  # so that logits differ by more than rounding
                     parameter.data.mul_(8)
-            model.save_pretrained(made[name])
-        return made[name]
+            model.save_pretrained(folders[name])
+        return folders[name]
 
     return folder
 
 
 @pytest.fixture(scope="session")
 def embedded_folder(tmp_path_factory):
-    """The folder of the small model that the recipes train."""
+    """A folder with the small model that the recipes train."""
     return build_embedded_model(tmp_path_factory.mktemp("embedded"))
 
 
 @pytest.fixture(scope="session")
 def build(tiny_folder, tmp_path_factory):
-    """build("dpo", "stock" | "attach" | "fused" | "plain", model="qwen3", ..., **config) -> a trainer, always the same.
+    """build("dpo", "stock" | "attach" | "fused" | "plain", model="qwen3", ..., **config) -> a trainer with fixed seeds.
 
-    "plain" is the Fused trainer with log-probabilities from full logits, for what stock TRL refuses.
+    "plain" is the Fused trainer with log-probabilities from full logits, where stock TRL refuses.
     """
     output = str(tmp_path_factory.mktemp("runs"))
     tokenizer, datasets = tiny.tokenizer(), {}
@@ -76,7 +76,9 @@ def build(tiny_folder, tmp_path_factory):
             datasets[kind, n] = tiny.data(kind, n)
         return datasets[kind, n]
 
-    def make(kind, how, model="qwen3", rows=12, cls=None, arguments=(), head=(), prepare=None, data=None, **options):
+    def make(
+        kind, variant, model="qwen3", rows=12, cls=None, arguments=(), head=(), prepare=None, data=None, **options
+    ):
         stock, fused, config_cls = tiny.classes(kind)
         config = {
             "output_dir": output,
@@ -104,29 +106,29 @@ def build(tiny_folder, tmp_path_factory):
             lm = prepare(lm)
         torch.manual_seed(0)
         if cls is None:
-            cls = {"fused": fused, "plain": fused and plain.with_plain_head(fused)}.get(how, stock)
+            cls = {"fused": fused, "plain": fused and plain.with_plain_head(fused)}.get(variant, stock)
         trainer = cls(
             model=lm,
             args=config_cls(**config | options),
             train_dataset=dataset(kind, rows) if data is None else data,
             **({} if kind in ("grpo", "rloo") or data is not None else {"eval_dataset": dataset(kind, 6)}),
             **({"processing_class": tokenizer} | arguments),
-            **(dict(head) if how == "fused" else {}),
+            **(dict(head) if variant == "fused" else {}),
         )
-        return attach(trainer, **dict(head)) if how == "attach" else trainer
+        return attach(trainer, **dict(head)) if variant == "attach" else trainer
 
     return make
 
 
 @pytest.fixture(scope="session")
 def stock_history(build):
-    """stock_history(kind, **options) -> every logged row of stock TRL, made once for all tests that ask for it."""
-    made = {}
+    """stock_history(kind, **options) -> every logged row of stock TRL, cached for all tests."""
+    histories = {}
 
     def history(kind, **options):
         key = repr((kind, sorted(options.items(), key=lambda item: item[0])))
-        if key not in made:
-            made[key] = tiny.history(build(kind, "stock", **options))
-        return made[key]
+        if key not in histories:
+            histories[key] = tiny.history(build(kind, "stock", **options))
+        return histories[key]
 
     return history

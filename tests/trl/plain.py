@@ -1,4 +1,4 @@
-"""What a Fused trainer is compared with where stock TRL refuses: itself, with log-probabilities from full logits."""
+"""Fused trainers with log-probabilities from full logits: the oracle where stock TRL refuses."""
 
 import functools
 import types
@@ -10,15 +10,15 @@ from fusedalign.trl.forward import FusedOutput
 def add_plain_head(
     model, outputs=("log_probs",), *, options, loss_hint=None, mean_positions=None, mixed=None, layouts=None
 ):
-    """Stands in for `fusedalign.trl.forward.add_lm_head`: the model's own forward and its own call of the head."""
+    """Replacement for `fusedalign.trl.forward.add_lm_head` that uses the model's own forward and head."""
     original = model.forward
 
     @functools.wraps(type(model).forward)
     def forward(self, *args, fused_lm_head=False, labels=None, num_items_in_batch=None, layout=None, **kwargs):
         if not fused_lm_head:
             return original(*args, labels=labels, **kwargs)
-        every = original(*args, **kwargs | {"use_cache": False}).logits.float()
-        logits, targets = every[:, :-1], labels[:, 1:]
+        all_logits = original(*args, **kwargs | {"use_cache": False}).logits.float()
+        logits, targets = all_logits[:, :-1], labels[:, 1:]
         logps, mask = logits.log_softmax(-1), targets != -100
         fields = {
             "log_probs": logps.gather(-1, targets.clamp(min=0)[..., None])[..., 0],
@@ -29,7 +29,7 @@ def add_plain_head(
         }
         fields = {name: x.where(mask, 0) for name, x in fields.items() if name in ("log_probs", *outputs)}
         if mean_positions is not None:
-            fields["row_mean_logits"] = every[:, mean_positions].mean((1, 2)).detach()
+            fields["row_mean_logits"] = all_logits[:, mean_positions].mean((1, 2)).detach()
         count = mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
         return FusedOutput(loss=-fields["log_probs"].sum() / count, label_mask=mask, **fields)
 
@@ -37,7 +37,7 @@ def add_plain_head(
 
 
 def with_plain_head(cls):
-    """`cls`, one of the Fused trainers, with `add_plain_head`."""
+    """A subclass of the Fused trainer `cls` that uses `add_plain_head`."""
 
     class Plain(cls):
         def __init__(self, *args, **kwargs):

@@ -1,4 +1,4 @@
-"""The folder of an adapter is a model: it is trained further, or merged, and what is saved loads again."""
+"""An adapter folder is a model: it can be trained further or merged, and what is saved loads again."""
 
 import json
 import math
@@ -16,7 +16,7 @@ from fusedalign.cli import main
 from fusedalign.trl import adapters
 
 LORA = {"r": 4, "init_lora_weights": False, "task_type": "CAUSAL_LM"}
-#: Where an adapter can sit, each with the model below it.
+#: Adapter positions, each with its base model.
 ADAPTERS = {
     "lora": ("qwen3", lambda: peft.LoraConfig(target_modules=["q_proj", "v_proj"], **LORA)),
     "head": ("qwen3", lambda: peft.LoraConfig(target_modules=["q_proj", "lm_head"], **LORA)),
@@ -47,7 +47,7 @@ ADAPTERS = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Base models, adapters of all kinds on them, and data, all as files."""
+    """A folder with base models, adapters of all kinds, and data."""
     folder = tmp_path_factory.mktemp("adapters")
     for name in ("qwen3", "tied"):
         torch.manual_seed(1)
@@ -66,7 +66,7 @@ def folder(tmp_path_factory):
 
 
 def train(method, folder, model, out, *more):
-    """The command's metrics of each step."""
+    """Run the command; return its metrics of each step."""
     options = {
         "model_name_or_path": model,
         "dataset_name": folder / ("sft.jsonl" if method == "sft" else "dpo.jsonl"),
@@ -92,21 +92,21 @@ def logits(model):
         return model.eval()(input_ids=ids).logits
 
 
-def whole(folder, name):
+def merged_model(folder, name):
     base = transformers.AutoModelForCausalLM.from_pretrained(folder / ADAPTERS[name][0])
     return peft.PeftModel.from_pretrained(base, folder / name)
 
 
-def test_sft_with_lora_then_dpo_on_that_folder(folder, tmp_path):
-    """The reference is the model after SFT, and what DPO saves loads again, for more DPO too."""
+def test_dpo_trains_further_on_a_folder_of_sft_with_lora(folder, tmp_path):
+    """The reference is the model after SFT; the folder saved by DPO loads again, also for more DPO."""
     train("sft", folder, folder / "qwen3", tmp_path / "sft", "--use_peft", "--lora_target_modules", "q_proj")
     first = train("dpo", folder, tmp_path / "sft", tmp_path / "dpo", "--max_steps", "3")
     assert first[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert first[2]["loss"] < first[0]["loss"]
-    again = train("dpo", folder, tmp_path / "dpo", tmp_path / "again")
-    assert again[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
-    assert again[0]["rewards/margins"] == pytest.approx(0, abs=1e-6)
-    assert again[0]["logps/chosen"] != pytest.approx(first[0]["logps/chosen"], abs=1e-3)
+    second_dpo = train("dpo", folder, tmp_path / "dpo", tmp_path / "again")
+    assert second_dpo[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert second_dpo[0]["rewards/margins"] == pytest.approx(0, abs=1e-6)
+    assert second_dpo[0]["logps/chosen"] != pytest.approx(first[0]["logps/chosen"], abs=1e-3)
     config = json.loads((tmp_path / "again" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(folder / "qwen3")
 
@@ -117,9 +117,9 @@ def test_a_merged_model_gives_the_logits_of_base_and_adapter(folder, tmp_path, n
     assert capsys.readouterr().out == f"model: {tmp_path / 'merged'}\n"
     merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert not isinstance(merged, peft.PeftModel)
-    want, base = logits(whole(folder, name)), transformers.AutoModelForCausalLM.from_pretrained(folder / "qwen3")
+    want, base = logits(merged_model(folder, name)), transformers.AutoModelForCausalLM.from_pretrained(folder / "qwen3")
     torch.testing.assert_close(logits(merged), want, rtol=1e-4, atol=1e-5)
-    if name != "pissa":  # which begins at the base model
+    if name != "pissa":  # starts at the base model
         assert not torch.allclose(logits(base), want, atol=1e-3)
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "merged")
     assert tokenizer.get_vocab() == tiny.tokenizer().get_vocab()
@@ -127,7 +127,7 @@ def test_a_merged_model_gives_the_logits_of_base_and_adapter(folder, tmp_path, n
 
 
 def chosen_logps(model, folder):
-    """The mean over the data of the log-probability of the chosen answers, from logits."""
+    """The mean log-probability of the chosen answers, from logits."""
     tokenizer, sums = tiny.tokenizer(), []
     for line in (folder / "dpo.jsonl").read_text().splitlines():
         row = json.loads(line)
@@ -140,21 +140,21 @@ def chosen_logps(model, folder):
 
 
 @pytest.mark.parametrize("name", ["lora", "tied head", "embedding", "tokens", "ia3", "vera"])
-def test_the_reference_is_base_and_adapter(folder, tmp_path, name):
-    """Also of adapters that TRL copies in part: trained tokens, LoRA on embeddings, IA3, VeRA."""
+def test_the_reference_is_the_base_model_with_its_adapter(folder, tmp_path, name):
+    """Also for adapters that TRL copies only in part: trained tokens, LoRA on embeddings, IA3, VeRA."""
     start = train("dpo", folder, folder / name, tmp_path / "out")[0]
     assert start["loss"] == pytest.approx(math.log(2), abs=1e-6)
-    assert start["logps/chosen"] == pytest.approx(chosen_logps(whole(folder, name), folder), abs=1e-3)
+    assert start["logps/chosen"] == pytest.approx(chosen_logps(merged_model(folder, name), folder), abs=1e-3)
 
 
 @pytest.mark.parametrize("name", ["lora", "embedding"])
-def test_the_reference_of_kto(folder, tmp_path, name):
+def test_the_reference_of_kto_is_the_base_model_with_its_adapter(folder, tmp_path, name):
     assert train("kto", folder, folder / name, tmp_path / "out")[0]["loss"] == pytest.approx(0.5, abs=1e-6)
 
 
 @pytest.mark.parametrize("method", ["sft", "cpo", "simpo", "orpo"])
 def test_every_method_trains_an_adapter_further(folder, tmp_path, method):
-    """What is saved is an adapter on the same base model, with its tokenizer, and nothing else has moved."""
+    """The saved folder holds an adapter on the same base model and its tokenizer; no other weights change."""
     train(method, folder, folder / "lora", tmp_path / "out")
     before, after = (peft.load_peft_weights(path, device="cpu") for path in (folder / "lora", tmp_path / "out"))
     assert before.keys() == after.keys()
@@ -163,23 +163,23 @@ def test_every_method_trains_an_adapter_further(folder, tmp_path, method):
     assert (tmp_path / "out" / "tokenizer_config.json").is_file()
 
 
-@pytest.mark.parametrize("more", [["--merge_adapter", "true"], ["--use_peft", "--lora_target_modules", "k_proj"]])
-def test_merged_on_request_and_under_a_new_adapter(folder, tmp_path, more):
-    """The reference is the merged model, which is kept where the new adapter says that its base model is."""
-    start = train("dpo", folder, folder / "lora", tmp_path / "out", *more)[0]
+@pytest.mark.parametrize("flags", [["--merge_adapter", "true"], ["--use_peft", "--lora_target_modules", "k_proj"]])
+def test_adapters_are_merged_on_request_and_under_a_new_adapter(folder, tmp_path, flags):
+    """The reference is the merged model, saved in the folder that the new adapter names as its base model."""
+    start = train("dpo", folder, folder / "lora", tmp_path / "out", *flags)[0]
     assert start["loss"] == pytest.approx(math.log(2), abs=1e-6)
-    assert start["logps/chosen"] == pytest.approx(chosen_logps(whole(folder, "lora"), folder), abs=1e-3)
-    if "--use_peft" in more:
+    assert start["logps/chosen"] == pytest.approx(chosen_logps(merged_model(folder, "lora"), folder), abs=1e-3)
+    if "--use_peft" in flags:
         config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
         assert config["base_model_name_or_path"] == str(tmp_path / "out" / "merged-model")
         assert config["target_modules"] == ["k_proj"]
     else:
-        trained = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-        assert not torch.equal(logits(trained), logits(whole(folder, "lora")))
+        merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+        assert not torch.equal(logits(merged), logits(merged_model(folder, "lora")))
 
 
-def test_added_tokens_come_with_the_adapter(folder, tmp_path):
-    """A vocabulary that training has enlarged: base model, head and tokenizer follow."""
+def test_added_tokens_are_loaded_with_the_adapter(folder, tmp_path):
+    """Base model, head and tokenizer take the vocabulary that training has enlarged."""
     tokenizer, base = tiny.tokenizer(), transformers.AutoModelForCausalLM.from_pretrained(folder / "qwen3")
     tokenizer.add_tokens(["<call>", "<answer>"])
     for i in range(len(tokenizer), base.config.vocab_size):
@@ -200,8 +200,8 @@ def test_added_tokens_come_with_the_adapter(folder, tmp_path):
     torch.testing.assert_close(logits(merged), logits(model), rtol=1e-4, atol=1e-5)
 
 
-def test_the_embedded_base_model(folder, tmp_path, monkeypatch, capsys):
-    """It lies in the output directory of the first training: both may move, and one line says where it is gone."""
+def test_an_adapter_of_the_embedded_model_can_move_with_it(folder, tmp_path, monkeypatch, capsys):
+    """The base model is saved in the first training's output directory: both may move; if missing, one line says so."""
     monkeypatch.chdir(tmp_path)
     peft_words = ["--use_peft", "--lora_target_modules", "q_proj", "v_proj"]
     data = ["--dataset_name", "recipes/data/sft", "--max_length", "32", "--per_device_train_batch_size", "1"]
@@ -215,7 +215,7 @@ def test_the_embedded_base_model(folder, tmp_path, monkeypatch, capsys):
     assert str(tmp_path / "first" / "embedded-model") in error
 
 
-def test_what_cannot_be_merged(folder, tmp_path, capsys):
+def test_unmergeable_adapters_are_refused(folder, tmp_path, capsys):
     model = transformers.AutoModelForCausalLM.from_pretrained(folder / "qwen3")
     prompt = peft.get_peft_model(model, peft.PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"))
     prompt.save_pretrained(tmp_path / "prompt")
@@ -240,8 +240,8 @@ def test_what_cannot_be_merged(folder, tmp_path, capsys):
     assert not (tmp_path / "out").exists() or not any((tmp_path / "out").iterdir())
 
 
-def test_adapters_that_are_no_model(folder, tmp_path, capsys):
-    """Each of these would train something other than what the folder says."""
+def test_invalid_adapter_folders_are_refused(folder, tmp_path, capsys):
+    """Each of these would train something other than the folder describes."""
 
     def changed(name, **config):
         shutil.copytree(folder / "lora", tmp_path / name)
@@ -249,8 +249,8 @@ def test_adapters_that_are_no_model(folder, tmp_path, capsys):
         file.write_text(json.dumps(json.loads(file.read_text()) | config))
         return tmp_path / name
 
-    both, other = changed("both"), changed("other", base_model_name_or_path=str(folder / "small"))
-    shutil.copy(folder / "qwen3" / "model.safetensors", both)
+    merged_folder, other = changed("both"), changed("other", base_model_name_or_path=str(folder / "small"))
+    shutil.copy(folder / "qwen3" / "model.safetensors", merged_folder)
     small = transformers.Qwen3Config(**{**tiny.SMALL, "hidden_size": 8}, head_dim=8)
     transformers.Qwen3ForCausalLM(small).save_pretrained(folder / "small")
     tiny.tokenizer().save_pretrained(folder / "small")
@@ -258,7 +258,7 @@ def test_adapters_that_are_no_model(folder, tmp_path, capsys):
     (broken / "adapter_config.json").write_text("{")
     partial = changed("partial", target_modules=["q_proj", "v_proj", "o_proj"])
     for path, message in {
-        both: "must hold a model or an adapter, got .* with model.safetensors and adapter_config.json",
+        merged_folder: "must hold a model or an adapter, got .* with model.safetensors and adapter_config.json",
         other: "must fit its base model .*small, got",
         broken: "adapter_config.json in .* must be what PEFT writes",
         partial: "must fit its base model .*qwen3, got: Found missing adapter keys",
@@ -281,18 +281,18 @@ def test_merge_adapter_needs_an_adapter(folder, tmp_path, capsys):
 
 
 def test_dtype_and_quantisation_reach_the_base_model(folder, tmp_path, monkeypatch):
-    seen = {}
+    arguments = {}
 
     def load(path, **options):
-        seen.update(options, path=path)
+        arguments.update(options, path=path)
         raise RuntimeError("seen")
 
     monkeypatch.setattr(adapters, "create_model_from_path", load)
     monkeypatch.setattr(trl, "get_quantization_config", lambda model: f"4 bits: {model.load_in_4bit}")
     for method in ("dpo", "orpo"):
-        seen.clear()
+        arguments.clear()
         words = ["--model_name_or_path", str(folder / "lora"), "--dataset_name", str(folder / "dpo.jsonl")]
-        more = ["--output_dir", str(tmp_path / "out"), "--load_in_4bit", "--dtype", "bfloat16"]
-        assert main([method, *words, *more]) == 2
-        assert seen["path"] == str(folder / "qwen3")
-        assert (seen["quantization_config"], seen["dtype"]) == ("4 bits: True", "bfloat16")
+        flags = ["--output_dir", str(tmp_path / "out"), "--load_in_4bit", "--dtype", "bfloat16"]
+        assert main([method, *words, *flags]) == 2
+        assert arguments["path"] == str(folder / "qwen3")
+        assert (arguments["quantization_config"], arguments["dtype"]) == ("4 bits: True", "bfloat16")

@@ -1,4 +1,4 @@
-"""attach(): who is served and who is not, no logits, and no trace after detach(). test_matrix has the metrics."""
+"""attach(): which calls are fused, no logits, no trace after detach(). test_matrix compares the metrics."""
 
 import copy
 import io
@@ -16,41 +16,43 @@ from fusedalign.trl import attach, detach
 from fusedalign.trl import attachment as attach_module
 
 
-def test_the_expert_balancing_loss_is_in_the_total(build):
+def test_the_expert_balancing_loss_is_part_of_the_total(build):
     trainer = build("sft", "attach", model="qwen3_moe", max_steps=1)
     trainer.train()
-    assert trainer.state.log_history[0]["aux_loss"] > 0.5  # and part of "loss", which the matrix compares
+    assert trainer.state.log_history[0]["aux_loss"] > 0.5  # also part of "loss", which the matrix compares
 
 
 @pytest.mark.parametrize("kind", ["sft", "dpo"])
-def test_a_model_that_takes_no_loss_arguments(build, kind):
-    """Then the Trainer, and not the loss, divides by the number of accumulation steps."""
+def test_a_model_without_loss_arguments_trains_like_stock(build, kind):
+    """Then the Trainer, not the loss, divides by the number of accumulation steps."""
 
-    def without(trainer):
+    def without_loss_arguments(trainer):
         trainer.model_accepts_loss_kwargs = False
         return trainer
 
     options = {"gradient_accumulation_steps": 3, "per_device_train_batch_size": 2, "max_steps": 3}
-    got, want = (tiny.history(without(build(kind, how, **options))) for how in ("attach", "stock"))
+    got, want = (
+        tiny.history(without_loss_arguments(build(kind, variant, **options))) for variant in ("attach", "stock")
+    )
     tiny.assert_same(got, want)
 
 
-def test_no_step_makes_the_logits(build):
-    def largest(how):
-        trainer = build("dpo", how, per_device_train_batch_size=12)
+def test_no_step_allocates_the_logits(build):
+    def largest(variant):
+        trainer = build("dpo", variant, per_device_train_batch_size=12)
         batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
         trainer.model.train()
         with Allocations() as allocations:
             trainer.compute_loss(trainer.model, batch).backward()
         return allocations.largest(), int(batch["completion_mask"].sum()) * trainer.model.config.vocab_size
 
-    made, logits = largest("attach")
-    assert made < logits
-    made, logits = largest("stock")
-    assert made >= logits  # the check can fail
+    allocated, logits = largest("attach")
+    assert allocated < logits
+    allocated, logits = largest("stock")
+    assert allocated >= logits  # the check can fail: stock TRL
 
 
-def test_only_the_attached_trainer_is_served(build, monkeypatch):
+def test_only_the_attached_trainer_is_fused(build, monkeypatch):
     calls = []
     original = attach_module.linear_logps
     monkeypatch.setattr(attach_module, "linear_logps", lambda *a, **k: calls.append(k["impl"]) or original(*a, **k))
@@ -62,7 +64,7 @@ def test_only_the_attached_trainer_is_served(build, monkeypatch):
     assert not calls
     attached.train()
     assert calls == ["pytorch"]
-    attach(attached, impl="reference")  # again: replaces the impl, and each forward is served once
+    attach(attached, impl="reference")  # a second attach replaces the impl; each forward is fused once
     attached.train()
     assert calls == ["pytorch", "reference"]
     detach(attached)
@@ -84,8 +86,8 @@ def _reward(completions, **_):
 
 
 @pytest.mark.parametrize("kind", EVERY)
-def test_every_call_of_the_head_is_served(build, monkeypatch, kind):
-    """Of the policy and of the reference, in training and in evaluation: none reaches TRL's own function."""
+def test_every_call_of_the_head_is_fused(build, monkeypatch, kind):
+    """Calls of policy and reference, in training and evaluation: none reaches TRL's own function."""
 
     def apply(*_):
         raise AssertionError("TRL's own head was called")
@@ -104,8 +106,8 @@ def test_every_call_of_the_head_is_served(build, monkeypatch, kind):
 
 
 @pytest.mark.parametrize("model", ["cohere", "gemma2", "phi"])
-def test_another_trainer_gets_trls_own_head(build, model):
-    """While one is attached: its scale, softcap or bias, its outputs, and TRL's way with ignored tokens."""
+def test_other_trainers_keep_the_head_of_trl(build, model):
+    """While another is attached they keep scale, softcap or bias, outputs, and TRL's handling of ignored tokens."""
     use_triton = getattr(trl_utils, "_use_triton", None)
     other, attached = build("sft", "stock", model=model).model.eval(), build("sft", "attach")
     if use_triton is not None:
@@ -116,13 +118,13 @@ def test_another_trainer_gets_trls_own_head(build, model):
         got = other(input_ids=ids, labels=labels, fused_lm_head=True)
         logits, counted = other(input_ids=ids).logits[:, :-1], labels[:, 1:] != -100
     logps = logits.log_softmax(-1)
-    entropy, of_target = -(logps.exp() * logps).sum(-1), logps.gather(-1, ids[:, 1:, None])[..., 0]
-    torch.testing.assert_close(got.log_probs, of_target.where(counted, 0), rtol=1e-4, atol=1e-4)
+    entropy, target_logps = -(logps.exp() * logps).sum(-1), logps.gather(-1, ids[:, 1:, None])[..., 0]
+    torch.testing.assert_close(got.log_probs, target_logps.where(counted, 0), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(got.entropy, entropy.where(counted, 0), rtol=1e-4, atol=1e-4)
     detach(attached)
 
 
-def test_an_attach_that_fails_leaves_the_one_before(build, monkeypatch):
+def test_a_failed_attach_keeps_the_previous_one(build, monkeypatch):
     calls = []
     original = attach_module.linear_logps
     monkeypatch.setattr(attach_module, "linear_logps", lambda *a, **k: calls.append(k["impl"]) or original(*a, **k))
@@ -134,8 +136,8 @@ def test_an_attach_that_fails_leaves_the_one_before(build, monkeypatch):
     assert set(calls) == {"reference"}
 
 
-def test_trainers_that_share_a_model(build, monkeypatch):
-    """SFT, then DPO of the model that came out: each is served as it was attached, or not at all."""
+def test_trainers_sharing_a_model_keep_their_own_heads(build, monkeypatch):
+    """SFT, then DPO of the trained model: each trainer uses its own attachment, or none."""
     calls = []
     original = attach_module.linear_logps
 
@@ -162,7 +164,7 @@ def test_trainers_that_share_a_model(build, monkeypatch):
     assert not calls
 
 
-def test_a_copy_of_an_attached_model_is_nobodys(build):
+def test_copies_of_an_attached_model_are_not_attached(build):
     trainer = build("sft", "attach", max_steps=1)
     file = io.BytesIO()
     torch.save(trainer.model, file)
@@ -180,7 +182,7 @@ def test_detach_leaves_no_trace(build, stock_history):
     attach(trainer)
     attach(other)
     detach(trainer)
-    assert isinstance(trl_utils._ChunkedLogProbFunction, attach_module._Switch)  # the other one still needs it
+    assert isinstance(trl_utils._ChunkedLogProbFunction, attach_module._Switch)  # the other trainer still needs it
     assert hooks == [len(m._forward_pre_hooks) + len(m._forward_hooks) for m in (trainer.model, trainer.ref_model)]
     detach(other)
     detach(other)  # harmless
@@ -189,25 +191,25 @@ def test_detach_leaves_no_trace(build, stock_history):
     tiny.assert_same(tiny.history(trainer), stock_history("dpo"))
 
 
-def test_detach_gives_an_instances_own_methods_back(build):
-    """Those that a user has put on this trainer: before attach(), under it, and over it."""
+def test_detach_restores_the_methods_of_an_instance(build):
+    """Methods that a user set on the trainer before attach(), and again after it."""
     trainer, calls = build("sft", "stock", max_steps=1), []
     original = trainer.compute_loss
 
-    def own(*args, **kwargs):
+    def counted_compute_loss(*args, **kwargs):
         calls.append("own")
         return original(*args, **kwargs)
 
-    trainer.compute_loss = own
+    trainer.compute_loss = counted_compute_loss
     attach(trainer)
     trainer.train()
     assert calls == ["own"]
     detach(trainer)
-    assert vars(trainer)["compute_loss"] is own
+    assert vars(trainer)["compute_loss"] is counted_compute_loss
     assert "training_step" not in vars(trainer)
     attach(attach(trainer))  # the second time replaces the first
     detach(trainer)
-    assert vars(trainer)["compute_loss"] is own
+    assert vars(trainer)["compute_loss"] is counted_compute_loss
 
     attach(trainer)
     step = trainer.compute_loss
@@ -218,7 +220,7 @@ def test_detach_gives_an_instances_own_methods_back(build):
     assert calls == ["own", "own"]
 
 
-def test_generate_save_and_reload(build, tmp_path):
+def test_attached_models_generate_save_and_reload(build, tmp_path):
     trainer = build("sft", "attach")
     trainer.train()
     ids = torch.tensor([[1, 5, 6, 7]])
@@ -230,7 +232,7 @@ def test_generate_save_and_reload(build, tmp_path):
     assert torch.equal(reloaded.generate(ids, max_new_tokens=5, do_sample=False), answer)
 
 
-def test_a_forward_that_raises_does_not_stay_active(build):
+def test_a_forward_that_raises_is_deactivated(build):
     trainer = build("sft", "attach")
     with pytest.raises(Exception):  # noqa: B017, PT011
         trainer.compute_loss(trainer.model, {"input_ids": "not a tensor", "labels": torch.zeros(1, 2)})
@@ -238,16 +240,18 @@ def test_a_forward_that_raises_does_not_stay_active(build):
     assert attach_module._stepping.get() is None
 
 
-def test_what_the_head_will_be_asked_is_checked(build, monkeypatch):
-    """By an impl that cannot do a thing: a bias, the dtype of mixed precision."""
-    seen = []
+def test_attach_checks_that_the_impl_supports_the_head(build, monkeypatch):
+    """With an impl that refuses everything: a bias and the dtype of mixed precision are passed on."""
+    problems = []
     for model, options in (("phi", {}), ("qwen3", {"bf16": True})):
         trainer = build("sft", "stock", model=model, **options)
         with monkeypatch.context() as context:
-            context.setattr(pytorch.IMPL, "supports", lambda problem: seen.append(problem) or "it is asked too much")
+            context.setattr(
+                pytorch.IMPL, "supports", lambda problem: problems.append(problem) or "it is asked too much"
+            )
             with pytest.raises(ValueError, match="cannot do this: it is asked too much"):
                 attach(trainer, impl="pytorch")
-    phi, bf16 = seen[0], seen[-1]
+    phi, bf16 = problems[0], problems[-1]
     assert phi.bias is not None
     assert bf16.bias is None
     assert (phi.operand_dtype, bf16.operand_dtype) == (torch.float32, torch.bfloat16)
@@ -262,7 +266,7 @@ def test_a_head_that_trl_cannot_read_is_refused(build):
         attach(trainer)
 
 
-def test_what_cannot_be_attached_is_refused(build, monkeypatch):
+def test_unsupported_trainers_are_refused(build, monkeypatch):
     with pytest.raises(
         TypeError,
         match="trainer must be one of TRL's SFTTrainer, DPOTrainer, KTOTrainer, GRPOTrainer, RLOOTrainer, got str",

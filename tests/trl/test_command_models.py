@@ -1,4 +1,4 @@
-"""Models, tokenizers and schedules that cannot train: one line before the training, not another error in it."""
+"""Models, tokenizers and schedules that cannot train give one line before training starts."""
 
 import json
 import shutil
@@ -13,7 +13,7 @@ from fusedalign.cli import main
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A model folder, and copies of it with something missing."""
+    """A model folder, and copies with something missing."""
     folder = tmp_path_factory.mktemp("models")
     torch.manual_seed(0)
     tiny.MODELS["qwen3"]().save_pretrained(folder / "bare")
@@ -57,7 +57,7 @@ def error_of(capsys, argv):
 
 
 @pytest.mark.parametrize("method", ["sft", "dpo", "kto", "orpo"])
-def test_a_tokenizer_without_an_end(folder, tmp_path, capsys, method):
+def test_a_tokenizer_without_eos_is_an_error(folder, tmp_path, capsys, method):
     error = error_of(capsys, [method, *words(folder, tmp_path, "no ends")])
     path = folder / "no ends"
     assert f"the tokenizer of {path} must have an eos_token, got none and no pad_token: set it in its" in error
@@ -65,8 +65,8 @@ def test_a_tokenizer_without_an_end(folder, tmp_path, capsys, method):
     assert f"the tokenizer of {folder / 'no eos'} must have an eos_token, got none: set it in its" in error
 
 
-def test_a_tokenizer_that_needs_no_end(folder, tmp_path, capsys):
-    """EOS pads where there is no padding token; conversations end as their template says."""
+def test_a_tokenizer_trains_without_tokens_it_does_not_need(folder, tmp_path, capsys):
+    """EOS replaces a missing padding token; conversations end as their template says."""
     assert main(["dpo", *words(folder, tmp_path, "no pad")]) == 0, capsys.readouterr().err
     template = tmp_path / "template.jinja"
     template.write_text("{% for message in messages %}{{ message.content + ' ' }}{% endfor %}")
@@ -75,8 +75,8 @@ def test_a_tokenizer_that_needs_no_end(folder, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("method", ["sft", "dpo", "orpo"])
-def test_a_model_without_a_tokenizer(folder, tmp_path, capsys, method):
-    """transformers makes one that knows no word, and training on nothing would end well."""
+def test_a_model_without_a_tokenizer_is_an_error(folder, tmp_path, capsys, method):
+    """transformers would create an empty tokenizer, and training on no tokens would succeed."""
     error = error_of(capsys, [method, *words(folder, tmp_path, "bare")])
     assert f"the model must come with a tokenizer, got {folder / 'bare'} without one" in error
 
@@ -91,33 +91,33 @@ def test_a_model_without_a_tokenizer(folder, tmp_path, capsys, method):
     ],
     ids=lambda options: " ".join(options.values()),
 )
-def test_what_needs_an_evaluation(folder, tmp_path, capsys, method, options):
-    """The one split leaves nothing to evaluate on."""
+def test_options_that_need_an_evaluation_are_errors_without_one(folder, tmp_path, capsys, method, options):
+    """The data has a single split, so there is nothing to evaluate on."""
     error = error_of(capsys, [method, *words(folder, tmp_path, **options)])
     name = next(iter(options))
     assert f"{name}=" in error
     assert "needs an evaluation, got data without a split for it: add the split test, or leave" in error
 
 
-def test_a_chat_template_that_is_not_there(folder, tmp_path, capsys):
+def test_a_missing_chat_template_is_an_error(folder, tmp_path, capsys):
     error = error_of(capsys, ["sft", *words(folder, tmp_path, chat_template_path="runs/nowhere")])
     assert "chat_template_path must name a .jinja file or a tokenizer's folder, got runs/nowhere" in error
 
 
 @pytest.mark.parametrize("method", ["sft", "dpo", "orpo"])
 def test_without_bf16_a_command_trains_on_a_cpu(folder, tmp_path, monkeypatch, capsys, method):
-    """TRL's default is bf16, which ends in an error where no accelerator has it."""
+    """TRL's default is bf16, an error without an accelerator that supports it."""
     monkeypatch.setattr(transformers.training_args, "is_torch_bf16_gpu_available", lambda: False)
     from fusedalign.trl import arguments
 
     monkeypatch.setattr(arguments, "is_torch_bf16_gpu_available", lambda: False)
     argv = words(folder, tmp_path)
-    at = argv.index("--use_cpu")
-    assert main([method, *argv[:at], *argv[at + 2 :]]) == 0, capsys.readouterr().err
+    index = argv.index("--use_cpu")
+    assert main([method, *argv[:index], *argv[index + 2 :]]) == 0, capsys.readouterr().err
 
 
 @pytest.mark.parametrize("method", ["sft", "dpo", "kto", "orpo"])
-def test_conversations_for_a_tokenizer_without_a_template(folder, tmp_path, capsys, method):
+def test_conversations_without_a_template_are_an_error(folder, tmp_path, capsys, method):
     pair = _pair("a good")
     file = tmp_path / "pairs.jsonl"
     file.write_text(json.dumps(pair) + "\n")
@@ -126,7 +126,7 @@ def test_conversations_for_a_tokenizer_without_a_template(folder, tmp_path, caps
 
 
 @pytest.mark.parametrize("method", ["sft", "dpo", "kto", "orpo"])
-def test_a_conversation_that_the_template_refuses(folder, tmp_path, capsys, method):
+def test_a_conversation_rejected_by_the_template_is_an_error(folder, tmp_path, capsys, method):
     model = tmp_path / "model"
     shutil.copytree(folder / "whole", model)
     template = (

@@ -1,4 +1,4 @@
-"""Data as people have it: the shapes that TRL's documentation lists, ShareGPT, UltraFeedback; and data with faults."""
+"""Data formats in use: those in TRL's documentation, ShareGPT, UltraFeedback; and faulty data."""
 
 import json
 
@@ -19,12 +19,12 @@ SYSTEM = {"role": "system", "content": "Be kind."}
 MORE = {"role": "user", "content": "And?"}
 
 
-def say(user, **more):
-    return [{"role": "user", "content": user, **more}]
+def user_turn(user, **fields):
+    return [{"role": "user", "content": user, **fields}]
 
 
-def answer(assistant, **more):
-    return [{"role": "assistant", "content": assistant, **more}]
+def assistant_turn(assistant, **fields):
+    return [{"role": "assistant", "content": assistant, **fields}]
 
 
 TEXT = {"prompt": "Hi?", "chosen": " Hello.", "rejected": " No."}
@@ -32,7 +32,7 @@ CHAT = {"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]}
 WHOLE = {"chosen": [USER, GOOD], "rejected": [USER, BAD]}
 SCORES = {"prompt_id": "x1", "score_chosen": 8.5, "score_rejected": 2.0, "messages": [USER, GOOD]}
 
-#: A row -> as DPO, CPO, SimPO and ORPO take it.
+#: name -> (row, its form for DPO, CPO, SimPO and ORPO)
 PAIRS = {
     "text": (TEXT, TEXT),
     "messages": (CHAT, CHAT),
@@ -76,7 +76,7 @@ PAIRS = {
     "extra columns": ({**TEXT, "text": "x", "completion": "y", "label": True, "source": "z"}, TEXT),
 }
 CHAT_COMPLETION = {"prompt": [USER], "completion": [GOOD]}
-#: A row -> as SFT takes it.
+#: name -> (row, its form for SFT)
 SUPERVISED = {
     "text": ({"text": "The sky is blue."}, None),
     "messages": ({"messages": [USER, GOOD]}, None),
@@ -105,7 +105,7 @@ SUPERVISED = {
     "UltraFeedback binarized": ({"prompt": "Hi?", **WHOLE, **SCORES}, {"messages": [USER, GOOD]}),
 }
 LABELLED = {"prompt": [USER], "completion": [GOOD], "label": True}
-#: A row -> as KTO takes it, beside the pairs.
+#: name -> (row, its form for KTO), in addition to the pairs
 UNPAIRED = {
     "text": ({"prompt": "Hi?", "completion": " Hello.", "label": True}, None),
     "messages": (LABELLED, None),
@@ -126,17 +126,17 @@ def example(method, kind):
     return row, row if want is None else want
 
 
-def told(row, want):
+def relevant_columns(row, want):
     return {name: row[name] for name in row if name in {*want, "prompt", "messages", "text", "completion", "label"}}
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["", "stream"])
 @pytest.mark.parametrize(("method", "kind"), EVERY)
-def test_every_shape_as_the_trainer_takes_it(method, kind, stream):
+def test_every_shape_is_converted_to_the_trainers_format(method, kind, stream):
     row, want = example(method, kind)
     dataset = Dataset.from_list([row] * 3)
     got = served(dataset.to_iterable_dataset() if stream else dataset, method, "mine.jsonl")
-    assert [told(r, want) for r in got] == [want] * 3
+    assert [relevant_columns(r, want) for r in got] == [want] * 3
 
 
 TOKENS = [(m, k) for m in ("sft", "dpo", "kto", "orpo") for k in ("UltraFeedback", "ShareGPT")]
@@ -169,14 +169,14 @@ def write(path, rows):
 
 
 @pytest.mark.parametrize(("method", "kind"), TOKENS)
-def test_every_shape_is_tokenised_as_its_plain_form(method, kind, tmp_path, embedded_folder):
-    found = []
+def test_every_shape_is_tokenised_like_its_plain_form(method, kind, tmp_path, embedded_folder):
+    tokenised = []
     for name, row in zip(("mine", "plain"), example(method, kind), strict=True):
         file = write(tmp_path / f"{name}.jsonl", [row] * 2)
         trainer = build(method, parse(method, flags(tmp_path, embedded_folder, dataset_name=file)))
         columns = [c for c in trainer.train_dataset.column_names if c.endswith(("ids", "labels", "mask"))]
-        found.append(trainer.train_dataset.select_columns(columns).to_list())
-    assert found[0] == found[1]
+        tokenised.append(trainer.train_dataset.select_columns(columns).to_list())
+    assert tokenised[0] == tokenised[1]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -195,7 +195,7 @@ def test_conversations_train(kind, stream, tmp_path, embedded_folder, capsys):
 
 
 @pytest.mark.parametrize("row", [{"body": "The sky is blue."}, {"prompt": "x", "text": "y", "answer": "blue"}])
-def test_another_text_field(row, tmp_path, embedded_folder):
+def test_dataset_text_field_selects_the_text(row, tmp_path, embedded_folder):
     field = list(row)[-1]
     file = write(tmp_path / "mine.jsonl", [row] * 4)
     options = flags(tmp_path, embedded_folder, dataset_name=file, dataset_text_field=field)
@@ -204,7 +204,7 @@ def test_another_text_field(row, tmp_path, embedded_folder):
     assert decoded == row[field] + trainer.processing_class.eos_token
 
 
-def test_a_text_field_that_is_not_there(tmp_path, embedded_folder, capsys):
+def test_a_missing_text_field_is_an_error(tmp_path, embedded_folder, capsys):
     file = write(tmp_path / "mine.jsonl", [{"body": "x"}])
     assert main(["sft", *flags(tmp_path, embedded_folder, dataset_name=file, dataset_text_field="story")]) == 2
     assert "or conversations or story or chosen, got" in capsys.readouterr().err
@@ -221,7 +221,7 @@ def test_a_text_field_that_is_not_there(tmp_path, embedded_folder, capsys):
         (["yes", "no"], [True, False]),
     ],
 )
-def test_labels_of_kto_as_words_and_numbers(labels, want):
+def test_kto_labels_may_be_words_and_numbers(labels, want):
     rows = [{"prompt": "a", "completion": "b", "label": label} for label in labels]
     got = served(Dataset.from_list(rows), "kto", "mine.jsonl")
     assert [row["label"] for row in got] == want
@@ -231,14 +231,14 @@ def test_labels_of_kto_as_words_and_numbers(labels, want):
 
 LABEL = {"prompt": "a", "completion": "b", "label": "true"}
 NEITHER = "must be text or a list of messages, got"
-#: A method, a good row, what is wrong in the third, and the message.
+#: name -> (method, valid row, changes that break the third row, error message)
 WRONG = {
     "no prompt": ("dpo", TEXT, {"prompt": None}, f"prompt {NEITHER} None"),
     "no chosen": ("orpo", CHAT, {"chosen": None}, f"chosen {NEITHER} None"),
     "number": ("simpo", TEXT, {"rejected": 3}, f"rejected {NEITHER} 3"),
     "no messages": ("dpo", CHAT, {"chosen": []}, f"chosen {NEITHER} []"),
-    "no content": ("dpo", CHAT, {"prompt": say(None)}, "prompt[0].content must be text, got None"),
-    "number as content": ("cpo", CHAT, {"prompt": say(7)}, "prompt[0].content must be text, got 7"),
+    "no content": ("dpo", CHAT, {"prompt": user_turn(None)}, "prompt[0].content must be text, got None"),
+    "number as content": ("cpo", CHAT, {"prompt": user_turn(7)}, "prompt[0].content must be text, got 7"),
     "no role": ("dpo", CHAT, {"prompt": [{"content": "a"}]}, "prompt[0].role must be text, got None"),
     "no message": ("dpo", CHAT, {"prompt": ["a"]}, "prompt[0] must be a message with role and content, got 'a'"),
     "text and messages": ("kto", CHAT, {"chosen": "a"}, "chosen and rejected must both be text or both be messages"),
@@ -284,9 +284,9 @@ def test_a_bad_row_is_named(name, stream, tmp_path, embedded_folder, capsys):
     assert len(errors[0]) < 400
 
 
-def test_messages_with_tool_calls_and_parts_are_let_through():
+def test_messages_with_tool_calls_and_parts_are_accepted():
     call = {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": {"name": "f"}}]}
-    rows = [{"messages": [USER, call]}, {"messages": say([{"type": "text", "text": "a"}])}]
+    rows = [{"messages": [USER, call]}, {"messages": user_turn([{"type": "text", "text": "a"}])}]
     for row in rows:
         dataset = Dataset.from_list([row])
         assert served(dataset, "sft", "mine.jsonl").to_list() == dataset.to_list()
@@ -337,7 +337,7 @@ FILES = {
 @pytest.mark.parametrize("name", FILES)
 def test_a_bad_file_is_named_with_its_line(name, stream, tmp_path, embedded_folder, capsys):
     content, message = FILES[name]
-    if (name, stream) == ("latin.jsonl", "true"):  # a row of a stream is decoded as it comes, by no function of ours
+    if (name, stream) == ("latin.jsonl", "true"):  # streams are decoded by the datasets library
         message = name = "can't decode byte 0xe9"
     (tmp_path / name).write_bytes(content)
     options = flags(tmp_path, embedded_folder, dataset_name=tmp_path / name, dataset_streaming=stream)
@@ -359,13 +359,13 @@ SERVED = {
 
 
 @pytest.mark.parametrize("name", SERVED)
-def test_files_that_are_served(name, tmp_path, embedded_folder):
+def test_unusual_files_are_read(name, tmp_path, embedded_folder):
     (tmp_path / name).write_bytes(SERVED[name])
     trainer = build("dpo", parse("dpo", flags(tmp_path, embedded_folder, dataset_name=tmp_path / name)))
     assert trainer.processing_class.decode(trainer.train_dataset[1]["chosen_ids"]) == " Hello.<|im_end|>"
 
 
-def test_folders(tmp_path, embedded_folder, capsys):
+def test_folders_of_splits_are_read_or_refused(tmp_path, embedded_folder, capsys):
     data = tmp_path / "data"
     data.mkdir()
     options = flags(tmp_path, embedded_folder, dataset_name=data)
@@ -381,7 +381,7 @@ def test_folders(tmp_path, embedded_folder, capsys):
     assert f"{data / 'test.jsonl'}, line 2: must be one JSON object" in capsys.readouterr().err
 
 
-def test_a_bad_row_of_the_test_split(tmp_path, embedded_folder, capsys):
+def test_a_bad_row_of_the_test_split_is_named(tmp_path, embedded_folder, capsys):
     data = tmp_path / "data"
     data.mkdir()
     write(data / "train.jsonl", [TEXT] * 2)

@@ -1,4 +1,4 @@
-"""Two ranks with gloo train with the Fused trainers: equal parameters afterwards, and the losses of one process."""
+"""Two gloo ranks train with the Fused trainers: equal parameters, and the losses of one process."""
 
 import os
 import socket
@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from fusedalign.trl import attach
 
 STEPS, ROWS = 3, 12
-#: Losses that are means over all ranks' tokens or pairs; those that are means of each rank's means differ, in TRL too.
+#: Losses that are means over the tokens or pairs of all ranks; means of per-rank means differ, in TRL too.
 RUNS = {
     "sft": ("sft", "fused", {}),
     "sft, attached to": ("sft", "attach", {}),
@@ -30,8 +30,8 @@ RUNS = {
 
 
 def train(folder, name, batch_size):
-    """The losses of all steps and the trained parameters."""
-    kind, how, options = RUNS[name]
+    """Train; return the losses of all steps and the trained parameters."""
+    kind, variant, options = RUNS[name]
     stock, fused, config = tiny.classes(kind)
     data = tiny.data(kind, ROWS)
     args = config(
@@ -50,15 +50,15 @@ def train(folder, name, batch_size):
         max_length=64,
         **options,
     )
-    trainer = (stock if how == "attach" else fused)(
+    trainer = (stock if variant == "attach" else fused)(
         model=AutoModelForCausalLM.from_pretrained(f"{folder}/model", attn_implementation="eager"),
         args=args,
         train_dataset=data.to_iterable_dataset() if "stream" in name else data,
         processing_class=tiny.tokenizer(),
-        **({"packed": True} if how == "packed" else {}),
+        **({"packed": True} if variant == "packed" else {}),
         **({"ref_logps": f"{folder}/ref.parquet"} if "cached" in name else {}),
     )
-    if how == "attach":
+    if variant == "attach":
         attach(trainer)
     trainer.train()
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
@@ -75,8 +75,8 @@ def rank_main(rank, folder, port):
         "MASTER_PORT": str(port),
     }
     torch.save({name: train(folder, name, 2) for name in RUNS}, f"{folder}/{rank}.pt")
-    dist.barrier()  # a rank that leaves early takes the other's connections along
-    os._exit(0)  # ending the interpreter now and then aborts in PyTorch's threads
+    dist.barrier()  # a rank that exits early closes the connections of the other
+    os._exit(0)  # interpreter shutdown occasionally aborts in PyTorch's threads
 
 
 @pytest.mark.slow

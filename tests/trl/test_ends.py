@@ -1,4 +1,4 @@
-"""All methods are trained on the same tokens: each answer has one end."""
+"""All methods train on the same tokens: each answer has one end token."""
 
 import json
 
@@ -45,7 +45,7 @@ def model(embedded_folder):
 
 @pytest.fixture
 def sequences(model, tmp_path):
-    """sequences("dpo", rows, tokenizer) -> (prompt, answer) as token ids: of each row chosen, then of each rejected."""
+    """sequences("dpo", rows, tokenizer) -> (prompt, answer) token ids of all chosen answers, then all rejected ones."""
 
     def tokens(method, rows, tokenizer, **options):
         _, cls, config = tiny.classes(method)
@@ -83,17 +83,17 @@ def _pairs(method, data):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_the_recipes_own_data_has_one_end(method, sequences, tokenizer):
+def test_answers_of_the_recipes_have_one_end(method, sequences, tokenizer):
     rows = recipe_rows()
-    found = sequences(method, rows, tokenizer)
-    for (prompt, answer), text in zip(found, [row[side] for side in SIDES for row in rows], strict=True):
+    token_ids = sequences(method, rows, tokenizer)
+    for (prompt, answer), text in zip(token_ids, [row[side] for side in SIDES for row in rows], strict=True):
         assert tokenizer.decode(answer) == text[0]["content"] + END + "\n"
         assert answer.count(tokenizer.eos_token_id) == 1
         assert tokenizer.decode(prompt).endswith(f"{END}\n{START}assistant\n")
 
 
 def _adding(tokenizer, single, *names):
-    """With a tokenizer that adds BOS or EOS by itself."""
+    """A tokenizer that adds BOS or EOS by itself."""
     tokenizer.bos_token = PAD
     special = [(name, tokenizer.convert_tokens_to_ids(name)) for name in names]
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=single, special_tokens=special)
@@ -120,7 +120,7 @@ TOKENIZERS = {
 
 @pytest.mark.parametrize("rows", [recipe_rows(3), plain_rows(3)], ids=["messages", "text"])
 @pytest.mark.parametrize("kind", TOKENIZERS)
-def test_all_methods_have_the_tokens_of_dpo(kind, rows, sequences, tokenizer):
+def test_all_methods_tokenise_like_dpo(kind, rows, sequences, tokenizer):
     tokenizer = TOKENIZERS[kind](tokenizer)
     want = sequences("dpo", rows, tokenizer)
     text = isinstance(rows[0]["prompt"], str)
@@ -139,15 +139,15 @@ BOS = {True: ("adds bos", "adds both"), False: ("begins with bos",)}
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("written", [END, END + "\n", f"{END}\n\n"])
-def test_text_that_has_its_end_gets_no_second_one(method, written, sequences, tokenizer):
+def test_text_with_an_end_gets_no_second_one(method, written, sequences, tokenizer):
     rows = [row | {side: row[side] + written for side in SIDES} for row in plain_rows(3)]
     for _, answer in sequences(method, rows, tokenizer):
         assert answer.count(tokenizer.eos_token_id) == 1
         assert tokenizer.decode(answer).endswith(written)
 
 
-def test_a_template_without_an_end_is_told(tokenizer, caplog):
-    """TRL's DPO and SFT put no end there, and so nothing is learnt of where to stop."""
+def test_a_template_without_an_end_is_warned_about(tokenizer, caplog):
+    """TRL's DPO and SFT add no end token there, so the model does not learn where to stop."""
     tokenizer.chat_template = template("\n")
     for row in recipe_rows(2):
         *_, answer = pair_ids(row, tokenizer)
@@ -161,7 +161,7 @@ def test_a_template_without_an_end_is_told(tokenizer, caplog):
 TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}
 
 
-def test_tools_and_options_of_the_template_as_in_dpo(sequences, tokenizer):
+def test_tools_and_template_options_are_used_like_in_dpo(sequences, tokenizer):
     tokenizer.chat_template = "{{ shout }}{% if tools %}{{ tools | tojson }}{% endif %}" + tokenizer.chat_template
     rows = [r | {"tools": json.dumps([TOOL]), "chat_template_kwargs": {"shout": "Hi!"}} for r in recipe_rows(3)]
     want = sequences("dpo", rows, tokenizer)
@@ -169,13 +169,13 @@ def test_tools_and_options_of_the_template_as_in_dpo(sequences, tokenizer):
     assert sequences("orpo", rows, tokenizer) == want == sequences("cpo", rows, tokenizer)
 
 
-def test_multi_turn_and_system_prompt_as_in_dpo(sequences, tokenizer):
+def test_multi_turn_and_system_prompts_are_used_like_in_dpo(sequences, tokenizer):
     rows = []
     for a, b in zip(recipe_rows(4), recipe_rows(4)[1:], strict=False):
         system = [{"role": "system", "content": "Be short."}]
         rows.append({side: system + a["prompt"] + a["chosen"] + b["prompt"] + b[side] for side in SIDES})
     want = sequences("dpo", rows, tokenizer)
-    assert tokenizer.decode(want[0][0]).count(START) == 5  # system, two of the user, two of the assistant
+    assert tokenizer.decode(want[0][0]).count(START) == 5  # one system, two user and two assistant messages
     assert all(answer.count(tokenizer.eos_token_id) == 1 for _, answer in want)
     for method in ("cpo", "orpo", "kto"):
         assert sequences(method, rows, tokenizer) == want, method
@@ -183,8 +183,8 @@ def test_multi_turn_and_system_prompt_as_in_dpo(sequences, tokenizer):
     assert sft == want
 
 
-def test_answers_are_cut_as_stock_cpo_cuts_them(sequences, tokenizer):
+def test_answers_are_truncated_like_stock_cpo(sequences, tokenizer):
     rows = plain_rows(4)
-    whole, cut = sequences("orpo", rows, tokenizer), sequences("orpo", rows, tokenizer, max_length=16)
-    assert any(len(p + a) > 16 for p, a in whole)
-    assert cut == [(p, a[: 16 - len(p)]) for p, a in whole]
+    full, cut = sequences("orpo", rows, tokenizer), sequences("orpo", rows, tokenizer, max_length=16)
+    assert any(len(p + a) > 16 for p, a in full)
+    assert cut == [(p, a[: 16 - len(p)]) for p, a in full]

@@ -1,4 +1,4 @@
-"""`add_lm_head` on a model alone: the contract of TRL's fused forward, against the model's own logits."""
+"""`add_lm_head` without a trainer: the contract of TRL's fused forward, against the model's own logits."""
 
 import functools
 import inspect
@@ -16,7 +16,7 @@ OUTPUTS = ("log_probs", "entropy", "mean_logits", "is_top1")
 
 
 def fused(name="qwen3", outputs=OUTPUTS, **options):
-    """One of `tiny.MODELS` with the fused forward, not to be trained."""
+    """One of `tiny.MODELS` with the fused forward; shared, so tests must not train it."""
     torch.manual_seed(0)
     model = tiny.MODELS[name]().eval()
     for parameter in model.parameters():
@@ -32,7 +32,7 @@ def batch(ignored=0.3):
     return ids, ids.masked_fill(torch.rand(3, 7, generator=g) < ignored, -100)
 
 
-def test_the_loss_is_a_mean_over_what_is_said():
+def test_the_loss_divides_by_num_items_or_the_counted_tokens():
     model, (ids, labels) = fused(), batch()
     count = int((labels[:, 1:] != -100).sum())
     mean = model(ids, labels=labels, fused_lm_head=True).loss
@@ -44,7 +44,7 @@ def test_the_loss_is_a_mean_over_what_is_said():
     nothing.backward()
 
 
-def test_aligned_labels_go_before_others():
+def test_shift_labels_take_precedence_over_labels():
     model, (ids, labels) = fused(), batch()
     want = model(ids, shift_labels=labels.roll(-3, 1), fused_lm_head=True)
     got = model(ids, labels=labels, shift_labels=labels.roll(-3, 1), fused_lm_head=True)
@@ -54,8 +54,8 @@ def test_aligned_labels_go_before_others():
 
 
 @pytest.mark.parametrize("name", ["entropy", "log_probs"])
-def test_what_has_a_gradient(name):
-    """Entropy too, which some losses reward; not the means that are logged."""
+def test_logps_and_entropy_have_gradients_and_means_do_not(name):
+    """Entropy too, since some losses reward it; logged means have none."""
     model, (ids, labels) = fused(mean_positions=slice(None)), batch()
     out = model(ids, labels=labels, fused_lm_head=True)
     assert not any(x.requires_grad for x in (out.mean_logits, out.is_top1, out.row_mean_logits))
@@ -73,41 +73,41 @@ def test_what_has_a_gradient(name):
 
 @pytest.mark.parametrize("name", ["qwen3", "phi", "gemma2", "cohere"])
 @pytest.mark.parametrize("positions", [slice(None), slice(None, -1)])
-def test_the_mean_logit_of_rows(name, positions):
-    """With a bias, a softcap, a scale."""
+def test_row_mean_logits_equal_those_of_full_logits(name, positions):
+    """With a bias, a softcap, and a scale."""
     model, (ids, labels) = fused(name, mean_positions=positions), batch()
     got = model(ids, labels=labels, fused_lm_head=True).row_mean_logits
     torch.testing.assert_close(got, model(ids).logits[:, positions].mean((1, 2)), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("autocast", [True, False])
-def test_the_mean_logit_of_rows_is_not_rounded_on_its_way(autocast):
-    """A mean is far smaller than what is averaged: in bf16 it would be noise."""
-    kept, (ids, labels) = [], batch()
+def test_row_mean_logits_are_not_rounded_to_bf16(autocast):
+    """The mean is far smaller than the averaged logits: rounded to bf16 it would be noise."""
+    hidden_states, (ids, labels) = [], batch()
     model = fused(mean_positions=slice(None))
     model = model if autocast else model.bfloat16()
-    model.model.register_forward_hook(lambda module, args, out: kept.append(out[0]))
+    model.model.register_forward_hook(lambda module, args, out: hidden_states.append(out[0]))
     with torch.no_grad():
-        model.lm_head.weight.add_(1.7)  # rows and columns with a mean
+        model.lm_head.weight.add_(1.7)  # rows and columns with a non-zero mean
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             got = model(ids, labels=labels, fused_lm_head=True).row_mean_logits
-        want = (kept[0].double() @ model.lm_head.weight.double().T).mean((1, 2))
+        want = (hidden_states[0].double() @ model.lm_head.weight.double().T).mean((1, 2))
     torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
 
 
-# ------------------------------------------------------------------------------------------------- without the argument
+# Without fused_lm_head
 
 
-def test_without_the_argument_the_model_is_as_it_was():
-    """Whatever it is asked: labels, aligned labels, the number of items, or nothing."""
+def test_without_fused_lm_head_the_model_is_unchanged():
+    """With labels, aligned labels, the number of items, or nothing."""
     ids, labels = batch()
     model = fused()
     plain = transformers.Qwen3ForCausalLM(model.config).eval()
     plain.load_state_dict(model.state_dict())
     aligned = labels.roll(-3, 1)
-    for more in ({"labels": labels}, {"labels": labels, "num_items_in_batch": 50}, {}):
-        for aligned_too in ({}, {"shift_labels": aligned}) if more else ({},):
-            got, want = (x(ids, **more, **aligned_too) for x in (model, plain))
+    for arguments in ({"labels": labels}, {"labels": labels, "num_items_in_batch": 50}, {}):
+        for aligned_too in ({}, {"shift_labels": aligned}) if arguments else ({},):
+            got, want = (x(ids, **arguments, **aligned_too) for x in (model, plain))
             assert torch.equal(got.logits, want.logits)
             assert got.loss == want.loss
     assert plain(ids, labels=labels).loss not in (
@@ -116,8 +116,8 @@ def test_without_the_argument_the_model_is_as_it_was():
     )
 
 
-def test_a_forward_that_stands_on_the_instance_stays_below():
-    """As accelerate and others put one there."""
+def test_a_forward_set_on_the_instance_is_still_called():
+    """accelerate and other libraries set such forwards."""
     torch.manual_seed(0)
     model, (ids, labels), calls = tiny.MODELS["qwen3"](), batch(), []
     own = model.forward
@@ -134,8 +134,8 @@ def test_a_forward_that_stands_on_the_instance_stays_below():
     assert calls == [[], ["labels"]]
 
 
-def test_the_signature_is_the_models_own():
-    """`generate` and the Trainer ask it what the model takes."""
+def test_the_signature_equals_the_models_own():
+    """`generate` and the Trainer inspect the signature."""
     model = fused()
     own = inspect.signature(type(model).forward).parameters
     assert list(inspect.signature(model.forward).parameters) == list(own)[1:]
@@ -143,7 +143,7 @@ def test_the_signature_is_the_models_own():
         model.generate(batch()[0], max_new_tokens=2, nonsense=3)
 
 
-def test_a_forward_that_takes_little_is_given_little():
+def test_a_forward_with_few_arguments_gets_only_those():
     class Little(transformers.Qwen3ForCausalLM):
         def forward(self, input_ids):
             return self.lm_head(self.model(input_ids).last_hidden_state)
@@ -159,17 +159,17 @@ def test_a_forward_that_takes_little_is_given_little():
 
 
 def test_the_backbone_keeps_no_cache():
-    """Even where the caller or the configuration wants one."""
-    model, (ids, labels), seen = fused(), batch(), []
-    model.model.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs), with_kwargs=True)
+    """Even if the caller or the configuration enables one."""
+    model, (ids, labels), caches = fused(), batch(), []
+    model.model.register_forward_pre_hook(lambda module, args, kwargs: caches.append(kwargs), with_kwargs=True)
     model.config.use_cache = True
     model(ids, labels=labels, fused_lm_head=True)
     model(ids, labels=labels, fused_lm_head=True, use_cache=True)
-    assert [kwargs["use_cache"] for kwargs in seen] == [False, False]
+    assert [kwargs["use_cache"] for kwargs in caches] == [False, False]
 
 
 def test_a_model_that_is_its_own_backbone_is_refused():
-    """Its forward would call itself."""
+    """Its forward would recurse."""
 
     class Alone(transformers.Qwen3ForCausalLM):
         base_model_prefix = "nothing"
@@ -178,29 +178,29 @@ def test_a_model_that_is_its_own_backbone_is_refused():
         add_lm_head(Alone(transformers.Qwen3Config(**tiny.SMALL, head_dim=8)), options=HeadOptions())
 
 
-# -------------------------------------------------------------------------------------------------------------- experts
+# Experts
 
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
-def test_the_loss_that_balances_experts(name):
-    """The model's own one, of the tokens that are no padding, where the configuration or the caller asks for it."""
+def test_the_expert_balancing_loss_equals_the_models_own(name):
+    """Over tokens that are not padding, if the configuration or the caller enables it."""
     model, (ids, labels) = fused(name), batch()
     mask = torch.ones_like(ids).index_fill(1, torch.tensor([0, 1]), 0)
     inputs = {"input_ids": ids, "attention_mask": mask, "labels": labels}
     want, got = model(**inputs), model(**inputs, fused_lm_head=True)
     torch.testing.assert_close(got.aux_loss, want.aux_loss)
     torch.testing.assert_close(got.loss, want.loss)
-    without = model(**inputs, fused_lm_head=True, output_router_logits=False)
-    assert without.aux_loss is None
-    torch.testing.assert_close(without.loss, model(**inputs, output_router_logits=False).loss)
+    disabled = model(**inputs, fused_lm_head=True, output_router_logits=False)
+    assert disabled.aux_loss is None
+    torch.testing.assert_close(disabled.loss, model(**inputs, output_router_logits=False).loss)
     model.config.output_router_logits = False
     assert model(**inputs, fused_lm_head=True).aux_loss is None
-    asked = model(**inputs, fused_lm_head=True, output_router_logits=True)
-    torch.testing.assert_close(asked.loss, want.loss)
+    enabled = model(**inputs, fused_lm_head=True, output_router_logits=True)
+    torch.testing.assert_close(enabled.loss, want.loss)
 
 
-def test_experts_that_the_configuration_counts_by_another_name():
-    """A name that holds nothing counts for nothing."""
+def test_expert_counts_under_another_name_are_found():
+    """A name with the value None is ignored."""
     model, (ids, labels) = fused("mixtral"), batch()
     want = model(ids, labels=labels, fused_lm_head=True).aux_loss
     vars(model.config).update(n_routed_experts=4, num_local_experts=None)
@@ -208,8 +208,8 @@ def test_experts_that_the_configuration_counts_by_another_name():
     torch.testing.assert_close(model(ids, labels=labels, fused_lm_head=True).aux_loss, want)
 
 
-def test_experts_of_a_model_that_keeps_its_text_configuration_inside():
-    """As those for images do; without a coefficient the term is logged and not part of the loss."""
+def test_experts_of_a_nested_text_configuration_are_found():
+    """As in vision models; without a coefficient the term is logged but not part of the loss."""
     model, (ids, labels) = fused("mixtral"), batch()
     want = model(ids, labels=labels, fused_lm_head=True)
     text = types.SimpleNamespace(output_router_logits=True, num_local_experts=4, num_experts_per_tok=2)
@@ -224,7 +224,7 @@ def test_experts_of_a_model_that_keeps_its_text_configuration_inside():
     )
 
 
-# -------------------------------------------------------------------------------------------------- whose forward it is
+# Origin of the forward
 
 
 def test_whose_forward_it_is():

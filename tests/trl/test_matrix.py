@@ -1,4 +1,4 @@
-"""Stock TRL against this package, 5 steps and an evaluation: every logged metric, for every trainer and option."""
+"""Stock TRL against this package over 5 steps and an evaluation: every logged metric, for all trainers and options."""
 
 import pytest
 import tiny
@@ -60,7 +60,7 @@ CASES = {
     "tpo, tpo-l": ("tpo", {"loss_type": "tpo-l", "label_smoothing": 0.1}),
     "tpo, no gold": ("tpo", {"tpo_alpha": 0.0}),
 }
-CASES |= {f"dpo, {name}": ("dpo", {"loss_type": [name], **more}) for name, more in DPO_LOSSES.items()}
+CASES |= {f"dpo, {name}": ("dpo", {"loss_type": [name], **settings}) for name, settings in DPO_LOSSES.items()}
 CASES |= {f"{kind}, {name}": (kind, {"model": name}) for kind in ("sft", "dpo", "cpo", "orpo") for name in FAMILIES}
 ATTACHABLE = ("sft", "dpo", "kto")
 
@@ -69,26 +69,26 @@ def cases(names, slow=lambda name: False):
     return [pytest.param(name, marks=[pytest.mark.slow] if slow(name) else []) for name in names]
 
 
-def costly(name):
-    """The costliest of the families, with the head of others: in two trainers of four."""
+def is_slow(name):
+    """The slowest family, with a kind of head that others have too: tested in two of four trainers."""
     return name in ("dpo, falcon_h1", "orpo, falcon_h1")
 
 
-def twice(name):
-    """A loss or family that the Fused trainers have too: the switch that `attach` puts in place sees neither."""
+def also_fused(name):
+    """Cases already covered by the Fused trainers: the switch of `attach` depends on neither loss nor family."""
     kind, _, option = name.partition(", ")
     return kind == "dpo" and (option in FAMILIES or (option in DPO_LOSSES and option != "sigmoid"))
 
 
-@pytest.mark.parametrize("name", cases(CASES, costly))
-def test_fused_trainers(build, stock_history, name):
+@pytest.mark.parametrize("name", cases(CASES, is_slow))
+def test_fused_trainers_log_the_metrics_of_stock_trl(build, stock_history, name):
     kind, options = CASES[name]
     got = tiny.history(build(kind, "fused", **options))
     tiny.assert_same(got, stock_history(kind, **options))
-    assert len({row["loss"] for row in got if "loss" in row}) > 1  # it did train
+    assert len({row["loss"] for row in got if "loss" in row}) > 1  # the model was trained
 
 
-@pytest.mark.parametrize("name", cases((name for name, (kind, _) in CASES.items() if kind in ATTACHABLE), twice))
-def test_attach(build, stock_history, name):
+@pytest.mark.parametrize("name", cases((name for name, (kind, _) in CASES.items() if kind in ATTACHABLE), also_fused))
+def test_attached_trainers_log_the_metrics_of_stock_trl(build, stock_history, name):
     kind, options = CASES[name]
     tiny.assert_same(tiny.history(build(kind, "attach", **options)), stock_history(kind, **options))

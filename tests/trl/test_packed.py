@@ -1,4 +1,4 @@
-"""Packed batches in the trainers: the metrics and gradients of padded ones, what is refused, and what is logged."""
+"""Packed batches in the trainers: metrics and gradients equal those of padded ones; refusals and log lines."""
 
 import gc
 import json
@@ -27,7 +27,7 @@ def sdpa(name, folder):
 
 
 def long_prompts(kind, n=8, longest=12):
-    """Prompts that are longer than their answers, so that sharing them pays in a pass with gradients too."""
+    """Prompts longer than their answers, so that sharing them pays also with gradients."""
     words, sides = tiny.WORDS, ("chosen", "rejected")
     rows = []
     for i in range(n):
@@ -41,7 +41,7 @@ def long_prompts(kind, n=8, longest=12):
     return Dataset.from_list(rows)
 
 
-# ----------------------------------------------------------------------------------------------------------- metrics
+# Metrics
 
 CASES = {
     "sft": ("sft", {}),
@@ -75,7 +75,7 @@ CASES = {
     "tpo": ("tpo", {}),
     "tpo, tpo-l": ("tpo", {"loss_type": "tpo-l", "label_smoothing": 0.1}),
     "tpo, no gold": ("tpo", {"tpo_alpha": 0.0}),
-    # Stock rows of these are made here alone.
+    # Stock histories of these are used only here.
     "dpo, reentrant checkpointing": (
         "dpo",
         {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
@@ -87,27 +87,27 @@ CASES = {
 
 
 def without_mean_logits(kind, rows):
-    """CPO and ORPO average logits over padding too; packed rows have none."""
+    """Drop mean logits of CPO and ORPO, which include padding; packed rows have none."""
     if kind not in ("cpo", "orpo"):
         return rows
     return [{name: x for name, x in row.items() if "logits/" not in name} for row in rows]
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_metrics_are_those_of_padded_rows(build, stock_history, name):
+def test_packed_metrics_equal_those_of_padded_rows(build, stock_history, name):
     kind, options = CASES[name]
     trainer = build(kind, "fused", head=PACK, **options)
     assert trainer.layouts.kind == PACKED
     got, want = tiny.history(trainer), stock_history(kind, **options)
     assert [row.keys() for row in got] == [row.keys() for row in want]
     tiny.assert_same(without_mean_logits(kind, got), without_mean_logits(kind, want))
-    assert len({row["loss"] for row in got if "loss" in row}) > 1  # it did train
+    assert len({row["loss"] for row in got if "loss" in row}) > 1  # the model was trained
 
 
 @pytest.mark.parametrize("kind", ["cpo", "orpo"])
 @pytest.mark.parametrize("model", ["phi", "gemma3"])
-def test_mean_logits_are_those_of_tokens(build, tiny_folder, kind, model):
-    """A model with a bias in its head, and one with a softcap."""
+def test_packed_mean_logits_are_means_over_tokens(build, tiny_folder, kind, model):
+    """For a head with a bias and one with a softcap."""
     arguments = [("model", sdpa(model, tiny_folder))]
     trainer = build(kind, "fused", head=PACK, arguments=arguments, max_steps=1)
     assert trainer.layouts.kind == PACKED
@@ -123,16 +123,16 @@ def test_mean_logits_are_those_of_tokens(build, tiny_folder, kind, model):
 
 
 @pytest.mark.parametrize("kind", ["cpo", "orpo"])
-def test_padded_rows_keep_their_mask_where_means_of_padding_are_logged(build, kind):
-    """Hidden states of padding, which TRL's mean logits count, depend on it."""
+def test_padded_rows_keep_their_mask_if_mean_logits_include_padding(build, kind):
+    """TRL's mean logits include padding, and its hidden states depend on the mask."""
     assert build(kind, "fused", max_steps=1).layouts.kind == MASKED
 
 
-# --------------------------------------------------------------------------------------------------------- gradients
+# Gradients
 
 
 def gradients(trainer, name=None):
-    """Of all trained parameters after one batch, and the loss."""
+    """Gradients of all trained parameters after one batch, and the loss."""
     trainer.model.train()
     batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
     loss = trainer.compute_loss(trainer.model, batch)
@@ -153,7 +153,7 @@ def head_adapters():
 
 @pytest.mark.parametrize("kind", ["sft", "dpo", "kto", "cpo", "orpo", "tpo"])
 @pytest.mark.parametrize("adapters", [None, tiny.lora, head_adapters], ids=["all weights", "lora", "lora on the head"])
-def test_gradients_are_those_of_padded_rows(build, kind, adapters):
+def test_packed_gradients_equal_those_of_padded_rows(build, kind, adapters):
     arguments = [] if adapters is None else [("peft_config", adapters)]
     if adapters is not None and kind in ("cpo", "orpo"):
         arguments = [("peft_config", adapters)]
@@ -182,46 +182,46 @@ def test_accumulation_changes_nothing(build):
 
 
 @pytest.mark.parametrize("options", [{"precompute_ref_log_probs": True}, {}])
-def test_lora_reference(build, options):
-    """Adapters are disabled for the reference."""
+def test_packed_lora_reference_equals_the_padded_one(build, options):
+    """The reference is the model with disabled adapters."""
     arguments = [("peft_config", tiny.lora)]
     options = {"arguments": arguments, "max_steps": 3, **options}
     got, want = (tiny.history(build("dpo", "fused", head=[("packed", p)], **options)) for p in (True, False))
     tiny.assert_same(got, want)
 
 
-# --------------------------------------------------------------------------------------------------------------- KTO
+# KTO
 
 
 @pytest.mark.parametrize("prompts", ["short", "long"])
 @pytest.mark.parametrize("precomputed", [False, True])
-def test_matched_and_mismatched_rows_run_together_where_that_is_less_work(build, prompts, precomputed):
+def test_kto_rows_run_together_if_that_takes_fewer_tokens(build, prompts, precomputed):
     options = {"precompute_ref_log_probs": precomputed, "max_steps": 3}
     if prompts == "long":
         options["data"] = long_prompts("kto")
     trainer, widths = build("kto", "fused", head=PACK, **options), []
     batch = next(iter(trainer.get_train_dataloader()))
     layouts = batch["layout"]
-    assert layouts.joined(False) is layouts.both  # the reference always gains
+    assert layouts.joined(False) is layouts.both  # for the reference it always pays
     assert (layouts.joined(True) is layouts.both) == (prompts == "long")
     trainer.model.base_model.register_forward_pre_hook(
         lambda m, a, k: widths.append((k["input_ids"].shape[1], torch.is_grad_enabled())), with_kwargs=True
     )
-    of_reference = []
+    reference_calls = []
     if trainer.ref_model is not None and not precomputed:
-        trainer.ref_model.base_model.register_forward_pre_hook(lambda m, a: of_reference.append(m))
+        trainer.ref_model.base_model.register_forward_pre_hook(lambda m, a: reference_calls.append(m))
     got = tiny.history(trainer, evaluate=False)
     want = tiny.history(build("kto", "stock", **options), evaluate=False)
     tiny.assert_same(got, want)
     assert len(widths) == 3 * (1 if prompts == "long" else 2)
-    assert len(of_reference) == (0 if precomputed else 3)
+    assert len(reference_calls) == (0 if precomputed else 3)
 
 
-# --------------------------------------------------------------------------------------------------------- in practice
+# Complete trainings
 
 
 @pytest.mark.parametrize(
-    ("kind", "how", "options"),
+    ("kind", "variant", "options"),
     [
         ("dpo", "fused", {}),
         ("dpo", "fused", {"precompute_ref_log_probs": True}),
@@ -231,14 +231,15 @@ def test_matched_and_mismatched_rows_run_together_where_that_is_less_work(build,
         ("tpo", "fused", {}),
     ],
 )
-def test_answers_share_their_prompt(build, kind, how, options):
-    """Every forward has the tokens of each prompt once."""
+def test_answers_share_their_prompt(build, kind, variant, options):
+    """Every forward computes each prompt once."""
     options, answers = options | {"max_steps": 2}, 3 if kind == "tpo" else 2
     if kind != "tpo":
         options["data"] = long_prompts(kind)
-    trainer = build(kind, "stock" if how == "attached" else "fused", head=[] if how == "attached" else PACK, **options)
-    if how == "attached":
-        attach(trainer, packed=True)
+    if variant == "attached":
+        trainer = attach(build(kind, "stock", **options), packed=True)
+    else:
+        trainer = build(kind, "fused", head=PACK, **options)
     sizes, expected = [], []
     for model in trl_layouts.models_of(trainer):
         model.get_input_embeddings().register_forward_pre_hook(lambda m, args: sizes.append(args[0].numel()))
@@ -252,8 +253,8 @@ def test_answers_share_their_prompt(build, kind, how, options):
         for first, *others in zip(*groups, strict=True):
             count += len(first)
             for row in others:
-                same = [x == y for x, y in zip(first, row, strict=False)]
-                count += len(row) - [*same, False].index(False)
+                equal = [x == y for x, y in zip(first, row, strict=False)]
+                count += len(row) - [*equal, False].index(False)
         expected.append(count)
         assert layout.input_ids.numel() == count < layout.valid.sum()
     tiny.history(trainer, evaluate=False)
@@ -261,7 +262,7 @@ def test_answers_share_their_prompt(build, kind, how, options):
 
 
 def test_every_call_is_packed(build, monkeypatch):
-    """Policy and reference, training and evaluation: no backbone is given a padded batch."""
+    """Policy and reference, in training and evaluation: no backbone gets a padded batch."""
     shapes = []
     trainer = build("dpo", "fused", head=PACK, max_steps=1)
     for model in trl_layouts.models_of(trainer):
@@ -273,8 +274,8 @@ def test_every_call_is_packed(build, monkeypatch):
     assert set(shapes) == {(1, PackedBatch)}
 
 
-def test_streams(build):
-    """One process joins the batches of all, so that the layout is made in the step."""
+def test_streams_are_packed_in_the_step(build):
+    """The main process reads the batches of all processes, so layouts are computed in the step."""
     options = {"max_steps": 3, "eval_strategy": "no"}
     data = tiny.data("dpo", 12)
     want = tiny.history(build("dpo", "fused", head=[("packed", False)], data=data, **options), evaluate=False)
@@ -293,7 +294,7 @@ def test_streams(build):
     assert len(losses[0]) > len(want)
 
 
-def test_workers_and_several_evaluation_sets(build):
+def test_dataloader_workers_and_several_evaluation_sets_pack(build):
     def sets():
         return {"a": tiny.data("dpo", 4), "b": tiny.data("dpo", 6)}
 
@@ -307,7 +308,7 @@ def test_workers_and_several_evaluation_sets(build):
 
 
 @pytest.mark.parametrize("packed", [True, pytest.param("auto", marks=pytest.mark.slow)])
-def test_a_compiled_model(build, tiny_folder, packed):
+def test_a_compiled_model_packs(build, tiny_folder, packed):
     options = {"max_steps": 2, "arguments": [("model", sdpa("qwen3", tiny_folder))]}
     want = tiny.history(build("dpo", "fused", head=[("packed", False)], **options), evaluate=False)
     options |= {"torch_compile": True, "torch_compile_backend": "eager"}
@@ -324,7 +325,7 @@ class Generating(TrainerCallback):
             self.answers.append(model.generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=0))
 
 
-def test_generation_between_steps(build):
+def test_generation_between_steps_is_unchanged(build):
     runs = []
     for packed in (True, False):
         callback = Generating()
@@ -336,7 +337,7 @@ def test_generation_between_steps(build):
 
 
 @pytest.mark.parametrize("adapters", [False, True])
-def test_saved_models_know_nothing_of_it(build, tmp_path, adapters):
+def test_saved_models_show_no_trace_of_packing(build, tmp_path, adapters):
     arguments = [("peft_config", tiny.lora)] if adapters else []
     trainer = build("dpo", "fused", head=PACK, max_steps=1, arguments=arguments)
     trainer.train()
@@ -352,12 +353,12 @@ def test_saved_models_know_nothing_of_it(build, tmp_path, adapters):
     torch.testing.assert_close(reloaded.eval()(ids).logits, trainer.model.eval()(ids).logits, rtol=1e-5, atol=1e-5)
 
 
-def test_trainers_one_after_another_on_one_model(build):
-    """SFT packed, then DPO not, then stock DPO, each as with a model of its own."""
+def test_consecutive_trainers_on_one_model_do_not_interfere(build):
+    """Packed SFT, padded DPO, stock DPO and packed DPO each train as with a separate model."""
 
     def runs(own):
         model = None
-        for kind, how, packed in (
+        for kind, variant, packed in (
             ("sft", "fused", True),
             ("dpo", "fused", False),
             ("dpo", "stock", None),
@@ -366,7 +367,7 @@ def test_trainers_one_after_another_on_one_model(build):
             if model is not None and own:
                 model = tiny_copy(model)
             arguments = [] if model is None else [("model", lambda m=model: m)]
-            trainer = build(kind, how, max_steps=2, arguments=arguments, head=[("packed", packed)])
+            trainer = build(kind, variant, max_steps=2, arguments=arguments, head=[("packed", packed)])
             yield tiny.history(trainer)
             model = trainer.model
 
@@ -379,13 +380,13 @@ def test_trainers_one_after_another_on_one_model(build):
         tiny.assert_same(got, want)
 
 
-# ------------------------------------------------------------------------------------------------------------- attach
+# Attach
 
 
 @pytest.mark.parametrize(
     ("kind", "model"), [("sft", "qwen3"), ("sft", "qwen3_moe"), ("dpo", "qwen3"), ("kto", "qwen3")]
 )
-def test_attached(build, stock_history, kind, model):
+def test_attached_trainers_pack(build, stock_history, kind, model):
     options = {"loss_type": ["sigmoid"]} if kind == "dpo" else {}
     options |= {} if model == "qwen3" else {"model": model}
     trainer = build(kind, "stock", **options)
@@ -415,7 +416,7 @@ def test_attach_refuses_trainers_without_packing(build):
         attach(trainer, packed=True)
 
 
-def test_attach_that_refuses_leaves_no_trace(build):
+def test_a_refused_attach_leaves_no_trace(build):
     trainer = build("dpo", "stock", model="gemma2")
     collator = trainer.data_collator
     with pytest.raises(ValueError, match="softcap"):
@@ -425,7 +426,7 @@ def test_attach_that_refuses_leaves_no_trace(build):
     assert not trainer.model.config._attn_implementation.startswith(PREFIX)
 
 
-def test_an_attached_trainer_is_collected(build):
+def test_an_attached_trainer_is_garbage_collected(build):
     trainer = attach(build("sft", "stock"), packed=True)
     reference = weakref.ref(trainer)
     del trainer
@@ -433,12 +434,12 @@ def test_an_attached_trainer_is_collected(build):
     assert reference() is None
 
 
-# ----------------------------------------------------------------------------------------------------------- refusals
+# Refusals
 
 
 @pytest.mark.parametrize("packed", ["auto", True])
-def test_attention_with_dropout(build, packed):
-    """Of GPT-2 as its configuration comes: refused when the trainer is built, and padded where nothing was asked."""
+def test_attention_dropout_is_refused_or_padded(build, packed):
+    """Default GPT-2: packed=True is refused at construction, "auto" pads."""
     config = transformers.GPT2Config(vocab_size=419, n_embd=16, n_layer=2, n_head=2, n_positions=64)
     options = {"arguments": [("model", lambda: transformers.GPT2LMHeadModel(config))], "max_steps": 1}
     if packed is True:
@@ -451,7 +452,7 @@ def test_attention_with_dropout(build, packed):
 
 
 @pytest.mark.parametrize("value", ["maybe", 1, None, "true"])
-def test_words_that_are_none(build, value):
+def test_unknown_values_of_packed_are_refused(build, value):
     with pytest.raises(ValueError, match="packed must be 'auto', True or False, got"):
         build("sft", "fused", head=[("packed", value)])
 
@@ -464,19 +465,19 @@ def test_words_that_are_none(build, value):
         ("t5", "orpo", "T5ForConditionalGeneration is an encoder-decoder"),
     ],
 )
-def test_models_that_cannot(build, model, kind, reason):
+def test_unpackable_models_are_refused(build, model, kind, reason):
     with pytest.raises(ValueError, match=reason):
         build(kind, "fused", model=model, head=PACK)
 
 
-def test_virtual_tokens(build):
+def test_virtual_tokens_are_refused_or_padded(build):
     config = lambda: peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)  # noqa: E731
     with pytest.raises(ValueError, match="PROMPT_TUNING puts virtual tokens before each row"):
         build("sft", "fused", head=PACK, arguments=[("peft_config", config)])
     assert build("sft", "fused", arguments=[("peft_config", config)]).layouts.kind == MASKED
 
 
-def test_auto_on_a_cpu(build, tiny_folder, caplog):
+def test_auto_on_a_cpu_pads_and_logs_it(build, tiny_folder, caplog):
     caplog.set_level(logging.INFO, "fusedalign")
     expected = {
         "sdpa": (UNMASKED, "FusedSFTTrainer, batches: right-padded without a mask (packed='auto' packs on CUDA)"),
@@ -492,15 +493,15 @@ def test_auto_on_a_cpu(build, tiny_folder, caplog):
         assert messages[0].startswith(line)
 
 
-# ---------------------------------------------------------------------------------- right-padded rows, other collators
+# Right-padded rows, other collators
 
 
-def layouts_seen(trainer):
-    seen = []
+def recorded_layouts(trainer):
+    layout_types = []
     trainer.model.base_model.register_forward_pre_hook(
-        lambda m, a, k: seen.append(type(k.get("layout")).__name__), with_kwargs=True
+        lambda m, a, k: layout_types.append(type(k.get("layout")).__name__), with_kwargs=True
     )
-    return seen
+    return layout_types
 
 
 @pytest.mark.parametrize("kind", ["sft", "dpo", "kto", "tpo"])
@@ -508,27 +509,28 @@ def test_right_padded_rows_take_no_mask(build, tiny_folder, kind):
     arguments = [("model", sdpa("qwen3", tiny_folder))]
     trainer = build(kind, "fused", arguments=arguments)
     assert trainer.layouts.kind == UNMASKED
-    seen = layouts_seen(trainer)
+    layout_types = recorded_layouts(trainer)
     got, want = tiny.history(trainer), tiny.history(build(kind, "stock", arguments=arguments))
-    assert set(seen) == {RightPadded.__name__}
+    assert set(layout_types) == {RightPadded.__name__}
     tiny.assert_same(without_mean_logits(kind, got), without_mean_logits(kind, want))
 
 
 class LeftPadding:
-    """Rows of SFT, padded on the left, with labels for all tokens or for all but the first, and more if asked."""
+    """A collator of left-padded SFT rows; `mask` and `tensors`: functions of the default mask and of the ids."""
 
-    def __init__(self, first=False, mask=None, **more):
-        self.first, self.mask, self.more = first, mask, more
+    def __init__(self, label_first=False, mask=None, **tensors):
+        self.label_first, self.mask, self.tensors = label_first, mask, tensors
 
     def __call__(self, examples):
         rows = [list(x["input_ids"]) for x in examples]
         width = max(map(len, rows))
         ids = torch.tensor([[0] * (width - len(row)) + row for row in rows])
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-        counted = mask.bool() if self.first else mask.cumsum(1) > 1
-        more = {name: make(ids) for name, make in self.more.items()}
+        counted = mask.bool() if self.label_first else mask.cumsum(1) > 1
+        tensors = {name: make(ids) for name, make in self.tensors.items()}
         attention_mask = mask if self.mask is None else self.mask(mask)
-        return {"input_ids": ids, "attention_mask": attention_mask, "labels": ids.masked_fill(~counted, -100), **more}
+        labels = ids.masked_fill(~counted, -100)
+        return {"input_ids": ids, "attention_mask": attention_mask, "labels": labels, **tensors}
 
 
 def with_collator(tiny_folder, make):
@@ -536,18 +538,18 @@ def with_collator(tiny_folder, make):
 
 
 @pytest.mark.parametrize("packed", [True, "auto"])
-def test_left_padded_rows(build, tiny_folder, packed):
+def test_left_padded_rows_train_like_padded_ones(build, tiny_folder, packed):
     options = with_collator(tiny_folder, LeftPadding)
     trainer = build("sft", "fused", head=[("packed", packed)], **options)
-    seen = layouts_seen(trainer)
+    layout_types = recorded_layouts(trainer)
     got = tiny.history(trainer)
-    assert set(seen) == {"PackedBatch" if packed is True else "NoneType"}
+    assert set(layout_types) == {"PackedBatch" if packed is True else "NoneType"}
     tiny.assert_same(got, tiny.history(build("sft", "fused", head=[("packed", False)], **options)))
 
 
-#: Collators with batches that stay padded: a label that padding predicts, a hole in a row, another mask, an argument.
+#: Collators of unpackable batches: a label predicted by padding, a hole in a row, another mask or argument.
 UNPACKABLE = {
-    "label": (lambda: LeftPadding(first=True), "packed rows need labels of -100 for a first token after padding"),
+    "label": (lambda: LeftPadding(label_first=True), "packed rows need labels of -100 for a first token after padding"),
     "hole": (lambda: LeftPadding(mask=_with_hole), "first token after padding"),
     "mask": (lambda: LeftPadding(mask=_square), "must both be .rows, length."),
     "positions": (
@@ -568,12 +570,12 @@ def _with_hole(mask):
 
 
 def _square(mask):
-    """[B, 1, L, L]: causal, and of two tokens."""
-    seen = torch.ones(mask.shape[1], mask.shape[1], dtype=torch.bool).tril().triu(-1)
-    return (seen & mask.bool()[:, None, None]) | torch.eye(mask.shape[1], dtype=torch.bool)
+    """A causal mask over windows of two tokens, [B, 1, L, L]."""
+    window = torch.ones(mask.shape[1], mask.shape[1], dtype=torch.bool).tril().triu(-1)
+    return (window & mask.bool()[:, None, None]) | torch.eye(mask.shape[1], dtype=torch.bool)
 
 
-def test_a_layout_of_other_rows_is_made_anew(tiny_folder):
+def test_a_layout_of_other_rows_is_rebuilt(tiny_folder):
     model = sdpa("qwen3", tiny_folder)()
     ids = torch.tensor([[5, 6, 7], [5, 6, 8]])
     layouts = trl_layouts.Layouts(groups=2, kind=PACKED)
@@ -585,25 +587,25 @@ def test_a_layout_of_other_rows_is_made_anew(tiny_folder):
 
 
 @pytest.mark.parametrize("name", UNPACKABLE)
-def test_batches_that_stay_padded(build, tiny_folder, name):
+def test_unpackable_batches_stay_padded(build, tiny_folder, name):
     collator, message = UNPACKABLE[name]
     options = with_collator(tiny_folder, collator)
     with pytest.raises(ValueError, match=message):
         build("sft", "fused", head=PACK, **options).train()
     want = tiny.history(build("sft", "fused", head=[("packed", False)], **options))
-    for kind in (PACKED, UNMASKED):  # as "auto" on CUDA and here
+    for kind in (PACKED, UNMASKED):  # as "auto" selects on CUDA and on a CPU
         trainer = build("sft", "fused", **options)
         trainer.layouts.kind = kind
-        seen = layouts_seen(trainer)
+        layout_types = recorded_layouts(trainer)
         tiny.assert_same(tiny.history(trainer), want)
-        assert set(seen) == {"NoneType"}
+        assert set(layout_types) == {"NoneType"}
 
 
-# ------------------------------------------------------------------------------------------------------ command line
+# Command line
 
 
-@pytest.mark.parametrize("how", ["flag", "file"])
-def test_the_command_packs(embedded_folder, tmp_path, capsys, how):
+@pytest.mark.parametrize("source", ["flag", "file"])
+def test_the_command_packs(embedded_folder, tmp_path, capsys, source):
     from fusedalign.cli import main
 
     rows = tmp_path / "rows.jsonl"
@@ -622,7 +624,7 @@ def test_the_command_packs(embedded_folder, tmp_path, capsys, how):
     }
 
     def run(packed):
-        if how == "file":
+        if source == "file":
             (tmp_path / "config.yaml").write_text(json.dumps(options | {"fused_packed": packed}))
             return main(["dpo", "--config", str(tmp_path / "config.yaml")])
         words = [str(w).lower() if isinstance(w, bool) else str(w) for n, x in options.items() for w in (f"--{n}", x)]
@@ -637,7 +639,7 @@ def test_the_command_packs(embedded_folder, tmp_path, capsys, how):
     assert "maybe" in error
 
 
-# -------------------------------------------------------------------------------------- what goes by padded rows
+# Features that depend on padded rows
 
 
 @pytest.mark.parametrize(
@@ -648,8 +650,8 @@ def test_the_command_packs(embedded_folder, tmp_path, capsys, how):
     ],
 )
 @pytest.mark.parametrize("kind", ["sft", "dpo"])
-def test_what_goes_by_padded_rows(build, tiny_folder, kind, options, adapters, reason):
-    """Is refused packed; without a mask rows stay where they are."""
+def test_options_that_depend_on_padded_rows_are_refused_or_padded(build, tiny_folder, kind, options, adapters, reason):
+    """packed=True is refused; without a mask rows keep their positions."""
     arguments = [("model", sdpa("qwen3", tiny_folder))]
     if adapters == "alora":
         arguments.append(("peft_config", activated_lora))
@@ -668,21 +670,21 @@ def activated_lora():
 
 
 @pytest.mark.parametrize("packed", [True, "auto"])
-@pytest.mark.parametrize("how", ["fused", "attach"])
-def test_attention_that_is_set_after_the_trainer_is_built(build, tiny_folder, packed, how):
-    """It serves where there is no layout; batches are laid out as before."""
+@pytest.mark.parametrize("variant", ["fused", "attach"])
+def test_attention_set_after_construction_trains_like_stock(build, tiny_folder, packed, variant):
+    """The new attention runs batches without a layout; layouts are used as before."""
 
-    def run(how):
+    def run(variant):
         options = {"arguments": [("model", sdpa("qwen3", tiny_folder))], "max_steps": 2}
-        trainer = build("dpo", how, head=[] if how == "stock" else [("packed", packed)], **options)
+        trainer = build("dpo", variant, head=[] if variant == "stock" else [("packed", packed)], **options)
         trainer.model.set_attn_implementation("eager")
         return tiny.history(trainer)
 
-    tiny.assert_same(run(how), run("stock"))
+    tiny.assert_same(run(variant), run("stock"))
 
 
 class OtherTypes(LeftPadding):
-    """Tensors as a collator of one's own may give them, with positions that begin where rows do."""
+    """Tensor types that a user's collator may return, with positions that start at each row's first token."""
 
     def __call__(self, examples):
         batch = super().__call__(examples)
@@ -692,18 +694,18 @@ class OtherTypes(LeftPadding):
         return transformers.BatchEncoding({**integers, "attention_mask": mask.bool(), "position_ids": positions})
 
 
-def test_batches_of_other_types(build, tiny_folder):
+def test_batches_of_other_types_are_packed(build, tiny_folder):
     options = with_collator(tiny_folder, OtherTypes)
     trainer = build("sft", "fused", head=PACK, **options)
-    seen = layouts_seen(trainer)
+    layout_types = recorded_layouts(trainer)
     got = tiny.history(trainer)
-    assert set(seen) == {"PackedBatch"}
+    assert set(layout_types) == {"PackedBatch"}
     tiny.assert_same(got, tiny.history(build("sft", "fused", head=[("packed", False)], **options)))
 
 
 @pytest.mark.parametrize("kind", ["sft", "dpo", "kto", "cpo"])
-def test_a_stream_for_evaluation_alone(build, kind):
-    """Other processes get tensors alone; the layout is made in the step."""
+def test_an_evaluation_stream_is_packed_in_the_step(build, kind):
+    """Streams are dispatched to other processes as tensors only, so layouts are computed in the step."""
     trainer = build(kind, "fused", head=PACK, max_steps=1)
     stream = trainer.eval_dataset.to_iterable_dataset()
     assert "layout" in next(iter(trainer.get_eval_dataloader()))

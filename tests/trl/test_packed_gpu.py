@@ -1,4 +1,4 @@
-"""On a GPU: trainers pack by themselves, come as near to fp32 as padded ones, and wait for nothing."""
+"""On a GPU: trainers pack by default, are as close to fp32 as padded ones, and do not synchronise."""
 
 import logging
 
@@ -20,7 +20,7 @@ pytestmark = [
     pytest.mark.skipif(varlen_attention() is None, reason="needs torch.nn.attention.varlen"),
 ]
 
-#: Means over few tokens or pairs are more rounding than anything, and so are signs.
+#: Means over few tokens or pairs, and signs, are dominated by rounding.
 SKIPPED = ("accuracies", "accuracy", "epoch", "learning_rate", "num_tokens")
 
 
@@ -33,10 +33,10 @@ def runs(build, folder, kind, packed, bf16):
 
 @pytest.mark.parametrize("model", ["qwen3", "gemma3"])
 @pytest.mark.parametrize("kind", ["sft", "dpo", "kto", "cpo", "orpo", "tpo"])
-def test_as_near_to_fp32_as_padded_rows(build, tiny_folder, kind, model):
-    """Over all steps the error of each family of metrics in bf16 is at most twice the padded run's, and rounding.
+def test_packed_error_is_at_most_twice_the_padded_one(build, tiny_folder, kind, model):
+    """Over all steps the bf16 error of each family of metrics is at most twice that of the padded run, plus rounding.
 
-    One metric alone has too few figures: the means of chosen and rejected rows, in training and evaluation, are pooled.
+    A single metric has too few values, so chosen and rejected, training and evaluation are pooled.
     """
     folder = tiny_folder(model)
     trainer, packed = runs(build, folder, kind, True, True)
@@ -56,7 +56,7 @@ def test_as_near_to_fp32_as_padded_rows(build, tiny_folder, kind, model):
         assert errors[0] <= 2 * errors[1] + rounding, (family, errors)
 
 
-def test_auto_packs_and_says_so(build, tiny_folder, caplog):
+def test_auto_packs_and_logs_it(build, tiny_folder, caplog):
     caplog.set_level(logging.INFO, "fusedalign")
     trainer, rows = runs(build, tiny_folder("qwen3"), "dpo", "auto", True)
     assert trainer.layouts.kind == PACKED
@@ -66,14 +66,14 @@ def test_auto_packs_and_says_so(build, tiny_folder, caplog):
     assert all(row["grad_norm"] > 0 for row in rows if "grad_norm" in row)
 
 
-def test_auto_packs_in_fp32_too(build, tiny_folder):
+def test_auto_packs_in_fp32(build, tiny_folder):
     trainer, _ = runs(build, tiny_folder("qwen3"), "dpo", "auto", False)
     assert trainer.layouts.kind == PACKED
     assert trainer.layouts.reason.endswith("attention takes one segment at a time")
 
 
-def test_no_wait(tiny_folder):
-    """A forward of pairs and its backward, with the layout of the collator: nothing makes the CPU wait."""
+def test_packed_steps_do_not_synchronise(tiny_folder):
+    """Forward and backward of pairs with the collator's layout never make the CPU wait."""
     g = torch.Generator().manual_seed(0)
     rows = [[torch.randint(3, 40, (n + i,), generator=g).tolist() for i in range(4)] for n in (5, 9, 7)]
     batch = pack_answers(*rows, multiple=64)
@@ -91,7 +91,7 @@ def test_no_wait(tiny_folder):
         "num_items_in_batch": 7,
         "fused_lm_head": True,
     }
-    want = model(**arguments).log_probs  # without a layout it is made, with a wait
+    want = model(**arguments).log_probs  # without a layout one is computed, which waits
     model(**arguments, layout=batch).loss.backward()  # compiles
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")

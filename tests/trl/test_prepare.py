@@ -1,4 +1,4 @@
-"""The Fused trainers tell their impl what they will ask of it when they are built."""
+"""The Fused trainers prepare their impl for the problems of training when they are built."""
 
 import types
 
@@ -10,7 +10,7 @@ from fusedalign.trl import options
 
 @pytest.fixture
 def prepared(monkeypatch):
-    """The problems that an impl was told of."""
+    """The problems that an impl was asked to prepare."""
     problems, resolve = [], options.resolve
 
     def resolved(name, problem):
@@ -22,7 +22,7 @@ def prepared(monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["dpo", "sft"])
-def test_policy_and_reference_are_prepared(prepared, build, kind):
+def test_policy_and_reference_problems_are_prepared(prepared, build, kind):
     trainer = build(kind, "fused")
     policy, *reference = prepared
     head = trainer.model.get_output_embeddings().weight

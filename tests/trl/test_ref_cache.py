@@ -1,4 +1,4 @@
-"""A cached reference: the same metrics as a live one, no reference model, and refused where it is of anything else."""
+"""A cached reference: the metrics of a live one without a reference model; caches of other settings are refused."""
 
 import copy
 import json
@@ -40,7 +40,7 @@ def _args(kind, tmp_path, **options):
 
 @pytest.fixture
 def cache(tmp_path, tiny_folder):
-    """cache("dpo", ...) -> the path of a cache of the train and evaluation data of `build`."""
+    """cache("dpo", ...) -> path of a cache of `build`'s train and evaluation data."""
     numbers = iter(range(99))
 
     def write(kind, model=None, datasets=None, tokenizer=None, **options):
@@ -52,7 +52,7 @@ def cache(tmp_path, tiny_folder):
     return write
 
 
-def _with(path, **head):
+def _ref_options(path, **head):
     return {"head": [("ref_logps", path), *head.items()]}
 
 
@@ -60,7 +60,7 @@ def _lora_config(**options):
     return peft.LoraConfig(**{"r": 4, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"} | options)
 
 
-# ------------------------------------------------------------------------------------------------------------- numbers
+# Numbers
 
 
 @pytest.mark.parametrize(
@@ -77,10 +77,10 @@ def _lora_config(**options):
         ("kto", {"loss_type": "apo_zero_unpaired"}),
     ],
 )
-def test_every_metric_is_that_of_the_live_and_of_the_precomputed_reference(build, cache, kind, options):
+def test_metrics_equal_those_of_live_and_precomputed_references(build, cache, kind, options):
     head = {"packed": options.pop("packed", False)}
     scored = {name: x for name, x in options.items() if name in ("max_length", "truncation_mode", "loss_type")}
-    trainer = build(kind, "fused", **options, **_with(cache(kind, **scored), **head))
+    trainer = build(kind, "fused", **options, **_ref_options(cache(kind, **scored), **head))
     assert trainer.ref_model is None
     got = tiny.history(trainer)
     for reference in ({}, {"precompute_ref_log_probs": True}):
@@ -99,7 +99,7 @@ def test_every_metric_is_that_of_the_live_and_of_the_precomputed_reference(build
 @pytest.mark.parametrize("kind", ["dpo", "kto"])
 def test_a_new_adapter_has_the_base_model_as_its_reference(build, cache, loaded, kind):
     arguments = [("peft_config", lambda: tiny.lora())]
-    trainer = build(kind, "fused", arguments=arguments, **_with(cache(kind, loaded)))
+    trainer = build(kind, "fused", arguments=arguments, **_ref_options(cache(kind, loaded)))
     assert list(trainer.model.peft_config) == ["default"]
     tiny.assert_same(tiny.history(trainer), tiny.history(build(kind, "fused", arguments=arguments)))
 
@@ -112,46 +112,46 @@ def test_a_new_adapter_has_the_base_model_as_its_reference(build, cache, loaded,
         lambda: peft.IA3Config(target_modules=["k_proj"], feedforward_modules=[], init_ia3_weights=False),
     ],
 )
-def test_an_adapter_that_is_trained_further_is_the_reference(build, cache, loaded, config):
+def test_an_adapter_trained_further_is_its_own_reference(build, cache, loaded, config):
     torch.manual_seed(3)
     model = peft.get_peft_model(loaded, config())
     for name, parameter in model.named_parameters():
         if "default" in name:
             parameter.data.add_(0.1 * torch.randn_like(parameter))
     path = cache("dpo", model)
-    given = [("model", lambda: copy.deepcopy(model))]
-    trainer = build("dpo", "fused", arguments=given, **_with(path))
+    arguments = [("model", lambda: copy.deepcopy(model))]
+    trainer = build("dpo", "fused", arguments=arguments, **_ref_options(path))
     assert list(trainer.model.peft_config) == ["default"]
     assert trainer.model.active_adapter == "default"
     assert any(parameter.requires_grad for parameter in trainer.model.parameters())
-    tiny.assert_same(tiny.history(trainer), tiny.history(build("dpo", "fused", arguments=given)))
+    tiny.assert_same(tiny.history(trainer), tiny.history(build("dpo", "fused", arguments=arguments)))
     with pytest.raises(ValueError, match="weights of the model as it is given"):
-        build("dpo", "fused", arguments=[("model", lambda: model.get_base_model())], **_with(path))
+        build("dpo", "fused", arguments=[("model", lambda: model.get_base_model())], **_ref_options(path))
 
 
-def test_an_adapter_by_prompts_is_trained_further(build, cache, loaded):
+def test_a_prompt_tuning_adapter_is_trained_further(build, cache, loaded):
     torch.manual_seed(3)
     config = peft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
     model = peft.get_peft_model(loaded, config)
-    given = [("model", lambda: copy.deepcopy(model))]
-    trainer = build("dpo", "fused", arguments=given, **_with(cache("dpo", model)))
+    arguments = [("model", lambda: copy.deepcopy(model))]
+    trainer = build("dpo", "fused", arguments=arguments, **_ref_options(cache("dpo", model)))
     assert list(trainer.model.peft_config) == ["default"]
-    tiny.assert_same(tiny.history(trainer), tiny.history(build("dpo", "fused", arguments=given)))
+    tiny.assert_same(tiny.history(trainer), tiny.history(build("dpo", "fused", arguments=arguments)))
 
 
-def test_a_named_model_and_a_dictionary_of_evaluations(build, cache, tiny_folder):
-    """The weights that TRL loads are those that are looked at."""
+def test_a_named_model_and_several_evaluation_sets_work(build, cache, tiny_folder):
+    """The cache is checked against the weights that TRL loads."""
     evaluations = {"first": tiny.data("dpo", 4), "second": tiny.data("dpo", 6)}
     arguments = [("model", lambda: str(tiny_folder("qwen3"))), ("eval_dataset", lambda: evaluations)]
     data = tiny.data("dpo", 12)
-    trainer = build("dpo", "fused", data=data, arguments=arguments, **_with(cache("dpo")))
+    trainer = build("dpo", "fused", data=data, arguments=arguments, **_ref_options(cache("dpo")))
     tiny.assert_same(tiny.history(trainer), tiny.history(build("dpo", "fused", data=data, arguments=arguments)))
 
 
-def test_other_data_are_evaluated_after_a_step_too(build, cache):
-    """Where TRL has no reference model any more."""
+def test_other_cached_data_are_evaluated_after_training(build, cache):
+    """Without a reference model."""
     other, train = tiny.data("dpo", 9), tiny.data("dpo", 12)
-    trainer = build("dpo", "fused", **_with(cache("dpo", datasets=[other, train])), max_steps=2)
+    trainer = build("dpo", "fused", **_ref_options(cache("dpo", datasets=[other, train])), max_steps=2)
     live = build("dpo", "fused", max_steps=2)
     for each in (trainer, live):
         each.train()
@@ -163,25 +163,30 @@ def test_other_data_are_evaluated_after_a_step_too(build, cache):
 
 
 @pytest.mark.parametrize("kind", ["dpo", "kto"])
-def test_a_resumed_training_goes_on_with_the_cache(build, cache, kind, tmp_path):
-    options = {"output_dir": str(tmp_path / "out"), "save_strategy": "steps", "save_steps": 2, **_with(cache(kind))}
-    whole = tiny.history(build(kind, "fused", **options), evaluate=False)
+def test_a_resumed_training_uses_the_cache(build, cache, kind, tmp_path):
+    options = {
+        "output_dir": str(tmp_path / "out"),
+        "save_strategy": "steps",
+        "save_steps": 2,
+        **_ref_options(cache(kind)),
+    }
+    uninterrupted = tiny.history(build(kind, "fused", **options), evaluate=False)
     trainer = build(kind, "fused", **options)
     trainer.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
-    ignored = (*tiny.UNTIMED, "num_tokens")  # which TRL counts from 0 again
-    whole, resumed = (
+    ignored = (*tiny.UNTIMED, "num_tokens")  # TRL counts it from 0 again
+    uninterrupted, resumed = (
         [{k: v for k, v in row.items() if not k.endswith(ignored)} for row in rows[:5]]
-        for rows in (whole, trainer.state.log_history)
+        for rows in (uninterrupted, trainer.state.log_history)
     )
-    tiny.assert_same(resumed, whole)
+    tiny.assert_same(resumed, uninterrupted)
     trainer.save_model(str(tmp_path / "model"))
     files = [path.read_text() for path in (tmp_path / "model").glob("*.json")]
     assert files
     assert not any("ref_logps" in text or "parquet" in text for text in files)
 
 
-def test_without_a_configuration(build, cache, tiny_folder, monkeypatch, tmp_path):
-    """TRL makes one by itself."""
+def test_the_cache_works_without_a_configuration(build, cache, tiny_folder, monkeypatch, tmp_path):
+    """TRL creates a default one."""
     monkeypatch.chdir(tmp_path)
     path = cache("dpo", max_length=trl.DPOConfig("x", bf16=False).max_length)
     monkeypatch.setattr(trl.DPOConfig, "__init__", _with_defaults(trl.DPOConfig.__init__))
@@ -201,10 +206,10 @@ def _with_defaults(original):
     return init
 
 
-# ------------------------------------------------------------------------------------------------------------ refusals
+# Refusals
 
 
-def _moved(model):
+def _perturbed(model):
     model.model.layers[0].mlp.up_proj.weight.data[0, 0] += 1e-3
     return model
 
@@ -230,10 +235,10 @@ ROW = "every row of the train data set, got .* without the"
 
 
 @pytest.mark.parametrize(
-    ("kind", "scored", "trained", "message"),
+    ("kind", "scored", "settings", "message"),
     [
-        ("dpo", {}, {"prepare": _moved}, WEIGHTS),
-        ("kto", {}, {"prepare": _moved}, WEIGHTS),
+        ("dpo", {}, {"prepare": _perturbed}, WEIGHTS),
+        ("kto", {}, {"prepare": _perturbed}, WEIGHTS),
         ("dpo", {}, {"prepare": _wider_rope}, CONFIG),
         ("dpo", {}, {"model": "mistral"}, CONFIG),
         (
@@ -264,15 +269,15 @@ ROW = "every row of the train data set, got .* without the"
         ("kto", {}, {"data": tiny.data("kto", 12).add_column("image", [None] * 12)}, "with the column image: leave"),
     ],
 )
-def test_a_cache_of_anything_else_is_refused(build, cache, tiny_folder, kind, scored, trained, message):
-    trained, arguments = dict(trained), {}
-    if trained.pop("ref_model", False):
+def test_a_cache_of_other_settings_is_refused(build, cache, tiny_folder, kind, scored, settings, message):
+    settings, arguments = dict(settings), {}
+    if settings.pop("ref_model", False):
         arguments["ref_model"] = lambda: _load(tiny_folder)
-    if (change := trained.pop("tokenizer", None)) is not None:
+    if (change := settings.pop("tokenizer", None)) is not None:
         arguments["processing_class"] = lambda: change(tiny.tokenizer())
     path = cache(kind, **scored)
     with pytest.raises(ValueError, match=message) as caught:
-        build(kind, "fused", arguments=arguments, **trained, **_with(path))
+        build(kind, "fused", arguments=arguments, **settings, **_ref_options(path))
     text = str(caught.value)
     assert "\n" not in text
     assert "ref_logps" in text
@@ -280,19 +285,19 @@ def test_a_cache_of_anything_else_is_refused(build, cache, tiny_folder, kind, sc
 
 
 def test_a_named_model_with_other_weights_is_refused(build, cache, tiny_folder, loaded, tmp_path):
-    """Before the data are looked at, which takes longer."""
+    """It is refused before the data are read, which takes longer."""
     path = cache("dpo")
-    _moved(loaded).save_pretrained(tmp_path / "moved")
+    _perturbed(loaded).save_pretrained(tmp_path / "moved")
     model = ("model", lambda: str(tmp_path / "moved"))
     with pytest.raises(ValueError, match="with the weights of the model as it is given"):
-        build("dpo", "fused", data=Dataset.from_list([{"nothing": 1}]), arguments=[model], **_with(path))
+        build("dpo", "fused", data=Dataset.from_list([{"nothing": 1}]), arguments=[model], **_ref_options(path))
 
 
-def test_a_cache_of_an_adapter_is_refused_for_another(build, cache, loaded):
-    """Doubled, moved, or none at all; a new one that changes nothing is the base model."""
+def test_a_cache_of_another_adapter_is_refused(build, cache, loaded):
+    """Doubled, changed or replaced by a new one; a new one with no effect equals the base model."""
     torch.manual_seed(3)
-    given = peft.get_peft_model(loaded, _lora_config(init_lora_weights=False))
-    path = cache("dpo", given)
+    adapted = peft.get_peft_model(loaded, _lora_config(init_lora_weights=False))
+    path = cache("dpo", adapted)
 
     def doubled(model):
         config = _lora_config(init_lora_weights=False, lora_alpha=16)
@@ -310,10 +315,10 @@ def test_a_cache_of_an_adapter_is_refused_for_another(build, cache, loaded):
 
     for change in (doubled, moved, new):
         with pytest.raises(ValueError, match="with the weights of the model as it is given"):
-            build("dpo", "fused", arguments=[("model", lambda change=change: change(given))], **_with(path))
-    base = copy.deepcopy(given).unload()
-    assert weights_digest(new(given)) == weights_digest(base)
-    build("dpo", "fused", arguments=[("model", lambda: new(given))], **_with(cache("dpo", base)))
+            build("dpo", "fused", arguments=[("model", lambda change=change: change(adapted))], **_ref_options(path))
+    base = copy.deepcopy(adapted).unload()
+    assert weights_digest(new(adapted)) == weights_digest(base)
+    build("dpo", "fused", arguments=[("model", lambda: new(adapted))], **_ref_options(cache("dpo", base)))
 
 
 NAME = b"fusedalign.ref_cache"
@@ -384,22 +389,22 @@ def test_a_damaged_file_is_refused(cache, damage, message):
     assert str(path) in str(caught.value)
 
 
-def test_any_damaged_byte_is_found(cache):
+def test_any_damaged_byte_is_detected(cache):
     path = cache("dpo", datasets=[tiny.data("dpo", 2)])
-    whole, before, found = path.read_bytes(), read_cache(path), []
-    for place in range(0, len(whole), max(len(whole) // 60, 1)):
-        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x55]) + whole[place + 1 :])
+    content, before, unchanged = path.read_bytes(), read_cache(path), []
+    for place in range(0, len(content), max(len(content) // 60, 1)):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 0x55]) + content[place + 1 :])
         try:
             after = read_cache(path)
         except ValueError as error:
-            found.append(str(error))
+            unchanged.append(str(error))
         else:
-            assert after == before, place  # in what says nothing of the content
-    assert len(found) > 20
-    assert all(text.startswith("ref_logps must be") and "\n" not in text for text in found)
+            assert after == before, place  # in bytes that do not affect the content
+    assert len(unchanged) > 20
+    assert all(text.startswith("ref_logps must be") and "\n" not in text for text in unchanged)
 
 
-def test_what_is_no_file(tmp_path):
+def test_a_path_that_is_not_a_file_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"ref_logps must name a file .*, got .*absent.parquet \(no such file"):
         read_cache(tmp_path / "absent.parquet")
     with pytest.raises(FileNotFoundError, match=r"got .* \(a folder"):
@@ -408,12 +413,12 @@ def test_what_is_no_file(tmp_path):
         read_cache(3)
 
 
-# ------------------------------------------------------------------------------------------------------------ the file
+# The file
 
 ABOUT = About(64, "keep_start", None, "t", "c", "float32", "f", "w", "the-model", {"trl": "1"})
 
 
-def test_a_file_that_is_read_is_what_was_written(tmp_path):
+def test_a_written_cache_is_read_back_unchanged(tmp_path):
     path = tmp_path / "cache.parquet"
     write_cache(path, ABOUT, ["a", "b", "a"], [-1.5, torch.tensor(-0.1), -1.5])
     cache = read_cache(str(path))
@@ -422,7 +427,7 @@ def test_a_file_that_is_read_is_what_was_written(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["cache.parquet"]
 
 
-def test_a_write_that_fails_keeps_the_file_that_is_there(tmp_path, monkeypatch):
+def test_a_failed_write_keeps_the_existing_file(tmp_path, monkeypatch):
     path = tmp_path / "cache.parquet"
     write_cache(path, ABOUT, ["a"], [-1.0])
 
@@ -437,7 +442,7 @@ def test_a_write_that_fails_keeps_the_file_that_is_there(tmp_path, monkeypatch):
     assert [file.name for file in tmp_path.iterdir()] == ["cache.parquet"]
 
 
-def test_what_cannot_be_written(tmp_path):
+def test_unwritable_values_are_refused(tmp_path):
     with pytest.raises(ValueError, match="expected finite log-probabilities, got nan for the sequence b"):
         write_cache(tmp_path / "x", ABOUT, ["a", "b"], [-1.0, float("nan")])
     with pytest.raises(ValueError, match="shorter"):
@@ -445,7 +450,7 @@ def test_what_cannot_be_written(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_key_is_of_the_tokens_and_of_where_the_completion_begins():
+def test_a_key_depends_on_the_tokens_and_the_completion_start():
     keys = [
         row_key([1, 2, 3], [-100, 2, 3]),
         row_key([1, 2, 3], [-100, -100, 3]),
@@ -458,7 +463,7 @@ def test_a_key_is_of_the_tokens_and_of_where_the_completion_begins():
     assert keys[0] == "e0d562fac24d530adad3102e07398323"
 
 
-# ------------------------------------------------------------------------------------------------ sequences and digests
+# Sequences and digests
 
 
 @pytest.mark.parametrize(
@@ -471,8 +476,8 @@ def test_a_key_is_of_the_tokens_and_of_where_the_completion_begins():
         ("kto", {"max_length": 7, "loss_type": "apo_zero_unpaired"}),
     ],
 )
-def test_the_sequences_are_those_that_stock_trl_scores(build, kind, options, tmp_path):
-    """What TRL reads of a trainer while it tokenises, and its collators, are as they are expected."""
+def test_the_sequences_equal_those_scored_by_stock_trl(build, kind, options, tmp_path):
+    """Checks the attributes and collators of TRL that the cache relies on."""
     trainer = build(kind, "stock", rows=21, **options)
     want = set()
     for batch in trainer.get_train_dataloader():
@@ -494,8 +499,8 @@ def test_the_sequences_are_those_that_stock_trl_scores(build, kind, options, tmp
 
 
 @pytest.mark.parametrize("kind", ["dpo", "kto"])
-def test_conversations_as_pairs(build, cache, kind):
-    """KTO takes them apart; the prompt is what both begin with."""
+def test_conversations_in_pairs_are_cached(build, cache, kind):
+    """KTO splits them; the prompt is the common beginning."""
     tokenizer = tiny.tokenizer()
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] + ' ' }}{% endfor %}</s>"
     data = Dataset.from_list(
@@ -509,14 +514,14 @@ def test_conversations_as_pairs(build, cache, kind):
     )
     path = cache(kind, datasets=[data], tokenizer=tokenizer)
     arguments = [("processing_class", lambda: tokenizer)]
-    trainer = build(kind, "fused", data=data, arguments=arguments, max_steps=1, **_with(path))
+    trainer = build(kind, "fused", data=data, arguments=arguments, max_steps=1, **_ref_options(path))
     trainer.train()
     first = trainer.state.log_history[0]
     assert first["loss"] == pytest.approx({"dpo": 0.693147, "kto": 0.5}[kind], abs=1e-5)
     assert first["rewards/chosen"] == pytest.approx(0, abs=1e-5)
 
 
-def test_methods_and_data_without_a_cache(tmp_path):
+def test_streams_and_methods_without_a_reference_are_refused(tmp_path):
     args = _args("dpo", tmp_path)
     with pytest.raises(ValueError, match="a method with a reference model, dpo or kto, got orpo"):
         reference_examples("orpo", tiny.data("dpo", 2), tiny.tokenizer(), args)
@@ -524,15 +529,15 @@ def test_methods_and_data_without_a_cache(tmp_path):
         reference_examples("dpo", tiny.data("dpo", 2).to_iterable_dataset(), tiny.tokenizer(), args, "eval")
 
 
-def test_the_weights_count_and_not_what_runs_them(build, tiny_folder, loaded, tmp_path):
+def test_the_digest_depends_on_weights_not_on_their_execution(build, tiny_folder, loaded, tmp_path):
     want, config = weights_digest(loaded), config_digest(loaded)
     build("sft", "fused", arguments=[("model", lambda: loaded)], head=[("packed", True)])
     assert weights_digest(loaded) == want
     assert config_digest(loaded) == config
     assert weights_digest(torch.compile(loaded, backend="eager")) == want
     loaded.save_pretrained(tmp_path / "again")
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again", attention_dropout=0.1)
-    assert (weights_digest(again), config_digest(again)) == (want, config)
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "again", attention_dropout=0.1)
+    assert (weights_digest(reloaded), config_digest(reloaded)) == (want, config)
     for name, tensor in loaded.state_dict().items():
         before = tensor.clone()
         tensor.flatten()[-1].mul_(2).add_(1e-3)
@@ -544,17 +549,17 @@ def test_the_weights_count_and_not_what_runs_them(build, tiny_folder, loaded, tm
         weights_digest(loaded)
 
 
-def test_adapters_that_are_not_active_do_not_count_whatever_their_names(loaded):
+def test_inactive_adapters_do_not_change_the_digest(loaded):
     plain = weights_digest(loaded)
     model = peft.get_peft_model(loaded, _lora_config(init_lora_weights=False))
     want = weights_digest(model)
     model.add_adapter("norm", _lora_config(init_lora_weights=False, target_modules=["k_proj"]))
     assert weights_digest(model) == want != plain
-    _moved(model.base_model.model)
+    _perturbed(model.base_model.model)
     assert weights_digest(model) != want
 
 
-def test_weights_in_every_dtype_and_in_chunks(monkeypatch):
+def test_digests_work_in_every_dtype_and_chunk_size(monkeypatch):
     from fusedalign.trl import digests
 
     class Config:
@@ -567,34 +572,34 @@ def test_weights_in_every_dtype_and_in_chunks(monkeypatch):
         module.register_buffer(f"x{i}", torch.arange(30).reshape(5, 6).t().to(dtype))
     module.register_buffer("scalar", torch.tensor(3.0))
     module.register_buffer("empty", torch.zeros(0, 4))
-    whole = weights_digest(module)
+    digest = weights_digest(module)
     monkeypatch.setattr(digests, "_CHUNK", 7)
-    assert weights_digest(module) == whole
+    assert weights_digest(module) == digest
     module.x1 = module.x1.to(torch.float16)
-    assert weights_digest(module) != whole
+    assert weights_digest(module) != digest
 
 
-def test_a_tokenizer_is_known_by_what_it_makes_of_text(tmp_path):
+def test_tokenizers_are_identified_by_their_output(tmp_path):
     tokenizer = tiny.tokenizer()
     want = tokenizer_digest(tokenizer)
     tokenizer("a good answer", padding="max_length", truncation=True, max_length=3)
     tokenizer.pad_token = tokenizer.eos_token
     assert tokenizer_digest(tokenizer) == want
     tokenizer.save_pretrained(tmp_path)
-    again = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    assert tokenizer_digest(again) == want
-    assert tokenizer_digest(_grown(again)) != want
+    reloaded = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert tokenizer_digest(reloaded) == want
+    assert tokenizer_digest(_grown(reloaded)) != want
     tokenizer.eos_token = "<unk>"
     assert tokenizer_digest(tokenizer) != want
     assert template_digest(tokenizer) != template_digest(_templated(tokenizer))
 
 
-# --------------------------------------------------------------------------------------------------------- the command
+# The command
 
 
 @pytest.fixture
 def words(tiny_folder, tmp_path):
-    """words("dpo", ...) -> those of a command on the data and the model of `build`."""
+    """words("dpo", ...) -> command arguments with the data and model of `build`."""
     folder = tmp_path / "model"
     _load(tiny_folder).save_pretrained(folder)
     tiny.tokenizer().save_pretrained(folder)
@@ -625,13 +630,13 @@ def _error(capsys, argv):
 
 
 @pytest.mark.parametrize("kind", ["dpo", "kto"])
-def test_a_command_with_a_cache(cache, words, tmp_path, kind, capsys):
+def test_a_command_trains_with_a_cache(cache, words, tmp_path, kind, capsys):
     config = tmp_path / "config.yaml"
     config.write_text(f"ref_logps: {cache(kind)}\n")
     rows = []
-    for more in (["--config", str(config)], []):
-        out = tmp_path / f"out{len(more)}"
-        assert main([kind, *words(kind, output_dir=out), *more]) == 0, capsys.readouterr().err
+    for flags in (["--config", str(config)], []):
+        out = tmp_path / f"out{len(flags)}"
+        assert main([kind, *words(kind, output_dir=out), *flags]) == 0, capsys.readouterr().err
         rows.append([json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()])
     for got, want in zip(*rows, strict=True):
         for name in ("loss", "rewards/chosen", "rewards/margins", "logps/chosen"):
@@ -639,7 +644,7 @@ def test_a_command_with_a_cache(cache, words, tmp_path, kind, capsys):
             assert got.get(name, 0) == pytest.approx(want.get(name, 0), abs=1e-5, rel=1e-5)
 
 
-def test_errors_of_the_commands(cache, words, tmp_path, capsys):
+def test_bad_caches_are_one_line_errors_of_the_commands(cache, words, tmp_path, capsys):
     path = cache("dpo", max_length=32)
     line = _error(capsys, ["dpo", *words("dpo", ref_logps=path)])
     assert re.search("with max_length=64, got .* made with max_length=32: set max_length=32", line)

@@ -1,4 +1,4 @@
-"""The reference of DPO and KTO is the model as it was given, and a precomputed one is that of these settings."""
+"""The reference of DPO and KTO is the model passed in; a precomputed one depends on the settings."""
 
 import copy
 import functools
@@ -19,12 +19,12 @@ from fusedalign.trl.reference import reference_copy, reference_key
 
 @pytest.fixture
 def loaded(tiny_folder):
-    """A model with the name of its folder."""
+    """A model loaded from a folder."""
     return AutoModelForCausalLM.from_pretrained(tiny_folder("qwen3"), attn_implementation="eager")
 
 
-def _moved(model):
-    """Every trainable weight in another place, as by training."""
+def _perturbed(model):
+    """Change every trainable weight, as training does."""
     generator = torch.Generator().manual_seed(5)
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -33,14 +33,14 @@ def _moved(model):
 
 
 def _merged(model):
-    model = _moved(peft.get_peft_model(model, tiny.lora())).merge_and_unload()
+    model = _perturbed(peft.get_peft_model(model, tiny.lora())).merge_and_unload()
     return model.requires_grad_(True)
 
 
 def _grown(model):
     torch.manual_seed(0)
     model.resize_token_embeddings(430)
-    return _moved(model)
+    return _perturbed(model)
 
 
 def _nameless(model):
@@ -48,7 +48,7 @@ def _nameless(model):
     return model
 
 
-def _of_own_class(model):
+def _user_defined_class(model):
     class Config(transformers.Qwen3Config):
         model_type = "of_a_user"
 
@@ -61,7 +61,7 @@ def _of_own_class(model):
 
 
 def _compiled(model):
-    return torch.compile(_moved(model), backend="eager")
+    return torch.compile(_perturbed(model), backend="eager")
 
 
 def _lora(model, **options):
@@ -70,16 +70,16 @@ def _lora(model, **options):
 
 
 def _embedding_lora(model):
-    return _moved(_lora(model, target_modules=["embed_tokens", "q_proj"], use_dora=True))
+    return _perturbed(_lora(model, target_modules=["embed_tokens", "q_proj"], use_dora=True))
 
 
 def _ia3(model):
     config = peft.IA3Config(target_modules=["k_proj", "v_proj"], feedforward_modules=[], task_type="CAUSAL_LM")
-    return _moved(peft.get_peft_model(model, config))
+    return _perturbed(peft.get_peft_model(model, config))
 
 
 def _prompt(model):
-    return _moved(peft.get_peft_model(model, peft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")))
+    return _perturbed(peft.get_peft_model(model, peft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")))
 
 
 def _two_adapters(model):
@@ -93,7 +93,7 @@ def _lora_config(**options):
 
 
 def _assert_starts_at_its_reference(build, kind, model, **options):
-    """Rewards are 0 at the first step, where policy and reference are one model, and not at the second."""
+    """Assert that rewards are 0 at the first step, where policy and reference are equal, and not at the second."""
     trainer = build(kind, "fused", arguments=[("model", lambda: model)], max_steps=2, learning_rate=5e-2, **options)
     trainer.train()
     first, second = trainer.state.log_history[:2]
@@ -110,10 +110,10 @@ def _assert_starts_at_its_reference(build, kind, model, **options):
         ("dpo", _merged, {}),
         ("dpo", _grown, {}),
         ("dpo", _nameless, {}),
-        ("dpo", _of_own_class, {}),
+        ("dpo", _user_defined_class, {}),
         ("dpo", _compiled, {}),
-        ("dpo", _moved, {"bf16": True}),
-        ("dpo", _moved, {"sync_ref_model": True, "ref_model_sync_steps": 2}),
+        ("dpo", _perturbed, {"bf16": True}),
+        ("dpo", _perturbed, {"sync_ref_model": True, "ref_model_sync_steps": 2}),
         ("dpo", _grown, {"precompute_ref_log_probs": True}),
         ("kto", _merged, {}),
         ("kto", _nameless, {"precompute_ref_log_probs": True}),
@@ -125,20 +125,20 @@ def _assert_starts_at_its_reference(build, kind, model, **options):
         ("kto", _ia3, {}),
     ],
 )
-def test_the_reference_is_the_model_as_it_was_given(build, loaded, kind, change, options):
+def test_the_reference_equals_the_model_passed_in(build, loaded, kind, change, options):
     _assert_starts_at_its_reference(build, kind, change(loaded), **options)
 
 
 @pytest.mark.parametrize("kind", ["dpo", "kto"])
-def test_the_reference_of_a_named_model(build, tiny_folder, kind):
+def test_the_reference_of_a_named_model_has_its_weights(build, tiny_folder, kind):
     trainer = build(kind, "fused", arguments=[("model", lambda: str(tiny_folder("qwen3")))])
     own, reference = trainer.model.state_dict(), trainer.ref_model.state_dict()
     assert all(torch.equal(own[name], reference[name]) for name in own)
 
 
 @pytest.mark.parametrize("earlier", ["stock", "fused"])
-def test_a_model_that_another_trainer_has_trained(build, loaded, earlier):
-    """Its forward is that trainer's, bound to the model: a plain copy of it would run the policy as the reference."""
+def test_a_model_trained_by_another_trainer_is_its_own_reference(build, loaded, earlier):
+    """Its forward is bound to the model by that trainer: a plain copy would run the policy as reference."""
     sft = build("sft", earlier, arguments=[("model", lambda: loaded)], max_steps=1, bf16=True)
     sft.train()
     trainer = _assert_starts_at_its_reference(build, "dpo", sft.model)
@@ -148,7 +148,7 @@ def test_a_model_that_another_trainer_has_trained(build, loaded, earlier):
     assert not trainer.ref_model.training
 
 
-def test_a_copy_is_without_gradients_and_dropout_and_keeps_ties(loaded):
+def test_a_reference_copy_is_in_eval_mode_and_keeps_ties(loaded):
     loaded.train()
     loaded.lm_head.weight = loaded.model.embed_tokens.weight
     copied = reference_copy(loaded)
@@ -191,24 +191,24 @@ def test_a_model_that_cannot_be_copied_is_refused(loaded, change, message):
         reference_copy(loaded)
 
 
-def test_a_forward_that_takes_the_model_is_copied(loaded):
+def test_a_bound_forward_is_rebound_in_the_copy(loaded):
     forward = type(loaded.model).forward
     loaded.model.forward = types.MethodType(lambda self, *a, **k: forward(self, *a, **k), loaded.model)
     copied, ids = reference_copy(loaded), torch.tensor([[3, 5, 6]])
     want = copied(ids).logits
-    _moved(loaded)
+    _perturbed(loaded)
     assert torch.equal(copied(ids).logits, want)
 
 
-def test_a_reference_that_is_passed_stays(build, loaded):
-    reference = _moved(copy.deepcopy(loaded))
+def test_a_passed_reference_is_used_unchanged(build, loaded):
+    reference = _perturbed(copy.deepcopy(loaded))
     arguments = [("model", lambda: loaded), ("ref_model", lambda: reference)]
     trainer = build("dpo", "fused", arguments=arguments)
     assert trainer.ref_model is reference
     assert fused_by(reference) == "fusedalign"
 
 
-def _called(model, name):
+def _with_name(model, name):
     return peft.get_peft_model(model, _lora_config(), adapter_name=name)
 
 
@@ -233,20 +233,24 @@ def _own_ref(model):
 @pytest.mark.parametrize(
     ("kind", "change", "message"),
     [
-        ("dpo", lambda model: _called(model, "mine"), "the adapter 'default' to be active, .* got mine of mine: load"),
+        (
+            "dpo",
+            lambda model: _with_name(model, "mine"),
+            "the adapter 'default' to be active, .* got mine of mine: load",
+        ),
         ("kto", _other_active, "the adapter 'default' to be active, .* got other of default, other: load"),
         ("dpo", _both_active, "the adapter 'default' to be active, .* got default and other of default, other: load"),
         ("kto", _own_ref, "expected no adapter called 'ref', .* got default, ref: delete or rename it"),
         ("dpo", lambda model: _lora(model, init_lora_weights="pissa"), "got init_lora_weights='pissa', which changes"),
     ],
 )
-def test_adapters_of_which_trl_makes_another_reference(build, loaded, kind, change, message):
+def test_adapters_with_a_different_reference_in_trl_are_refused(build, loaded, kind, change, message):
     with pytest.raises(ValueError, match=message) as caught:
         build(kind, "fused", arguments=[("model", lambda: change(loaded))])
     assert "\n" not in str(caught.value)
 
 
-def test_an_initialisation_that_changes_the_reference(build, loaded):
+def test_an_initialisation_that_changes_the_base_weights_is_refused(build, loaded):
     config = _lora_config(init_lora_weights="olora", task_type="CAUSAL_LM")
     with pytest.raises(
         ValueError, match="got init_lora_weights='olora', which changes them: pass ref_model, merge the adapter first"
@@ -254,26 +258,26 @@ def test_an_initialisation_that_changes_the_reference(build, loaded):
         build("dpo", "fused", arguments=[("model", lambda: loaded), ("peft_config", lambda: config)])
 
 
-# --------------------------------------------------------------------------------------------------------- precomputed
+# Precomputed
 
 
 @pytest.fixture
 def precomputations(monkeypatch):
-    """The number of sequences in each batch of which a reference was computed."""
-    made = []
+    """A list with the batch size of each computation of a reference."""
+    batch_sizes = []
     for cls in (trl.DPOTrainer, trl.KTOTrainer):
 
         def recorded(self, model, inputs, original=cls.compute_ref_log_probs):
-            made.append(len(inputs["input_ids"]))
+            batch_sizes.append(len(inputs["input_ids"]))
             return original(self, model, inputs)
 
         monkeypatch.setattr(cls, "compute_ref_log_probs", recorded)
-    return made
+    return batch_sizes
 
 
 @pytest.fixture
 def on_disk(tmp_path):
-    """on_disk("dpo") -> data of which TRL caches what it makes of them, as it does not of data in memory."""
+    """on_disk("dpo") -> data on disk, for which TRL caches preprocessing results (not for data in memory)."""
 
     def load(kind):
         if not (tmp_path / kind).exists():
@@ -286,8 +290,8 @@ def on_disk(tmp_path):
 PRECOMPUTED = {"precompute_ref_log_probs": True, "truncation_mode": "keep_end", "max_steps": 1}
 
 
-def test_a_precomputed_reference_is_that_of_these_settings(build, on_disk, precomputations):
-    """The first step starts at ln 2, however long the sequences were the last time."""
+def test_a_precomputed_reference_depends_on_the_settings(build, on_disk, precomputations):
+    """The first loss is ln 2 whatever max_length the previous precomputation used."""
 
     def first_loss(**options):
         before = len(precomputations)
@@ -308,10 +312,10 @@ def test_a_precomputed_reference_is_that_of_these_settings(build, on_disk, preco
         assert computed, options
     loss, computed = first_loss(max_length=4, learning_rate=3e-5, beta=0.3, seed=3, logging_steps=1)
     assert loss == pytest.approx(0.693147, abs=1e-5)
-    assert not computed  # what has no influence is no reason to compute it again
+    assert not computed  # settings without influence do not recompute it
 
 
-def test_kto_and_its_kl(build, on_disk, precomputations):
+def test_kto_precomputes_its_kl_term(build, on_disk, precomputations):
     options = {"precompute_ref_log_probs": True, "max_length": None, "max_steps": 1, "data": on_disk("kto")}
     for bf16 in (False, True):
         before = len(precomputations)
@@ -323,7 +327,7 @@ def test_kto_and_its_kl(build, on_disk, precomputations):
         assert row["rewards/chosen"] == pytest.approx(0, abs=1e-6)
 
 
-def test_what_the_key_depends_on(build, loaded):
+def test_the_key_depends_on_all_relevant_settings(build, loaded):
     trainer = build("dpo", "fused", arguments=[("model", lambda: loaded)])
     keys = [reference_key(trainer)]
 
@@ -364,8 +368,8 @@ def test_what_the_key_depends_on(build, loaded):
     assert reference_key(trainer) == keys[0]
 
 
-def test_adapters_are_in_the_key(build, loaded):
-    """With alpha doubled no weight differs, only what they are multiplied by."""
+def test_the_key_depends_on_adapters(build, loaded):
+    """With alpha doubled the weights are equal, only their scale differs."""
     keys = []
     for alpha in (8, 16):
         model = _lora(copy.deepcopy(loaded), lora_alpha=alpha)
@@ -373,8 +377,8 @@ def test_adapters_are_in_the_key(build, loaded):
     assert keys[0] != keys[1]
 
 
-def test_the_template_of_the_tokenizer_is_in_the_data(build, tmp_path, precomputations):
-    """What it makes of the data is in the data's own hash, which TRL has always had in the key."""
+def test_a_new_chat_template_recomputes_the_reference(build, tmp_path, precomputations):
+    """The template changes the fingerprint of the tokenised data, which is part of TRL's key."""
     rows = [
         {side: [{"role": "user", "content": "a good"}, {"role": "assistant", "content": text}] for side, text in row}
         for row in [[("chosen", "answer is"), ("rejected", "boats")]] * 4
@@ -396,8 +400,8 @@ def test_the_template_of_the_tokenizer_is_in_the_data(build, tmp_path, precomput
     assert computed == [True, True]
 
 
-def test_precomputed_without_dropout(build, tiny_folder):
-    """Of a model that is passed in training mode, where the dropout is wanted for training."""
+def test_the_precomputed_reference_runs_without_dropout(build, tiny_folder):
+    """Even if the model is passed in training mode with dropout kept for training."""
     model = AutoModelForCausalLM.from_pretrained(
         tiny_folder("qwen3"), attn_implementation="eager", attention_dropout=0.5
     )

@@ -1,4 +1,4 @@
-"""Each thing that a trainer refuses when it is built or attached to, by its message."""
+"""Everything that trainers refuse at construction or attach(), by message."""
 
 import dataclasses
 import inspect
@@ -26,7 +26,7 @@ KINDS = ("sft", "dpo", "kto", "cpo", "orpo", "tpo")
 
 @pytest.fixture
 def pretend(monkeypatch):
-    """pretend("fsdp"), pretend("zero", 3): the trainers that are built from now on believe to run under that."""
+    """pretend("fsdp"), pretend("zero", 3): make trainers built afterwards believe that they run under it."""
 
     def under(what, stage=None):
         create = transformers.Trainer.create_accelerator_and_postprocess
@@ -46,7 +46,7 @@ def pretend(monkeypatch):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_fused_classes_under_fsdp(build, pretend, kind):
+def test_fused_classes_refuse_fsdp(build, pretend, kind):
     pretend("fsdp")
     instead = r"attach\(\) to TRL's own trainer, whose forward gathers it, or use DDP"
     with pytest.raises(ValueError, match=rf"Trainer needs a head that is whole on each rank, got FSDP: {instead}"):
@@ -54,32 +54,32 @@ def test_fused_classes_under_fsdp(build, pretend, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_fused_classes_under_zero_3(build, pretend, kind):
+def test_fused_classes_refuse_zero_3(build, pretend, kind):
     pretend("zero", 3)
     with pytest.raises(ValueError, match="whole on each rank, got DeepSpeed ZeRO-3: use stage 2 or stock TRL"):
         build(kind, "fused", arguments=[("peft_config", tiny.lora)])
 
 
 @pytest.mark.parametrize("kind", ["sft", "dpo", "kto"])
-def test_attach_under_zero_3(build, pretend, kind):
+def test_attach_refuses_zero_3(build, pretend, kind):
     pretend("zero", 3)
     trainer = build(kind, "stock", arguments=[("peft_config", tiny.lora)])
     with pytest.raises(ValueError, match="whole on each rank, got DeepSpeed ZeRO-3: use stage 2 or stock TRL"):
         attach(trainer)
 
 
-@pytest.mark.parametrize("how", ["fused", "attach"])
-def test_zero_2_is_not_refused(build, pretend, how):
+@pytest.mark.parametrize("variant", ["fused", "attach"])
+def test_zero_2_is_not_refused(build, pretend, variant):
     pretend("zero", 2)
-    build("sft", how)
+    build("sft", variant)
 
 
-# --------------------------------------------------------------------------------------------------------------- Liger
+# Liger
 
 
 @pytest.fixture
 def liger(monkeypatch):
-    """A stand-in for Liger Kernel, which replaces the forward unless told otherwise when a training starts."""
+    """A stand-in for Liger Kernel, which replaces the forward at the start of training unless disabled."""
     applied = []
 
     def lce_forward(*args, **kwargs):
@@ -96,8 +96,8 @@ def liger(monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["cpo", "orpo", "tpo"])
-def test_ligers_other_kernels_leave_the_head_alone(build, liger, kind):
-    """In SFT, DPO and KTO TRL sees to it."""
+def test_other_liger_kernels_leave_the_head_unchanged(build, liger, kind):
+    """In SFT, DPO and KTO TRL ensures that."""
     trainer = build(kind, "fused", use_liger_kernel=True, liger_kernel_config={"rope": True}, max_steps=1)
     trainer.train()
     assert liger == [{"rope": True, "fused_linear_cross_entropy": False}]
@@ -105,14 +105,14 @@ def test_ligers_other_kernels_leave_the_head_alone(build, liger, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_ligers_head_is_refused(build, liger, kind):
+def test_the_liger_head_is_refused(build, liger, kind):
     with pytest.raises(ValueError, match=rf"Fused{kind.upper()}Trainer needs liger_kernel_config without fused_linear"):
         build(kind, "fused", use_liger_kernel=True, liger_kernel_config={"fused_linear_cross_entropy": True})
 
 
 @pytest.mark.parametrize("kind", ["sft", "dpo", "kto"])
-def test_ligers_forward_is_named_by_attach(build, kind):
-    """Of a trainer whose model it has patched since: what attach() would serve is no longer there."""
+def test_attach_names_a_liger_forward(build, kind):
+    """Liger has patched the trainer's model, so the forward that attach() would replace is gone."""
     trainer = build(kind, "stock", arguments=[("peft_config", tiny.lora)])
 
     def lce_forward(self, *args, **kwargs):
@@ -129,12 +129,12 @@ def test_ligers_forward_is_named_by_attach(build, kind):
         lce_forward.__globals__["__name__"] = before
 
 
-# ------------------------------------------------------------------------------------------------ arguments and options
+# Arguments and options
 
 
 @pytest.mark.parametrize("kind", ["cpo", "orpo"])
-def test_model_init(build, kind):
-    """Those of TRL's trainers that take one."""
+def test_model_init_is_refused(build, kind):
+    """The trainers of TRL that take one."""
     for name in KINDS:
         assert ("model_init" in inspect.signature(tiny.classes(name)[0].__init__).parameters) == (
             name in ("cpo", "orpo")
@@ -146,17 +146,17 @@ def test_model_init(build, kind):
         build(kind, "fused", arguments=[("model_init", lambda: lambda: None)])
 
 
-@pytest.mark.parametrize("how", ["attach", "fused"])
-def test_label_smoothing_of_sft(build, how):
-    """fusedalign.sft_loss has it; DFT leaves it out, as in TRL, and so is not refused."""
+@pytest.mark.parametrize("variant", ["attach", "fused"])
+def test_label_smoothing_of_sft_is_refused(build, variant):
+    """fusedalign.sft_loss supports it; DFT ignores it, as in TRL, and is not refused."""
     instead = r"which takes the logits: in a loop of your own fusedalign\.sft_loss has label_smoothing"
     with pytest.raises(ValueError, match=rf"needs label_smoothing_factor=0, got 0\.1, {instead}"):
-        build("sft", how, label_smoothing_factor=0.1)
-    build("sft", how, label_smoothing_factor=0.1, loss_type="dft")
+        build("sft", variant, label_smoothing_factor=0.1)
+    build("sft", variant, label_smoothing_factor=0.1, loss_type="dft")
 
 
 NAN, INF = float("nan"), float("inf")
-#: kind -> the numbers of its configuration, each with what no training may go on with.
+#: kind -> numbers of its configuration, each with invalid values
 BAD_NUMBERS = {
     "dpo": {
         "beta": (NAN, INF, -1.0, 0.0),
@@ -191,27 +191,27 @@ BAD_NUMBERS = {
 
 
 @pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind, numbers in BAD_NUMBERS.items() for name in numbers])
-def test_numbers_that_no_loss_trains_with(build, kind, name):
+def test_invalid_loss_numbers_are_refused(build, kind, name):
     for bad in BAD_NUMBERS[kind][name]:
-        for how in ("fused", "attach") if kind in ("sft", "dpo", "kto") and bad is NAN else ("fused",):
+        for variant in ("fused", "attach") if kind in ("sft", "dpo", "kto") and bad is NAN else ("fused",):
             with pytest.raises(ValueError, match=rf"^{name} must be .*, got {bad}$"):
-                build(kind, how, model="qwen3_moe" if name.startswith("router") else "qwen3", **{name: bad})
+                build(kind, variant, model="qwen3_moe" if name.startswith("router") else "qwen3", **{name: bad})
 
 
 def test_every_number_of_a_loss_is_checked():
-    """Fields of TRL's configurations with a number as default, less those known not to enter a loss."""
-    others = {"precompute_ref_batch_size", "ref_model_sync_steps", "max_completion_length"}
-    others |= {"pad_to_multiple_of", "padding_value", "dataset_num_proc", "learning_rate"}
+    """All numeric fields of TRL's configurations except those known not to enter a loss are checked."""
+    exempt = {"precompute_ref_batch_size", "ref_model_sync_steps", "max_completion_length"}
+    exempt |= {"pad_to_multiple_of", "padding_value", "dataset_num_proc", "learning_rate"}
     for kind, numbers in BAD_NUMBERS.items():
         config = tiny.classes(kind)[2]
         own = {f.name: str(f.type) for f in dataclasses.fields(config)}
         base = {f.name for f in dataclasses.fields(transformers.TrainingArguments)}
-        found = {name for name, kind in own.items() if ("float" in kind or "int" in kind) and name not in base}
-        assert found - others - {"loss_weights"} <= set().union(*BAD_NUMBERS.values()), kind
+        numeric = {name for name, kind in own.items() if ("float" in kind or "int" in kind) and name not in base}
+        assert numeric - exempt - {"loss_weights"} <= set().union(*BAD_NUMBERS.values()), kind
         assert numbers.keys() <= own.keys()
 
 
-def test_loss_weights_and_the_type_of_numbers(build):
+def test_invalid_loss_weights_and_number_types_are_refused(build):
     weights = {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, NAN]}
     with pytest.raises(ValueError, match=r"^loss_weights\[1\] must be finite, got nan$"):
         build("dpo", "fused", **weights)
@@ -236,13 +236,13 @@ def test_loss_weights_and_the_type_of_numbers(build):
         ("tpo", {"tpo_alpha": 0.0, "tpo_l_gamma": 0.0}),
     ],
 )
-def test_numbers_that_trl_trains_with(build, kind, options):
+def test_valid_loss_numbers_are_accepted(build, kind, options):
     build(kind, "fused", **options)
 
 
 @pytest.mark.parametrize("kind", ["grpo", "rloo"])
-def test_a_reinforcement_learner_may_have_no_kl_term(kind):
-    """Their rewards make them slow to build; attach() asks this of them."""
+def test_online_trainers_accept_beta_0(kind):
+    """Tests the check of attach() directly, since these trainers are slow to build."""
     config = tiny.classes(kind)[2]
     for beta in (0.0, 0.04):
         refuse_numbers(config(output_dir="unused", beta=beta, report_to="none", use_cpu=True, bf16=False))
@@ -252,7 +252,7 @@ def test_a_reinforcement_learner_may_have_no_kl_term(kind):
 
 
 @pytest.mark.parametrize("value", ["-1", "nan", "inf"])
-def test_on_the_command_line(capsys, tiny_folder, tmp_path, value):
+def test_the_command_refuses_invalid_numbers(capsys, tiny_folder, tmp_path, value):
     data = tmp_path / "data.jsonl"
     data.write_text(json.dumps({"prompt": "a good", "chosen": " answer", "rejected": " boats"}) + "\n")
     model = tiny_folder("qwen3")
@@ -268,22 +268,22 @@ def test_on_the_command_line(capsys, tiny_folder, tmp_path, value):
     assert not (tmp_path / "out" / "metrics.jsonl").exists()
 
 
-def test_label_smoothing_in_arguments_that_trl_makes_its_own_of(tmp_path):
-    """Of transformers, without a loss_type."""
+def test_label_smoothing_in_training_arguments_is_refused(tmp_path):
+    """transformers' TrainingArguments, without a loss_type."""
     args = transformers.TrainingArguments(str(tmp_path), label_smoothing_factor=0.1, use_cpu=True, report_to="none")
     data, tokenizer = tiny.data("sft", 4), tiny.tokenizer()
     with pytest.raises(ValueError, match=r"FusedSFTTrainer needs label_smoothing_factor=0, got 0\.1"):
         FusedSFTTrainer(tiny.MODELS["qwen3"](), args, train_dataset=data, processing_class=tokenizer)
 
 
-@pytest.mark.parametrize(("kind", "how"), [("sft", "fused"), ("sft", "attach"), ("orpo", "fused")])
-def test_adapters_that_want_the_logits(build, kind, how):
+@pytest.mark.parametrize(("kind", "variant"), [("sft", "fused"), ("sft", "attach"), ("orpo", "fused")])
+def test_adapters_that_need_logits_are_refused(build, kind, variant):
     cpt = {"cpt_token_ids": [3, 4], "cpt_mask": [1, 1], "cpt_tokens_type_mask": [1, 2], "task_type": "CAUSAL_LM"}
     with pytest.raises(ValueError, match="has no way for CPT, whose model calls the forward with logits"):
-        build(kind, how, arguments=[("peft_config", lambda: peft.CPTConfig(**cpt))])
+        build(kind, variant, arguments=[("peft_config", lambda: peft.CPTConfig(**cpt))])
 
 
-def test_trainers_of_trls_whose_loss_takes_the_logits(build):
+def test_trl_trainers_with_a_loss_on_logits_are_refused(build):
     class GKDTrainer(trl.SFTTrainer):
         __module__ = "trl.experimental.gkd"
 
@@ -291,29 +291,29 @@ def test_trainers_of_trls_whose_loss_takes_the_logits(build):
         build("sft", "attach", cls=GKDTrainer)
 
 
-def test_experts_that_trl_cannot_count(build):
+def test_attach_refuses_experts_that_trl_cannot_count(build):
     with pytest.raises(
         ValueError, match=r"with one of num_experts in the configuration, got Phimoe.*: use FusedSFTTrain"
     ):
         build("sft", "attach", model="phimoe")
 
 
-def test_experts_with_a_loss_of_their_own(build, monkeypatch):
+def test_experts_with_their_own_balancing_loss_are_refused(build, monkeypatch):
     monkeypatch.setattr(modeling_phimoe, "load_balancing_loss_func", lambda router_logits, keys: None)
     with pytest.raises(ValueError, match=r"got PhimoeForCausalLM: set its router_aux_loss_coef to 0"):
         build("sft", "fused", model="phimoe")
 
 
-def test_what_the_head_will_be_asked_is_checked_when_it_is_built(build, monkeypatch):
-    """By an impl that cannot do a thing: all outputs, a bias, the dtype of mixed precision."""
-    seen, asked = [], []
-    monkeypatch.setattr(pytorch.IMPL, "supports", lambda problem: seen.append(problem) or "it is asked too much")
+def test_construction_checks_that_the_impl_supports_the_head(build, monkeypatch):
+    """With an impl that refuses everything: all outputs, a bias and the dtype of mixed precision are passed on."""
+    problems, first_problems = [], []
+    monkeypatch.setattr(pytorch.IMPL, "supports", lambda problem: problems.append(problem) or "it is asked too much")
     for kind, model, options in (("sft", "phi", {}), ("dpo", "gemma2", {}), ("orpo", "qwen3", {"bf16": True})):
         with pytest.raises(ValueError, match="cannot do this: it is asked too much"):
             build(kind, "fused", model=model, head=[("impl", "pytorch")], **options)
-        asked.append(seen[0])
-        seen.clear()
-    sft, dpo, orpo = asked
+        first_problems.append(problems[0])
+        problems.clear()
+    sft, dpo, orpo = first_problems
     assert sft.outputs == {"entropy", "is_top1"}
     assert sft.bias is not None
     assert dpo.outputs == {"entropy", "mean_logit", "is_top1"}
@@ -321,8 +321,8 @@ def test_what_the_head_will_be_asked_is_checked_when_it_is_built(build, monkeypa
     assert (sft.operand_dtype, orpo.operand_dtype) == (torch.float32, torch.bfloat16)
 
 
-@pytest.mark.parametrize("how", ["attach", "fused"])
-def test_compute_loss_func(build, how):
+@pytest.mark.parametrize("variant", ["attach", "fused"])
+def test_compute_loss_func_is_refused(build, variant):
     instead = "it is given the logits; override compute_loss of a subclass instead"
     with pytest.raises(ValueError, match=f"needs compute_loss_func=None, got a function: {instead}"):
-        build("sft", how, arguments=[("compute_loss_func", lambda: lambda *a, **k: None)])
+        build("sft", variant, arguments=[("compute_loss_func", lambda: lambda *a, **k: None)])

@@ -1,4 +1,4 @@
-"""SFT under TRL: 3 products of the head's size, as its loss is known before it comes; test_matrix has the metrics."""
+"""SFT under TRL takes 3 products of the head's size, since its loss is known in advance; see test_matrix."""
 
 import pytest
 import tiny
@@ -13,7 +13,7 @@ PYTORCH = [("impl", "pytorch")]
 
 
 def products(trainer):
-    """What the head takes of a training step, in units of the product of the tokens that count with it."""
+    """Head products of a training step, in units of the product of the counted tokens with the head."""
     batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
     trainer.model.train()
     with FlopCounterMode(display=False) as step:
@@ -26,15 +26,15 @@ def products(trainer):
     return (step.get_total_flops() - backbone.get_total_flops()) / (2 * tokens * d * v)
 
 
-@pytest.mark.parametrize("how", ["attach", "fused"])
+@pytest.mark.parametrize("variant", ["attach", "fused"])
 @pytest.mark.parametrize("loss_type", ["nll", "dft"])
 @pytest.mark.parametrize("model", ["qwen3", "tied"])
-def test_a_step_takes_three_products(build, how, loss_type, model):
-    assert products(build("sft", how, model=model, loss_type=loss_type, head=PYTORCH)) == 3
+def test_a_step_takes_three_products(build, variant, loss_type, model):
+    assert products(build("sft", variant, model=model, loss_type=loss_type, head=PYTORCH)) == 3
 
 
 class _Weighted:
-    """A loss of one's own on top of TRL's contract."""
+    """A custom loss on top of TRL's contract."""
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         out = model(**inputs, fused_lm_head=True)
@@ -50,13 +50,13 @@ class _Fused(_Weighted, FusedSFTTrainer):
     pass
 
 
-@pytest.mark.parametrize("how", ["attach", "fused"])
-def test_of_a_loss_of_ones_own_nothing_is_expected(build, how):
-    """Its gradients would be made twice."""
-    assert products(build("sft", how, cls=_Fused if how == "fused" else _Stock, head=PYTORCH)) == 4
+@pytest.mark.parametrize("variant", ["attach", "fused"])
+def test_a_custom_loss_gets_no_hint(build, variant):
+    """With a hint its gradients would be computed twice."""
+    assert products(build("sft", variant, cls=_Fused if variant == "fused" else _Stock, head=PYTORCH)) == 4
 
 
-@pytest.mark.parametrize("how", ["attach", "fused"])
+@pytest.mark.parametrize("variant", ["attach", "fused"])
 @pytest.mark.parametrize(
     "options",
     [
@@ -67,22 +67,22 @@ def test_of_a_loss_of_ones_own_nothing_is_expected(build, how):
     ],
     ids=str,
 )
-def test_no_step_makes_its_logits_again(build, stock_history, how, options, monkeypatch):
-    """Whatever the loss is divided by and added to; every metric as TRL's."""
+def test_no_step_recomputes_its_logits(build, stock_history, variant, options, monkeypatch):
+    """Whatever the loss is divided by and added to; all metrics equal TRL's."""
     options = {"max_steps": 3} | options
     want = stock_history("sft", **options)
     monkeypatch.setattr(pytorch.IMPL, "two_pass_grads", None)
-    tiny.assert_same(tiny.history(build("sft", how, head=PYTORCH, **options)), want)
+    tiny.assert_same(tiny.history(build("sft", variant, head=PYTORCH, **options)), want)
 
 
-def test_dpo_expects_nothing(build, monkeypatch):
-    """Its weights come from whole sequences."""
+def test_dpo_gives_no_hint(build, monkeypatch):
+    """Its token weights depend on complete sequences."""
     monkeypatch.setattr(pytorch.IMPL, "one_pass", None)
-    for how in ("attach", "fused"):
-        build("dpo", how, head=PYTORCH, max_steps=1).train()
+    for variant in ("attach", "fused"):
+        build("dpo", variant, head=PYTORCH, max_steps=1).train()
 
 
-def test_an_evaluation_makes_no_gradient(build, monkeypatch):
+def test_an_evaluation_computes_no_gradient(build, monkeypatch):
     monkeypatch.setattr(pytorch.IMPL, "one_pass", None)
-    for how in ("attach", "fused"):
-        build("sft", how, head=PYTORCH).evaluate()
+    for variant in ("attach", "fused"):
+        build("sft", variant, head=PYTORCH).evaluate()

@@ -39,7 +39,7 @@ def run(method, tmp_path, **options):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_stream_trains_as_the_same_rows_do(method, tmp_path, embedded_folder, capsys):
+def test_a_stream_trains_like_the_same_rows_in_memory(method, tmp_path, embedded_folder, capsys):
     source, data = data_directory() / ("sft" if method == "sft" else "preferences"), tmp_path / "data"
     data.mkdir()
     for split in ("train", "test"):
@@ -80,7 +80,7 @@ def test_the_commands_train_an_encoder_decoder(method, stream, t5_folder, pairs,
     assert not torch.equal(before.get_input_embeddings().weight, after.get_input_embeddings().weight)
 
 
-def test_a_named_encoder_decoder_is_the_instance(t5_folder, pairs, tmp_path):
+def test_a_named_encoder_decoder_equals_the_instance(t5_folder, pairs, tmp_path):
     _, cls, config = tiny.classes("orpo")
     dataset = load_dataset("json", data_files=str(pairs), split="train")
     histories = []

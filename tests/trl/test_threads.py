@@ -1,6 +1,7 @@
-"""Trainers built, attached, detached and stepped in several threads at once: each has the head that it asked for."""
+"""Trainers built, attached, detached and stepped in several threads: each keeps its own head."""
 
 import functools
+import gc
 import sys
 import threading
 import types
@@ -24,14 +25,14 @@ def _globals(module="sft"):
     return {name: vars(sys.modules[f"trl.trainer.{module}_trainer"])[name] for name in NAMES}
 
 
-def _together(*functions):
-    """Call all at once, each in its own thread; the results."""
+def _run_concurrently(*functions):
+    """Call all functions concurrently, each in its own thread; return the results."""
     with ThreadPoolExecutor(len(functions)) as pool:
         return [future.result(timeout=60) for future in [pool.submit(function) for function in functions]]
 
 
-def test_trainers_built_at_once(build, monkeypatch):
-    """All of them are in their constructors at once, and leave them in an order that mixes both kinds."""
+def test_trainers_built_concurrently_get_their_own_heads(build, monkeypatch):
+    """All are under construction at the same time and finish in an order that mixes both kinds."""
     inside, prepare = threading.Barrier(4), trl.SFTTrainer._prepare_dataset
     first = threading.local()
 
@@ -43,12 +44,12 @@ def test_trainers_built_at_once(build, monkeypatch):
 
     before = _globals()
     kinds = ["fused", "stock", "fused", "stock"]
-    models = [build("sft", "stock").model for _ in kinds]  # transformers does not load them in several threads at once
+    models = [build("sft", "stock").model for _ in kinds]  # transformers cannot load models in several threads
     for model in models:
         del model.forward
     monkeypatch.setattr(trl.SFTTrainer, "_prepare_dataset", wait)
     arguments = [[("model", lambda model=model: model)] for model in models]
-    built = _together(
+    built = _run_concurrently(
         *(functools.partial(build, "sft", *x[:1], arguments=x[1]) for x in zip(kinds, arguments, strict=True))
     )
     assert [fused_by(trainer.model) for trainer in built] == ["fusedalign", "trl", "fusedalign", "trl"]
@@ -78,20 +79,20 @@ def test_a_stock_trainer_is_built_while_a_fused_one_is_under_construction(build,
     assert _globals() == before
 
 
-def test_a_replaced_object_is_so_in_its_thread_alone():
+def test_an_object_is_replaced_only_in_its_thread():
     module = types.ModuleType("module_of_a_test")
-    loud, quiet = types.SimpleNamespace(level="all"), types.SimpleNamespace(level="none")
-    module.logger = loud
-    with replaced(module, logger=quiet):
+    original, replacement = types.SimpleNamespace(level="all"), types.SimpleNamespace(level="none")
+    module.logger = original
+    with replaced(module, logger=replacement):
         assert module.logger.level == "none"
-        assert _together(lambda: module.logger.level) == ["all"]
+        assert _run_concurrently(lambda: module.logger.level) == ["all"]
         with pytest.raises(AttributeError):
             _ = module.logger.name
-    assert module.logger is loud
+    assert module.logger is original
 
 
 class _Building(transformers.TrainerCallback):
-    """Builds another trainer while its own is under construction."""
+    """A model that builds another trainer while its own is under construction."""
 
     def __init__(self, build):
         self.build = build
@@ -101,21 +102,21 @@ class _Building(transformers.TrainerCallback):
 
 
 @pytest.mark.parametrize("inner", ["fused", "stock"])
-def test_a_trainer_built_within_the_construction_of_another(build, monkeypatch, inner):
-    given, built, original = [], [], trainers.add_lm_head
+def test_a_trainer_built_during_another_construction_gets_its_own_head(build, monkeypatch, inner):
+    impls, built, original = [], [], trainers.add_lm_head
     monkeypatch.setattr(
         trainers,
         "add_lm_head",
-        lambda *a, options, **k: given.append(options.impl) or original(*a, options=options, **k),
+        lambda *a, options, **k: impls.append(options.impl) or original(*a, options=options, **k),
     )
     callback = _Building(lambda: built.append(build("sft", inner, head=[("impl", "reference")])))
     outer = build("sft", "fused", head=[("impl", "pytorch")], arguments=[("callbacks", lambda: [callback])])
     assert fused_by(outer.model) == "fusedalign"
     assert fused_by(built[0].model) == ("trl" if inner == "stock" else "fusedalign")
-    assert given == (["pytorch"] if inner == "stock" else ["reference", "pytorch"])
+    assert impls == (["pytorch"] if inner == "stock" else ["reference", "pytorch"])
 
 
-def test_a_construction_that_fails_leaves_trl_as_it_was(build):
+def test_a_failed_construction_restores_trl(build):
     before = _globals()
     with pytest.raises(ValueError, match="filter_eps"):
         build("sft", "fused", head=[("impl", "reference"), ("filter_eps", 1e-3)])
@@ -123,8 +124,8 @@ def test_a_construction_that_fails_leaves_trl_as_it_was(build):
     assert fused_by(build("sft", "stock").model) == "trl"
 
 
-def test_what_another_library_has_put_there_stays(build, monkeypatch):
-    """Before the construction and within it: it serves stock trainers, and never the Fused ones."""
+def test_patches_of_another_library_stay(build, monkeypatch):
+    """Patches set before or during construction serve stock trainers and never the Fused ones."""
     module, served = sys.modules["trl.trainer.sft_trainer"], []
     original = module.add_fused_lm_head
 
@@ -135,9 +136,9 @@ def test_what_another_library_has_put_there_stays(build, monkeypatch):
         )
         return module.add_fused_lm_head
 
-    theirs = patch()
+    first_patch = patch()
     assert fused_by(build("sft", "fused").model) == "fusedalign"
-    assert module.add_fused_lm_head is theirs
+    assert module.add_fused_lm_head is first_patch
     assert not served
 
     patched = []
@@ -154,8 +155,8 @@ def test_what_another_library_has_put_there_stays(build, monkeypatch):
     assert module.add_fused_lm_head is original
 
 
-def test_a_trl_without_that_name_is_noticed(build, monkeypatch):
-    """The trainer would have TRL's head, and nothing would say so."""
+def test_a_trl_version_without_the_patched_name_raises(build, monkeypatch):
+    """Otherwise the trainer would silently use TRL's head."""
     module = sys.modules["trl.trainer.sft_trainer"]
     monkeypatch.setattr(trl.SFTTrainer, "__init__", _with_globals(trl.SFTTrainer.__init__, vars(module)))
     with pytest.raises(
@@ -165,7 +166,7 @@ def test_a_trl_without_that_name_is_noticed(build, monkeypatch):
 
 
 def _with_globals(function, names):
-    """The function as if another library had compiled it anew, with globals of its own."""
+    """A copy of the function with other globals, as if another library had recompiled it."""
     other = type(function)(
         function.__code__, dict(names), function.__name__, function.__defaults__, function.__closure__
     )
@@ -173,32 +174,33 @@ def _with_globals(function, names):
     return other
 
 
-# ------------------------------------------------------------------------------------------------------------ attach()
+# attach()
 
 
-def test_the_last_is_detached_while_another_is_attached(build):
-    leaving, coming = build("sft", "attach"), build("sft", "stock")
+def test_detach_and_attach_may_run_concurrently(build):
+    gc.collect()  # trainers that other tests have attached would keep the switch in place
+    attached_trainer, stock_trainer = build("sft", "attach"), build("sft", "stock")
     threads = []
 
     def register(*args, **kwargs):
-        threads.append(threading.Thread(target=detach, args=(leaving,)))
+        threads.append(threading.Thread(target=detach, args=(attached_trainer,)))
         threads[-1].start()
         threads[-1].join(timeout=1)
-        return type(coming.model).register_forward_pre_hook(coming.model, *args, **kwargs)
+        return type(stock_trainer.model).register_forward_pre_hook(stock_trainer.model, *args, **kwargs)
 
-    coming.model.register_forward_pre_hook = register
-    attach(coming)
+    stock_trainer.model.register_forward_pre_hook = register
+    attach(stock_trainer)
     for thread in threads:
         thread.join(timeout=60)
-    assert coming in attach_module._attached
-    assert leaving not in attach_module._attached
+    assert stock_trainer in attach_module._attached
+    assert attached_trainer not in attach_module._attached
     assert isinstance(trl_utils._ChunkedLogProbFunction, attach_module._Switch)
-    detach(coming)
+    detach(stock_trainer)
     assert not isinstance(trl_utils._ChunkedLogProbFunction, attach_module._Switch)
 
 
-def test_two_threads_step_one_trainer(build, monkeypatch):
-    """One has left its step when the other's forward begins; then both are within the forward."""
+def test_two_threads_may_step_one_trainer(build, monkeypatch):
+    """First one thread ends its step while the other's forward starts; then both are inside the forward."""
     calls, original = [], attach_module.linear_logps
     monkeypatch.setattr(attach_module, "linear_logps", lambda *a, **k: calls.append(k["impl"]) or original(*a, **k))
     trainer = build("sft", "stock")
@@ -222,14 +224,14 @@ def test_two_threads_step_one_trainer(build, monkeypatch):
             if name == "early":
                 one_left.set()
 
-    losses = _together(lambda: step("early"), lambda: step("late"))
+    losses = _run_concurrently(lambda: step("early"), lambda: step("late"))
     assert losses[0] == losses[1]
     assert calls == ["pytorch"] * 2
     detach(trainer)
 
 
-def test_two_threads_in_the_forward_of_one_model(build, monkeypatch):
-    """SFT and DPO of one model at once: each is served as it was attached."""
+def test_two_threads_may_run_the_forward_of_one_model(build, monkeypatch):
+    """SFT and DPO of one model at the same time: each uses its own attachment."""
     calls, original = [], attach_module.linear_logps
     monkeypatch.setattr(attach_module, "linear_logps", lambda *a, **k: calls.append(k["impl"]) or original(*a, **k))
     sft = build("sft", "attach", head=[("impl", "reference")])
@@ -257,7 +259,7 @@ def test_two_threads_in_the_forward_of_one_model(build, monkeypatch):
         finally:
             first_out.set()
 
-    _together(lambda: step("sft", *batches[0]), lambda: step("dpo", *batches[1]))
+    _run_concurrently(lambda: step("sft", *batches[0]), lambda: step("dpo", *batches[1]))
     handle.remove()
     assert sorted(calls) == ["pytorch", "pytorch", "reference"]
     assert torch.is_grad_enabled()

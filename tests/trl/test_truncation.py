@@ -1,4 +1,4 @@
-"""What max_length leaves to train on: nothing is refused before the first step, less than all is told."""
+"""Tokens left by max_length: none is an error before the first step, lost rows are reported."""
 
 import json
 
@@ -35,7 +35,7 @@ def error(capsys):
 
 
 @pytest.mark.parametrize("method", COMMANDS)
-def test_nothing_left_is_one_line_before_training(method, tmp_path, embedded_folder, capsys):
+def test_fully_truncated_data_are_a_one_line_error(method, tmp_path, embedded_folder, capsys):
     rows = 816 if method == "kto" else 408
     assert main(argv(method, tmp_path, embedded_folder, max_length=4)) == 2
     message = (
@@ -46,24 +46,24 @@ def test_nothing_left_is_one_line_before_training(method, tmp_path, embedded_fol
 
 
 @pytest.mark.parametrize("method", ["dpo", "simpo"])
-def test_nothing_left_of_a_stream(method, tmp_path, embedded_folder, capsys):
+def test_a_fully_truncated_stream_is_an_error(method, tmp_path, embedded_folder, capsys):
     options = {"max_length": 4, "dataset_streaming": "true"}
     assert main(argv(method, tmp_path, embedded_folder, **options)) == 2
-    which = "any of the" if method == "dpo" else "the first 64"  # DPO drops such rows itself
-    message = f"max_length=4 leaves no completion token to train on in {which} training rows: raise max_length"
+    scope = "any of the" if method == "dpo" else "the first 64"  # DPO drops such rows itself, so all are read
+    message = f"max_length=4 leaves no completion token to train on in {scope} training rows: raise max_length"
     assert message in error(capsys)
 
 
 @pytest.mark.parametrize("method", ["sft", "dpo", "kto"])
-def test_nothing_left_for_trls_own_trainer(method, tmp_path, embedded_folder):
-    """Which the commands attach to under FSDP."""
+def test_fully_truncated_data_are_an_error_with_the_trainer_of_trl(method, tmp_path, embedded_folder):
+    """The commands attach to it under FSDP."""
     words = argv(method, tmp_path, embedded_folder, max_length=4)[1:]
     with pytest.raises(ValueError, match=r"max_length=4 leaves no completion token .* training rows: raise max_length"):
         build(method, parse(method, words), fused=False)
 
 
 @pytest.mark.parametrize("method", COMMANDS)
-def test_nothing_left_to_evaluate(method, tmp_path, embedded_folder, capsys):
+def test_fully_truncated_evaluation_data_are_an_error(method, tmp_path, embedded_folder, capsys):
     data = tmp_path / "data"
     data.mkdir()
     long = [{"role": "user", "content": "why " * 60}]
@@ -89,7 +89,7 @@ def rows_of(prompts, answer="one two three four"):
 
 @pytest.fixture
 def trainer(model, tiny_folder, tmp_path):
-    """trainer("dpo", rows, max_length=4): the Fused one with words as tokens; a prompt of n words has n tokens."""
+    """trainer("dpo", rows, max_length=4) -> Fused trainer with words as tokens: a prompt of n words has n tokens."""
 
     def build(method, rows, evaluation=None, **options):
         _, cls, config = tiny.classes(method)
@@ -116,30 +116,30 @@ FUSED = ["sft", "dpo", "kto", "cpo", "orpo", "tpo"]
 
 
 @pytest.mark.parametrize("method", FUSED)
-def test_rows_that_lose_everything_are_counted(method, trainer, caplog):
+def test_fully_truncated_rows_are_counted(method, trainer, caplog):
     built = trainer(method, rows_of([2, 9, 3, 4, 12, 7]), max_length=7)
-    lost, rows = (6, 12) if method == "kto" else (3, 6)
-    message = f"max_length=7 leaves no completion token to train on in {lost} of the {rows} training rows"
+    lost_rows, rows = (6, 12) if method == "kto" else (3, 6)
+    message = f"max_length=7 leaves no completion token to train on in {lost_rows} of the {rows} training rows"
     assert [message in r.getMessage() for r in caplog.records].count(True) == 1
-    kept = 6 if method in ("cpo", "orpo", "tpo") else rows - lost  # the others drop what trains nothing
-    assert len(built.train_dataset) == kept
+    kept_rows = 6 if method in ("cpo", "orpo", "tpo") else rows - lost_rows  # the others drop such rows
+    assert len(built.train_dataset) == kept_rows
 
 
 @pytest.mark.parametrize("method", FUSED)
-def test_nothing_is_said_where_all_rows_keep_a_token(method, trainer, caplog):
+def test_no_warning_if_all_rows_keep_a_token(method, trainer, caplog):
     trainer(method, rows_of([2, 9, 3]), rows_of([5, 2]), max_length=10)
     assert not [r for r in caplog.records if "max_length" in r.getMessage()]
 
 
 @pytest.mark.parametrize("method", FUSED)
-def test_the_evaluation_rows_are_counted_too(method, trainer):
+def test_fully_truncated_evaluation_rows_are_counted(method, trainer):
     with pytest.raises(ValueError, match=r"max_length=4 leaves no completion token .* of the . evaluation rows"):
         trainer(method, rows_of([2, 9, 3]), rows_of([5, 4]), max_length=4)
 
 
 @pytest.mark.parametrize("method", ["sft", "dpo", "tpo"])
-def test_keep_end(method, trainer, caplog):
-    """The end of a row is its answer, so only a single token, which is never predicted, is too few."""
+def test_keep_end_refuses_only_single_tokens(method, trainer, caplog):
+    """The end of a row is its answer, so only max_length=1 is too short: a first token is never predicted."""
     trainer(method, rows_of([5, 9]), max_length=2, truncation_mode="keep_end")
     assert not [r for r in caplog.records if "max_length" in r.getMessage()]
     with pytest.raises(ValueError, match=r"max_length=1 leaves no completion token .* any of the 2 training rows"):
@@ -147,22 +147,22 @@ def test_keep_end(method, trainer, caplog):
 
 
 @pytest.mark.parametrize("strategy", ["bfd", "wrapped"])
-def test_packed_rows(strategy, trainer):
+def test_packing_refuses_fully_truncated_rows(strategy, trainer):
     options = {"packing": True, "packing_strategy": strategy}
     trainer("sft", rows_of([2, 9, 3]), max_length=6, **options)
-    if strategy == "bfd":  # which cuts each row before it packs them
+    if strategy == "bfd":  # it truncates rows before packing
         with pytest.raises(ValueError, match=r"max_length=3 leaves no completion token .* any of the 3 training rows"):
             trainer("sft", rows_of([3, 9, 4]), max_length=3, **options)
 
 
-def test_whole_rows_of_sft(trainer, model, tmp_path):
-    """Without a prompt, or with completion_only_loss=False, all tokens but the first are trained on."""
+def test_whole_sft_rows_lose_only_the_first_token(trainer, model, tmp_path):
+    """Without a prompt, or with completion_only_loss=False, all tokens except the first are trained on."""
     trainer("sft", rows_of([5, 9]), max_length=2, completion_only_loss=False)
     with pytest.raises(ValueError, match=r"max_length=1 leaves no completion token"):
         trainer("sft", rows_of([5, 9]), max_length=1, completion_only_loss=False)
 
 
-def test_assistant_only_loss(embedded_folder, tmp_path, capsys):
+def test_a_truncated_assistant_turn_is_an_error(embedded_folder, tmp_path, capsys):
     data = tmp_path / "mine.jsonl"
     turns = [{"role": "user", "content": "why " * 20}, {"role": "assistant", "content": "because"}]
     data.write_text(json.dumps({"messages": turns}) + "\n")
@@ -172,7 +172,7 @@ def test_assistant_only_loss(embedded_folder, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("method", ["sft", "dpo", "kto", "orpo"])
-def test_a_data_set_without_rows(method, trainer):
+def test_a_data_set_without_rows_is_an_error(method, trainer):
     with pytest.raises(ValueError, match="train_dataset must have at least one row, got none"):
         trainer(method, [])
     if method != "orpo":

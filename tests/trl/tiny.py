@@ -1,4 +1,4 @@
-"""Tiny models of many families from their configurations, a little data, and the trainers that the tests compare."""
+"""Tiny models of many families, a little data, and the trainers that the tests compare."""
 
 import peft
 import pytest
@@ -29,7 +29,7 @@ def _phi():
     return model
 
 
-#: Every way in which a head differs, each by the family that has it.
+#: One model family for each kind of head.
 MODELS = {
     "qwen3": lambda: transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**SMALL, head_dim=8)),
     "tied": lambda: transformers.Qwen3ForCausalLM(
@@ -99,7 +99,7 @@ def _text(start, length):
 
 
 def rows(n):
-    """Uneven lengths, nothing equal to anything."""
+    """n distinct rows of uneven lengths."""
     for i in range(n):
         prompt, chosen, rejected, gold = ((i * 7 + k * 3) % 5 + 2 for k in range(4))
         yield {
@@ -111,27 +111,27 @@ def rows(n):
 
 
 def data(kind, n):
-    """What a trainer takes."""
-    every = list(rows(n))
+    """A data set of n rows in the format of the trainer `kind`."""
+    all_rows = list(rows(n))
     if kind == "sft":
-        return Dataset.from_list([{"prompt": r["prompt"], "completion": r["chosen"]} for r in every])
+        return Dataset.from_list([{"prompt": r["prompt"], "completion": r["chosen"]} for r in all_rows])
     if kind == "kto":
         sides = [("chosen", True), ("rejected", False)]
         return Dataset.from_list(
             [
                 {"prompt": r["prompt"], "completion": r[side], "label": label}
-                for i, r in enumerate(every)
+                for i, r in enumerate(all_rows)
                 for side, label in [sides[i % 3 == 1]]
             ]
         )
     if kind in ("grpo", "rloo"):
-        return Dataset.from_list([{"prompt": r["prompt"]} for r in every])
+        return Dataset.from_list([{"prompt": r["prompt"]} for r in all_rows])
     columns = ["prompt", "chosen", "rejected", *(["reference"] if kind == "tpo" else [])]
-    return Dataset.from_list([{name: r[name] for name in columns} for r in every])
+    return Dataset.from_list([{name: r[name] for name in columns} for r in all_rows])
 
 
 def classes(kind):
-    """Stock trainer, Fused trainer (None where there is none) and configuration."""
+    """(stock trainer, Fused trainer or None, configuration class)."""
     import fusedalign.trl
 
     name = kind.upper()
@@ -145,12 +145,12 @@ def classes(kind):
 
 
 def lora():
-    """Adapters elsewhere than on the head."""
+    """A LoRA configuration without adapters on the head."""
     return peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
 
 
 def tokenizer():
-    """Words as tokens."""
+    """A tokenizer with words as tokens."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     vocab = {"<pad>": 0, "<unk>": 1, "</s>": 2} | {word: i for i, word in enumerate(sorted(set(WORDS)), 3)}
@@ -165,7 +165,7 @@ UNTIMED = ("_runtime", "_per_second", "step_time", "total_flos")
 
 
 def history(trainer, evaluate=True):
-    """Every logged row of a training and an evaluation, without times."""
+    """Train (and evaluate); return every logged row without timings."""
     trainer.train()
     if evaluate:
         trainer.evaluate()
@@ -173,9 +173,9 @@ def history(trainer, evaluate=True):
 
 
 def assert_same(got, want, tolerance=1e-5):
-    """The same names, and the same values within the tolerance, absolute and relative.
+    """Assert equal metric names and values within the tolerance, absolute and relative.
 
-    Where policy and reference are still one model the rewards are rounding, and which is larger says nothing.
+    While policy and reference are equal, rewards are rounding noise, so accuracies are not compared.
     """
     assert [row.keys() for row in got] == [row.keys() for row in want]
     for a, b in zip(got, want, strict=True):

@@ -1,4 +1,4 @@
-"""What the matrix does not have: adapters, low precision, encoder-decoders, vision, compilation, refusals."""
+"""Settings outside the matrix: adapters, low precision, encoder-decoders, vision, compilation, refusals."""
 
 import collections
 import copy
@@ -28,22 +28,22 @@ PEFT = {
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["lora", "head to save"])
-def test_adapters(build, stock_history, kind, name):
+def test_adapters_train_like_stock(build, stock_history, kind, name):
     options = {"arguments": [("peft_config", PEFT[name])]}
     tiny.assert_same(tiny.history(build(kind, "fused", **options)), stock_history(kind, **options))
 
 
 @pytest.mark.parametrize("kind", ["sft", "dpo", "kto"])
-def test_virtual_tokens_of_prompt_tuning(build, stock_history, kind):
+def test_prompt_tuning_trains_like_stock(build, stock_history, kind):
     options = {"arguments": [("peft_config", PEFT["prompt tuning"])]}
     tiny.assert_same(tiny.history(build(kind, "fused", **options)), stock_history(kind, **options))
 
 
-@pytest.mark.parametrize("how", ["attach", "fused"])
-def test_the_reference_of_an_adapter_that_is_trained_further(build, stock_history, how):
-    """TRL copies it as an adapter "ref" and switches to that."""
+@pytest.mark.parametrize("variant", ["attach", "fused"])
+def test_an_adapter_trained_further_is_its_own_reference(build, stock_history, variant):
+    """TRL copies it to an adapter "ref" and switches to that."""
     options = {"prepare": _with_adapter}
-    tiny.assert_same(tiny.history(build("dpo", how, **options)), stock_history("dpo", **options))
+    tiny.assert_same(tiny.history(build("dpo", variant, **options)), stock_history("dpo", **options))
 
 
 def _with_adapter(model):
@@ -66,15 +66,15 @@ LOW = [
 
 @pytest.mark.parametrize("low", LOW)
 @pytest.mark.parametrize("kind", KINDS)
-def test_mixed_precision_is_as_near_to_fp32_as_stock(build, stock_history, kind, low):
-    """With a learning rate of 0: weights that move drift apart in bf16 whatever the head does, and hide that."""
+def test_mixed_precision_is_as_close_to_fp32_as_stock(build, stock_history, kind, low):
+    """With a learning rate of 0: updated bf16 weights diverge anyway, which would hide differences."""
     device = {name: x for name, x in low.items() if name == "use_cpu"}
     fp32, stock = (stock_history(kind, learning_rate=0.0, **options) for options in (device, low))
-    ours = tiny.history(build(kind, "fused", learning_rate=0.0, **low))
-    assert [row.keys() for row in ours] == [row.keys() for row in stock]
+    fused = tiny.history(build(kind, "fused", learning_rate=0.0, **low))
+    assert [row.keys() for row in fused] == [row.keys() for row in stock]
 
     def distances(rows):
-        """Of each metric the largest over all batches, those of the evaluation among them."""
+        """The largest distance per metric over all training and evaluation batches."""
         largest = collections.defaultdict(float)
         for row, exact in zip(rows, fp32, strict=True):
             for key in row:
@@ -82,17 +82,17 @@ def test_mixed_precision_is_as_near_to_fp32_as_stock(build, stock_history, kind,
                 largest[name] = max(largest[name], abs(row[key] - exact[key]))
         return largest
 
-    got, budget = distances(ours), distances(stock)
+    got, budget = distances(fused), distances(stock)
     assert all(got[name] <= 2 * budget[name] for name in got), (got, budget)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("mode", ["train", "eval"])
-def test_no_step_makes_the_logits(build, kind, mode):
-    """N the tokens that count, V large; stock TRL's step shows that the check can fail."""
+def test_no_step_allocates_the_logits(build, kind, mode):
+    """Allocations stay below counted tokens x V; the step of stock TRL shows that the check can fail."""
 
-    def largest(how):
-        trainer = build(kind, how, per_device_train_batch_size=12)
+    def largest(variant):
+        trainer = build(kind, variant, per_device_train_batch_size=12)
         batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
         trainer.model.train(mode == "train")
         with Allocations() as allocations:
@@ -104,28 +104,28 @@ def test_no_step_makes_the_logits(build, kind, mode):
         counted = batch[names[kind]] != -100 if kind in names else batch["completion_mask"]
         return allocations.largest(), int(counted.sum()) * trainer.model.config.vocab_size
 
-    made, logits = largest("fused")
-    assert made < logits
-    made, logits = largest("stock")
-    assert made >= logits
+    allocated, logits = largest("fused")
+    assert allocated < logits
+    allocated, logits = largest("stock")
+    assert allocated >= logits
 
 
 @pytest.mark.parametrize("kind", ["cpo", "orpo"])
-def test_an_encoder_decoder_keeps_trls_path(build, stock_history, kind, caplog):
+def test_encoder_decoders_keep_the_path_of_trl(build, stock_history, kind, caplog):
     options = {"model": "t5", "max_completion_length": 16}
     trainer = build(kind, "fused", **options)
     assert "keeps TRL's own path, with logits" in caplog.text
     tiny.assert_same(tiny.history(trainer), stock_history(kind, **options))
 
 
-def test_padding_value_of_orpo(build, stock_history):
+def test_orpo_uses_padding_value(build, stock_history):
     got = tiny.history(build("orpo", "fused", padding_value=7))
     tiny.assert_same(got, stock_history("orpo", padding_value=7))
 
 
-@pytest.mark.parametrize("how", ["fused", "attach"])
-def test_a_collator_that_gives_fewer_bits(build, stock_history, how):
-    trainer = build("sft", how)
+@pytest.mark.parametrize("variant", ["fused", "attach"])
+def test_int32_labels_of_a_collator_are_accepted(build, stock_history, variant):
+    trainer = build("sft", variant)
     collate = trainer.data_collator
 
     def short(rows):
@@ -136,7 +136,7 @@ def test_a_collator_that_gives_fewer_bits(build, stock_history, how):
     tiny.assert_same(tiny.history(trainer), stock_history("sft"))
 
 
-def test_a_copy_of_the_model_calls_its_own_weights(build):
+def test_a_copied_model_uses_its_own_weights(build):
     model, ids = build("orpo", "fused").model, torch.tensor([[1, 5, 6, 7]])
     before, copied = model(ids).logits, copy.deepcopy(model)
     with torch.no_grad():
@@ -146,14 +146,14 @@ def test_a_copy_of_the_model_calls_its_own_weights(build):
     assert not model(ids).logits.any()
 
 
-def test_a_mixture_whose_configuration_has_another_name_for_its_experts(build, stock_history):
-    """TRL's fused head fails there; ORPO and CPO are its trainers that make the logits."""
+def test_experts_under_another_configuration_name_train_like_stock(build, stock_history):
+    """TRL's fused head fails there, but its ORPO and CPO compute the logits."""
     trainer = build("orpo", "fused", model="phimoe")
     tiny.assert_same(tiny.history(trainer), stock_history("orpo", model="phimoe"))
 
 
 @pytest.mark.parametrize("kind", ["dpo", "sft"])
-def test_a_vision_model_on_text(build, stock_history, kind):
+def test_a_vision_model_trains_on_text_like_stock(build, stock_history, kind):
     options = {"model": "qwen2_5_vl"}
     tiny.assert_same(tiny.history(build(kind, "fused", **options)), stock_history(kind, **options))
 
@@ -181,7 +181,7 @@ def test_a_vision_model_runs_its_whole_backbone(tiny_folder):
 
 
 def test_aligned_labels_are_not_shifted_again(tiny_folder):
-    """`shift_labels`, of context and sequence parallelism."""
+    """`shift_labels`, used by context and sequence parallelism."""
     model = AutoModelForCausalLM.from_pretrained(tiny_folder("qwen3"))
     add_lm_head(model, outputs=("log_probs", "entropy"), options=HeadOptions())
     ids = torch.randint(3, 400, (2, 7))
@@ -196,8 +196,8 @@ def test_aligned_labels_are_not_shifted_again(tiny_folder):
 
 
 @pytest.mark.parametrize("kind", ["sft", "dpo", "tpo"])
-def test_compute_metrics_is_given_the_logits(build, stock_history, kind):
-    """The user asks for them: an evaluation makes them in a forward of its own, a training step does not."""
+def test_compute_metrics_receives_the_logits(build, stock_history, kind):
+    """Evaluations compute them in a separate forward; training steps do not."""
     options = {"arguments": [("compute_metrics", lambda: _mean_logit)]}
     got = tiny.history(build(kind, "fused", **options))
     assert "eval_mean_logit" in got[-1]
@@ -213,26 +213,26 @@ def _reward(completions, **_):
 
 
 @pytest.mark.parametrize("kind", ["grpo", "rloo"])
-@pytest.mark.parametrize("more", [{}, {"beta": 0.1, "temperature": 0.7}])
-def test_attach_to_online_trainers(build, stock_history, kind, more):
+@pytest.mark.parametrize("extra", [{}, {"beta": 0.1, "temperature": 0.7}])
+def test_attached_online_trainers_train_like_stock(build, stock_history, kind, extra):
     options = {
         "arguments": [("reward_funcs", lambda: _reward)],
         "max_steps": 2,
         "num_generations": 2,
         "max_completion_length": 6,
-        "optim": "sgd",  # Adam's first steps have the size of the sign of a gradient, which may be rounding
+        "optim": "sgd",  # Adam's first steps follow the signs of gradients, which may be rounding noise
         "learning_rate": 0.1,
-        **more,
+        **extra,
     }
     got = tiny.history(build(kind, "attach", **options), evaluate=False)
     want = tiny.history(build(kind, "stock", **options), evaluate=False)
-    if kind == "rloo":  # whose rewards have the KL in them, at step 1 rounding: equal rewards may differ by that
+    if kind == "rloo":  # rewards contain the KL, rounding noise at step 1: equal rewards may differ by it
         got, want = ([{k: v for k, v in row.items() if k != "frac_reward_zero_std"} for row in x] for x in (got, want))
     tiny.assert_same(got, want)
     assert any(row.get("grad_norm", 0) > 0 for row in got)
 
 
-def test_attach_to_grpo_with_a_head_in_fp32_and_an_entropy_bonus(build):
+def test_attached_grpo_with_an_fp32_head_trains_like_stock(build):
     options = {
         "arguments": [("reward_funcs", lambda: _reward)],
         "max_steps": 1,
@@ -241,11 +241,11 @@ def test_attach_to_grpo_with_a_head_in_fp32_and_an_entropy_bonus(build):
         "cast_lm_head_to_fp32": True,
         "bf16": True,
     }
-    got, want = (tiny.history(build("grpo", how, **options), evaluate=False) for how in ("attach", "stock"))
+    got, want = (tiny.history(build("grpo", variant, **options), evaluate=False) for variant in ("attach", "stock"))
     tiny.assert_same(got, want, tolerance=1e-2)
 
 
-def test_trl_is_as_it_was_after_the_construction_even_if_that_fails(build):
+def test_trl_is_restored_after_construction_and_after_a_failure(build):
     before = dpo_trainer.add_fused_lm_head, dpo_trainer.BaseTunerLayer
     assert fused_by(build("dpo", "fused").model) == "fusedalign"
     assert fused_by(build("dpo", "stock").model) == "trl"
@@ -254,14 +254,14 @@ def test_trl_is_as_it_was_after_the_construction_even_if_that_fails(build):
     assert (dpo_trainer.add_fused_lm_head, dpo_trainer.BaseTunerLayer) == before
 
 
-def test_a_subclass(build, stock_history):
+def test_a_subclass_trains_like_stock(build, stock_history):
     class Mine(FusedDPOTrainer):
         pass
 
     tiny.assert_same(tiny.history(build("dpo", "fused", cls=Mine)), stock_history("dpo"))
 
 
-# ------------------------------------------------------------------------------------------------------------ refusals
+# Refusals
 
 
 @pytest.mark.parametrize("kind", ["sft", "cpo"])
@@ -274,7 +274,7 @@ def test_options_are_checked_at_construction(build, kind):
     assert trainer.head_options == HeadOptions("reference", None, 10**6)
 
 
-def test_the_options_of_attach(build):
+def test_attach_checks_its_options(build):
     trainer = build("sft", "stock")
     with pytest.raises(TypeError, match="options must be among impl, filter_eps, workspace, got chunk"):
         attach(trainer, chunk=3)
@@ -283,12 +283,12 @@ def test_the_options_of_attach(build):
 
 
 def test_the_workspace_reaches_the_head(build, monkeypatch):
-    seen = []
+    workspaces = []
     plan = pytorch._plan
-    monkeypatch.setattr(pytorch, "_plan", lambda p: seen.append(p.tiling.workspace) or plan(p))
-    for how in ("attach", "fused"):
-        build("dpo", how, max_steps=1, head=[("workspace", 77_777)]).train()
-    assert set(seen) == {77_777}
+    monkeypatch.setattr(pytorch, "_plan", lambda p: workspaces.append(p.tiling.workspace) or plan(p))
+    for variant in ("attach", "fused"):
+        build("dpo", variant, max_steps=1, head=[("workspace", 77_777)]).train()
+    assert set(workspaces) == {77_777}
 
 
 def test_a_head_that_cannot_be_read_is_refused_at_construction(build):
@@ -301,14 +301,15 @@ def test_a_head_that_cannot_be_read_is_refused_at_construction(build):
             build(kind, "fused", prepare=tanh)
 
 
-def test_another_librarys_forward_is_named(build):
+def test_attach_names_the_library_of_a_foreign_forward(build):
     trainer = build("sft", "stock")
 
     def lce_forward(*args, **kwargs):
         return None
 
     trainer.model.forward = lce_forward
-    with pytest.raises(RuntimeError, match=r"expected TRL's own fused forward, got .*test_options\.lce_forward in its"):
+    name = r"test_trainer_settings\.lce_forward"
+    with pytest.raises(RuntimeError, match=rf"expected TRL's own fused forward, got .*{name} in its"):
         attach(trainer)
 
 
@@ -319,17 +320,17 @@ def test_attach_to_a_fused_trainer_is_refused(build):
         attach(build("orpo", "stock"))
 
 
-def test_the_classes_are_trls():
+def test_the_fused_classes_extend_those_of_trl():
     assert issubclass(FusedSFTTrainer, trl.SFTTrainer)
     assert FusedCPOTrainer.__name__ == "FusedCPOTrainer"
     assert hasattr(trl_utils, "add_fused_lm_head")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["attach", "fused"])
+@pytest.mark.parametrize("variant", ["attach", "fused"])
 @pytest.mark.parametrize("kind", ["sft", "dpo", "orpo"])
-def test_torch_compile(build, stock_history, kind, how):
-    if how == "attach" and kind == "orpo":
-        pytest.skip("attach serves other trainers")
-    got = tiny.history(build(kind, how, torch_compile=True, max_steps=2))
+def test_torch_compile_trains_like_stock(build, stock_history, kind, variant):
+    if variant == "attach" and kind == "orpo":
+        pytest.skip("attach() does not support ORPO")
+    got = tiny.history(build(kind, variant, torch_compile=True, max_steps=2))
     tiny.assert_same(got, stock_history(kind, max_steps=2), tolerance=1e-4)
