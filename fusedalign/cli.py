@@ -17,7 +17,7 @@ import torch
 
 import fusedalign
 from fusedalign.impls import auto_choices, explain, reach
-from fusedalign.reports import warn
+from fusedalign.reports import text_table, warn
 
 _USAGE = """\
 usage: fusedalign COMMAND [--debug] [...]
@@ -205,10 +205,7 @@ def _env(argv: list[str]) -> None:
         table.append([*row, *(" ".join(words) or "-" for words in can)])
         why.append(f"{v.impl:<{width}}  {v.reason or v.about}")
         why += [f"{'':<{width}}  not exact: {caveat}" for caveat in caveats]
-    widths = [max(len(row[i]) for row in table) for i in range(len(titles))]
-    for row in table:
-        print("  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)).rstrip())
-    print("\n" + "\n".join(why))
+    print("\n".join([*text_table(table), "", *why]))
     chosen = ", ".join(f"{impl} in {' '.join(dtypes)}" for impl, dtypes in auto_choices().items())
     print(f"\nrecommended here: impl='auto', which takes {chosen}")
 

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from fusedalign.bench.training.quiet import quiet
 from fusedalign.embedded import EMBEDDED_NAME, data_directory
 from fusedalign.ops import linear_logps
-from fusedalign.reports import plot_failure, warn
+from fusedalign.reports import markdown_table, plot_failure, warn
 from fusedalign.trl.arguments import parse
 from fusedalign.trl.attachment import attach
 from fusedalign.trl.folder import claimed
@@ -199,10 +199,7 @@ def _table(stock: Run, fused: Run) -> str:
     rows.append(("largest difference, all metrics and steps", "", difference))
     rows.append(("largest tensor in the loss layer, MiB", f"{stock.largest / mib:.2f}", f"{fused.largest / mib:.2f}"))
     rows.append(("seconds", f"{stock.seconds:.1f}", f"{fused.seconds:.1f}"))
-    widths = [max(len(row[i]) for row in rows) for i in range(3)]
-    lines = ["| " + " | ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)) + " |" for row in rows]
-    lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
-    return "\n".join(["", *lines])
+    return "\n".join(["", *markdown_table(rows)])
 
 
 def _plot(stock: Run, fused: Run, path: Path) -> None:
