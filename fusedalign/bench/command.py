@@ -20,7 +20,7 @@ from fusedalign.bench.runner import Settings, free, inputs, reason, run
 from fusedalign.bench.table import case_footer, case_header, header, task_section, write
 from fusedalign.bench.tasks import TASKS, Task
 from fusedalign.bench.training import command as training
-from fusedalign.commandline import OneLineParser
+from fusedalign.commandline import CommandParser
 from fusedalign.reports import NO_MATPLOTLIB, check_writable, warn
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -40,22 +40,18 @@ SUBCOMMANDS = {
 }
 
 
-def _parser() -> OneLineParser:
+def _parser() -> CommandParser:
     subcommands = "\n".join(f"  {word:<12}  {subcommand.about}" for word, subcommand in SUBCOMMANDS.items())
     tasks = "\n".join(f"  {task.name:<8} {task.about}" for task in TASKS.values())
     cases = "\n".join(f"  {case.name:<12} {case}" for case in CASES.values())
-    parser = OneLineParser(
-        prog="fusedalign bench",
-        description="Time, memory and error of head and loss: this package's impls against other libraries.\n"
+    parser = CommandParser(
+        "fusedalign bench",
+        "Time, memory and error of head and loss: this package's impls against other libraries.\n"
         f"\ncommands, each with its own --help\n{subcommands}\n"
         f"\ntasks (default: all)\n{tasks}\n\ncases\n{cases}\n\nimpls\n  {', '.join(implementations())}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        add_help=False,
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add("tasks", nargs="*", metavar="TASK", help="which tasks to run")
-    add("-h", "--help", action="store_true", help="show this text")
     default = f"default: {','.join(DEFAULT_CUDA)} on a GPU, {','.join(DEFAULT_CPU)} on a CPU"
     cases_help = f"names with commas between, or N=..,D=..,V=..[,softcap=..]; may be repeated; {default}"
     add("--cases", action="append", help=cases_help)
@@ -77,10 +73,8 @@ def bench(argv: list[str]) -> None:
     if argv and argv[0] in SUBCOMMANDS:
         SUBCOMMANDS[argv[0]].run(argv[1:])
         return
-    parser = _parser()
-    options = parser.parse_args(argv)
-    if options.help:
-        print(parser.format_help(), end="")
+    options = _parser().parse(argv)
+    if options is None:
         return
     settings = _settings(options)
     if options.profile is not None:

@@ -6,7 +6,6 @@ head: the order of GPipe. The memory that a forward saves is therefore multiplie
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import sys
 from collections.abc import Callable
@@ -24,7 +23,7 @@ from fusedalign.bench.measure import median_ms, peak_bytes
 from fusedalign.bench.peers import Functions, Implementation
 from fusedalign.bench.runner import describe_machine, free, machine, reason
 from fusedalign.bench.tasks import BUDGETS, TASKS, Reference, reference, relative_error
-from fusedalign.commandline import OneLineParser
+from fusedalign.commandline import CommandParser
 from fusedalign.ops import linear_cross_entropy
 from fusedalign.reports import check_writable, markdown_table, replace_text, to_json
 
@@ -158,10 +157,8 @@ def microbatches(argv: list[str]) -> None:
     Raises:
         ValueError: an invalid argument; one line with the expected and the actual value.
     """
-    parser = _parser()
-    options = parser.parse_args(argv)
-    if options.help:
-        print(parser.format_help(), end="")
+    options = _parser().parse(argv)
+    if options is None:
         return
     device = "cuda" if torch.cuda.is_available() else "cpu"
     case, *extra_cases = parse_cases([options.case or (CUDA if device == "cuda" else CPU)])
@@ -229,17 +226,13 @@ def _choose(words: str) -> list[Implementation]:
     return [ROWS[name] for name in names]
 
 
-def _parser() -> OneLineParser:
-    parser = OneLineParser(
-        prog=f"fusedalign bench {WORD}",
-        description="A pipeline's last stage: all micro-batches forward, then all backward, one gradient of the head.\n"
+def _parser() -> CommandParser:
+    parser = CommandParser(
+        f"fusedalign bench {WORD}",
+        "A pipeline's last stage: all micro-batches forward, then all backward, one gradient of the head.\n"
         f"\nrows\n  {'; '.join(ROWS)}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        add_help=False,
-        allow_abbrev=False,
     )
     add = parser.add_argument
-    add("-h", "--help", action="store_true", help="show this text")
     add("--case", help=f"a name of `fusedalign bench`, or N=..,D=..,V=..; default: {CUDA} on a GPU, {CPU} on a CPU")
     add("--count", type=int, default=COUNT, help=f"micro-batches; default: {COUNT}")
     add("--rows", default="all", help="all (default), or names with semicolons between")

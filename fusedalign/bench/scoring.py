@@ -6,11 +6,8 @@ import argparse
 import dataclasses
 import importlib.util
 import json
-import os
 import random
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,8 +18,9 @@ import torch
 
 from fusedalign.bench.measure import synchronize
 from fusedalign.bench.runner import describe_machine, in_short, machine
+from fusedalign.bench.training.processes import run_program
 from fusedalign.bench.training.settings import MIXES, SIZES
-from fusedalign.commandline import OneLineParser
+from fusedalign.commandline import CommandParser
 from fusedalign.reports import check_writable, markdown_row, markdown_table, replace_text, to_json
 from fusedalign.score.records import Answer, Example, Window
 
@@ -101,10 +99,8 @@ def scoring(argv: list[str]) -> None:
     Raises:
         ValueError: an invalid argument or, after the tables, the sides that failed; one line.
     """
-    parser = _parser()
-    options = parser.parse_args(argv)
-    if options.help:
-        print(parser.format_help(), end="")
+    options = _parser().parse(argv)
+    if options is None:
         return
     cuda = torch.cuda.is_available()
     size = options.size or ("0.6b" if cuda else "tiny")
@@ -127,7 +123,8 @@ def scoring(argv: list[str]) -> None:
     for mix in mixes:
         print("\n".join(["", f"## {mix}", "", *markdown_table([_COLUMNS], _WIDTHS)]), flush=True)
         for side in sides:
-            results.append(_measure_in_process(Job(side, size, mix, options.rows)))
+            figures = run_program(__name__, Job(side, size, mix, options.rows))
+            results.append(Measured(**({"side": side, "mix": mix} | figures)))
             print(table_row(results[-1]), flush=True)
         print("\n".join(comparison([x for x in results if x.mix == mix])), flush=True)
     if options.out is not None:
@@ -176,19 +173,6 @@ def comparison(results: Sequence[Measured]) -> Iterator[str]:
         if x.peak_bytes and ours.peak_bytes is not None:
             memory = f", with {ours.peak_bytes / x.peak_bytes:.2f} of its memory over the weights"
         yield f"\n{x.seconds / ours.seconds:.2f} times as many rows a second as {x.side}{memory}"
-
-
-def _measure_in_process(job: Job) -> Measured:
-    """Measure in a new process, which has no compiled kernels."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "measured.json"
-        command = [sys.executable, "-m", __name__, json.dumps(job), str(path)]
-        environment = os.environ | {"TRITON_CACHE_DIR": str(Path(folder) / "triton")}
-        process = subprocess.run(command, env=environment, capture_output=True, text=True, errors="replace")
-        if not path.exists():
-            lines = process.stderr.strip().splitlines() or ["no output"]
-            return Measured(job.side, job.mix, reason=lines[-1][:160])
-        return Measured(**json.loads(path.read_text()))
 
 
 def measure(job: Job) -> Measured:
@@ -306,18 +290,14 @@ def _ours(model: Any, longest: Sequence[Pair], device: str) -> Runner:
     return run
 
 
-def _parser() -> OneLineParser:
+def _parser() -> CommandParser:
     sides = "\n".join(f"  {name:<10}  {about}" for name, about in SIDES.items())
-    parser = OneLineParser(
-        prog=f"fusedalign bench {WORD}",
-        description="Log-probabilities of preference pairs of uneven length, by this package and by others, each in a\n"
+    parser = CommandParser(
+        f"fusedalign bench {WORD}",
+        "Log-probabilities of preference pairs of uneven length, by this package and by others, each in a\n"
         f"process of its own.\n\nsides\n{sides}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        add_help=False,
-        allow_abbrev=False,
     )
     add = parser.add_argument
-    add("-h", "--help", action="store_true", help="show this text")
     add("--size", help=f"one of {', '.join(SIZES)}; default: 0.6b on a GPU, tiny on a CPU")
     add("--mixes", default=",".join(MIXES), help="names with commas between; default: all")
     add("--rows", type=int, default=2000, help="answers, two a prompt; default: 2000")

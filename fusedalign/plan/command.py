@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from fusedalign.commandline import OneLineParser
+from fusedalign.commandline import CommandParser
 from fusedalign.plan.advice import LORA_R
 from fusedalign.plan.model import Shapes, read_config
 from fusedalign.plan.plan import plan
@@ -26,10 +26,8 @@ def plan_command(argv: Sequence[str]) -> None:
     Raises:
         ValueError: an invalid argument, or a model that cannot be planned; one line.
     """
-    parser = _parser()
-    options = parser.parse_args(argv)
-    if options.help:
-        print(parser.format_help(), end="")
+    options = _parser().parse(argv)
+    if options is None:
         return
     if options.model_name_or_path is None:
         raise ValueError(
@@ -103,17 +101,14 @@ def parse_memory(text: str) -> int:
     return size
 
 
-def _parser() -> OneLineParser:
+def _parser() -> CommandParser:
     default = Step()
-    parser = OneLineParser(
-        prog=f"fusedalign {WORD}",
-        description="Predicts the peak memory of a training step on one GPU from a model's configuration; no weights\n"
+    parser = CommandParser(
+        f"fusedalign {WORD}",
+        "Predicts the peak memory of a training step on one GPU from a model's configuration; no weights\n"
         "are loaded. Each line is a component with its formula: docs/plan.md.",
         epilog="example: fusedalign plan --model_name_or_path Qwen/Qwen3-1.7B --method dpo --batch 8 --length 4096 "
         "--memory 24GiB",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        add_help=False,
-        allow_abbrev=False,
     )
 
     def add(name: str, about: str, default: Any = None, **options: Any) -> None:
@@ -122,7 +117,6 @@ def _parser() -> OneLineParser:
             options["default"] = default
         parser.add_argument(f"--{name}", help=text, **options)
 
-    parser.add_argument("-h", "--help", action="store_true", help="show this text")
     add("model_name_or_path", "a folder with a config.json, a Hub model, or embedded", metavar="M")
     add("method", "the training method", default.method, choices=METHODS)
     add("batch", "rows, or pairs, per micro-batch", default.batch, type=int, metavar="N")

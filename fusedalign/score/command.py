@@ -217,19 +217,13 @@ def _out(own: ScoreArguments) -> Path:
 def _run(script: Any, model: Any, head: Any, own: ScoreArguments, out: Path) -> tuple[Run, str]:
     """The run that the arguments describe, and the kind of its rows; loads no weights."""
     ranks = Ranks.from_environment()
-    names = ModelNames.find(
-        model, adapter=own.adapter, reference=own.ref_model, trust_remote_code=own.trust_remote_code, out=out
-    )
+    names = ModelNames.find(model, own.adapter, own.ref_model, own.trust_remote_code, out)
     dataset = _dataset(script)
     tokenizer = names.tokenizer(model)
-    options = RowOptions(
-        max_length=names.max_positions(model) if own.max_length is None else own.max_length,
-        truncation_mode=own.truncation_mode,
-        stride=own.stride,
-        completion_only_loss=own.completion_only_loss,
-        assistant_only_loss=own.assistant_only_loss,
-        dataset_text_field=own.dataset_text_field,
-    )
+    row_options = {field.name: getattr(own, field.name) for field in dataclasses.fields(RowOptions)}
+    if own.max_length is None:
+        row_options["max_length"] = names.max_positions(model)
+    options = RowOptions(**row_options)
     rows = Rows(dataset, tokenizer, options)
     scorer: dict[str, Any] = {
         "packed": head.packed,

@@ -25,16 +25,9 @@ class ModelNames:
 
     @classmethod
     def find(
-        cls, arguments: Any, *, adapter: str | None, reference: str | None, trust_remote_code: bool, out: Path
+        cls, arguments: Any, adapter: str | None, reference: str | None, trust_remote_code: bool, out: Path
     ) -> ModelNames:
-        """Check the names of the command; if the model is the folder of an adapter, split it into base and adapter.
-
-        Args:
-            arguments: with the model's name and revision.
-            adapter, reference: names, if given.
-            trust_remote_code: whether to run code that comes with a model.
-            out: the output file; the embedded model is built in its folder.
-        """
+        """Check the names of the command; the folder of an adapter is split into base model and adapter."""
         from fusedalign.trl.adapters import find_adapter
         from fusedalign.trl.models import check_folder, check_has_head
 

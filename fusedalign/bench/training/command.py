@@ -29,7 +29,7 @@ from fusedalign.bench.training.table import (
     line,
     notes,
 )
-from fusedalign.commandline import OneLineParser
+from fusedalign.commandline import CommandParser
 from fusedalign.impls import check_name
 from fusedalign.reports import NO_MATPLOTLIB, check_writable, plot_failure, replace_text, to_json, warn
 
@@ -43,10 +43,8 @@ def trainings(argv: list[str]) -> None:
     Raises:
         ValueError: an invalid argument or, after all tables, the rows that failed; one line.
     """
-    parser = _parser()
-    options = parser.parse_args(argv)
-    if options.help:
-        print(parser.format_help(), end="")
+    options = _parser().parse(argv)
+    if options is None:
         return
     if importlib.util.find_spec("trl") is None:
         raise ValueError("bench trl needs TRL: pip install 'fusedalign[trl]', on Python 3.11 or later")
@@ -156,7 +154,7 @@ def _text(planned: Sequence[Job], results: Sequence[Result]) -> str:
     return "\n\n".join(parts)
 
 
-def _parser() -> OneLineParser:
+def _parser() -> CommandParser:
     def listed(entries: dict[str, str]) -> str:
         width = max(map(len, entries))
         return "\n".join(f"  {name:<{width}}  {about}" for name, about in entries.items())
@@ -167,18 +165,14 @@ def _parser() -> OneLineParser:
         "rows": listed({name: side.about for name, side in SIDES.items()}),
         "columns": listed(COLUMNS),
     }
-    parser = OneLineParser(
-        prog=f"fusedalign bench {WORD}",
-        description="Training steps on rows of uneven length, new lengths at every step: stock TRL and the Fused\n"
+    parser = CommandParser(
+        f"fusedalign bench {WORD}",
+        "Training steps on rows of uneven length, new lengths at every step: stock TRL and the Fused\n"
         "trainers, each in a new process without compiled kernels.\n\n"
         + "\n\n".join(f"{title}\n{text}" for title, text in sections.items()),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        add_help=False,
-        allow_abbrev=False,
     )
     add, all_of = parser.add_argument, "names with commas between; default: all"
     add("trainings", nargs="*", metavar="TRAINING", help=f"default: {DEFAULT_TRAINING}")
-    add("-h", "--help", action="store_true", help="show this text")
     size_help = f"{', '.join(SIZES)}; with commas between; default: {DEFAULT_CUDA} on a GPU, {DEFAULT_CPU} on a CPU"
     add("--sizes", metavar="NAMES", help=size_help)
     add("--mixes", metavar="NAMES", help=all_of)

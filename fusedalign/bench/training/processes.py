@@ -20,21 +20,26 @@ PROGRAM = "fusedalign.bench.training"
 
 def measure_alone(job: Job) -> Measured:
     """Measure a job in a new process; if that ends without a result, only the reason is set."""
+    return measured(run_program(PROGRAM, dataclasses.asdict(job)))
+
+
+def measured(figures: dict[str, Any]) -> Measured:
+    """The record of figures that were read from JSON."""
+    lists = {name: tuple(x) for name, x in figures.items() if isinstance(x, list)}
+    return Measured(**{**figures, **lists})
+
+
+def run_program(program: str, job: Any) -> dict[str, Any]:
+    """Run `python -m PROGRAM JOB FILE` with empty kernel caches; returns the JSON of FILE, or the `reason` for none."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "measured.json"
         caches = {name: str(Path(folder) / name) for name in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")}
-        command = [sys.executable, "-m", PROGRAM, json.dumps(dataclasses.asdict(job)), str(path)]
+        command = [sys.executable, "-m", program, json.dumps(job), str(path)]
         process = subprocess.run(command, env=os.environ | caches, capture_output=True, text=True, errors="replace")
         if not path.exists():
-            return Measured(reason=_exit_reason(process.returncode, process.stderr))
-        return read(path)
-
-
-def read(path: Path) -> Measured:
-    """Read the JSON file of the program."""
-    figures: dict[str, Any] = json.loads(path.read_text())
-    lists = {name: tuple(x) for name, x in figures.items() if isinstance(x, list)}
-    return Measured(**{**figures, **lists})
+            return {"reason": _exit_reason(process.returncode, process.stderr)}
+        figures: dict[str, Any] = json.loads(path.read_text())
+        return figures
 
 
 def _exit_reason(status: int, output: str) -> str:
