@@ -11,6 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "fusedalign"
 #: Rooms from the ground up: a module may import from its own room and from those before it.
 ROOMS = [
     "checks",
+    "commandline",
     "problem",
     "head",
     "impls",
