@@ -16,29 +16,10 @@ from typing import Any, NamedTuple, NoReturn
 import trl
 from transformers.utils import is_torch_bf16_gpu_available, is_torch_xla_available
 
+from fusedalign.methods import METHODS, WITH_REFERENCE
 from fusedalign.trl.config import file_value, kinds, read_config
 from fusedalign.trl.layouts import PACKED_DEFAULT
 from fusedalign.trl.options import HeadOptions
-
-
-@dataclass(frozen=True)
-class Method:
-    """What a command trains with, and the data that it takes."""
-
-    trainer: str
-    """name of the class in `trl`"""
-    config: str
-    """name of the configuration class in `trl`"""
-    columns: tuple[tuple[str, ...], ...]
-    """sets of columns of which a data set must have one; the first that it has is used"""
-    about: str
-    defaults: dict[str, Any] = field(default_factory=dict)
-    """of the configuration, where they are not TRL's"""
-
-    @property
-    def experimental(self) -> bool:
-        """Whether the classes are those of `trl.experimental`."""
-        return not hasattr(trl, self.trainer)
 
 
 def trl_class(name: str) -> Any:
@@ -50,30 +31,9 @@ def trl_class(name: str) -> Any:
         return getattr(importlib.import_module(f"trl.experimental.{re.sub('Trainer|Config', '', name).lower()}"), name)
 
 
-_PAIRS = (("chosen", "rejected"),)
-METHODS = {
-    "sft": Method(
-        "SFTTrainer",
-        "SFTConfig",
-        (("input_ids",), ("prompt", "completion"), ("messages",), ("conversations",), ("text",), ("chosen",)),
-        "supervised fine-tuning",
-    ),
-    "dpo": Method("DPOTrainer", "DPOConfig", _PAIRS, "direct preference optimisation, fifteen losses"),
-    "kto": Method(
-        "KTOTrainer", "KTOConfig", (("prompt", "completion", "label"), *_PAIRS), "good and bad answers, unpaired"
-    ),
-    "cpo": Method("CPOTrainer", "CPOConfig", _PAIRS, "contrastive preference optimisation, no reference model"),
-    "simpo": Method(
-        "CPOTrainer",
-        "CPOConfig",
-        _PAIRS,
-        "simple preference optimisation: CPO with the loss simpo and without its NLL; AlphaPO with --alpha",
-        {"loss_type": "simpo", "cpo_alpha": 0.0, "beta": 2.0, "simpo_gamma": 1.0},
-    ),
-    "orpo": Method("ORPOTrainer", "ORPOConfig", _PAIRS, "SFT and an odds ratio at once, no reference model"),
-}
-#: Those of the methods that take `ref_logps`.
-WITH_REFERENCE = ("dpo", "kto")
+def is_experimental(method: str) -> bool:
+    """Whether the method's trainer is one of `trl.experimental`."""
+    return not hasattr(trl, METHODS[method].trainer)
 
 
 @dataclass

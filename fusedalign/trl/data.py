@@ -10,8 +10,9 @@ from typing import Any
 import datasets
 import trl
 
+from fusedalign.methods import METHODS
 from fusedalign.trl import shapes
-from fusedalign.trl.arguments import METHODS, Arguments
+from fusedalign.trl.arguments import Arguments
 from fusedalign.trl.files import load_named
 
 

@@ -31,6 +31,8 @@ with warnings.catch_warnings():  # trl.experimental warns of being that; who ask
     from trl.experimental.orpo import ORPOTrainer
     from trl.experimental.tpo import TPOTrainer
 
+__all__ = ["FusedCPOTrainer", "FusedORPOTrainer", "FusedTPOTrainer"]
+
 _logger = logging.getLogger(__name__)
 
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import transformers
 
-from fusedalign.trl.arguments import METHODS, FusedArguments, method_parser, trl_class
+from fusedalign.methods import METHODS
+from fusedalign.trl.arguments import FusedArguments, method_parser, trl_class
 
 _USUAL = (
     "model_name_or_path", "dtype", "dataset_name", "dataset_train_split", "dataset_test_split", "output_dir",

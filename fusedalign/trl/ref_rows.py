@@ -13,7 +13,7 @@ from datasets import Dataset, Features, IterableDataset, Value, concatenate_data
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.kto_trainer import DataCollatorForUnpairedPreference
 
-from fusedalign.trl.arguments import WITH_REFERENCE
+from fusedalign.methods import WITH_REFERENCE
 from fusedalign.trl.ref_cache import RefCache, has_kl, row_key
 
 #: Rows that are collated together.

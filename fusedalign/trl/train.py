@@ -14,9 +14,10 @@ import trl
 from jinja2 import TemplateError
 
 import fusedalign.trl
+from fusedalign.methods import METHODS
 from fusedalign.reports import plot_failure
 from fusedalign.trl.adapters import Adapter, find_adapter, load_adapter, merge
-from fusedalign.trl.arguments import METHODS, Arguments, parse, trl_class
+from fusedalign.trl.arguments import Arguments, is_experimental, parse, trl_class
 from fusedalign.trl.attachment import attach
 from fusedalign.trl.data import load_data
 from fusedalign.trl.folder import RunFolder, claimed
@@ -58,7 +59,7 @@ def build(method: str, arguments: Arguments, *, fused: bool = True) -> Any:
     train_dataset, eval_dataset = load_data(method, arguments)
     _check_evaluated(script, training, eval_dataset)
     path, adapter, training.model_init_kwargs, processing_class = find_model(method, arguments)
-    name, experimental = METHODS[method].trainer, METHODS[method].experimental
+    name, experimental = METHODS[method].trainer, is_experimental(method)
     more: dict[str, Any] = {"quantization_config": trl.get_quantization_config(model)}
     if experimental:
         # There these trainers leave all to the model's arguments, and would spread it over devices.
@@ -134,7 +135,7 @@ def find_model(method: str, arguments: Arguments) -> FoundModel:
         **(training.model_init_kwargs or {}),
     }
     load = functools.partial(load_processing_class, path) if adapter is None else adapter.processing_class
-    auto = transformers.AutoTokenizer if METHODS[method].experimental else transformers.AutoProcessor
+    auto = transformers.AutoTokenizer if is_experimental(method) else transformers.AutoProcessor
     return FoundModel(path, adapter, options, load(auto=auto, revision=revision, trust_remote_code=trust))
 
 
@@ -169,7 +170,7 @@ def _check_tokens(method: str, training: Any, processing_class: Any, path: str, 
     # TRL gives an answer in plain text its end; a conversation ends as its template says.
     plain = not (trl.is_conversational(example) or "input_ids" in example)
     pads = getattr(training, "pad_token", None) is None
-    check_ends(processing_class, path, pads=pads, ends=plain or METHODS[method].experimental)
+    check_ends(processing_class, path, pads=pads, ends=plain or is_experimental(method))
 
 
 def _check_evaluated(script: Any, training: Any, eval_dataset: Any) -> None:
@@ -214,7 +215,7 @@ def train(method: str, argv: Sequence[str]) -> tuple[Any, Written]:
     arguments = parse(method, argv)
     with claimed(arguments) as folder:
         try:
-            if _sharded(arguments.training) and not METHODS[method].experimental:  # TRL's own forward gathers the head
+            if _sharded(arguments.training) and not is_experimental(method):  # TRL's own forward gathers the head
                 stock, fused = build(method, arguments, fused=False), arguments.fused
                 trainer = attach(stock, packed=fused.packed, **fused.head)
             else:

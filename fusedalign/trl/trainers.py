@@ -52,6 +52,8 @@ from fusedalign.trl.refusals import (
     refuse_sharded,
 )
 
+__all__ = ["FusedDPOTrainer", "FusedKTOTrainer", "FusedSFTTrainer"]
+
 
 class Fused:
     """What the Fused trainers share; comes before TRL's class among the bases."""
