@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import trl.trainer.utils as trl_utils
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -17,6 +16,7 @@ from fusedalign.bench.training.quiet import quiet
 from fusedalign.embedded import EMBEDDED_NAME, data_directory
 from fusedalign.ops import linear_logps
 from fusedalign.reports import plot_failure, warn
+from fusedalign.trl import stock
 from fusedalign.trl.arguments import parse
 from fusedalign.trl.attachment import attach
 from fusedalign.trl.folder import claimed
@@ -138,12 +138,12 @@ class _Probe:
         self.largest = self.full_logits = 0
 
     def __enter__(self) -> _Probe:
-        self._inner: Any = trl_utils._ChunkedLogProbFunction
-        self._set(self)
+        self._inner: Any = stock.fused_head()
+        stock.replace_fused_head(self)
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._set(self._inner)
+        stock.replace_fused_head(self._inner)
 
     def apply(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, *rest: Any) -> Any:
         if not self.largest and torch.is_grad_enabled() and hidden.requires_grad:
@@ -157,10 +157,6 @@ class _Probe:
         with _Largest() as largest:
             function(*leaves, *rest)[0].sum().backward()
         return largest.bytes
-
-    @staticmethod
-    def _set(value: Any) -> None:
-        trl_utils._ChunkedLogProbFunction = value  # type: ignore[misc,assignment]
 
 
 def _reference(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> tuple[Tensor, ...]:

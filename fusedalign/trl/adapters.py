@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import peft
 import torch
 from peft.utils.save_and_load import load_peft_weights
-from trl.trainer.utils import create_model_from_path
 
+from fusedalign.commandline import OneLineParser
 from fusedalign.reports import check_writable
 from fusedalign.trl.models import (
     ADAPTER_CONFIG,
@@ -21,6 +20,7 @@ from fusedalign.trl.models import (
     has_file,
     load_processing_class,
 )
+from fusedalign.trl.stock import create_model_from_path
 
 #: Folders that a training writes into its output directory for base models, found there also where that was moved.
 OWN_BASES = ("embedded-model", "merged-model")
@@ -171,12 +171,6 @@ def _kind(adapter: Adapter) -> str:
     return str(getattr(adapter.config.peft_type, "value", adapter.config.peft_type))
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """One line and no usage."""
-        raise ValueError(f"merge: {message}")
-
-
 def merge_command(argv: list[str]) -> None:
     """Run `fusedalign merge` with the words that follow it.
 
@@ -184,7 +178,7 @@ def merge_command(argv: list[str]) -> None:
         ValueError: a word that does not fit, no adapter, one that cannot be merged, a folder that holds something.
         FileNotFoundError: no base model.
     """
-    parser = _Parser(
+    parser = OneLineParser(
         prog="fusedalign merge",
         description="Write the model that a base model and its adapter are together, and the tokenizer, into a folder.",
         allow_abbrev=False,

@@ -19,12 +19,12 @@ from typing import Any
 
 import torch
 import trl
-import trl.trainer.utils as trl_utils
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from fusedalign.head import LMHead
 from fusedalign.ops import linear_logps
+from fusedalign.trl import stock
 from fusedalign.trl.forward import OUTPUT_NAMES, fused_by
 from fusedalign.trl.layouts import MASKED, Layouts, check_packed, decide, lay_out_nothing, models_of, wrap_backbone
 from fusedalign.trl.options import HeadOptions, mixed_precision
@@ -273,28 +273,20 @@ class _Switch:
 
 
 def _install_switch() -> None:
-    if not hasattr(trl_utils, "add_fused_lm_head"):
+    if not stock.has_fused_head():
         raise RuntimeError(f"expected TRL >= 1.15, whose trainers have a fused head, got TRL {trl.__version__}")
-    current: Any = trl_utils._ChunkedLogProbFunction  # None in TRL 1.15 without Triton
+    current = stock.fused_head()
     if isinstance(current, _Switch):
         return
     if current is not None and not current.__module__.startswith("trl."):
         replacement = f"{current.__module__}.{current.__qualname__}"
         raise RuntimeError(f"expected TRL's own fused head, got {replacement} in its place: undo that before attach()")
     # TRL 1.15 always leaves ignored tokens out and asks nothing.
-    switch = _Switch(current, getattr(trl_utils, "_use_triton", None))
-    _patch("_ChunkedLogProbFunction", switch)
-    if switch.use_triton is not None:
-        _patch("_use_triton", switch.project_valid_tokens_only)
+    switch = _Switch(current, stock.use_triton())
+    stock.replace_fused_head(switch, None if switch.use_triton is None else switch.project_valid_tokens_only)
 
 
 def _remove_switch() -> None:
-    switch: Any = getattr(trl_utils, "_ChunkedLogProbFunction", None)
+    switch = stock.fused_head()
     if isinstance(switch, _Switch):
-        _patch("_ChunkedLogProbFunction", switch.original)
-        if switch.use_triton is not None:
-            _patch("_use_triton", switch.use_triton)
-
-
-def _patch(name: str, value: Any) -> None:
-    setattr(trl_utils, name, value)
+        stock.replace_fused_head(switch.original, switch.use_triton)

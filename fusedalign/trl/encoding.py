@@ -6,7 +6,6 @@ trainer and its configuration (`_Encoder`), and `DataCollatorForPreference`.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import sys
 from collections.abc import Callable, Iterator
@@ -14,9 +13,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import trl
-from transformers import ProcessorMixin, tokenization_utils_base
-from trl.trainer import dpo_trainer, sft_trainer
+from transformers import tokenization_utils_base
 
+from fusedalign.trl import stock
 from fusedalign.trl.construction import replaced
 from fusedalign.trl.shapes import Row
 from fusedalign.trl.tokens import one_end
@@ -54,7 +53,7 @@ class OneRow:
         return OneRow([row for row in self.rows if function(row)])
 
 
-class _Quiet:
+class _SilentLogger:
     """A trainer's logger that says nothing: what is said of a row once in a training would be said of every one."""
 
     def __getattr__(self, name: str) -> Callable[..., None]:
@@ -68,10 +67,7 @@ class _Encoder:
 
     def __init__(self, trainer: Any, config: Any, processing_class: Any, **options: Any) -> None:
         self.processing_class = one_end(processing_class)
-        is_processor = isinstance(processing_class, ProcessorMixin)
-        self.trainer: Any = object.__new__(trainer)
-        self.trainer._tokenizer = processing_class.tokenizer if is_processor else processing_class
-        self.trainer._is_vlm = is_processor
+        self.trainer = stock.trainer_without_model(trainer, processing_class)
         self.options = {field.name: _default(field) for field in dataclasses.fields(config)} | options
 
     def _prepared(self, row: Row, *rest: Any, max_length: int | None) -> Row | None:
@@ -79,12 +75,10 @@ class _Encoder:
         trainer = self.trainer
         arguments = SimpleNamespace(**self.options | {"max_length": max_length})
         module = sys.modules[type(trainer).__module__]
-        # A row must wait for no other process, and TRL's logger needs the state that such waits have.
-        no_wait: Any = lambda original: contextlib.nullcontext()  # noqa: E731
-        quiet = _Quiet()
+        silent = _SilentLogger()
         with (
-            replaced(module, global_then_local_main_first=no_wait, logger=quiet),
-            replaced(tokenization_utils_base, logger=quiet),  # it would say that a row is longer than the model takes
+            replaced(module, **stock.row_replacements(silent)),
+            replaced(tokenization_utils_base, logger=silent),  # it warns of each row longer than the model takes
         ):
             rows = list(trainer._prepare_dataset(OneRow([row]), self.processing_class, arguments, *rest, "train"))
         return rows[0] if rows else None
@@ -95,7 +89,7 @@ class PairEncoder(_Encoder):
 
     def __init__(self, processing_class: Any, *, max_length: int | None, truncation_mode: str) -> None:
         super().__init__(trl.DPOTrainer, trl.DPOConfig, processing_class)
-        self.collate = dpo_trainer.DataCollatorForPreference(
+        self.collate = stock.DataCollatorForPreference(
             pad_token_id=0, max_length=max_length, truncation_mode=truncation_mode
         )
 
@@ -142,8 +136,8 @@ class TextEncoder(_Encoder):
             dataset_text_field=text_field,
         )
         self.max_length, self.completion_only_loss = max_length, completion_only_loss
-        unmarked = assistant_only_loss and not sft_trainer.has_generation_markers(processing_class.chat_template)
-        template = sft_trainer.get_training_chat_template(processing_class) if unmarked else None
+        unmarked = assistant_only_loss and not stock.has_generation_markers(processing_class.chat_template)
+        template = stock.get_training_chat_template(processing_class) if unmarked else None
         self.trainer.chat_template = template
 
     def whole(self, row: Row) -> tuple[list[int], list[int]]:

@@ -10,11 +10,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from datasets import Dataset, Features, IterableDataset, Value, concatenate_datasets
-from trl.trainer.dpo_trainer import DataCollatorForPreference
-from trl.trainer.kto_trainer import DataCollatorForUnpairedPreference
 
 from fusedalign.methods import WITH_REFERENCE
 from fusedalign.trl.ref_cache import RefCache, has_kl, row_key
+from fusedalign.trl.stock import DataCollatorForPreference, DataCollatorForUnpairedPreference, trainer_without_model
 
 #: Rows that are collated together.
 _BATCH = 64
@@ -83,9 +82,8 @@ def _prepare(method: str, dataset: Any, processing_class: Any, args: Any, name: 
     """The data set as the trainer tokenises it, by the trainer's own method, without a model."""
     from fusedalign.trl.trainers import FusedDPOTrainer, FusedKTOTrainer
 
-    trainer: Any = object.__new__(FusedDPOTrainer if method == "dpo" else FusedKTOTrainer)
+    trainer = trainer_without_model(FusedDPOTrainer if method == "dpo" else FusedKTOTrainer, processing_class)
     trainer._ref_cache = None
-    trainer._tokenizer = getattr(processing_class, "tokenizer", processing_class)
     if method == "kto":
         trainer.calculate_KL = has_kl(args)
         trainer.desirable_weight, trainer.undesirable_weight = args.desirable_weight, args.undesirable_weight

@@ -20,6 +20,7 @@ from accelerate.utils import is_peft_model
 from datasets.fingerprint import Hasher, generate_random_fingerprint
 from torch import nn
 
+from fusedalign.trl import stock
 from fusedalign.trl.forward import fused_by
 from fusedalign.trl.kernels import liger_parts
 from fusedalign.trl.refusals import unwrapped
@@ -165,13 +166,13 @@ class KeyedReference:
 
     def _precompute_ref_logps(self, *args: Any, **kwargs: Any) -> Any:
         trainer: Any = self
-        weights, training = trainer._precompute_model_hash, trainer.model.training
-        trainer._precompute_model_hash = f"{weights}-{reference_key(trainer)}"
+        stock_trainer: Any = super()
+        key, training = reference_key(trainer), trainer.model.training
         trainer.model.eval()  # TRL computes it in the mode in which the model was given, with dropout if so
         try:
-            return super()._precompute_ref_logps(*args, **kwargs)  # type: ignore[misc]
+            with stock.extended_reference_key(trainer, key):
+                return stock_trainer._precompute_ref_logps(*args, **kwargs)
         finally:
-            trainer._precompute_model_hash = weights
             trainer.model.train(training)
 
 

@@ -15,9 +15,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from transformers import ProcessorMixin
-from trl.data_utils import maybe_apply_chat_template, maybe_extract_prompt
 
 from fusedalign.trl.lengths import check_lengths
+from fusedalign.trl.stock import maybe_apply_chat_template, maybe_extract_prompt
 
 _logger = logging.getLogger(__name__)
 
