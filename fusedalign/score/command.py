@@ -325,9 +325,9 @@ class _Names:
         """The model with its weights, in eval mode, on this rank's device."""
         import torch
         import trl
-        from trl.trainer.utils import create_model_from_path
 
         from fusedalign.trl.adapters import find_adapter, load_adapter
+        from fusedalign.trl.stock import create_model_from_path
 
         device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
         options = {

@@ -153,9 +153,9 @@ def _max_tokens(word: str) -> int | str:
 def _load(found: Any, arguments: Any) -> Any:
     """The model that a training starts from, which is its reference, on this rank's device."""
     import trl
-    from trl.trainer.utils import create_model_from_path
 
     from fusedalign.trl.adapters import load_adapter
+    from fusedalign.trl.stock import create_model_from_path
 
     _, _, local = ranks_here()
     on_cuda = torch.cuda.is_available() and not arguments.training.use_cpu
