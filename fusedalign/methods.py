@@ -33,11 +33,7 @@ METHODS = {
         example="--learning_rate 1e-4",
     ),
     "dpo": Method(
-        "DPOTrainer",
-        "DPOConfig",
-        _PAIRS,
-        "direct preference optimisation, fifteen losses",
-        example="--beta 0.2",
+        "DPOTrainer", "DPOConfig", _PAIRS, "direct preference optimisation, fifteen losses", example="--beta 0.2"
     ),
     "kto": Method(
         "KTOTrainer", "KTOConfig", (("prompt", "completion", "label"), *_PAIRS), "good and bad answers, unpaired"

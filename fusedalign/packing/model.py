@@ -21,15 +21,15 @@ def packed_hidden(model: Any, batch: PackedBatch) -> Tensor:
     """Last hidden states of packed tokens.
 
     Args:
-        model: a causal LM of transformers. Its attention function is replaced at the first call, see `enable`; without
-            packed batches it does what it did before.
-        batch: of `pack_rows`, `pack_answers`, `pack_padded` or `pack_documents`, on any device.
+        model: a causal LM of transformers. Its attention function is replaced at the first call, see `enable`; other
+            calls of the model give the same results as before.
+        batch: from `pack_rows`, `pack_answers`, `pack_padded` or `pack_documents`, on any device.
 
     Returns:
-        [S, D], the input of the LM head. `batch.spread` brings them into the padded layout.
+        [S, D], the input of the LM head. `batch.spread` pads them.
 
     Raises:
-        LayoutError (a ValueError): this model would go wrong in packed batches, with the reason.
+        LayoutError (a ValueError): this model would give wrong results on packed batches, with the reason.
 
     Example::
 

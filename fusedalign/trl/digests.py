@@ -43,10 +43,11 @@ _WRAPPERS = frozenset({"base_layer", "original_module", "_orig_mod"})
 
 def digest(*parts: Any) -> str:
     """The digest of JSON values; sets in order, other objects as their text."""
-    return hashlib.blake2b(json.dumps(parts, default=_plain, sort_keys=True).encode(), digest_size=16).hexdigest()
+    return hashlib.blake2b(json.dumps(parts, default=plain, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
-def _plain(x: Any) -> Any:
+def plain(x: Any) -> Any:
+    """For `json.dumps`: sets in order, other objects as their text; a text with an address never matches again."""
     return sorted(map(repr, x)) if isinstance(x, set | frozenset) else repr(x)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import logging
 import warnings
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import transformers
@@ -205,22 +205,16 @@ class FusedTPOTrainer(_LateHead, TPOTrainer):
         labels = completion_labels(inputs["input_ids"], inputs["completion_mask"])
         out = model(**model_kwargs, labels=labels, fused_lm_head=True)
         mask = inputs["completion_mask"][:, 1:].bool()
-        width = mask.shape[1]  # without the virtual tokens of prompt-learning adapters
-        tokens = _TPOTokens(
-            mask,
-            out.log_probs[:, -width:],
-            out.entropy[:, -width:].detach(),
-            out.mean_logits[:, -width:],
-            out.is_top1[:, -width:],
-        )
+        # Without the virtual tokens of prompt-learning adapters.
+        tokens = {name: getattr(out, name)[:, -mask.shape[1] :] for name in self._outputs}
         reduce = sequence_mean if self.loss_type in ("ipo", "tpo-l") else sequence_sum
-        chosen_logps, rejected_logps, *_ = reduce(tokens.logps, mask).chunk(self._groups())
+        chosen_logps, rejected_logps, *_ = reduce(tokens["log_probs"], mask).chunk(self._groups())
         terms = tpo_loss(chosen_logps, rejected_logps, beta=self.beta, loss_type=self.loss_type, **self._loss_options())
         loss = terms.losses.mean()
         if self.tpo_alpha:
-            loss = loss + self.tpo_alpha * sft_loss(tokens.logps.chunk(3)[2], mask.chunk(3)[2])
+            loss = loss + self.tpo_alpha * sft_loss(tokens["log_probs"].chunk(3)[2], mask.chunk(3)[2])
         mode = "train" if model.training else "eval"
-        self._log_tokens(mode, tokens, inputs["attention_mask"])
+        self._log_tokens(mode, tokens, mask, inputs["attention_mask"])
         self._log_pairs(mode, terms, chosen_logps.detach(), rejected_logps.detach())
         if not return_outputs:
             return loss
@@ -233,23 +227,22 @@ class FusedTPOTrainer(_LateHead, TPOTrainer):
             options["label_smoothing"] = self.label_smoothing
         return options
 
-    def _log_tokens(self, mode: str, tokens: _TPOTokens, attention_mask: Tensor) -> None:
-        """Add TRL's per-token metrics of a batch, means over the tokens of all ranks."""
+    def _log_tokens(self, mode: str, tokens: dict[str, Tensor], mask: Tensor, attention_mask: Tensor) -> None:
+        """Add TRL's metrics of the tokens [B, T] of a batch, means over all ranks; `mask` is True on completions."""
         metrics, gather = stock.metrics(self, mode), self.accelerator.gather_for_metrics
 
-        def mean_over_ranks(values: Tensor, mask: Tensor) -> float:
-            total, count = gather(values.where(mask, 0).sum()).sum(), gather(mask.sum()).sum()
+        def mean_over_ranks(values: Tensor, valid: Tensor) -> float:
+            total, count = gather(values.where(valid, 0).sum()).sum(), gather(valid.sum()).sum()
             return (total / count).item() if count > 0 else 0.0
 
-        metrics["entropy"].append(gather(tokens.entropy[tokens.mask].mean()).mean().item())
-        count = gather(attention_mask.sum()).sum().item() if mode == "train" else 0
-        metrics["num_tokens"] = [stock.count_train_tokens(self, count)]
-        masks, is_top1 = tokens.mask.chunk(self._groups()), tokens.is_top1.chunk(self._groups())[0]
-        for name, logits, mask in zip(
-            ("chosen", "rejected"), tokens.mean_logits.chunk(self._groups()), masks, strict=False
-        ):
-            metrics[f"logits/{name}"].append(mean_over_ranks(logits, mask))
-        metrics["mean_token_accuracy"].append(mean_over_ranks(is_top1.float(), masks[0]))
+        metrics["entropy"].append(gather(tokens["entropy"].detach()[mask].mean()).mean().item())
+        trained = gather(attention_mask.sum()).sum().item() if mode == "train" else 0
+        metrics["num_tokens"] = [stock.count_train_tokens(self, trained)]
+        pairs = len(mask) // self._groups()
+        chosen, rejected = slice(pairs), slice(pairs, 2 * pairs)
+        for name, rows in (("chosen", chosen), ("rejected", rejected)):
+            metrics[f"logits/{name}"].append(mean_over_ranks(tokens["mean_logits"][rows], mask[rows]))
+        metrics["mean_token_accuracy"].append(mean_over_ranks(tokens["is_top1"][chosen].float(), mask[chosen]))
 
     def _log_pairs(self, mode: str, terms: PreferenceLoss, chosen_logps: Tensor, rejected_logps: Tensor) -> None:
         """Add TRL's metrics of the pairs of a batch, means over all ranks."""
@@ -264,14 +257,3 @@ class FusedTPOTrainer(_LateHead, TPOTrainer):
             "logps/rejected": rejected_logps,
         }.items():
             metrics[name].append(self.accelerator.gather(x).mean().item())
-
-
-class _TPOTokens(NamedTuple):
-    """Per-token tensors of a batch, [B, T]."""
-
-    mask: Tensor
-    """bool, True on the tokens of completions"""
-    logps: Tensor
-    entropy: Tensor
-    mean_logits: Tensor
-    is_top1: Tensor

@@ -128,7 +128,7 @@ class Layouts:
             return None
         if not installed(model):
             install(model)
-        return layout  # type: ignore[no-any-return]
+        return layout
 
     def _groups(self, mask: Tensor) -> int:
         return self.groups if len(mask) % self.groups == 0 else 1

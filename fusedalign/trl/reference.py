@@ -21,6 +21,7 @@ from datasets.fingerprint import Hasher, generate_random_fingerprint
 from torch import nn
 
 from fusedalign.trl import stock
+from fusedalign.trl.digests import plain
 from fusedalign.trl.forward import fused_by
 from fusedalign.trl.kernels import liger_parts
 from fusedalign.trl.refusals import unwrapped
@@ -199,12 +200,7 @@ def reference_key(trainer: Any) -> str:
         "device": trainer.accelerator.device.type,
         "packages": package_versions(),
     }
-    return hashlib.sha256(json.dumps(parts, default=_plain).encode()).hexdigest()
-
-
-def _plain(x: Any) -> Any:
-    """For `json.dumps`: sets in order, other objects as their text; a text with an address never matches again."""
-    return sorted(map(repr, x)) if isinstance(x, set | frozenset) else repr(x)
+    return hashlib.sha256(json.dumps(parts, default=plain).encode()).hexdigest()
 
 
 def _hash_of_object(x: Any) -> str:

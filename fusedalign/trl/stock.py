@@ -11,22 +11,14 @@ from typing import Any
 
 import trl.trainer.utils as trl_utils
 from transformers import ProcessorMixin
-from trl.data_utils import maybe_apply_chat_template, maybe_extract_prompt
-from trl.trainer.dpo_trainer import DataCollatorForPreference
-from trl.trainer.kto_trainer import DataCollatorForUnpairedPreference
-from trl.trainer.sft_trainer import get_training_chat_template, has_generation_markers
-from trl.trainer.utils import FusedCausalLMOutput, create_model_from_path
-
-__all__ = [
-    "DataCollatorForPreference",
-    "DataCollatorForUnpairedPreference",
-    "FusedCausalLMOutput",
-    "create_model_from_path",
-    "get_training_chat_template",
-    "has_generation_markers",
-    "maybe_apply_chat_template",
-    "maybe_extract_prompt",
-]
+from trl.data_utils import maybe_apply_chat_template as maybe_apply_chat_template
+from trl.data_utils import maybe_extract_prompt as maybe_extract_prompt
+from trl.trainer.dpo_trainer import DataCollatorForPreference as DataCollatorForPreference
+from trl.trainer.kto_trainer import DataCollatorForUnpairedPreference as DataCollatorForUnpairedPreference
+from trl.trainer.sft_trainer import get_training_chat_template as get_training_chat_template
+from trl.trainer.sft_trainer import has_generation_markers as has_generation_markers
+from trl.trainer.utils import FusedCausalLMOutput as FusedCausalLMOutput
+from trl.trainer.utils import create_model_from_path as create_model_from_path
 
 #: Module -> its names, with what they are.
 MODULE_NAMES = {
@@ -120,11 +112,8 @@ def reference_replacements(trainer: Any, load: Callable[..., Any], config: Calla
 
     Both are called with the original before its arguments.
     """
-    return {
-        "create_model_from_path": load,
-        "hash_module": lambda original, module: None,
-        f"{trainer._name}Config": config,
-    }
+    no_hash: Any = lambda original, module: None  # noqa: E731
+    return {"create_model_from_path": load, "hash_module": no_hash, f"{trainer._name}Config": config}
 
 
 def row_replacements(logger: Any) -> dict[str, Any]:
