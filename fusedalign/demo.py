@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import trl.trainer.utils as trl_utils
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -17,6 +16,7 @@ from fusedalign.bench.training.quiet import quiet
 from fusedalign.embedded import EMBEDDED_NAME, data_directory
 from fusedalign.ops import linear_logps
 from fusedalign.reports import markdown_table, plot_failure, warn
+from fusedalign.trl import stock
 from fusedalign.trl.arguments import parse
 from fusedalign.trl.attachment import attach
 from fusedalign.trl.folder import claimed
@@ -130,12 +130,12 @@ class _Probe:
         self.largest = self.full_logits = 0
 
     def __enter__(self) -> _Probe:
-        self._inner: Any = trl_utils._ChunkedLogProbFunction
-        self._set(self)
+        self._inner: Any = stock.fused_head()
+        stock.replace_fused_head(self)
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._set(self._inner)
+        stock.replace_fused_head(self._inner)
 
     def apply(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, *options: Any) -> Any:
         """Like TRL's `_ChunkedLogProbFunction.apply`, whose place this object takes."""
@@ -150,10 +150,6 @@ class _Probe:
         with _LargestStorage() as largest:
             function(*leaves, *others)[0].sum().backward()
         return largest.bytes
-
-    @staticmethod
-    def _set(value: Any) -> None:
-        trl_utils._ChunkedLogProbFunction = value  # type: ignore[misc,assignment]
 
 
 def _reference(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> tuple[Tensor, ...]:

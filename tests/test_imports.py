@@ -12,6 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "fusedalign"
 ROOMS = [
     "checks",
     "commandline",
+    "methods",
     "problem",
     "head",
     "impls",

@@ -98,14 +98,13 @@ def _compile() -> Functions:
 
 
 def _trl() -> Functions:
-    import trl.trainer.utils as trl_utils
+    from fusedalign.trl import stock
 
-    function = getattr(trl_utils, "_ChunkedLogProbFunction", None)
-    if function is None or not hasattr(trl_utils, "_CHUNKED_LOGPROB_CHUNK_SIZE"):
+    function, columns = stock.fused_head(), stock.head_chunk_size()
+    if function is None or columns is None:
         raise UnavailableError("needs TRL 1.16's fused head: pip install 'trl>=1.16'")
 
     def logps(d: Data) -> Tensor:
-        columns = trl_utils._CHUNKED_LOGPROB_CHUNK_SIZE
         return function.apply(d.hidden, d.weight, None, d.targets, 1.0, columns, d.softcap, 1.0, ("log_probs",))[0]
 
     return Functions(logps)

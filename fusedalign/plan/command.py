@@ -9,6 +9,7 @@ from dataclasses import asdict
 from typing import Any
 
 from fusedalign.commandline import CommandParser
+from fusedalign.methods import WITH_REFERENCE
 from fusedalign.plan.advice import LORA_R
 from fusedalign.plan.model import Shapes, read_config
 from fusedalign.plan.plan import plan
@@ -63,8 +64,11 @@ def step_of(options: argparse.Namespace) -> Step:
             raise ValueError(f"--{name} must be at least {minimum}, got {value}")
     if options.prompt >= options.length:
         raise ValueError(f"--prompt must be below --length {options.length}, got {options.prompt}")
-    if options.precompute_ref_log_probs and options.method not in ("dpo", "kto"):
-        raise ValueError(f"--precompute_ref_log_probs needs a method with a reference (dpo, kto), got {options.method}")
+    if options.precompute_ref_log_probs and options.method not in WITH_REFERENCE:
+        methods = ", ".join(WITH_REFERENCE)
+        raise ValueError(
+            f"--precompute_ref_log_probs needs a method with a reference ({methods}), got {options.method}"
+        )
     rank = options.lora_r or (LORA_R if options.lora else 0)
     step = Step(
         options.method,

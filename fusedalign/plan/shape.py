@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from fusedalign import methods
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -84,8 +86,7 @@ class Model:
 ADAPTER_ITEM = 4
 
 PAIRED = ("dpo", "cpo", "simpo", "orpo")
-WITH_REFERENCE = ("dpo", "kto")
-METHODS = ("sft", "dpo", "kto", "cpo", "simpo", "orpo")
+METHODS = tuple(methods.METHODS)
 ITEM = {"bfloat16": 2, "float32": 4}
 """bytes of a weight, by the dtype that it is loaded in"""
 
@@ -174,4 +175,4 @@ class Step:
     @property
     def live_reference(self) -> bool:
         """Whether the log-probabilities of the reference are computed in each step."""
-        return self.method in WITH_REFERENCE and not self.precomputed
+        return self.method in methods.WITH_REFERENCE and not self.precomputed

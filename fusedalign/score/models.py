@@ -80,9 +80,9 @@ class ModelNames:
         """Load the model, or the reference model, in eval mode on the device of this rank."""
         import torch
         import trl
-        from trl.trainer.utils import create_model_from_path
 
         from fusedalign.trl.adapters import find_adapter, load_adapter
+        from fusedalign.trl.stock import create_model_from_path
 
         device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
         options = {

@@ -12,6 +12,7 @@ import pyarrow.parquet
 import torch
 
 from fusedalign.commandline import OneLineParser
+from fusedalign.methods import WITH_REFERENCE
 from fusedalign.reports import check_writable
 from fusedalign.score.records import Answer, Example, RefusedRow, Window
 from fusedalign.score.run import POLICY, Ranks, Run, score_run
@@ -55,8 +56,8 @@ def reference_command(argv: list[str]) -> None:
     parser.add_argument("--method", default="dpo")
     parser.add_argument("--max_tokens_per_batch", default=AUTO)
     own, training_words = parser.parse_known_args(argv)
-    if own.method not in ref_rows.WITH_REFERENCE:
-        raise ValueError(f"--method must be {' or '.join(ref_rows.WITH_REFERENCE)} with {FLAG}, got {own.method!r}")
+    if own.method not in WITH_REFERENCE:
+        raise ValueError(f"--method must be {' or '.join(WITH_REFERENCE)} with {FLAG}, got {own.method!r}")
     max_tokens = _max_tokens(own.max_tokens_per_batch)
     check_writable(own.ref_cache.absolute().parent, FLAG)
     ref_cache.check_target(own.ref_cache, FLAG)
@@ -147,9 +148,9 @@ def _max_tokens(word: str) -> int | str:
 def _load(reference: Any, arguments: Any, local_rank: int) -> Any:
     """Load the model that a training starts from, its reference, on the device of this rank."""
     import trl
-    from trl.trainer.utils import create_model_from_path
 
     from fusedalign.trl.adapters import load_adapter
+    from fusedalign.trl.stock import create_model_from_path
 
     on_cuda = torch.cuda.is_available() and not arguments.training.use_cpu
     options = {
