@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fusedalign.score.batch import SequenceLogps, sequence_logps
-from fusedalign.score.scorer import AUTO
+from fusedalign.score.scorer import AUTO, BETA
 
 __all__ = ["SequenceLogps", "score", "sequence_logps"]
 
@@ -19,7 +19,7 @@ def score(
     dataset: Any,
     *,
     ref_model: Any = None,
-    beta: float = 0.1,
+    beta: float = BETA,
     out: str | Path | None = None,
     max_length: int | None = None,
     truncation_mode: str = "keep_start",

@@ -18,58 +18,46 @@ from fusedalign.score.models import ModelNames
 from fusedalign.score.reference import FLAG, reference_command
 from fusedalign.score.rows import RowOptions, Rows
 from fusedalign.score.run import POLICY, REFERENCE, Finished, Ranks, Run, check_beta, refused_path, score_run
-from fusedalign.score.scorer import AUTO, PER_TOKEN, Scorer, check_per_token
+from fusedalign.score.scorer import AUTO, BETA, PER_TOKEN, Scorer, check_per_token
 
 #: The exit status with `--strict` if rows were refused.
 STRICT_STATUS = 3
 
-BETA = 0.1
+
+def _argument(default: Any, help_text: str) -> Any:
+    """A field of `ScoreArguments`."""
+    return field(default=default, metadata={"help": help_text})
 
 
 @dataclass
 class ScoreArguments:
     """The arguments of the command, in addition to TRL's."""
 
-    out: str | None = field(default=None, metadata={"help": "The file to write, NAME.parquet."})
-    adapter: str | None = field(default=None, metadata={"help": "An adapter's folder or Hub name, put on the model."})
-    ref_model: str | None = field(
-        default=None, metadata={"help": "A second model: implicit rewards beta * (logps - its logps) are added."}
+    out: str | None = _argument(None, "The file to write, NAME.parquet.")
+    adapter: str | None = _argument(None, "Folder or Hub name of an adapter to apply to the model.")
+    ref_model: str | None = _argument(None, "A second model: implicit rewards beta * (logps - its logps) are added.")
+    beta: float = _argument(BETA, "Of the implicit rewards.")
+    max_length: int | None = _argument(None, "Tokens per row, truncated as in training; default: the model's limit.")
+    truncation_mode: str = _argument(RowOptions().truncation_mode, "keep_start or keep_end, as in TRL.")
+    stride: int | None = _argument(None, "Tokens between the starts of windows, for plain text longer than max_length.")
+    completion_only_loss: bool | None = _argument(
+        None, "As in TRL's SFTConfig: whether a prompt is only context; default: yes if there is one."
     )
-    beta: float = field(default=BETA, metadata={"help": "Of the implicit rewards."})
-    max_length: int | None = field(
-        default=None,
-        metadata={"help": "Tokens of a row, as a trainer truncates it; the model's own limit if not given."},
+    assistant_only_loss: bool = _argument(
+        False, "As in TRL's SFTConfig: score only the assistant's turns of a conversation."
     )
-    truncation_mode: str = field(
-        default=RowOptions().truncation_mode, metadata={"help": "keep_start or keep_end, as TRL's."}
-    )
-    stride: int | None = field(
-        default=None, metadata={"help": "Plain text longer than max_length is read in windows this far apart."}
-    )
-    completion_only_loss: bool | None = field(
-        default=None, metadata={"help": "As TRL's SFTConfig: whether a prompt is context alone; yes if there is one."}
-    )
-    assistant_only_loss: bool = field(
-        default=False, metadata={"help": "As TRL's SFTConfig: score the assistant's turns of a conversation alone."}
-    )
-    dataset_text_field: str = field(
-        default=RowOptions().dataset_text_field, metadata={"help": "The column of plain text."}
-    )
-    max_tokens_per_batch: str = field(
-        default=AUTO, metadata={"help": "Token positions that run together; auto takes what fits, and halves on need."}
+    dataset_text_field: str = _argument(RowOptions().dataset_text_field, "The column of plain text.")
+    max_tokens_per_batch: str = _argument(
+        AUTO, "Token positions that run together; auto: what fits, halved when memory runs out."
     )
     per_token: list[str] = field(
-        default_factory=list, metadata={"help": f"Also write lists of a value a token: {', '.join(PER_TOKEN)}."}
+        default_factory=list, metadata={"help": f"Also write lists with a value per token: {', '.join(PER_TOKEN)}."}
     )
-    accelerate_config: str | None = field(
-        default=None, metadata={"help": "Start through `accelerate launch`, as in training: a file, or multi_gpu, ..."}
+    accelerate_config: str | None = _argument(
+        None, "Start through `accelerate launch`, as in training: a file, or multi_gpu, ..."
     )
-    trust_remote_code: bool = field(
-        default=False, metadata={"help": "Run code that comes with the model or its tokenizer."}
-    )
-    strict: bool = field(
-        default=False, metadata={"help": f"End with status {STRICT_STATUS} where a row could not be scored."}
-    )
+    trust_remote_code: bool = _argument(False, "Run code that comes with the model or its tokenizer.")
+    strict: bool = _argument(False, f"End with status {STRICT_STATUS} if a row could not be scored.")
 
 
 def score_command(argv: list[str]) -> int:
@@ -180,14 +168,14 @@ fusedalign score: log-probabilities of a data set under a model
 usage: fusedalign score --model_name_or_path M --dataset_name D --out scores.parquet [--config FILE.yaml]
 
 Pairs (chosen, rejected), prompts with completions, conversations (messages), or plain text (text);
-tokens and truncation are those of TRL's trainers. A run that is interrupted goes on where it was when
-the same command is given again. Rows that cannot be scored go to scores.refused.jsonl. Under `torchrun`
-or `accelerate launch` the processes share the work.
+tokens and truncation are those of TRL's trainers. An interrupted run continues when the same command
+is repeated. Rows that cannot be scored are listed in scores.refused.jsonl. Under `torchrun` or
+`accelerate launch` the processes share the work.
 
        fusedalign score --ref_cache ref.parquet --method dpo --config recipes/dpo.yaml [--field VALUE ...]
 
-The reference log-probabilities of a DPO or KTO training, given the training's own words: it then takes
---ref_logps ref.parquet and loads no reference model."""
+The reference log-probabilities of a DPO or KTO training, from the arguments of that training, which
+then needs --ref_logps ref.parquet and no reference model."""
 
 
 def _parse(parser: Any, argv: list[str]) -> tuple[Any, Any, Any, ScoreArguments]:

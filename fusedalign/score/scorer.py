@@ -13,6 +13,8 @@ from fusedalign.score.records import IGNORED, Example, Score, Window
 from fusedalign.score.units import Unit, WindowKey, batches, halves, make_units, packed_tokens, padded_tensors
 
 AUTO = "auto"
+#: The default beta of implicit rewards.
+BETA = 0.1
 
 #: Values of each scored token, in addition to the sums.
 PER_TOKEN = ("logps", "entropy", "ranks")

@@ -23,6 +23,7 @@ WIDTH = 100
 #: The number of reasons for refused rows that are shown.
 REASONS = 5
 _LABEL, _CELL = 30, 14
+_PERCENTILES = {5: "5th percentile", 25: "25th percentile", 50: "median", 75: "75th percentile", 95: "95th percentile"}
 _BINS = 60
 
 
@@ -112,7 +113,7 @@ def _scores(table: Any, answers: list[str]) -> list[str]:
         lines.append(_line("not finite, left out below", [f"{int((~x).sum()):,}" for x in finite]))
     lines.append(_line("mean logps, nats per token", [""] * len(answers)))
     lines.append(_line("  mean over rows", map(_mean, means)))
-    lines += [_line(f"  {label}", [_percentile(x, q) for x in means]) for label, q in _PERCENTILES]
+    lines += [_line(f"  {label}", [_percentile(x, q) for x in means]) for q, label in _PERCENTILES.items()]
     token_means = [_ratio(x[f].sum(), n[f].sum()) for x, n, f in zip(logps, counts, finite, strict=True)]
     lines.append(_line("perplexity of all tokens", [_number(_perplexity(x)) for x in token_means]))
     medians = [float(np.median(x)) if len(x) else math.nan for x in means]
@@ -141,20 +142,11 @@ def _margins(table: Any) -> list[str]:
         values, is_correct = _finite(table, margin), _column(table, accuracy).astype(bool)
         lines += [
             _line(f"{title}, mean", [_mean(values)]),
-            *(_line(f"  {label}", [_percentile(values, q)]) for label, q in _PERCENTILES),
+            *(_line(f"  {label}", [_percentile(values, q)]) for q, label in _PERCENTILES.items()),
             _line("accuracy" if margin == "margin" else "reward accuracy", [_share(is_correct)])
             + f"  ({int(is_correct.sum()):,} of {len(is_correct):,} pairs)",
         ]
     return lines
-
-
-_PERCENTILES = (
-    ("5th percentile", 5),
-    ("25th percentile", 25),
-    ("median", 50),
-    ("75th percentile", 75),
-    ("95th percentile", 95),
-)
 
 
 def _reasons(refused: Mapping[str, int] | Iterable[RefusedRow]) -> Counter[str]:
