@@ -208,7 +208,9 @@ def _env(argv: list[str]) -> None:
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     _print_columns([*versions, ("CUDA devices", ", ".join(devices) or "none")])
     print()
-    table, reasons = [_IMPL_COLUMNS], []
+    titles = ("impl", "here", "auto", "version", "devices", "dtypes", "exact in", "outputs beside logps", "head")
+    table: list[tuple[str, ...]] = [titles]
+    reasons = []
     for verdict in explain():
         version = _version(verdict.package) if verdict.package else "-"
         row = [verdict.impl, "no" if verdict.reason else "yes", "yes" if verdict.auto else "no", version]
@@ -221,11 +223,6 @@ def _env(argv: list[str]) -> None:
     _print_columns(reasons)
     chosen = ", ".join(f"{impl} in {' '.join(dtypes)}" for impl, dtypes in auto_choices().items())
     print(f"\nrecommended here: impl='auto', which takes {chosen}")
-
-
-_IMPL_COLUMNS: tuple[str, ...] = (
-    *("impl", "here", "auto", "version", "devices", "dtypes", "exact in", "outputs beside logps", "head"),
-)
 
 
 def _print_columns(rows: Sequence[Sequence[str]]) -> None:

@@ -68,11 +68,6 @@ ELSEWHERE = {
 }
 
 
-def has_fused_head() -> bool:
-    """Whether TRL's trainers have a fused head."""
-    return hasattr(trl_utils, "add_fused_lm_head")
-
-
 def fused_head() -> Any:
     """The autograd function that TRL's fused forward applies; None if there is none."""
     return getattr(trl_utils, "_ChunkedLogProbFunction", None)
