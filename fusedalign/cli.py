@@ -207,7 +207,9 @@ def _env(argv: list[str]) -> None:
     versions += [("torch", torch.__version__), *((name, _version(name)) for name in _PACKAGES)]
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     print("\n".join([*text_table([*versions, ("CUDA devices", ", ".join(devices) or "none")]), ""]))
-    table, reasons = [_IMPL_COLUMNS], []
+    titles = ("impl", "here", "auto", "version", "devices", "dtypes", "exact in", "outputs beside logps", "head")
+    table: list[tuple[str, ...]] = [titles]
+    reasons = []
     for verdict in explain():
         version = _version(verdict.package) if verdict.package else "-"
         row = [verdict.impl, "no" if verdict.reason else "yes", "yes" if verdict.auto else "no", version]
@@ -218,11 +220,6 @@ def _env(argv: list[str]) -> None:
     print("\n".join([*text_table(table), "", *text_table(reasons)]))
     chosen = ", ".join(f"{impl} in {' '.join(dtypes)}" for impl, dtypes in auto_choices().items())
     print(f"\nrecommended here: impl='auto', which takes {chosen}")
-
-
-_IMPL_COLUMNS: tuple[str, ...] = (
-    *("impl", "here", "auto", "version", "devices", "dtypes", "exact in", "outputs beside logps", "head"),
-)
 
 
 def _version(name: str) -> str:

@@ -92,7 +92,7 @@ def attach(trainer: Any, *, packed: bool | str = False, **options: Any) -> Any:
         TypeError: any other trainer or option; a head that TRL's own forward cannot read.
         ValueError: no impl has this name or supports the options; the trainer's settings would build the logits;
             packed=True, and trainer or model cannot pack.
-        RuntimeError: another library has replaced TRL's head, or this version of TRL has no fused head.
+        RuntimeError: another library has replaced TRL's head.
 
     Example::
 
@@ -269,8 +269,6 @@ class _Switch:
 
 
 def _install_switch() -> None:
-    if not stock.has_fused_head():
-        raise RuntimeError(f"expected TRL >= 1.15, whose trainers have a fused head, got TRL {trl.__version__}")
     current = stock.fused_head()
     if isinstance(current, _Switch):
         return

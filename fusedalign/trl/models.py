@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -133,16 +134,17 @@ def check_has_template(processing_class: Any, path: str) -> None:
         )
 
 
-def refused_row(processing_class: Any, dataset: Any) -> int | None:
-    """The number, from 1, of the first row with a conversation that the chat template refuses; None: there is none."""
-    for number, row in enumerate(dataset, 1):
-        options = {"tools": row.get("tools"), **(row.get("chat_template_kwargs") or {})}
-        for answer in filter(None, map(row.get, ("messages", "completion", "chosen", "rejected"))):
-            try:
-                processing_class.apply_chat_template([*row.get("prompt", ()), *answer], tokenize=False, **options)
-            except TemplateError:
-                return number
-    return None
+def refused_row(processing_class: Any, splits: Mapping[str, Any]) -> str:
+    """Split and number, from 1, of the first row with a conversation that the chat template refuses, as words."""
+    for split, dataset in splits.items():
+        for number, row in enumerate(dataset or (), 1):
+            options = {"tools": row.get("tools"), **(row.get("chat_template_kwargs") or {})}
+            for answer in filter(None, map(row.get, ("messages", "completion", "chosen", "rejected"))):
+                try:
+                    processing_class.apply_chat_template([*row.get("prompt", ()), *answer], tokenize=False, **options)
+                except TemplateError:
+                    return f"split {split!r}, row {number}"
+    return "a row"
 
 
 def check_template(path: str | None) -> None:

@@ -52,8 +52,9 @@ OVERRIDDEN = {
     "_precompute_ref_logps": "adds the columns of the reference to a data set",
     "_get_dataloader": "makes the data loader of a data set",
 }
-#: Module -> names of transformers and accelerate, in its source; each is used where it is needed.
-ELSEWHERE = {
+#: Module -> names in its source; those of transformers and accelerate are used where they are needed.
+SOURCE_NAMES = {
+    "trl.trainer.utils": {"_fused_forward": "the forward that add_fused_lm_head makes"},
     "transformers.configuration_utils": {"_attn_implementation": "name of the attention function"},
     "transformers.modeling_utils": {
         "_can_set_attn_implementation": "whether a model's attention function can be replaced",
@@ -64,13 +65,10 @@ ELSEWHERE = {
         "_raise_exceptions_for_missing_entries": "",
         "_raise_exceptions_for_connection_errors": "",
     },
+    "transformers.models.auto.auto_factory": {"_model_mapping": "configuration class -> model class"},
+    "transformers.modeling_layers": {"_gradient_checkpointing_func": "function that checkpoints a layer"},
     "accelerate.accelerator": {"_original_forward": "a model's forward before mixed precision wrapped it"},
 }
-
-
-def has_fused_head() -> bool:
-    """Whether TRL's trainers have a fused head."""
-    return hasattr(trl_utils, "add_fused_lm_head")
 
 
 def fused_head() -> Any:

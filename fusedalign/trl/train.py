@@ -80,7 +80,7 @@ def build(method: str, arguments: Arguments, *, fused: bool = True) -> Any:
         splits = {script.dataset_train_split: train_dataset, script.dataset_test_split: eval_dataset}
         raise ValueError(
             f"expected conversations that the chat template of {path} accepts, got "
-            f"{script.dataset_name or 'datasets'}, {_refused_row(processing_class, splits)}: {error}"
+            f"{script.dataset_name or 'datasets'}, {refused_row(processing_class, splits)}: {error}"
         ) from error
     if not fused:  # the Fused trainers check lengths themselves
         for split, dataset in (("train", trainer.train_dataset), ("eval", trainer.eval_dataset)):
@@ -90,12 +90,6 @@ def build(method: str, arguments: Arguments, *, fused: bool = True) -> Any:
         buffers = [name for name, buffer in trainer.model.named_buffers() if buffer.dtype == torch.bool]
         trainer.model._ddp_params_and_buffers_to_ignore = buffers
     return trainer
-
-
-def _refused_row(processing_class: Any, splits: dict[str, Any]) -> str:
-    """Words for the first row with a conversation that the chat template refuses."""
-    rows = {split: refused_row(processing_class, dataset or ()) for split, dataset in splits.items()}
-    return next((f"split {split!r}, row {number}" for split, number in rows.items() if number), "a row")
 
 
 def _check_stock(fused: FusedArguments) -> None:
