@@ -1,4 +1,4 @@
-"""The command `fusedalign`: sft | dpo | kto | cpo | simpo | orpo | merge | score | plan | bench | demo | env."""
+"""The command `fusedalign`: `COMMANDS` holds its subcommands."""
 
 from __future__ import annotations
 
@@ -11,32 +11,31 @@ import sys
 import textwrap
 import traceback
 from collections.abc import Callable, Sequence
-from typing import TextIO
+from typing import NamedTuple, TextIO
 
 import torch
 
 import fusedalign
 from fusedalign.impls import explain
 from fusedalign.impls.survey import auto_choices, coverage
-from fusedalign.reports import warn
-
-_USAGE = """\
-usage: fusedalign COMMAND [--debug] [...]
-
-  sft   supervised fine-tuning             fusedalign sft --config recipes/sft.yaml --learning_rate 1e-4
-  dpo   direct preference optimisation     fusedalign dpo --config recipes/dpo.yaml --beta 0.2
-  kto, cpo, simpo, orpo                    likewise, each with a recipe of its name
-  merge an adapter's folder and its base model into one model             fusedalign merge runs/sft --out runs/merged
-  score log-probabilities of a data set     fusedalign score --model_name_or_path M --dataset_name D --out s.parquet
-  plan  the memory of a training step      fusedalign plan --model_name_or_path Qwen/Qwen3-1.7B --memory 24GiB
-  bench time, memory and error of our impls beside other libraries     fusedalign bench logps --cases qwen3-1.7b
-  demo  SFT, then DPO with stock TRL and with fusedalign, on built-in data: a table and a picture
-  env   versions, devices, and which impl can run here
-
-These take every field of TRL's configurations as --field VALUE or as a key of the YAML file; flags win.
-fusedalign sft --help lists the usual ones. --debug shows the traceback of an error."""
+from fusedalign.methods import METHODS
+from fusedalign.reports import text_table, warn
 
 _PACKAGES = ("triton", "transformers", "trl", "datasets", "accelerate", "peft", "liger-kernel", "cut-cross-entropy")
+
+
+_EXTRA = ("trl", "transformers", "datasets", "accelerate", "peft", "matplotlib", "yaml")
+_LONGEST = 400  # characters of a message: other libraries' messages span many lines
+
+
+class Command(NamedTuple):
+    """A subcommand."""
+
+    run: Callable[[list[str]], int | None]
+    """from the words after its name to the exit status; None: 0"""
+    about: str
+    example: str = ""
+    """arguments for the usage text; "": the command takes none"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,40 +45,38 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the words after `fusedalign`; default: those of this process.
 
     Returns:
-        The exit status: 0, or what the command says (`score --strict`: 3 where rows were refused);
-        2 after an error, which is told in one line on stderr; 130 after Ctrl-C; 141 where the
-        reader of the output has gone.
+        The exit status: 0, or the command's own (`score --strict`: 3 where rows were refused);
+        2 after an error, which is printed in one line on stderr; 130 after Ctrl-C; 141 where the
+        reader of the output has closed it.
     """
     try:
         status = _run(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()
-    except BrokenPipeError:  # `| head` has read enough: no words, and the status of a program that SIGPIPE ends
-        for stream in _closed_streams():  # else the interpreter tries again when it ends
+    except BrokenPipeError:  # `| head` has read enough: print nothing, exit as a program that SIGPIPE ends
+        for stream in _closed_streams():  # else the interpreter flushes again at exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         return 141
     return status
 
 
 def _run(words: list[str]) -> int:
-    # transformers has a flag of this name too, with a value: that one is passed on.
-    ours = [i for i, word in enumerate(words) if word == "--debug" and "".join(words[i + 1 : i + 2])[:1] in ("", "-")]
-    debug = bool(ours)
-    words = [word for i, word in enumerate(words) if i not in ours]
+    words, debug = _split_debug(words)
     if not words or words[0] in ("-h", "--help", "help"):
-        print(_USAGE)
+        print(_usage())
         return 0 if words else 2
-    command, *rest = words
-    if command in _ABOUT and rest in (["-h"], ["--help"]):
-        print(f"usage: fusedalign {command}\n\n{_ABOUT[command]}")
-        return 0
+    name, *arguments = words
     try:
-        if command not in COMMANDS:
-            raise ValueError(f"command must be one of {', '.join(COMMANDS)}, got {command!r}")
-        return COMMANDS[command](rest) or 0
-    except KeyboardInterrupt as stop:  # a command that leaves something says so
-        print("\n".join(["", "fusedalign: interrupted", *map(str, stop.args)]).rstrip(), file=sys.stderr)
+        if name not in COMMANDS:
+            raise ValueError(f"command must be one of {', '.join(COMMANDS)}, got {name!r}")
+        command = COMMANDS[name]
+        if not command.example and arguments in (["-h"], ["--help"]):
+            print(f"usage: fusedalign {name}\n\n{command.about[0].upper()}{command.about[1:]}.")
+            return 0
+        return command.run(arguments) or 0
+    except KeyboardInterrupt as interrupt:  # its arguments say what the command has saved
+        print("\n".join(["", "fusedalign: interrupted", *map(str, interrupt.args)]).rstrip(), file=sys.stderr)
         return 130
-    except Exception as error:  # whatever it is, a user reads one line first
+    except Exception as error:  # a user reads one line first, whatever the error
         if isinstance(error, BrokenPipeError) and _closed_streams():
             raise
         if debug:
@@ -89,22 +86,40 @@ def _run(words: list[str]) -> int:
         return 2
 
 
-#: The commands without arguments.
-_ABOUT = {
-    "demo": "SFT, then DPO with stock TRL and with fusedalign, on built-in data: a table and a picture in runs/demo.",
-    "env": "Versions, devices, and which impl can run here.",
-}
-_EXTRA = ("trl", "transformers", "datasets", "accelerate", "peft", "matplotlib", "yaml")
-_LONGEST = 400  # characters of a message: other libraries' go over many lines
+def _split_debug(words: list[str]) -> tuple[list[str], bool]:
+    """The words without `--debug`, and whether it was among them; transformers' `--debug VALUE` stays."""
+    is_ours = [
+        word == "--debug" and (not following or following.startswith("-"))
+        for word, following in zip(words, [*words, ""][1:], strict=True)
+    ]
+    return [word for word, ours in zip(words, is_ours, strict=True) if not ours], any(is_ours)
+
+
+def _usage() -> str:
+    brief = [name for name, method in METHODS.items() if not method.example]
+    rows = [
+        (f"{name:<5} {command.about}", f"fusedalign {name} {command.example}" if command.example else "")
+        for name, command in COMMANDS.items()
+        if name not in brief
+    ]
+    rows.insert(len(METHODS) - len(brief), (", ".join(brief), "the same, each with a recipe of its name"))
+    lines = "\n".join(f"  {left:<39}  {right}".rstrip() for left, right in rows)
+    return f"""\
+usage: fusedalign COMMAND [--debug] [...]
+
+{lines}
+
+The training commands take every field of TRL's configurations as --field VALUE or as a key of the YAML file; flags
+win. fusedalign sft --help lists the usual ones. --debug shows the traceback of an error."""
 
 
 def _closed_streams() -> list[TextIO]:
-    """Those of stdout and stderr that have lost their reader."""
-    if not hasattr(select, "poll"):  # Windows, which has another error for this
+    """The streams among stdout and stderr that no process reads any more."""
+    if not hasattr(select, "poll"):  # Windows raises another error
         return []
     closed = []
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):  # one that a test has replaced has no descriptor
+        with contextlib.suppress(OSError, ValueError):  # a replaced stream has no descriptor
             poll = select.poll()
             poll.register(stream.fileno(), 0)
             if any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0)):
@@ -124,8 +139,8 @@ def _one_line(error: Exception) -> str:
 def _calm_threads() -> None:
     """One thread on a CPU with one or two cores, unless OMP_NUM_THREADS says otherwise.
 
-    OpenMP's threads spin while they wait for each other. Where the second core is busy or virtual that made a small
-    model's steps many times slower, against the factor of 2 that it can bring at best.
+    OpenMP's threads spin while they wait for each other. Where the second core is busy or virtual this slows a small
+    model's steps down many times; the gain is a factor of 2 at best.
     """
     if not torch.cuda.is_available() and (os.cpu_count() or 1) <= 2 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
@@ -189,27 +204,21 @@ def _bench(argv: list[str]) -> None:
 def _env(argv: list[str]) -> None:
     if argv:
         raise ValueError(f"env takes no arguments, got {' '.join(argv)}")
-    rows = [("python", platform.python_version()), ("fusedalign", fusedalign.__version__), ("torch", torch.__version__)]
-    rows += [(name, _version(name)) for name in _PACKAGES]
+    versions = [("python", platform.python_version()), ("fusedalign", fusedalign.__version__)]
+    versions += [("torch", torch.__version__), *((name, _version(name)) for name in _PACKAGES)]
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    rows.append(("CUDA devices", ", ".join(devices) or "none"))
-    width = max(len(name) for name, _ in rows)
-    for name, value in rows:
-        print(f"{name:<{width}}  {value}")
-    print()
-    titles = ["impl", "here", "auto", "version", "devices", "dtypes", "exact in", "outputs beside logps", "head"]
-    table, why = [titles], []
-    for v in explain():
-        version = _version(v.package) if v.package else "-"
-        row = [v.impl, "no" if v.reason else "yes", "yes" if v.auto else "no", version]
-        *can, caveats = coverage(v.impl) if v.reason is None else [[]] * 6
-        table.append([*row, *(" ".join(words) or "-" for words in can)])
-        why.append(f"{v.impl:<{width}}  {v.reason or v.about}")
-        why += [f"{'':<{width}}  not exact: {caveat}" for caveat in caveats]
-    widths = [max(len(row[i]) for row in table) for i in range(len(titles))]
-    for row in table:
-        print("  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)).rstrip())
-    print("\n" + "\n".join(why))
+    print("\n".join([*text_table([*versions, ("CUDA devices", ", ".join(devices) or "none")]), ""]))
+    titles = ("impl", "here", "auto", "version", "devices", "dtypes", "exact in", "outputs beside logps", "head")
+    table: list[tuple[str, ...]] = [titles]
+    reasons = []
+    for verdict in explain():
+        version = _version(verdict.package) if verdict.package else "-"
+        row = [verdict.impl, "no" if verdict.reason else "yes", "yes" if verdict.auto else "no", version]
+        *served, caveats = coverage(verdict.impl) if verdict.reason is None else [[]] * 6
+        table.append((*row, *(" ".join(words) or "-" for words in served)))
+        reasons.append((verdict.impl, verdict.reason or verdict.about))
+        reasons += [("", f"not exact: {caveat}") for caveat in caveats]
+    print("\n".join([*text_table(table), "", *text_table(reasons)]))
     chosen = ", ".join(f"{impl} in {' '.join(dtypes)}" for impl, dtypes in auto_choices().items())
     print(f"\nrecommended here: impl='auto', which takes {chosen}")
 
@@ -221,14 +230,21 @@ def _version(name: str) -> str:
         return "not installed"
 
 
-COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
-    **{method: _train(method) for method in ("sft", "dpo", "kto", "cpo", "simpo", "orpo")},
-    "merge": _merge,
-    "score": _score,
-    "plan": _plan,
-    "bench": _bench,
-    "demo": _demo,
-    "env": _env,
+COMMANDS: dict[str, Command] = {
+    **{
+        name: Command(_train(name), method.about.partition(",")[0], f"--config recipes/{name}.yaml {method.example}")
+        for name, method in METHODS.items()
+    },
+    "merge": Command(_merge, "an adapter's folder and its base model into one model", "runs/sft --out runs/merged"),
+    "score": Command(
+        _score, "log-probabilities of a data set", "--model_name_or_path M --dataset_name D --out s.parquet"
+    ),
+    "plan": Command(_plan, "the memory of a training step", "--model_name_or_path Qwen/Qwen3-1.7B --memory 24GiB"),
+    "bench": Command(_bench, "time, memory and error of our impls beside other libraries", "logps --cases qwen3-1.7b"),
+    "demo": Command(
+        _demo, "SFT, then DPO with stock TRL and with fusedalign, on built-in data: a table and a picture in runs/demo"
+    ),
+    "env": Command(_env, "versions, devices, and which impl can run here"),
 }
 
 if __name__ == "__main__":

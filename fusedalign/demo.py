@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import trl.trainer.utils as trl_utils
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -16,7 +15,8 @@ from torch.utils._pytree import tree_leaves
 from fusedalign.bench.training.quiet import quiet
 from fusedalign.embedded import EMBEDDED_NAME, data_directory
 from fusedalign.ops import linear_logps
-from fusedalign.reports import plot_failure, warn
+from fusedalign.reports import markdown_table, plot_failure, warn
+from fusedalign.trl import stock
 from fusedalign.trl.arguments import parse
 from fusedalign.trl.attachment import attach
 from fusedalign.trl.folder import claimed
@@ -34,28 +34,28 @@ class Run(NamedTuple):
     history: list[dict[str, float]]
     """the trainer's log"""
     largest: int
-    """bytes of the largest tensor that the loss layer made, forward and backward"""
+    """bytes of the largest tensor that the loss layer allocates in forward and backward"""
     full_logits: int
-    """the same of the full-logits reference on the same batch"""
+    """the same for the reference with full logits on the same batch"""
     seconds: float
     answer: str
-    """to `PROMPT`, greedy"""
+    """greedy completion of `PROMPT`"""
     written: Written
 
     def last(self, key: str) -> float:
-        """The metric as it was logged last."""
+        """The last logged value of a metric."""
         return next(row[key] for row in reversed(self.history) if key in row)
 
 
 def demo(argv: list[str]) -> None:
-    """Run everything, print the table, save the picture.
+    """Run the trainings, print the table, save the plot.
 
     Raises:
         ValueError: `argv` is not empty.
     """
     if argv:
         raise ValueError(f"demo takes no arguments, got {' '.join(argv)}")
-    started = time.perf_counter()
+    start = time.perf_counter()
     print("1/3  SFT of a small Qwen3 with random weights", flush=True)
     sft = _train("sft", "fusedalign", EMBEDDED_NAME)
     print("2/3  DPO from there with stock TRL", flush=True)
@@ -63,34 +63,28 @@ def demo(argv: list[str]) -> None:
     stock = _train("dpo", "stock TRL", model)
     print("3/3  DPO from there with fusedalign, same seed", flush=True)
     fused = _train("dpo", "fusedalign", model)
-    picture = OUTPUT / "demo.png"
-    failure = plot_failure(lambda path: _plot(stock, fused, path), picture)
+    plot = OUTPUT / "demo.png"
+    failure = plot_failure(lambda path: _plot(stock, fused, path), plot)
     print(_table(stock, fused))
     print(f"\nPrompt: {PROMPT}\n  after SFT: {sft.answer}\n  after DPO: {fused.answer}")
-    print(f"\n{fused.written._replace(plot=picture if failure is None else None)}")
-    warnings = [text for done in (sft, stock, fused) for text in done.written.warnings] + ([failure] if failure else [])
-    for text in dict.fromkeys(warnings):
+    print(f"\n{fused.written._replace(plot=plot if failure is None else None)}")
+    warnings = [text for result in (sft, stock, fused) for text in result.written.warnings]
+    for text in dict.fromkeys([*warnings, *([failure] if failure else [])]):
         warn(text)
-    print(f"{time.perf_counter() - started:.0f} seconds on {_device_name()}")
+    print(f"{time.perf_counter() - start:.0f} seconds on {_device_name()}")
 
 
 def _train(method: str, name: str, model: str) -> Run:
-    recipe = data_directory().parent / f"{method}.yaml"
-    output = OUTPUT / f"{method}-{name.split()[0].lower()}"
-    flags = [
-        "--config",
-        str(recipe),
-        "--model_name_or_path",
-        model,
-        "--output_dir",
-        str(output),
-        "--disable_tqdm",
-        "true",
-        "--overwrite_output_dir",
-        "true",
-    ]
-    arguments = parse(method, flags)
-    with quiet(), claimed(arguments) as folder:  # what matters is in the table, the rest in metrics.jsonl
+    """Train with the recipe of a method; `name` is "fusedalign" or that of the stock trainer."""
+    options = {
+        "config": data_directory().parent / f"{method}.yaml",
+        "model_name_or_path": model,
+        "output_dir": OUTPUT / f"{method}-{name.split()[0].lower()}",
+        "disable_tqdm": "true",
+        "overwrite_output_dir": "true",
+    }
+    arguments = parse(method, [word for option, value in options.items() for word in (f"--{option}", str(value))])
+    with quiet(), claimed(arguments) as folder:  # the metrics are in metrics.jsonl
         trainer = build(method, arguments, fused=False)
         if name == "fusedalign":
             attach(trainer)
@@ -103,6 +97,7 @@ def _train(method: str, name: str, model: str) -> Run:
 
 
 def _answer(trainer: Any) -> str:
+    """The greedy completion of `PROMPT`."""
     tokenizer = tokenizer_of(trainer)
     messages, template = [{"role": "user", "content": PROMPT}], tokenizer.apply_chat_template
     inputs: Any = template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
@@ -112,11 +107,8 @@ def _answer(trainer: Any) -> str:
     return str(tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)).strip()
 
 
-# ----------------------------------------------------------------------------------------------- the loss layer's size
-
-
-class _Largest(TorchDispatchMode):
-    """Bytes of the largest storage that any operation makes."""
+class _LargestStorage(TorchDispatchMode):
+    """Records the bytes of the largest storage that an operator allocates."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -124,65 +116,59 @@ class _Largest(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        inputs = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
         for x in tree_leaves(out):
-            if isinstance(x, Tensor) and x.untyped_storage()._cdata not in given:
+            if isinstance(x, Tensor) and x.untyped_storage()._cdata not in inputs:
                 self.bytes = max(self.bytes, x.untyped_storage().nbytes())
         return out
 
 
 class _Probe:
-    """Runs the loss layer's first training call once more, forward and backward, and watches what it allocates."""
+    """Repeats the first training call of the loss layer, forward and backward, to record its allocations."""
 
     def __init__(self) -> None:
         self.largest = self.full_logits = 0
 
     def __enter__(self) -> _Probe:
-        self._inner: Any = trl_utils._ChunkedLogProbFunction
-        self._set(self)
+        self._inner: Any = stock.fused_head()
+        stock.replace_fused_head(self)
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._set(self._inner)
+        stock.replace_fused_head(self._inner)
 
-    def apply(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, *rest: Any) -> Any:
+    def apply(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, *options: Any) -> Any:
+        """Like TRL's `_ChunkedLogProbFunction.apply`, whose place this object takes."""
         if not self.largest and torch.is_grad_enabled() and hidden.requires_grad:
-            self.largest = self._measure(self._inner.apply, hidden, weight, bias, targets, *rest)
+            self.largest = self._measure(self._inner.apply, hidden, weight, bias, targets, *options)
             self.full_logits = self._measure(_reference, hidden, weight, bias, targets)
-        return self._inner.apply(hidden, weight, bias, targets, *rest)
+        return self._inner.apply(hidden, weight, bias, targets, *options)
 
     @staticmethod
-    def _measure(function: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> int:
+    def _measure(function: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, *others: Any) -> int:
         leaves = [None if x is None else x.detach().requires_grad_(x.requires_grad) for x in (hidden, weight, bias)]
-        with _Largest() as largest:
-            function(*leaves, *rest)[0].sum().backward()
+        with _LargestStorage() as largest:
+            function(*leaves, *others)[0].sum().backward()
         return largest.bytes
-
-    @staticmethod
-    def _set(value: Any) -> None:
-        trl_utils._ChunkedLogProbFunction = value  # type: ignore[misc,assignment]
 
 
 def _reference(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> tuple[Tensor, ...]:
     return (linear_logps(hidden, weight, targets, bias=bias, impl="reference").logps,)
 
 
-# -------------------------------------------------------------------------------------------------------------- report
-
-
 def largest_difference(a: list[dict[str, float]], b: list[dict[str, float]]) -> float:
-    """Largest |a - b| over all metrics and steps of two logs, times and rates left out.
+    """The largest |a - b| over all metrics and steps of two logs, except times and rates.
 
     Raises:
-        ValueError: the logs do not hold the same metrics at the same steps.
+        ValueError: the logs have different metrics at a step.
     """
-    worst = 0.0
+    largest = 0.0
     for x, y in zip(a, b, strict=True):
         if x.keys() != y.keys():
             raise ValueError(f"expected the same metrics in both logs, got {sorted(x.keys() ^ y.keys())} in one only")
         names = [k for k in x if not k.endswith(("_runtime", "_per_second"))]
-        worst = max([worst, *(abs(x[k] - y[k]) if not math.isnan(x[k]) else 0.0 for k in names)])
-    return worst
+        largest = max([largest, *(abs(x[k] - y[k]) if not math.isnan(x[k]) else 0.0 for k in names)])
+    return largest
 
 
 def _table(stock: Run, fused: Run) -> str:
@@ -199,10 +185,7 @@ def _table(stock: Run, fused: Run) -> str:
     rows.append(("largest difference, all metrics and steps", "", difference))
     rows.append(("largest tensor in the loss layer, MiB", f"{stock.largest / mib:.2f}", f"{fused.largest / mib:.2f}"))
     rows.append(("seconds", f"{stock.seconds:.1f}", f"{fused.seconds:.1f}"))
-    widths = [max(len(row[i]) for row in rows) for i in range(3)]
-    lines = ["| " + " | ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)) + " |" for row in rows]
-    lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
-    return "\n".join(["", *lines])
+    return "\n".join(["", *markdown_table(rows)])
 
 
 def _plot(stock: Run, fused: Run, path: Path) -> None:

@@ -1,6 +1,6 @@
-"""A small model that needs no download: built from the data in `recipes/data`, on any machine, in seconds.
+"""A small model that needs no download: built from the data in `recipes/data` in seconds, on any machine.
 
-Users write `model_name_or_path: embedded`. The weights are random, so the first thing to do with it is SFT.
+Its name is `model_name_or_path: embedded`. The weights are random, so train it with SFT first.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ CHAT_TEMPLATE = """\
 
 
 def data_directory() -> Path:
-    """The directory with the shipped data sets (`preferences/`, `sft/`): of the checkout, else of the installed wheel.
+    """The directory of the shipped data sets (`preferences/`, `sft/`), in the checkout or in the installed wheel.
 
     Raises:
-        FileNotFoundError: when neither is there.
+        FileNotFoundError: neither exists.
     """
     package = Path(__file__).resolve().parent
     candidates = (package.parent / "recipes" / "data", package / "_recipes" / "data")
@@ -44,18 +44,18 @@ def data_directory() -> Path:
 
 
 def build_embedded_model(directory: str | Path, *, seed: int = 0) -> Path:
-    """Write a small Qwen3 causal language model and its tokenizer, both made here and now, into `directory`.
+    """Build a small Qwen3 causal language model and its tokenizer, and save them in `directory`.
 
-    The tokenizer is a byte-level BPE trained on the shipped training data, with a ChatML chat template whose assistant
-    turns are marked for `assistant_only_loss`. The model (about a million parameters, fp32) is random: the same `seed`
-    gives the same weights. The caller's random state is left as it was.
+    The tokenizer is a byte-level BPE trained on the shipped training data. Its ChatML chat template marks the
+    assistant's turns for `assistant_only_loss`. The model (about a million parameters, fp32) has random weights that
+    depend only on `seed`. The global random state does not change.
 
     Args:
-        directory: where to save; created when missing, files of the same names are overwritten.
+        directory: created if missing; files of the same names are overwritten.
         seed: of the weights.
 
     Returns:
-        `directory` as a `Path`: pass it to `AutoModelForCausalLM.from_pretrained` or to a trainer.
+        `directory` as a `Path`, for `AutoModelForCausalLM.from_pretrained` or a trainer.
     """
     import torch
     from transformers import GenerationConfig, Qwen3ForCausalLM
@@ -74,7 +74,7 @@ def build_embedded_model(directory: str | Path, *, seed: int = 0) -> Path:
 
 
 def embedded_config() -> Any:
-    """The configuration of that model, without the model."""
+    """The configuration of the embedded model, without building it."""
     return _config(_train_tokenizer(_training_texts(data_directory())))
 
 
@@ -93,7 +93,7 @@ def _config(tokenizer: Any) -> Any:
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=32,
-        initializer_range=0.04,  # twice the usual: so small a model learns much faster from it
+        initializer_range=0.04,  # twice the default: a model this small then learns much faster
         max_position_embeddings=MAX_LENGTH,
         tie_word_embeddings=True,
         **_special(tokenizer),
@@ -118,7 +118,7 @@ def _train_tokenizer(texts: list[str]):
     trainer = trainers.BpeTrainer(
         vocab_size=VOCAB_SIZE,
         special_tokens=[PAD, START, END],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),  # any byte, hence any text, has a token
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),  # so that every byte, hence any text, has a token
         show_progress=False,
     )
     tokenizer.train_from_iterator(["user", "assistant", "\n", *texts], trainer)

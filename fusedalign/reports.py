@@ -1,4 +1,4 @@
-"""What commands write next to their results: JSON that every parser reads, plots that may fail, warnings."""
+"""Output of the commands: aligned tables, standard JSON, files replaced atomically, optional plots, warnings."""
 
 from __future__ import annotations
 
@@ -8,18 +8,53 @@ import math
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 
-def to_json(value: Any, *, indent: int | None = None) -> str:
-    """JSON by the standard: NaN and infinities, which it does not have, are null.
+def markdown_table(rows: Sequence[Sequence[str]], widths: Sequence[int] | None = None) -> list[str]:
+    """Lines of an aligned Markdown table.
 
     Args:
-        value: numbers, texts, mappings and sequences of these; tensors and NumPy's numbers count as Python's, anything
-            else as its text.
-        indent: spaces a level; None: one line.
+        rows: the cells; the first row holds the titles.
+        widths: characters of each column; default: of its longest cell, in the last column of its title.
+    """
+    widths = widths or _column_widths(rows)
+    lines = [markdown_row(row, widths) for row in rows]
+    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    return lines
+
+
+def markdown_row(cells: Iterable[str], widths: Sequence[int]) -> str:
+    """One line of a Markdown table, for tables that are printed row by row."""
+    return f"| {text_row(cells, widths, ' | ')} |"
+
+
+def text_table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table without rules, its columns two spaces apart."""
+    widths = _column_widths(rows)
+    return [text_row(row, widths).rstrip() for row in rows]
+
+
+def text_row(cells: Iterable[str], widths: Sequence[int], gap: str = "  ") -> str:
+    """Pad each cell to the width of its column; a negative width aligns to the right."""
+    columns = zip(cells, widths, strict=True)
+    return gap.join(f"{cell:<{width}}" if width >= 0 else f"{cell:>{-width}}" for cell, width in columns)
+
+
+def _column_widths(rows: Sequence[Sequence[str]]) -> list[int]:
+    # The last column has the width of its title: cells there may hold long explanations.
+    return [*(max(map(len, column)) for column in list(zip(*rows, strict=True))[:-1]), len(rows[0][-1])]
+
+
+def to_json(value: Any, *, indent: int | None = None) -> str:
+    """Encode as standard JSON, which has no NaN and no infinities: they become null.
+
+    Args:
+        value: numbers, strings, mappings and sequences of them; tensors and NumPy values are converted to Python's,
+            anything else to a string.
+        indent: spaces per level; None: one line.
     """
     return json.dumps(_plain(value), indent=indent, allow_nan=False)
 
@@ -37,29 +72,29 @@ def _plain(value: Any) -> Any:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a file at once: a full disk, or a process that ends here, leaves the earlier one as it was."""
-    with replacement(path) as whole:
-        whole.write_text(text, encoding="utf-8")
+    """Write a file atomically: if the disk fills up or the process dies, the previous file is unchanged."""
+    with replacement(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 @contextlib.contextmanager
 def replacement(path: Path) -> Iterator[Path]:
-    """The path to write a file at, which takes the place of `path` when it is whole and is removed when it is not."""
-    whole = path.with_name(f"{path.name}.tmp")
+    """Yield a temporary path to write to; it replaces `path` on success and is deleted on an exception."""
+    temporary = path.with_name(f"{path.name}.tmp")
     try:
-        yield whole
-        os.replace(whole, path)
+        yield temporary
+        os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):
-            whole.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
         raise
 
 
 def check_writable(folder: Path, option: str) -> None:
-    """Make a folder and see whether it takes files, before what is to be written there costs time.
+    """Create a folder and check that files can be written to it, before the work whose results it is for.
 
     Raises:
-        ValueError: it does not; names the option that gave it.
+        ValueError: the folder is not writable; the message names `option`.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -70,14 +105,14 @@ def check_writable(folder: Path, option: str) -> None:
 
 
 def plot_failure(draw: Callable[[Path], None], path: Path) -> str | None:
-    """Save a plot, which is an extra: whatever goes wrong must not take the results with it.
+    """Save a plot; any exception becomes a message, because a plot must not cost the results.
 
     Args:
-        draw: saves the plot at the path that it is given.
-        path: of the PNG; removed when it could not be written to its end.
+        draw: saves the plot to a path.
+        path: of the PNG; deleted if drawing fails.
 
     Returns:
-        Why there is no plot, in one line; None where there is one.
+        Why there is no plot, in one line; None on success.
     """
     try:
         draw(path)
@@ -94,5 +129,5 @@ NO_MATPLOTLIB = "the plot was left out: it needs matplotlib (pip install matplot
 
 
 def warn(text: str) -> None:
-    """One line on stderr."""
+    """Print a warning as one line on stderr."""
     print(f"fusedalign: warning: {text}", file=sys.stderr, flush=True)

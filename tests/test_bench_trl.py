@@ -106,7 +106,7 @@ def test_a_row_has_the_times_tokens_slots_and_losses_of_its_steps(monkeypatch, t
     job, path = Job("sft", "tiny", "chat", "trl", steps=2), tmp_path / "measured.json"
     monkeypatch.setattr(sys, "argv", ["program", json.dumps(dataclasses.asdict(job)), str(path)])
     runpy.run_module(processes.PROGRAM, run_name="__main__")
-    measured = processes.read(path)
+    measured = processes.measured(json.loads(path.read_text()))
     rows, tokens = examples(job)
     assert measured.reason == ""
     assert len(measured.ms) == 3

@@ -11,7 +11,7 @@ import sys
 import pytest
 import torch
 
-from fusedalign.cli import COMMANDS, main
+from fusedalign.cli import COMMANDS, Command, main
 
 
 def test_env_prints_the_table_of_impls(capsys):
@@ -71,7 +71,7 @@ def test_a_closed_pipe_prints_no_error(capsys, monkeypatch, argv):
 
 def test_a_reader_that_goes_in_the_middle(capsys, monkeypatch):
     """More than fits the buffer: the command itself meets the closed pipe."""
-    monkeypatch.setitem(COMMANDS, "env", lambda argv: [print("one line more") for _ in range(1000)])
+    monkeypatch.setitem(COMMANDS, "env", Command(lambda argv: [print("one line more") for _ in range(1000)], ""))
     with closed_pipe(monkeypatch):
         assert main(["env"]) == 141
     assert capsys.readouterr().err == ""
@@ -81,7 +81,7 @@ def test_a_broken_pipe_other_than_stdout_is_an_error(capsys, monkeypatch):
     def command(argv):
         raise BrokenPipeError(32, "Broken pipe")
 
-    monkeypatch.setitem(COMMANDS, "env", command)
+    monkeypatch.setitem(COMMANDS, "env", Command(command, ""))
     assert main(["env"]) == 2
     assert "fusedalign: error: [Errno 32] Broken pipe" in capsys.readouterr().err
 

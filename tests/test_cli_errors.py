@@ -174,7 +174,7 @@ def test_long_messages_are_truncated(monkeypatch, capsys):
     def fail(argv):
         raise ValueError("expected this,\n\n  got " + "that and " * 200)
 
-    monkeypatch.setitem(cli.COMMANDS, "env", fail)
+    monkeypatch.setitem(cli.COMMANDS, "env", cli.Command(fail, ""))
     error = error_of(capsys, ["env"])
     assert error.startswith("expected this, got that and that")
     assert error.endswith("that and ...")
@@ -192,7 +192,7 @@ def test_empty_messages_and_missing_packages_are_explained(monkeypatch, capsys):
         (ModuleNotFoundError("No module named 'trl'", name="trl"), "this command needs: pip install 'fusedalign[trl]'"),
         (ModuleNotFoundError("No module named 'wandb'", name="wandb"), "ModuleNotFoundError: No module named 'wandb'"),
     ):
-        monkeypatch.setitem(cli.COMMANDS, "env", lambda argv, error=raised: fail(argv, error))
+        monkeypatch.setitem(cli.COMMANDS, "env", cli.Command(lambda argv, error=raised: fail(argv, error), ""))
         error = error_of(capsys, ["env"])
         assert message in error
         assert ("pip install" in error) == ("'trl'" in error)

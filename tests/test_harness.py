@@ -341,14 +341,14 @@ def test_out_of_memory_halves_the_batches(tiny, monkeypatch, caplog, name):
     requests = token_requests(hf)
     tried = []
 
-    def scarce(hidden, *args, **options):
+    def scarce(head, hidden, *args, **options):
         tried.append(len(hidden))
         if len(hidden) > 40:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return original(hidden, *args, **options)
+        return original(head, hidden, *args, **options)
 
-    original = harness_model.linear_logps
-    monkeypatch.setattr(harness_model, "linear_logps", scarce)
+    original = harness_model.head_logps
+    monkeypatch.setattr(harness_model, "head_logps", scarce)
     with caplog.at_level(logging.WARNING, "fusedalign"):
         got = fused._loglikelihood_tokens(requests, disable_tqdm=True)
     assert_equal(got, hf._loglikelihood_tokens(requests, disable_tqdm=True))
@@ -367,7 +367,7 @@ def test_a_row_that_does_not_fit_alone_raises(tiny, monkeypatch):
     def full(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(harness_model, "linear_logps", full)
+    monkeypatch.setattr(harness_model, "head_logps", full)
     with pytest.raises(torch.OutOfMemoryError):
         fused._loglikelihood_tokens([(("", ""), [5, 6], [7]), (("", ""), [8, 9], [7])], disable_tqdm=True)
 

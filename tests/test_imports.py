@@ -12,6 +12,8 @@ PACKAGE = Path(__file__).parents[1] / "fusedalign"
 ROOMS = [
     "private",
     "checks",
+    "commandline",
+    "methods",
     "problem",
     "head",
     "impls",

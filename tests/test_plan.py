@@ -13,7 +13,7 @@ import transformers
 from torch.utils._pytree import tree_leaves
 
 from fusedalign.cli import main
-from fusedalign.plan import sizes
+from fusedalign.plan import simulation, sizes
 from fusedalign.plan import trace as tracing
 from fusedalign.plan.advice import changes, ranked, together
 from fusedalign.plan.command import parse_memory
@@ -92,7 +92,7 @@ def test_parameters_gradients_and_optimizer_state_match_a_trained_model(family):
 
 def saved_by_the_last_layer(model, tokens, keys):
     """Bytes of the storages that autograd saves in the last layer, and of its output."""
-    *_, layers = tracing._layers(model.base_model)
+    *_, layers = tracing._decoder_layers(model.base_model)
     known = {p.untyped_storage()._cdata for p in model.parameters()}
     saved: dict[int, torch.UntypedStorage] = {}
     alive: list[torch.UntypedStorage] = []
@@ -118,9 +118,9 @@ def saved_by_the_last_layer(model, tokens, keys):
     layers[-1].register_forward_hook(after)
     ids = torch.zeros(1, tokens, dtype=torch.int64)
     with (
-        tracing._attention_for(model, keys),
+        simulation.packed_attention(model, keys),
         torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x),
-        tracing._mixed(True),
+        simulation.gpu_autocast(True),
     ):
         model.base_model(input_ids=ids, position_ids=ids, use_cache=False)
     return finished[0]
@@ -154,11 +154,11 @@ def test_backbone_memory_moments_match_a_real_step(family, tokens, checkpointing
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     ids = torch.arange(tokens)[None] % 97
-    with tracing._attention_for(model, tokens), tracing._Living() as living:
-        with tracing._mixed(True):
+    with simulation.packed_attention(model, tokens), simulation.LiveStorages() as living:
+        with simulation.gpu_autocast(True):
             hidden = model.base_model(input_ids=ids, position_ids=ids, use_cache=False).last_hidden_state
         head = torch.empty_like(model.lm_head.weight)
-        seed = tracing._Seed.apply(hidden)
+        seed = simulation.GradientSeed.apply(hidden)
         del hidden
         seed.backward()
     source, step = shapes(family), replace(method="sft", batch=1, length=tokens, prompt=0, checkpointing=checkpointing)

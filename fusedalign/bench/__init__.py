@@ -1,18 +1,19 @@
-"""`fusedalign bench`: our impls beside other libraries in one run, with time, memory and error of each.
+"""`fusedalign bench`: time, memory and error of our impls and of other libraries, measured in one run.
 
     cases.py      the shapes
     data.py       inputs for them, random or like a trained model's, and their statistics
-    tasks.py      the losses on top of the head, and the exact answer
-    peers.py      the rows: our impls and what others have
+    tasks.py      the losses on top of the head, and their exact values
+    peers.py      the rows: our impls and other implementations
     measure.py    time, memory, the rate of a large product
-    runner.py     one table a case and task
+    runner.py     one table per case and task
     table.py      Markdown, JSON, plot
-    profiling.py  where the time of one row goes
-    microbatches.py  a pipeline's last stage, with many forwards in flight
-    training/     whole training steps, stock TRL against the Fused trainers
-    command.py    the words on the command line
+    profiling.py  the time of one row by kernel
+    command.py    the command line
+    microbatches.py  the command `microbatches`: a pipeline's last stage, with many forwards in flight
+    training/        the command `trl`: whole training steps, stock TRL against the Fused trainers
+    scoring.py       the command `score`: log-probabilities of preference pairs
 
-A benchmark of another kind is a module or room of its own, chosen by its word in `command.bench`.
+To add a benchmark of another kind: a module with its function, and a row in `SUBCOMMANDS` of command.py.
 """
 
 from fusedalign.bench.command import bench

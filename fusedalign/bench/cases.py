@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Case:
-    """One LM head and the number of tokens that go through it."""
+    """The shape of an LM head and the number of tokens."""
 
     name: str
     tokens: int
-    """N, a multiple of 4: the dpo task makes four sequences of them"""
+    """N, a multiple of 4, because the dpo task splits them into four sequences"""
     hidden_size: int
     """D"""
     vocab: int
@@ -21,12 +21,12 @@ class Case:
 
     @property
     def flops(self) -> int:
-        """2*N*D*V, those of one product of the head's size."""
+        """2*N*D*V: one product of hidden states and head."""
         return 2 * self.tokens * self.hidden_size * self.vocab
 
     @property
     def title(self) -> str:
-        """The name and the shape, or the shape alone where it is the name."""
+        """The name and the shape; for an unnamed case the shape only."""
         return str(self) if "=" in self.name else f"{self.name}: {self}"
 
     def __str__(self) -> str:
@@ -49,13 +49,13 @@ DEFAULT_CPU = ("tiny",)
 
 
 def parse_cases(words: Iterable[str]) -> list[Case]:
-    """The cases that `--cases` names.
+    """Parse the values of `--cases`.
 
     Args:
         words: each a comma-separated list of names, or one case as `N=..,D=..,V=..[,softcap=..]`.
 
     Raises:
-        ValueError: a name or field that does not exist, or a number that does not fit.
+        ValueError: an unknown name or field, or a number out of range.
     """
     cases: list[Case] = []
     for word in words:

@@ -1,52 +1,57 @@
-"""The command `fusedalign bench`: its words, and what they start."""
+"""The command `fusedalign bench`: its arguments, its sub-commands, and printing and saving of the tables."""
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import NamedTuple
 
 import torch
 
-from fusedalign.bench import scoring
+from fusedalign.bench import microbatches, scoring
 from fusedalign.bench.cases import CASES, DEFAULT_CPU, DEFAULT_CUDA, parse_cases
 from fusedalign.bench.data import KINDS
-from fusedalign.bench.microbatches import WORD, microbatches
 from fusedalign.bench.peers import Implementation, choose, implementations
 from fusedalign.bench.profiling import profile_row
 from fusedalign.bench.runner import Settings, free, inputs, reason, run
-from fusedalign.bench.table import about, afterwards, header, tabled, write
+from fusedalign.bench.table import case_footer, case_header, header, task_section, write
 from fusedalign.bench.tasks import TASKS, Task
 from fusedalign.bench.training import command as training
+from fusedalign.commandline import CommandParser
 from fusedalign.reports import NO_MATPLOTLIB, check_writable, warn
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """One line and no usage, like every other command."""
-        raise ValueError(f"bench: {message}")
+class SubCommand(NamedTuple):
+    """A benchmark of another kind, with arguments of its own."""
+
+    run: Callable[[list[str]], None]
+    about: str
 
 
-def _parser() -> _Parser:
+SUBCOMMANDS = {
+    microbatches.WORD: SubCommand(microbatches.microbatches, "a pipeline's last stage, with many forwards in flight"),
+    training.WORD: SubCommand(training.trainings, "whole training steps, stock TRL against the Fused trainers"),
+    scoring.WORD: SubCommand(scoring.scoring, "log-probabilities of preference pairs, against other ways to score"),
+}
+
+
+def _parser() -> CommandParser:
+    subcommands = "\n".join(f"  {word:<12}  {subcommand.about}" for word, subcommand in SUBCOMMANDS.items())
     tasks = "\n".join(f"  {task.name:<8} {task.about}" for task in TASKS.values())
     cases = "\n".join(f"  {case.name:<12} {case}" for case in CASES.values())
-    parser = _Parser(
-        prog="fusedalign bench",
-        description="This package's impls beside other libraries: time, memory and error of the head and loss.\n"
-        f"By themselves, with --help of their own: fusedalign bench {WORD}, a pipeline's last stage, and\n"
-        f"fusedalign bench {training.WORD}, whole training steps, and fusedalign bench {scoring.WORD}, data sets.\n"
+    parser = CommandParser(
+        "fusedalign bench",
+        "Time, memory and error of head and loss: this package's impls against other libraries.\n"
+        f"\ncommands, each with its own --help\n{subcommands}\n"
         f"\ntasks (default: all)\n{tasks}\n\ncases\n{cases}\n\nimpls\n  {', '.join(implementations())}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        add_help=False,
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add("tasks", nargs="*", metavar="TASK", help="which tasks to run")
-    add("-h", "--help", action="store_true", help="show this text")
     default = f"default: {','.join(DEFAULT_CUDA)} on a GPU, {','.join(DEFAULT_CPU)} on a CPU"
     cases_help = f"names with commas between, or N=..,D=..,V=..[,softcap=..]; may be repeated; {default}"
     add("--cases", action="append", help=cases_help)
@@ -55,29 +60,21 @@ def _parser() -> _Parser:
     add("--seed", type=int, default=0, help="of the data; default: 0")
     add("--dtype", choices=_DTYPES, help="of hidden states and head; default: bf16 on a GPU, fp32 on a CPU")
     add("--out", type=Path, metavar="DIR", help="also write bench.md, bench.json and bench.png there")
-    add("--profile", metavar="IMPL", help="instead of the tables: the kernels of one row of each, by time")
+    add("--profile", metavar="IMPL", help="profile one impl instead: the kernels of each task, by time")
     return parser
 
 
 def bench(argv: list[str]) -> None:
-    """Run `fusedalign bench` with the words that follow it.
+    """Run `fusedalign bench`, or the sub-command that the first argument names.
 
     Raises:
-        ValueError: a word that does not fit; one line with what was expected and came.
+        ValueError: an invalid argument; one line with the expected and the actual value.
     """
-    if argv[:1] == [WORD]:
-        microbatches(argv[1:])
+    if argv and argv[0] in SUBCOMMANDS:
+        SUBCOMMANDS[argv[0]].run(argv[1:])
         return
-    if argv[:1] == [training.WORD]:
-        training.trainings(argv[1:])
-        return
-    if argv[:1] == [scoring.WORD]:
-        scoring.scoring(argv[1:])
-        return
-    parser = _parser()
-    options = parser.parse_args(argv)
-    if options.help:
-        print(parser.format_help(), end="")
+    options = _parser().parse(argv)
+    if options is None:
         return
     settings = _settings(options)
     if options.profile is not None:
@@ -87,25 +84,30 @@ def bench(argv: list[str]) -> None:
         check_writable(options.out, "--out")
         if importlib.util.find_spec("matplotlib") is None:
             warn(NO_MATPLOTLIB)
-    unwritten = no_plot = None
-    for done, report in enumerate(run(settings, lambda line: print(line, file=sys.stderr, flush=True))):
-        if not done:
+    _run_tables(settings, options.out)
+
+
+def _run_tables(settings: Settings, out: Path | None) -> None:
+    """Print each table when it is measured, and write the report so far into `out`."""
+    write_error = no_plot = None
+    for count, report in enumerate(run(settings, lambda line: print(line, file=sys.stderr, flush=True))):
+        if count == 0:
             print(header(report))
         case = report.cases[-1]
         if len(case.tables) == 1:
-            print("\n" + about(case, report))
-        print("\n" + tabled(case.tables[-1]), flush=True)
+            print("\n" + case_header(case, report))
+        print("\n" + task_section(case.tables[-1]), flush=True)
         if len(case.tables) == len(settings.tasks):
-            print("\n" + afterwards(case), flush=True)
-        if options.out is not None:
+            print("\n" + case_footer(case), flush=True)
+        if out is not None:
             try:
-                unwritten, no_plot = None, write(report, options.out)
-            except OSError as error:  # the rest is printed all the same, and written with the next table
-                unwritten = error
+                write_error, no_plot = None, write(report, out)
+            except OSError as error:  # try again after the next table
+                write_error = error
     if no_plot not in (None, NO_MATPLOTLIB):
         warn(str(no_plot))
-    if unwritten is not None:
-        raise unwritten
+    if write_error is not None:
+        raise write_error
 
 
 def _profile(settings: Settings) -> None:
@@ -115,20 +117,20 @@ def _profile(settings: Settings) -> None:
         for task in settings.tasks:
             try:
                 text = profile_row(impl, task, case, data, seed=settings.seed, device=settings.device)
-            except Exception as error:  # as in the tables: whatever a library raises
+            except Exception as error:  # a library may raise anything
                 raise ValueError(f"{impl.name}: {reason(error, impl)}") from error
             print(text + "\n", flush=True)
             free(settings.device)
 
 
 def _tasks(names: list[str], impls: list[Implementation]) -> list[Task]:
-    """Those that are named, else all that any of the impls can do: a table without rows says nothing."""
-    can = {name for impl in impls for name in impl.tasks}
+    """The named tasks; by default all that at least one of the impls supports."""
+    supported = {name for impl in impls for name in impl.tasks}
     for name in names:
-        if name not in can:
-            has = "; ".join(f"{impl.name} has {', '.join(impl.tasks)}" for impl in impls)
-            raise ValueError(f"a task must be one that the impls have, got {name!r}: {has}")
-    return [task for name, task in TASKS.items() if name in (names or can)]
+        if name not in supported:
+            tasks = "; ".join(f"{impl.name} has {', '.join(impl.tasks)}" for impl in impls)
+            raise ValueError(f"a task must be one that the impls have, got {name!r}: {tasks}")
+    return [task for name, task in TASKS.items() if name in (names or supported)]
 
 
 def _settings(options: argparse.Namespace) -> Settings:

@@ -1,7 +1,7 @@
-"""Hidden states, heads and targets to measure on, and the statistics that say how near a trained model they are.
+"""Synthetic hidden states, heads and targets, and statistics that compare them with a trained model.
 
-Speed can depend on the data: an implementation may skip tiles whose probabilities are small, and bf16 rounds large
-logits coarsely. So "trained" data imitate a trained model; "random" data are plain Gaussians.
+Speed can depend on the data: an implementation may skip tiles with small probabilities, and bf16 rounds large logits
+coarsely. So "trained" data imitate a trained model; "random" data are Gaussian.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from fusedalign.bench.cases import Case
 
 KINDS = ("trained", "random")
 
-_ROWS = 16384  # of the head made at once in fp32
-_ELEMENTS = 2**26  # of fp32 logits held at once
+_HEAD_CHUNK = 16384  # rows of the head that are in fp32 at a time
+_LOGITS_CHUNK = 2**26  # fp32 logits in memory at a time
 
 
 class Data(NamedTuple):
-    """The inputs of a head."""
+    """The inputs of an LM head."""
 
     hidden: Tensor
     """[N, D]"""
@@ -36,20 +36,20 @@ class Data(NamedTuple):
 
 @dataclass(frozen=True)
 class Statistics:
-    """Of the softmax of [N, V] logits, as means over tokens."""
+    """Statistics of the softmax of [N, V] logits, as means over tokens."""
 
     entropy: float
     """nats"""
     likely: float
-    """tokens of the vocabulary with p > 2^-12"""
+    """vocabulary entries with p > 2^-12"""
     tail: float
-    """mass of those with less"""
+    """probability mass of the other entries"""
     tiles_12: float
-    """share of tiles of 128 tokens x 256 columns, in natural order, that hold any p > 2^-12"""
+    """share of tiles of 128 tokens x 256 columns, in natural order, with any p > 2^-12"""
     tiles_14: float
-    """> 2^-14"""
+    """the same with p > 2^-14"""
     tiles_16: float
-    """> 2^-16"""
+    """the same with p > 2^-16"""
 
 
 #: Gemma-3-270M on technical English, its entropy (2.0) and tokens (101) averaged with those of earlier synthetic data.
@@ -57,7 +57,7 @@ TARGET = Statistics(entropy=1.85, likely=80, tail=0.04, tiles_12=0.63, tiles_14=
 
 
 def make_data(kind: str, case: Case, *, dtype: torch.dtype, device: str, seed: int) -> Data:
-    """The inputs of one case; the same `seed` on the same device gives the same ones.
+    """Generate the inputs of a case, reproducibly for one `seed` and device.
 
     Raises:
         ValueError: `kind` is not one of `KINDS`.
@@ -72,28 +72,26 @@ def _random(case: Case, g: torch.Generator, dtype: torch.dtype) -> Data:
     """Logits with a standard deviation of 2, targets uniform."""
     n, d, v = case.tokens, case.hidden_size, case.vocab
     weight = torch.empty(v, d, dtype=dtype, device=g.device)
-    for rows in weight.split(_ROWS):
+    for rows in weight.split(_HEAD_CHUNK):
         rows.copy_(torch.randn(rows.shape, generator=g, device=g.device) * 2 / d**0.5)
     hidden = torch.randn(n, d, generator=g, device=g.device).to(dtype)
     return Data(hidden, weight, torch.randint(0, v, (n,), generator=g, device=g.device), case.softcap)
 
 
-# ------------------------------------------------------------------------------------------------------- trained-like
-
-_EXPONENT, _SHIFT = 1.52, 10.0  # Zipf-Mandelbrot: p of the r-th frequent token ~ (r + shift) ** -exponent
-_TOP = 4.0  # logit of the most frequent one: logits then span about -14 to 14, which a softcap of 30 bends little
-_CANDIDATES, _FIRST, _STEP = 8, 10.2, 1.27  # what a context raises: eight tokens, by 10.2, 8.9, ... nats
-_NOISE = 1.9 / 256000  # nats a token of the vocabulary, of everything else that a context says: the share of tiles that
-# hold a likely token then hardly depends on V
-_DISORDER = 3.0  # natural order is by frequency only roughly: log ranks are out by this many nats
-_UNUSED, _SUNK = 0.05, 6.0  # the last 5% of a vocabulary, reserved or of other scripts, lie lower by 6 nats
+_EXPONENT, _SHIFT = 1.52, 10.0  # Zipf-Mandelbrot: p of the token of frequency rank r ~ (r + shift) ** -exponent
+_TOP = 4.0  # logit of the most frequent token: logits then span about -14 to 14, which a softcap of 30 changes little
+_CANDIDATES, _FIRST, _STEP = 8, 10.2, 1.27  # each context raises eight tokens, by 10.2, 8.9, ... nats
+# Noise of the logits in nats per vocabulary entry, so that the share of tiles with a likely token hardly depends on V.
+_NOISE = 1.9 / 256000
+_DISORDER = 3.0  # noise on log ranks, in nats: token ids are only roughly sorted by frequency
+_UNUSED, _SUNK = 0.05, 6.0  # the last 5% of a vocabulary (reserved, other scripts) have logits lower by 6 nats
 
 
 def _trained(case: Case, g: torch.Generator, dtype: torch.dtype) -> Data:
-    """Targets drawn from the softmax of a model of two parts, scaled until its mean entropy is the target's.
+    """Imitate a trained model: targets are sampled from its softmax, scaled to the mean entropy of `TARGET`.
 
-    The head's rows share a direction that carries the log frequencies; a hidden state is that direction plus the rows
-    of a few candidates plus noise.
+    The rows of the head share a direction that encodes the log frequencies; a hidden state is that direction plus the
+    rows of a few candidate tokens plus noise.
     """
     n, d, v = case.tokens, case.hidden_size, case.vocab
     device = g.device
@@ -107,14 +105,14 @@ def _trained(case: Case, g: torch.Generator, dtype: torch.dtype) -> Data:
 
     common = F.normalize(normal(d), dim=0)
     weight = torch.empty(v, d, dtype=dtype, device=device)
-    for rows, offset in zip(weight.split(_ROWS), prior.split(_ROWS), strict=True):
+    for rows, offset in zip(weight.split(_HEAD_CHUNK), prior.split(_HEAD_CHUNK), strict=True):
         rows.copy_(_with_part(normal(*rows.shape) / d**0.5, common, offset / d**0.5))
 
     boosts = (_FIRST - _STEP * torch.arange(_CANDIDATES, device=device)).clamp(min=0)
-    share = torch.rand(n, _CANDIDATES, generator=g, device=device)
-    ranks = (_SHIFT * (v / _SHIFT + 1) ** share - _SHIFT).long().clamp(0, v - 1)  # frequent tokens are more often meant
+    uniform = torch.rand(n, _CANDIDATES, generator=g, device=device)
+    ranks = (_SHIFT * (v / _SHIFT + 1) ** uniform - _SHIFT).long().clamp(0, v - 1)  # prefers frequent tokens
     candidates = rank_of.argsort()[ranks]
-    # Rows that are not orthogonal make noise of their own; a small D leaves no room for more.
+    # The candidates' rows are not orthogonal, which adds noise; with a small D there is more of it than wanted.
     noise = max((_NOISE * v) ** 2 - boosts.square().sum().item() / d, 0.0) ** 0.5
     hidden = noise * normal(n, d)
     for k in range(_CANDIDATES):
@@ -124,17 +122,17 @@ def _trained(case: Case, g: torch.Generator, dtype: torch.dtype) -> Data:
     data = Data(hidden, weight, torch.zeros(n, dtype=torch.int64, device=device), case.softcap)
     hidden = (hidden * _scale_for_entropy(data)).to(dtype)
     data = data._replace(hidden=hidden)
-    draws = [torch.multinomial(z.softmax(-1), 1, generator=g) for z in logits_in_chunks(data, _ELEMENTS // v)]
+    draws = [torch.multinomial(z.softmax(-1), 1, generator=g) for z in logits_in_chunks(data, _LOGITS_CHUNK // v)]
     return data._replace(targets=torch.cat(draws).squeeze(-1))
 
 
 def _with_part(rows: Tensor, direction: Tensor, size: Tensor) -> Tensor:
-    """[n, D] rows whose part along the unit vector `direction` is replaced by one of `size` [n]."""
+    """Replace the component of [n, D] rows along the unit vector `direction` by one of length `size` [n]."""
     return rows + (size - rows @ direction)[:, None] * direction
 
 
 def _scale_for_entropy(data: Data) -> float:
-    """The factor of the hidden states that gives a sample of tokens the target's mean entropy, by bisection."""
+    """Find by bisection the factor on the hidden states that gives a sample of tokens the mean entropy of `TARGET`."""
     sample = data._replace(hidden=data.hidden[:256], softcap=None)
     (raw,) = logits_in_chunks(sample, 256)
     low, high = 0.25, 4.0
@@ -145,13 +143,10 @@ def _scale_for_entropy(data: Data) -> float:
     return (low * high) ** 0.5
 
 
-# --------------------------------------------------------------------------------------------------------- statistics
-
-
 def logits_in_chunks(data: Data, tokens: int) -> Iterator[Tensor]:
-    """The fp32 logits, [tokens, V] at a time, of the tensors as they are."""
-    for rows in data.hidden.split(max(1, tokens)):
-        yield capped(torch.cat([rows.float() @ w.float().T for w in data.weight.split(_ROWS)], dim=1), data.softcap)
+    """Yield the fp32 logits of `data`, [tokens, V] at a time."""
+    for h in data.hidden.split(max(1, tokens)):
+        yield capped(torch.cat([h.float() @ w.float().T for w in data.weight.split(_HEAD_CHUNK)], dim=1), data.softcap)
 
 
 def _entropy(all_logps: Tensor) -> Tensor:
@@ -160,20 +155,20 @@ def _entropy(all_logps: Tensor) -> Tensor:
 
 
 def capped(logits: Tensor, softcap: float | None) -> Tensor:
-    """softcap * tanh(logits / softcap), or the logits as they are."""
+    """softcap * tanh(logits / softcap), or the logits unchanged."""
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
 def statistics(data: Data, *, tokens: int = 1024) -> Statistics:
     """`Statistics` of the first `tokens` tokens."""
     columns = data.weight.shape[0] // 256 * 256 or data.weight.shape[0]
-    found = []
+    sums = []
     for z in logits_in_chunks(data._replace(hidden=data.hidden[:tokens]), 128):
         all_logps = z.log_softmax(-1)
         p = all_logps.exp()
         likely = p > 2**-12
         tiles = p[:, :columns].amax(0).view(-1, min(256, columns)).amax(1)
-        sums = [_entropy(all_logps), likely.sum(-1).float().mean(), (p * ~likely).sum(-1).mean()]
-        means = torch.stack([*sums, *((tiles > 2.0**-k).float().mean() for k in (12, 14, 16))])
-        found.append(means * len(z))
-    return Statistics(*(torch.stack(found).sum(0) / min(tokens, len(data.hidden))).tolist())
+        means = [_entropy(all_logps), likely.sum(-1).float().mean(), (p * ~likely).sum(-1).mean()]
+        means += [(tiles > 2.0**-k).float().mean() for k in (12, 14, 16)]
+        sums.append(torch.stack(means) * len(z))
+    return Statistics(*(torch.stack(sums).sum(0) / min(tokens, len(data.hidden))).tolist())

@@ -1,4 +1,4 @@
-"""Time, memory and rates of a call, on a GPU or a CPU."""
+"""Time, peak memory and FLOP rate of a call, on a GPU or a CPU."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # some builds of the profiler log each start and stop
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # some profiler builds log each start and stop
 
 Call = Callable[[], object]
 
-_REPEATS = 5, 20
-_SECONDS = 0.4  # a measurement takes about this long, within the repeats above
+_REPEATS = 5, 20  # at least, at most
+_SECONDS = 0.4  # target duration of a measurement
 
 
 def median_ms(call: Call, device: str) -> float:
-    """The median time of a call, after a warm-up of two: CUDA events on a GPU, else the wall clock."""
+    """The median time of a call after two warm-up calls, by CUDA events on a GPU, else by the wall clock."""
     _wall(call, device)
     repeats = max(_REPEATS[0], min(_REPEATS[1], int(_SECONDS / _wall(call, device))))
     if device != "cuda":
@@ -43,46 +43,46 @@ def _wall(call: Call, device: str) -> float:
 
 
 def synchronize(device: str) -> None:
-    """Wait until the device has done everything; a CPU always has."""
+    """Wait for the device; does nothing on a CPU."""
     if device == "cuda":
         torch.cuda.synchronize()
 
 
 def peak_bytes(call: Call, device: str) -> int:
-    """The most that a call holds at once beyond what was allocated before it."""
+    """The peak memory of a call beyond what is allocated before it."""
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+        allocated = torch.cuda.memory_allocated()
         call()
         torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
+        return torch.cuda.max_memory_allocated() - allocated
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         call()
     kineto: Any = profiler.profiler
     events = [e for e in kineto.kineto_results.events() if e.name() == "[memory]"]
-    now = peak = 0
+    current = peak = 0
     for event in sorted(events, key=lambda e: e.start_ns()):
-        now += event.nbytes()  # below 0 where it frees
-        peak = max(peak, now)
+        current += event.nbytes()  # negative for a free
+        peak = max(peak, current)
     return peak
 
 
 def product_rate(device: str) -> float:
-    """FLOP/s of one large square product of random data: 8192 wide in bf16 on a GPU, 512 in fp32 on a CPU."""
+    """FLOP/s of a square matrix product of random data: size 8192 in bf16 on a GPU, 512 in fp32 on a CPU."""
     size, dtype = (8192, torch.bfloat16) if device == "cuda" else (512, torch.float32)
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     return 2 * size**3 / (median_ms(lambda: a @ b, device) / 1e3)
 
 
 def does_work(event: object, device: str) -> bool:
-    """Whether a profiler's event is work of the device: on a GPU kernels and copies, not their launches."""
-    annotation = getattr(event, "is_user_annotation", False)  # spans that contain work, and would count it twice
+    """Whether a profiler event is work of the device: on a GPU kernels and copies, not their launches."""
+    annotation = getattr(event, "is_user_annotation", False)  # contains other events, which would count twice
     return str(getattr(event, "device_type", "")).endswith("CUDA") == (device == "cuda") and not annotation
 
 
 def spans(profiler: profile, device: str) -> list[tuple[float, float]]:
-    """Start and end of all that the device did, in microseconds."""
+    """Start and end of each piece of work of the device, in microseconds."""
     return [(x.time_range.start, x.time_range.end) for x in profiler.events() or () if does_work(x, device)]
 
 

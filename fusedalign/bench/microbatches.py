@@ -1,18 +1,17 @@
 """`fusedalign bench microbatches`: the last stage of a pipeline, where many forwards wait for their backwards.
 
-All micro-batches go forward, each holding what its backward needs, then all go backward and add up in one gradient of
-the head: the order of GPipe. What one forward holds therefore counts as often as there are micro-batches.
+All forwards run first, each saving tensors for its backward, then all backwards, which accumulate one gradient of the
+head: the order of GPipe. The memory that a forward saves is therefore multiplied by the number of micro-batches.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,17 +21,17 @@ from fusedalign.bench.cases import Case, parse_cases
 from fusedalign.bench.data import Data, capped, make_data
 from fusedalign.bench.measure import median_ms, peak_bytes
 from fusedalign.bench.peers import Functions, Implementation
-from fusedalign.bench.runner import free, machine, reason
-from fusedalign.bench.table import aligned
+from fusedalign.bench.runner import describe_machine, free, machine, reason
 from fusedalign.bench.tasks import BUDGETS, TASKS, Reference, reference, relative_error
+from fusedalign.commandline import CommandParser
 from fusedalign.ops import linear_cross_entropy
-from fusedalign.reports import check_writable, replace_text, to_json
+from fusedalign.reports import check_writable, markdown_table, replace_text, to_json
 
 WORD = "microbatches"
 CUDA, CPU = "qwen3-1.7b", "N=32,D=24,V=300"
 COUNT = 8
 
-#: GB in the comparison that this repeats: Qwen3's vocabulary, D=2048, 8 micro-batches of 4096 tokens, bf16.
+#: GB in the published comparison that this repeats: Qwen3's vocabulary, D=2048, 8 micro-batches of 4096 tokens, bf16.
 REPORTED = {"full logits": 10.50, "chunked loss on the logits": 10.59, "pytorch": 5.96, "cce, filtering": 1.82}
 
 
@@ -58,7 +57,7 @@ def _row(name: str, nll: Callable[[Data], Tensor], *, ours: bool = False) -> Imp
     return Implementation(name, lambda: Functions(None, nll), ours=ours)
 
 
-#: The rows; "held" is what a forward keeps of the head's size.
+#: The rows; "held" is memory of the head's size that a forward saves.
 ROWS = {
     row.name: row
     for row in (
@@ -79,13 +78,13 @@ ROWS = {
 
 @dataclass(frozen=True)
 class Figures:
-    """One row, or the reason why there is none."""
+    """The figures of one row, or the reason why there are none."""
 
     name: str
     ours: bool
     reason: str | None = None
     peak_gb: float | None = None
-    """10^9 bytes: head, hidden states, their gradients, what is held, and tiles"""
+    """10^9 bytes: head, hidden states, their gradients, saved tensors and tiles"""
     ms: float | None = None
     """all forwards and backwards"""
     errors: dict[str, float] = dataclasses.field(default_factory=dict)
@@ -93,12 +92,12 @@ class Figures:
 
 
 class Stage:
-    """The micro-batches of one case, and what to do with them."""
+    """The micro-batches of one case, their exact gradients, and the measurement of a row."""
 
     def __init__(self, case: Case, count: int, *, data: str, seed: int, dtype: torch.dtype, device: str) -> None:
-        whole = dataclasses.replace(case, tokens=count * case.tokens)
+        all_tokens = dataclasses.replace(case, tokens=count * case.tokens)
         self.device, self.dtype = device, dtype
-        self.data = make_data(data, whole, dtype=dtype, device=device, seed=seed)
+        self.data = make_data(data, all_tokens, dtype=dtype, device=device, seed=seed)
         self.exact: Reference = reference(TASKS["sft"], self.data, seed=seed)
         self.weight = self.data.weight.requires_grad_()
         self.hidden = [h.clone().requires_grad_() for h in self.data.hidden.chunk(count)]
@@ -109,22 +108,22 @@ class Stage:
         return [self.weight, *self.hidden]
 
     def step(self, nll: Callable[[Data], Tensor]) -> Tensor:
-        """All forwards, then all backwards into fresh gradients; the mean loss."""
+        """All forwards, then all backwards into new gradients; returns the mean loss."""
         for x in self.inputs():
             x.grad = None
         count = len(self.hidden)
-        waiting = [
+        losses = [
             nll(Data(h, self.weight, t, self.data.softcap)) / count
             for h, t in zip(self.hidden, self.targets, strict=True)
         ]
-        total = torch.stack([loss.detach() for loss in waiting]).sum()
-        waiting.reverse()
-        while waiting:
-            waiting.pop().backward()
+        total = torch.stack([loss.detach() for loss in losses]).sum()
+        losses.reverse()
+        while losses:
+            losses.pop().backward()  # frees its graph
         return total
 
     def measure(self, row: Implementation) -> Figures:
-        """The figures of a row; whatever a library raises becomes the reason for none."""
+        """The figures of a row; an exception becomes its reason."""
         try:
             nll = row.load().nll
             assert nll is not None
@@ -153,19 +152,17 @@ class Stage:
 
 
 def microbatches(argv: list[str]) -> None:
-    """Run `fusedalign bench microbatches` with the words that follow it.
+    """Run `fusedalign bench microbatches`.
 
     Raises:
-        ValueError: a word that does not fit; one line with what was expected and came.
+        ValueError: an invalid argument; one line with the expected and the actual value.
     """
-    parser = _parser()
-    options = parser.parse_args(argv)
-    if options.help:
-        print(parser.format_help(), end="")
+    options = _parser().parse(argv)
+    if options is None:
         return
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    (case, *more) = parse_cases([options.case or (CUDA if device == "cuda" else CPU)])
-    if more or options.count < 1:
+    case, *extra_cases = parse_cases([options.case or (CUDA if device == "cuda" else CPU)])
+    if extra_cases or options.count < 1:
         raise ValueError(f"expected one case and a count of at least 1, got {options.case!r} and {options.count}")
     rows = _choose(options.rows)
     if options.out is not None:
@@ -177,45 +174,44 @@ def microbatches(argv: list[str]) -> None:
         for row in rows:
             print(f"{row.name}", file=sys.stderr, flush=True)
             figures.append(stage.measure(row))
-    finally:  # Ctrl-C too leaves what was measured
+    finally:  # print the rows measured so far after Ctrl-C too
         text = report(case, options.count, figures, dtype, device)
         if figures:
             print(text, flush=True)
     if options.out is not None:
         replace_text(options.out / f"{WORD}.md", text + "\n")
-        whole = {"machine": machine(device), "case": dataclasses.asdict(case), "count": options.count}
-        whole["rows"] = [dataclasses.asdict(f) for f in figures]
-        replace_text(options.out / f"{WORD}.json", to_json(whole, indent=1) + "\n")
+        results = {"machine": machine(device), "case": dataclasses.asdict(case), "count": options.count}
+        results["rows"] = [dataclasses.asdict(f) for f in figures]
+        replace_text(options.out / f"{WORD}.json", to_json(results, indent=1) + "\n")
 
 
 def report(case: Case, count: int, figures: list[Figures], dtype: torch.dtype, device: str) -> str:
     """The table, in Markdown."""
-    versions = ", ".join(value if name == "device" else f"{name} {value}" for name, value in machine(device).items())
     budgets = BUDGETS[dtype]
-    as_reported = (case.tokens, case.hidden_size, case.vocab, count) == (4096, 2048, 151936, COUNT)
-    table = [["", "peak GB", *(["reported then"] if as_reported else []), "ms", "loss err.", "dH err.", "dW err.", ""]]
+    has_reported = (case.tokens, case.hidden_size, case.vocab, count) == (4096, 2048, 151936, COUNT)
+    table = [["", "peak GB", *(["reported then"] if has_reported else []), "ms", "loss err.", "dH err.", "dW err.", ""]]
     for f in figures:
-        then = [f"{REPORTED[f.name]:.2f}" if f.name in REPORTED else "-"] if as_reported else []
+        reported = [f"{REPORTED[f.name]:.2f}" if f.name in REPORTED else "-"] if has_reported else []
         name = f"**fusedalign {f.name}**" if f.ours else f.name
         if f.reason is not None:
-            table.append([name, "-", *then, "-", "-", "-", "-", f.reason.replace("|", "/")])
+            table.append([name, "-", *reported, "-", "-", "-", "-", f.reason.replace("|", "/")])
             continue
         errors = [f"{f.errors[key]:.1e}" for key in ("loss", "dH", "dW")]
-        over = [key for key in ("loss", "dH") if not f.errors[key] <= budgets[key]]
-        verdict = f"error: {', '.join(over)}" if over else "exact"
-        table.append([name, f"{f.peak_gb:.3g}", *then, f"{f.ms:.3g}", *errors, verdict])
+        over_budget = [key for key in ("loss", "dH") if not f.errors[key] <= budgets[key]]
+        verdict = f"error: {', '.join(over_budget)}" if over_budget else "exact"
+        table.append([name, f"{f.peak_gb:.3g}", *reported, f"{f.ms:.3g}", *errors, verdict])
     return "\n".join(
         [
             f"# {count} micro-batches in flight, {case.title}",
             "",
-            versions,
+            describe_machine(machine(device)),
             "",
-            f"{str(dtype).removeprefix('torch.')}. GB: 10^9 bytes, the most that is allocated at once: head, hidden",
-            "states, their gradients, what forwards hold, and tiles. ms: all forwards and backwards. Errors: relative,",
+            f"{str(dtype).removeprefix('torch.')}. GB: 10^9 bytes, the peak of allocated memory: head, hidden",
+            "states, their gradients, saved tensors, and tiles. ms: all forwards and backwards. Errors: relative,",
             f"against an fp32 reference; exact: loss {budgets['loss']:g}, dH {budgets['dH']:g}. dW is the sum of",
             f"{count} gradients in the head's dtype, which rounds it the same in every row.",
             "",
-            *aligned(table),
+            *markdown_table(table),
         ]
     )
 
@@ -230,23 +226,13 @@ def _choose(words: str) -> list[Implementation]:
     return [ROWS[name] for name in names]
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """One line and no usage, like every other command."""
-        raise ValueError(f"bench {WORD}: {message}")
-
-
-def _parser() -> _Parser:
-    parser = _Parser(
-        prog=f"fusedalign bench {WORD}",
-        description="A pipeline's last stage: all micro-batches forward, then all backward, one gradient of the head.\n"
+def _parser() -> CommandParser:
+    parser = CommandParser(
+        f"fusedalign bench {WORD}",
+        "A pipeline's last stage: all micro-batches forward, then all backward, one gradient of the head.\n"
         f"\nrows\n  {'; '.join(ROWS)}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        add_help=False,
-        allow_abbrev=False,
     )
     add = parser.add_argument
-    add("-h", "--help", action="store_true", help="show this text")
     add("--case", help=f"a name of `fusedalign bench`, or N=..,D=..,V=..; default: {CUDA} on a GPU, {CPU} on a CPU")
     add("--count", type=int, default=COUNT, help=f"micro-batches; default: {COUNT}")
     add("--rows", default="all", help="all (default), or names with semicolons between")

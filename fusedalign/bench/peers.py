@@ -1,6 +1,6 @@
-"""What is compared: our impls, and one small function for each way that others compute the same.
+"""The rows of the benchmark: our impls, and one small function for each other implementation.
 
-Every library is imported when its row is measured, so that a missing or broken one costs nobody else anything.
+A library is imported when its row is measured, so a missing or broken one affects only its own row.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ class UnavailableError(Exception):
 
 
 class Functions(NamedTuple):
-    """What an implementation can compute."""
+    """The functions of an implementation."""
 
     logps: Callable[[Data], Tensor] | None
-    """-> [N], differentiable by hidden and weight"""
+    """returns [N], differentiable with respect to hidden states and weight"""
     nll: Callable[[Data], Tensor] | None = None
-    """-> the mean NLL; None: the mean of `logps` serves"""
+    """returns the mean NLL; None: use the mean of `logps`"""
 
 
 class Implementation(NamedTuple):
@@ -36,26 +36,26 @@ class Implementation(NamedTuple):
 
     name: str
     load: Callable[[], Functions]
-    """imports what it needs; may raise whatever a missing or broken library raises"""
+    """imports the library; may raise anything if that is missing or broken"""
     install: str = ""
-    """the command that brings what it needs"""
+    """the command that installs the library"""
     tasks: tuple[str, ...] = tuple(TASKS)
     softcap: bool = True
-    """whether it knows a softcap"""
+    """whether it supports a softcap"""
     ours: bool = False
 
 
 def implementations() -> dict[str, Implementation]:
-    """Every row by its name, in order: our impls, then the peers."""
+    """All rows by name: our impls, then the peers."""
     ours = [_ours(name) for name in impl_names("own")]
     return {x.name: x for x in (*ours, *PEERS)}
 
 
 def choose(words: str) -> list[Implementation]:
-    """What `--impls` names: "all", "ours", or names with commas between, in the order of the table.
+    """Parse the value of `--impls`: "all", "ours" or comma-separated names; the result is in the order of the table.
 
     Raises:
-        ValueError: a name that does not exist; lists those that do.
+        ValueError: an unknown name; the message lists the known ones.
     """
     known = implementations()
     names: set[str] = set()
@@ -93,19 +93,18 @@ def _eager_logps(d: Data) -> Tensor:
 
 
 def _compile() -> Functions:
-    torch._dynamo.reset()  # else the shapes of earlier tables count against the limit of recompilations
+    torch._dynamo.reset()  # shapes of earlier tables would count against the recompilation limit
     return Functions(torch.compile(_eager_logps, dynamic=False), torch.compile(_eager_nll, dynamic=False))
 
 
 def _trl() -> Functions:
-    import trl.trainer.utils as trl_utils
+    from fusedalign.trl import stock
 
-    function = getattr(trl_utils, "_ChunkedLogProbFunction", None)
-    if function is None or not hasattr(trl_utils, "_CHUNKED_LOGPROB_CHUNK_SIZE"):
+    function, columns = stock.fused_head(), stock.head_chunk_size()
+    if function is None or columns is None:
         raise UnavailableError("needs TRL 1.16's fused head: pip install 'trl>=1.16'")
 
     def logps(d: Data) -> Tensor:
-        columns = trl_utils._CHUNKED_LOGPROB_CHUNK_SIZE
         return function.apply(d.hidden, d.weight, None, d.targets, 1.0, columns, d.softcap, 1.0, ("log_probs",))[0]
 
     return Functions(logps)
@@ -132,7 +131,7 @@ def _cce(*, exact: bool) -> Functions:
     from cut_cross_entropy import linear_cross_entropy as function
 
     options: dict[str, str | None] = {"impl": "cce_exact" if exact and _cce_has_exact() else "cce"}
-    if exact and not _cce_has_exact():  # the releases on PyPI have no such preset, but their filter can be turned off
+    if exact and not _cce_has_exact():  # releases on PyPI lack the preset, but their filter can be turned off
         options["filter_eps"] = None
 
     def losses(d: Data, reduction: str) -> Tensor:

@@ -1,4 +1,4 @@
-"""Runs the rows: one table a case and task, every row on its own, so that one which fails is a row with its reason."""
+"""Measures the rows of all tables, one table per case and task. A row that fails is a row with its reason."""
 
 from __future__ import annotations
 
@@ -20,12 +20,13 @@ from fusedalign.bench.peers import Implementation, UnavailableError
 from fusedalign.bench.tasks import BUDGETS, Reference, Task, reference, relative_error
 
 OUT_OF_MEMORY = "out of memory"
-BASELINES = ("trl", "eager")  # what speed-ups are relative to: the first that ran
+#: Speed-ups are relative to the first of these that ran.
+BASELINES = ("trl", "eager")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What to run."""
+    """What to measure, on which data and device."""
 
     tasks: Sequence[Task]
     cases: Sequence[Case]
@@ -39,7 +40,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Row:
-    """One implementation's figures, or the reason why there are none."""
+    """The figures of one implementation, or the reason why there are none."""
 
     impl: str
     ours: bool
@@ -50,20 +51,20 @@ class Row:
     forward_u: float | None = None
     total_u: float | None = None
     forward_mib: float | None = None
-    """peak over the inputs"""
+    """the peak beyond the inputs"""
     total_mib: float | None = None
     over_gradients_mib: float | None = None
-    """`total_mib` less the gradients that are returned"""
+    """`total_mib` less the returned gradients"""
     errors: dict[str, float] = dataclasses.field(default_factory=dict)
-    """relative, of loss, dH and (where the head is trained) dW"""
+    """relative, of loss, dH and (unless the head is frozen) dW"""
     over_budget: tuple[str, ...] = ()
-    """those of `errors` that are too large to be called exact"""
+    """the names in `errors` that exceed their budget"""
     speedup: float | None = None
-    """over the table's baseline, forward and backward; None unless it is exact"""
+    """of forward and backward over the table's baseline; None if an error is over budget"""
 
 
 @dataclass(frozen=True)
-class Table:
+class TaskTable:
     """All rows of one task in one case."""
 
     case: Case
@@ -75,22 +76,22 @@ class Table:
 
 @dataclass(frozen=True)
 class CaseReport:
-    """What one case has measured, and on what data."""
+    """The tables of one case, with the rate of the device and the statistics of the data."""
 
     case: Case
     statistics: Statistics
-    """reached by the tensors as they are"""
+    """of the generated data"""
     rate: float
-    """FLOP/s of a large product before the rows; U is from this one"""
+    """FLOP/s of a large product before the rows, which defines U"""
     rate_after: float
-    """the same after those that there are"""
+    """the same after the rows measured so far"""
     u_ms: float
-    tables: tuple[Table, ...]
+    tables: tuple[TaskTable, ...]
 
 
 @dataclass(frozen=True)
 class Report:
-    """One run."""
+    """The results of one run."""
 
     machine: dict[str, str]
     data: str
@@ -103,75 +104,83 @@ def run(settings: Settings, progress: Callable[[str], None] = lambda _: None) ->
     """Measure every row of every task of every case.
 
     Args:
-        progress: gets a line before each step.
+        progress: called with a line before each step.
 
     Yields:
-        The report so far after each table, so that a run which is cut short has something to show.
+        The report so far, after each table, so that an interrupted run keeps its results.
 
     Raises:
-        ValueError: after all others, the tables that there are not: their data or exact answer could not be made.
+        ValueError: after all other tables, those whose data or exact answer could not be computed.
     """
     dtype = str(settings.dtype).removeprefix("torch.")
     report = Report(machine(settings.device), settings.data, settings.seed, dtype, ())
     failures: list[str] = []
     for case in settings.cases:
-        before = report.cases
+        finished = report.cases
         try:
-            for so_far in _case(case, settings, progress, failures):
-                report = dataclasses.replace(report, cases=(*before, so_far))
+            for case_report in _measure_case(case, settings, progress, failures):
+                report = dataclasses.replace(report, cases=(*finished, case_report))
                 yield report
-        except Exception as error:  # the other cases must go on
+        except Exception as error:  # continue with the other cases
             failures.append(f"{case.name}: {in_short(error)}")
         free(settings.device)
     if failures:
         raise ValueError(f"not measured: {'; '.join(failures)}")
 
 
-def _case(case: Case, settings: Settings, progress: Callable[[str], None], failures: list[str]) -> Iterator[CaseReport]:
+def _measure_case(
+    case: Case, settings: Settings, progress: Callable[[str], None], failures: list[str]
+) -> Iterator[CaseReport]:
+    """Yield the report of a case after each table; append tasks that fail to `failures`."""
     progress(f"{case.name}: data")
     data = inputs(case, settings)
-    reached = statistics(data)
+    data_statistics = statistics(data)
     rate = product_rate(settings.device)
     u_ms = case.flops / rate * 1e3
-    tables: tuple[Table, ...] = ()
+    tables: tuple[TaskTable, ...] = ()
     for task in settings.tasks:
         try:
-            table = _table(case, data, task, u_ms, settings, progress)
-        except Exception as error:  # the other tasks must go on
+            table = _measure_task(case, data, task, u_ms, settings, progress)
+        except Exception as error:  # continue with the other tasks
             failures.append(f"{case.name} {task.name}: {in_short(error)}")
             free(settings.device)
             continue
         tables = (*tables, table)
-        yield CaseReport(case, reached, rate, product_rate(settings.device), u_ms, tables)
+        yield CaseReport(case, data_statistics, rate, product_rate(settings.device), u_ms, tables)
 
 
 def inputs(case: Case, settings: Settings) -> Data:
-    """The data of a case."""
+    """Generate the data of a case."""
     return make_data(settings.data, case, dtype=settings.dtype, device=settings.device, seed=settings.seed)
 
 
 def machine(device: str) -> dict[str, str]:
-    """What it runs on: the device, and the version of every package that is compared."""
+    """The device, and the version of every package that is compared."""
     cpu = f"{platform.machine()} CPU, {torch.get_num_threads()} thread(s)"
-    found = {"device": torch.cuda.get_device_name() if device == "cuda" else cpu, "torch": torch.__version__}
-    found["fusedalign"] = fusedalign.__version__
+    facts = {"device": torch.cuda.get_device_name() if device == "cuda" else cpu, "torch": torch.__version__}
+    facts["fusedalign"] = fusedalign.__version__
     for name in ("triton", "trl", "liger-kernel", "cut-cross-entropy"):
         try:
-            found[name] = importlib.metadata.version(name)
+            facts[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+            facts[name] = "not installed"
+    return facts
+
+
+def describe_machine(facts: dict[str, str]) -> str:
+    """The facts of `machine` in one line."""
+    return ", ".join(fact if name == "device" else f"{name} {fact}" for name, fact in facts.items())
 
 
 def free(device: str) -> None:
-    """Give back what a row has left behind, so that the next one starts from the same memory."""
+    """Free the memory of a row, so that every row starts from the same state."""
     gc.collect()
     if device == "cuda":
         torch.cuda.empty_cache()
 
 
 class Calls:
-    """The calls of one implementation in one task that are measured."""
+    """The measured calls of one implementation in one task."""
 
     def __init__(self, impl: Implementation, task: Task, data: Data, exact: Reference) -> None:
         functions = impl.load()
@@ -184,36 +193,33 @@ class Calls:
     def _loss(self) -> Tensor:
         if self._task.scalar and self._functions.nll is not None:
             return self._functions.nll(self.data)
-        assert self._functions.logps is not None  # else the task is not among the implementation's
+        assert self._functions.logps is not None  # a task that needs it is not listed for this implementation
         return self._loss_of(self._functions.logps(self.data))
 
     def forward(self) -> object:
-        """As the task wants it, with or without gradients. The result keeps the graph alive."""
+        """The loss, with or without gradients as the task says; the result keeps the graph alive."""
         with torch.set_grad_enabled(not self._task.scores):
             return self._loss()
 
-    def both(self) -> Tensor:
-        """Forward and backward into fresh gradients; the loss."""
+    def forward_backward(self) -> Tensor:
+        """The loss after forward and backward, which create new gradients."""
         self.drop_gradients()
         loss = self._loss()
         loss.backward()
         return loss.detach()
 
     def drop_gradients(self) -> None:
-        """Free what the last backward has returned."""
+        """Free the gradients of the last backward."""
         self.data.hidden.grad = self.data.weight.grad = None
 
     def gradients(self) -> tuple[Tensor | None, Tensor | None]:
-        """Those of hidden and weight, as the last backward has left them."""
+        """Of hidden states and weight, from the last backward."""
         return self.data.hidden.grad, self.data.weight.grad
 
 
-# --------------------------------------------------------------------------------------------------------------- tables
-
-
 @dataclass(frozen=True)
-class _Table:
-    """What the rows of one table share."""
+class _Workload:
+    """The inputs of all rows of one table."""
 
     task: Task
     data: Data
@@ -223,23 +229,23 @@ class _Table:
     device: str
 
 
-def _table(
+def _measure_task(
     case: Case, data: Data, task: Task, u_ms: float, settings: Settings, progress: Callable[[str], None]
-) -> Table:
+) -> TaskTable:
     progress(f"{case.name} {task.name}: exact reference")
     budgets = {name: x for name, x in BUDGETS[settings.dtype].items() if task.trains_head or name != "dW"}
-    shared = _Table(task, data, reference(task, data, seed=settings.seed), budgets, u_ms, settings.device)
+    workload = _Workload(task, data, reference(task, data, seed=settings.seed), budgets, u_ms, settings.device)
     rows = []
     for impl in settings.impls:
         if task.name in impl.tasks:
             progress(f"{case.name} {task.name}: {impl.name}")
-            rows.append(_row(impl, shared))
+            rows.append(_measure_row(impl, workload))
             free(settings.device)
     times = {row.impl: row.total_ms for row in rows if row.total_ms is not None}
     baseline = next((name for name in BASELINES if name in times), None)
     if baseline is not None:
         rows = [_with_speedup(row, times[baseline]) for row in rows]
-    return Table(case, task.name, baseline, budgets, tuple(rows))
+    return TaskTable(case, task.name, baseline, budgets, tuple(rows))
 
 
 def _with_speedup(row: Row, baseline_ms: float) -> Row:
@@ -248,42 +254,42 @@ def _with_speedup(row: Row, baseline_ms: float) -> Row:
     return dataclasses.replace(row, speedup=baseline_ms / row.total_ms)
 
 
-def _row(impl: Implementation, shared: _Table) -> Row:
+def _measure_row(impl: Implementation, workload: _Workload) -> Row:
     try:
-        return _measure(impl, shared)
-    except Exception as error:  # of a library that we do not know: the other rows must go on
+        return _measure(impl, workload)
+    except Exception as error:  # a library may raise anything; continue with the other rows
         return Row(impl.name, impl.ours, reason=reason(error, impl))
 
 
-def _measure(impl: Implementation, shared: _Table) -> Row:
-    calls, exact, device = Calls(impl, shared.task, shared.data, shared.exact), shared.exact, shared.device
-    errors = {"loss": abs(calls.both().double().item() / exact.loss - 1)}
-    returned = 0
+def _measure(impl: Implementation, workload: _Workload) -> Row:
+    calls, exact, device = Calls(impl, workload.task, workload.data, workload.exact), workload.exact, workload.device
+    errors = {"loss": abs(calls.forward_backward().double().item() / exact.loss - 1)}
+    gradient_bytes = 0
     for name, gradient, expected in zip(("dH", "dW"), calls.gradients(), exact.gradients(), strict=True):
         if expected is not None:
             if gradient is None:
                 raise ValueError(f"no {name} came back")
             errors[name] = relative_error(gradient, expected)
-            returned += gradient.nbytes
+            gradient_bytes += gradient.nbytes
     gradient = None
     calls.drop_gradients()
-    forward_ms, total_ms = median_ms(calls.forward, device), median_ms(calls.both, device)
+    forward_ms, total_ms = median_ms(calls.forward, device), median_ms(calls.forward_backward, device)
     calls.drop_gradients()
-    forward, total = peak_bytes(calls.forward, device), peak_bytes(calls.both, device)
+    forward, total = peak_bytes(calls.forward, device), peak_bytes(calls.forward_backward, device)
     mib = 2**20
     return Row(
         impl.name,
         impl.ours,
         forward_ms=forward_ms,
         total_ms=total_ms,
-        forward_u=forward_ms / shared.u_ms,
-        total_u=total_ms / shared.u_ms,
+        forward_u=forward_ms / workload.u_ms,
+        total_u=total_ms / workload.u_ms,
         forward_mib=forward / mib,
         total_mib=total / mib,
-        over_gradients_mib=(total - returned) / mib,
+        over_gradients_mib=(total - gradient_bytes) / mib,
         errors=errors,
         # Not "error > budget": that is False for NaN.
-        over_budget=tuple(name for name, budget in shared.budgets.items() if not errors[name] <= budget),
+        over_budget=tuple(name for name, budget in workload.budgets.items() if not errors[name] <= budget),
     )
 
 
@@ -293,15 +299,15 @@ def reason(error: Exception, impl: Implementation) -> str:
         return str(error)
     if isinstance(error, ModuleNotFoundError) and impl.install:
         return f"not installed: {impl.install} (no module {error.name})"
-    return in_short(error, named=not impl.ours)  # our own errors are sentences
+    return in_short(error, named=not impl.ours)  # our own messages are full sentences
 
 
 def in_short(error: Exception, *, named: bool = True) -> str:
-    """What went wrong, in one line of at most 160 characters.
+    """An exception in one line of at most 160 characters.
 
     Args:
-        error: what was raised.
-        named: whether to put its class in front.
+        error: the exception.
+        named: whether to start with its class.
     """
     if isinstance(error, torch.OutOfMemoryError):
         return OUT_OF_MEMORY

@@ -1,4 +1,4 @@
-"""The command `fusedalign bench score`: log-probabilities of preference pairs by this package and by others."""
+"""`fusedalign bench score`: log-probabilities of preference pairs by this package and by others."""
 
 from __future__ import annotations
 
@@ -6,40 +6,51 @@ import argparse
 import dataclasses
 import importlib.util
 import json
-import os
 import random
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import torch
 
 from fusedalign.bench.measure import synchronize
-from fusedalign.bench.runner import in_short, machine
+from fusedalign.bench.runner import describe_machine, in_short, machine
+from fusedalign.bench.training.processes import run_program
 from fusedalign.bench.training.settings import MIXES, SIZES
-from fusedalign.reports import check_writable, replace_text, to_json
+from fusedalign.commandline import CommandParser
+from fusedalign.reports import check_writable, markdown_row, markdown_table, replace_text, to_json
 from fusedalign.score.records import Answer, Example, Window
 
 WORD = "score"
 
-#: This package, the loop that people write themselves, and the harness that they take instead.
+#: The ways to score: a hand-written loop, the usual harness, and this package.
 SIDES = {
     "loop": "model(...).logits.log_softmax(-1).gather(...) on padded rows, the largest batch that fits",
     "lm-eval": "the `hf` model of the lm-evaluation-harness, batch_size=auto",
     "fusedalign": "fusedalign.score, max_tokens_per_batch=auto, packed",
 }
 
-#: Rows that the size of the loop's batch is tried with: the longest ones.
+#: The loop's batch size starts here and is halved until a batch of the longest rows fits.
 _LARGEST_BATCH = 128
+_COLUMNS = ("", "rows/s", "tokens/s", "s", "first rows, s", "peak over weights, GiB", "sum, nats")
+_WIDTHS = [max(10, len(title)) for title in _COLUMNS]
+
+
+class Job(NamedTuple):
+    """One measurement: a side, a model and data."""
+
+    side: str
+    size: str
+    mix: str
+    rows: int
+    """answers, two per prompt"""
 
 
 class Pair(NamedTuple):
-    """A prompt and two answers, token ids."""
+    """Token ids of a prompt and of two answers."""
 
     prompt: list[int]
     answers: tuple[list[int], list[int]]
@@ -47,26 +58,26 @@ class Pair(NamedTuple):
 
 @dataclass(frozen=True)
 class Measured:
-    """What one side took for one mix, or why there is nothing."""
+    """The figures of one side for one mix, or the reason why there are none."""
 
     side: str
     mix: str
     seconds: float | None = None
     first_seconds: float | None = None
-    """of a first pass over a few rows, in which kernels compile"""
+    """of a first pass over a few rows, which includes compilation"""
     rows: int = 0
     """answers"""
     tokens: int = 0
-    """of all rows, without padding, a prompt for each of its answers"""
+    """of all rows, without padding; a prompt counts once per answer"""
     peak_bytes: int | None = None
-    """over the weights; None on a CPU"""
+    """beyond the weights; None on a CPU"""
     total: float = 0.0
-    """the sum of all log-probabilities, by which sides are compared"""
+    """the sum of all log-probabilities, which should be equal for all sides"""
     reason: str = ""
 
 
 def pairs(mix: str, size: str, rows: int) -> list[Pair]:
-    """Pairs of random tokens, with the lengths of a mix."""
+    """Pairs of random tokens with the lengths of a mix."""
     lengths, vocab, shrink = MIXES[mix], SIZES[size].config["vocab_size"], SIZES[size].shrink
     generator = random.Random(0)
 
@@ -83,15 +94,13 @@ def pairs(mix: str, size: str, rows: int) -> list[Pair]:
 
 
 def scoring(argv: list[str]) -> None:
-    """Run `fusedalign bench score` with the words that follow it.
+    """Run `fusedalign bench score`.
 
     Raises:
-        ValueError: a word that does not fit, or after the tables the sides that failed; one line.
+        ValueError: an invalid argument or, after the tables, the sides that failed; one line.
     """
-    parser = _parser()
-    options = parser.parse_args(argv)
-    if options.help:
-        print(parser.format_help(), end="")
+    options = _parser().parse(argv)
+    if options is None:
         return
     cuda = torch.cuda.is_available()
     size = options.size or ("0.6b" if cuda else "tiny")
@@ -101,7 +110,7 @@ def scoring(argv: list[str]) -> None:
     for mix in mixes:
         if mix not in MIXES:
             raise ValueError(f"--mixes must be of {', '.join(MIXES)}, got {mix!r}")
-    sides = options.sides.split(",") if options.sides else _sides_here()
+    sides = options.sides.split(",") if options.sides else _available_sides()
     for side in sides:
         if side not in SIDES:
             raise ValueError(f"--sides must be of {', '.join(SIDES)}, got {side!r}")
@@ -112,10 +121,11 @@ def scoring(argv: list[str]) -> None:
     print(_header(size, options, sides, cuda), flush=True)
     results: list[Measured] = []
     for mix in mixes:
-        print("\n" + "\n".join(table_head(mix)), flush=True)
-        for side in sides:  # a process each, so that none inherits compiled kernels
-            results.append(_measure_alone(side, size, mix, options.rows))
-            print(table_line(results[-1]), flush=True)
+        print("\n".join(["", f"## {mix}", "", *markdown_table([_COLUMNS], _WIDTHS)]), flush=True)
+        for side in sides:
+            figures = run_program(__name__, Job(side, size, mix, options.rows))
+            results.append(Measured(**({"side": side, "mix": mix} | figures)))
+            print(table_row(results[-1]), flush=True)
         print("\n".join(comparison([x for x in results if x.mix == mix])), flush=True)
     if options.out is not None:
         report = {"machine": machine("cuda" if cuda else "cpu"), "rows": [dataclasses.asdict(x) for x in results]}
@@ -125,48 +135,36 @@ def scoring(argv: list[str]) -> None:
         raise ValueError(f"bench {WORD}: {'; '.join(failed)}")
 
 
-def _sides_here() -> list[str]:
+def _available_sides() -> list[str]:
     return [side for side in SIDES if side != "lm-eval" or importlib.util.find_spec("lm_eval") is not None]
 
 
 def _header(size: str, options: argparse.Namespace, sides: Sequence[str], cuda: bool) -> str:
-    where = ", ".join(
-        x if name == "device" else f"{name} {x}" for name, x in machine("cuda" if cuda else "cpu").items()
-    )
     lines = [
         f"# fusedalign bench {WORD}",
         "",
-        where,
+        describe_machine(machine("cuda" if cuda else "cpu")),
         "",
         f"{SIZES[size].about}, random weights, {'bf16' if cuda else 'fp32'}; {options.rows} rows: {options.rows // 2} "
         "prompts with two answers each.",
-        "Each side is a process of its own. Rows/s and tokens/s are of a second pass, without its compilation.",
+        "Each side is a process of its own. Rows/s and tokens/s are of a second pass, without compilation.",
         "",
         *(f"* {side}: {SIDES[side]}" for side in sides),
     ]
     return "\n".join(lines)
 
 
-def table_head(mix: str) -> list[str]:
-    """Title and first lines of the table of a mix."""
-    columns = ("", "rows/s", "tokens/s", "s", "first rows, s", "peak over weights, GiB", "sum, nats")
-    return [f"## {mix}", "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-
-
-def table_line(measured: Measured) -> str:
-    """The line of one side."""
-    x = measured
+def table_row(x: Measured) -> str:
+    """The row of one side."""
     if x.seconds is None:
-        return f"| {x.side} | - | - | - | - | - | {x.reason} |"
+        return markdown_row([x.side, *["-"] * 5, x.reason], _WIDTHS)
     peak = "-" if x.peak_bytes is None else f"{x.peak_bytes / 2**30:.2f}"
-    return (
-        f"| {x.side} | {x.rows / x.seconds:.1f} | {x.tokens / x.seconds:,.0f} | {x.seconds:.2f} "
-        f"| {x.first_seconds:.2f} | {peak} | {x.total:.1f} |"
-    )
+    rates = [f"{x.rows / x.seconds:.1f}", f"{x.tokens / x.seconds:,.0f}"]
+    return markdown_row([x.side, *rates, f"{x.seconds:.2f}", f"{x.first_seconds:.2f}", peak, f"{x.total:.1f}"], _WIDTHS)
 
 
 def comparison(results: Sequence[Measured]) -> Iterator[str]:
-    """This package compared with each of the others."""
+    """Compare this package with each other side."""
     ours = next((x for x in results if x.side == "fusedalign" and x.seconds), None)
     for x in results:
         if ours is None or x is ours or x.seconds is None or ours.seconds is None:
@@ -177,55 +175,43 @@ def comparison(results: Sequence[Measured]) -> Iterator[str]:
         yield f"\n{x.seconds / ours.seconds:.2f} times as many rows a second as {x.side}{memory}"
 
 
-def _measure_alone(side: str, size: str, mix: str, rows: int) -> Measured:
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "measured.json"
-        command = [sys.executable, "-m", __name__, side, size, mix, str(rows), str(path)]
-        environment = os.environ | {"TRITON_CACHE_DIR": str(Path(folder) / "triton")}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, errors="replace")
-        if not path.exists():
-            lines = done.stderr.strip().splitlines() or ["no output"]
-            return Measured(side, mix, reason=lines[-1][:160])
-        return Measured(**json.loads(path.read_text()))
-
-
-def measure(side: str, size: str, mix: str, rows: int) -> Measured:
-    """Build the model and score the rows of a mix with it, in this process."""
+def measure(job: Job) -> Measured:
+    """Build the model and score the rows of a mix with it in this process."""
     import transformers
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
     with torch.device(device):
-        config = transformers.Qwen3Config(**SIZES[size].config)
+        config = transformers.Qwen3Config(**SIZES[job.size].config)
         dtype = torch.bfloat16 if device == "cuda" else torch.float32
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
-    data = pairs(mix, size, rows)
+    data = pairs(job.mix, job.size, job.rows)
     longest = sorted(data, key=lambda pair: -len(pair.prompt) - max(map(len, pair.answers)))
     try:
-        run = {"loop": _loop, "lm-eval": _lm_eval, "fusedalign": _ours}[side](model, longest, device)
+        run = {"loop": _loop, "lm-eval": _lm_eval, "fusedalign": _ours}[job.side](model, longest, device)
         start = time.perf_counter()
         run(data[:16])
         synchronize(device)
         first = time.perf_counter() - start
-        held = torch.cuda.memory_allocated() if device == "cuda" else 0
+        allocated = torch.cuda.memory_allocated() if device == "cuda" else 0
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
         start = time.perf_counter()
         total = run(data)
         synchronize(device)
         seconds = time.perf_counter() - start
-    except Exception as error:  # the other sides must go on
-        return Measured(side, mix, reason=in_short(error))
-    peak = torch.cuda.max_memory_allocated() - held if device == "cuda" else None
+    except Exception as error:  # continue with the other sides
+        return Measured(job.side, job.mix, reason=in_short(error))
+    peak = torch.cuda.max_memory_allocated() - allocated if device == "cuda" else None
     count = sum(len(pair.prompt) + len(answer) for pair in data for answer in pair.answers)
-    return Measured(side, mix, seconds, first, 2 * len(data), count, peak, total)
+    return Measured(job.side, job.mix, seconds, first, 2 * len(data), count, peak, total)
 
 
 Runner = Callable[[Sequence[Pair]], float]
 
 
 def _loop(model: Any, longest: Sequence[Pair], device: str) -> Runner:
-    """The loop that people write, with the largest batch that the longest rows fit into."""
+    """The usual hand-written loop, with the largest batch size that fits the longest rows."""
 
     @torch.no_grad()
     def run(data: Sequence[Pair], size: int) -> float:
@@ -235,16 +221,16 @@ def _loop(model: Any, longest: Sequence[Pair], device: str) -> Runner:
             batch = rows[start : start + size]
             width = max(len(prompt) + len(answer) for prompt, answer in batch)
             ids = torch.zeros(len(batch), width, dtype=torch.int64)
-            mask, counted = torch.zeros_like(ids), torch.zeros_like(ids)
+            mask, is_answer = torch.zeros_like(ids), torch.zeros_like(ids)
             for i, (prompt, answer) in enumerate(batch):
                 n = len(prompt) + len(answer)
                 ids[i, :n] = torch.tensor(prompt + answer)
                 mask[i, :n] = 1
-                counted[i, len(prompt) : n] = 1
-            ids, mask, counted = ids.to(device), mask.to(device), counted.to(device)
+                is_answer[i, len(prompt) : n] = 1
+            ids, mask, is_answer = ids.to(device), mask.to(device), is_answer.to(device)
             logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1]
             logps = logits.log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
-            total += (logps.double() * counted[:, 1:]).sum().item()
+            total += (logps.double() * is_answer[:, 1:]).sum().item()
         return total
 
     size = _LARGEST_BATCH if device == "cuda" else 8
@@ -259,16 +245,21 @@ def _loop(model: Any, longest: Sequence[Pair], device: str) -> Runner:
 
 
 def _lm_eval(model: Any, longest: Sequence[Pair], device: str) -> Runner:
-    """The harness' own model on the token ids."""
+    """The `hf` model of the lm-evaluation-harness on token ids."""
     from lm_eval.models.huggingface import HFLM
 
     from fusedalign.bench.training.data import tokenizer
-    from fusedalign.bench.training.settings import Job
+    from fusedalign.bench.training.settings import Job as TrainingJob
 
     size = next(name for name, x in SIZES.items() if x.config["hidden_size"] == model.config.hidden_size)
-    words = tokenizer(Job("dpo", size, next(iter(MIXES)), "trl"))
     width = len(longest[0].prompt) + max(map(len, longest[0].answers))
-    harness = HFLM(pretrained=model, tokenizer=words, batch_size="auto", max_batch_size=256, max_length=width + 1)
+    harness = HFLM(
+        pretrained=model,
+        tokenizer=tokenizer(TrainingJob("dpo", size, next(iter(MIXES)), "trl")),
+        batch_size="auto",
+        max_batch_size=256,
+        max_length=width + 1,
+    )
 
     def run(data: Sequence[Pair]) -> float:
         requests = [(None, pair.prompt, answer) for pair in data for answer in pair.answers]
@@ -278,6 +269,7 @@ def _lm_eval(model: Any, longest: Sequence[Pair], device: str) -> Runner:
 
 
 def _ours(model: Any, longest: Sequence[Pair], device: str) -> Runner:
+    """The scorer of this package."""
     from fusedalign.score.scorer import Scorer
 
     scorer = Scorer(model)
@@ -298,24 +290,14 @@ def _ours(model: Any, longest: Sequence[Pair], device: str) -> Runner:
     return run
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """One line and no usage, like every other command."""
-        raise ValueError(f"bench {WORD}: {message}")
-
-
-def _parser() -> _Parser:
+def _parser() -> CommandParser:
     sides = "\n".join(f"  {name:<10}  {about}" for name, about in SIDES.items())
-    parser = _Parser(
-        prog=f"fusedalign bench {WORD}",
-        description="Log-probabilities of preference pairs of uneven length, by this package and by others, each in a\n"
+    parser = CommandParser(
+        f"fusedalign bench {WORD}",
+        "Log-probabilities of preference pairs of uneven length, by this package and by others, each in a\n"
         f"process of its own.\n\nsides\n{sides}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        add_help=False,
-        allow_abbrev=False,
     )
     add = parser.add_argument
-    add("-h", "--help", action="store_true", help="show this text")
     add("--size", help=f"one of {', '.join(SIZES)}; default: 0.6b on a GPU, tiny on a CPU")
     add("--mixes", default=",".join(MIXES), help="names with commas between; default: all")
     add("--rows", type=int, default=2000, help="answers, two a prompt; default: 2000")
@@ -325,5 +307,5 @@ def _parser() -> _Parser:
 
 
 if __name__ == "__main__":
-    side, size, mix, rows, path = sys.argv[1:]
-    replace_text(Path(path), json.dumps(dataclasses.asdict(measure(side, size, mix, int(rows)))))
+    job, path = sys.argv[1:]
+    replace_text(Path(path), json.dumps(dataclasses.asdict(measure(Job(*json.loads(job))))))

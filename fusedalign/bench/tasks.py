@@ -1,4 +1,4 @@
-"""What is computed on top of the head: the four tasks, and the exact answer that every row is compared with."""
+"""The four tasks (losses on top of the head) and the exact answer that every row is compared with."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fusedalign.bench.data import Data
+from fusedalign.bench.data import Data, capped
 from fusedalign.losses import dpo_loss
 
 
 @dataclass(frozen=True)
 class Task:
-    """A loss, and which tensors it trains."""
+    """A loss and the tensors that it trains."""
 
     name: str
     about: str
     trains_head: bool = True
     scalar: bool = False
-    """the loss is the mean NLL, which many libraries have a function for"""
+    """the loss is the mean NLL, for which many libraries have a function"""
     scores: bool = False
-    """the forward is timed without gradients, as in scoring; else as in training"""
+    """the forward is timed without gradients, as in scoring, instead of as in training"""
 
 
 TASKS = {
     task.name: task
     for task in (
-        Task("logps", "another upstream gradient for each token; the forward is that of scoring", scores=True),
+        Task("logps", "an upstream gradient for each token; the forward is that of scoring", scores=True),
         Task("sft", "the mean NLL", scalar=True),
         Task("frozen", "as logps, the head needs no gradient; the forward is that of training", trains_head=False),
         Task("dpo", "sigmoid DPO on the summed logps of two pairs of N/4 tokens a sequence"),
@@ -46,32 +46,32 @@ BUDGETS = {
 
 
 class Reference(NamedTuple):
-    """The exact answer."""
+    """The exact loss and gradients of a task."""
 
     loss_of: Callable[[Tensor], Tensor]
-    """logps [N] -> the task's loss, a scalar"""
+    """maps logps [N] to the scalar loss of the task"""
     loss: float
     hidden_grad: Tensor
     """[N, D], fp32 or wider"""
     weight_grad: Tensor | None
-    """[V, D] likewise; None where the head is frozen"""
+    """[V, D], fp32 or wider; None if the head is frozen"""
 
     def gradients(self) -> tuple[Tensor, Tensor | None]:
-        """Those of hidden and weight."""
+        """Of hidden states and weight."""
         return self.hidden_grad, self.weight_grad
 
 
 def reference(task: Task, data: Data, *, seed: int) -> Reference:
     """The loss in fp64 and gradients in fp32 (fp64 for fp32 data), from full logits of some tokens at a time.
 
-    Uses none of the code that is measured, and no TF32. Takes 8 to 12 bytes an element of the head.
+    Uses none of the measured code, and no TF32. Takes 8 to 12 bytes per element of the head.
     """
-    before, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, False
+    allow_tf32, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, False
     try:
         with torch.no_grad():
             return _reference(task, data, seed)
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
+        torch.backends.cuda.matmul.allow_tf32 = allow_tf32
 
 
 def _reference(task: Task, data: Data, seed: int) -> Reference:
@@ -80,15 +80,11 @@ def _reference(task: Task, data: Data, seed: int) -> Reference:
 
     def chunks(weight: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
         for start in range(0, len(data.hidden), chunk):
-            rows = slice(start, start + chunk)
-            z = data.hidden[rows].to(weight.dtype) @ weight.T
-            yield (
-                rows,
-                data.targets[rows, None],
-                z if data.softcap is None else data.softcap * (z / data.softcap).tanh(),
-            )
+            tokens = slice(start, start + chunk)
+            z = capped(data.hidden[tokens].to(weight.dtype) @ weight.T, data.softcap)
+            yield tokens, data.targets[tokens, None], z
 
-    # In fp64: in fp32 the rounding of logits of 20 nats, summed over a sequence, is as large as what is to be judged.
+    # In fp64: the rounding of fp32 logits of 20 nats, summed over a sequence, is as large as the errors to be measured.
     exact = chunks(data.weight.double())
     logps = torch.cat([z.gather(-1, t).squeeze(-1) - z.logsumexp(-1) for _, t, z in exact])
     del exact
@@ -101,20 +97,20 @@ def _reference(task: Task, data: Data, seed: int) -> Reference:
 
     hidden_grad = torch.empty_like(data.hidden, dtype=wide)
     weight_grad = torch.zeros_like(weight) if task.trains_head else None
-    for rows, t, z in chunks(weight):
+    for tokens, t, z in chunks(weight):
         slope = None if data.softcap is None else 1 - (z / data.softcap).square()
-        dz = z.softmax(-1).mul_(-upstream[rows, None])
-        dz.scatter_add_(-1, t, upstream[rows, None])
+        dz = z.softmax(-1).mul_(-upstream[tokens, None])
+        dz.scatter_add_(-1, t, upstream[tokens, None])
         if slope is not None:
             dz *= slope
-        hidden_grad[rows] = dz @ weight
+        hidden_grad[tokens] = dz @ weight
         if weight_grad is not None:
-            weight_grad.addmm_(dz.T, data.hidden[rows].to(wide))
+            weight_grad.addmm_(dz.T, data.hidden[tokens].to(wide))
     return Reference(loss_of, loss.item(), hidden_grad, weight_grad)
 
 
 def _loss_of(task: Task, logps: Tensor, seed: int) -> Callable[[Tensor], Tensor]:
-    """logps [N] -> loss, given the exact logps: DPO's reference model is one that is near them."""
+    """The loss as a function of logps [N]; DPO's reference log-probabilities are near the exact `logps`."""
     n, device = len(logps), logps.device
     g = torch.Generator(device).manual_seed(seed + 1)
     if task.scalar:
@@ -124,19 +120,19 @@ def _loss_of(task: Task, logps: Tensor, seed: int) -> Callable[[Tensor], Tensor]
         ref = sums + 3 * torch.randn(4, generator=g, device=device)
 
         def dpo(x: Tensor) -> Tensor:
-            # Summed in fp64: the rounding of a sum of thousands of nats would hide an implementation's own error.
+            # Summed in fp64: fp32 rounding of sums of thousands of nats would hide the error of an implementation.
             chosen, rejected = x.double().view(4, -1).sum(-1).view(2, 2)
             return dpo_loss(chosen, rejected, *ref.view(2, 2)).losses.mean()
 
         return dpo
-    # All of one sign: a sum that cancels would say nothing about the error of its terms.
+    # All of one sign, since with cancellation the error of the sum would not reflect that of its terms.
     upstream = -(0.5 + torch.rand(n, generator=g, device=device)) / n
     return lambda x: (upstream * x).sum()
 
 
 def relative_error(x: Tensor, exact: Tensor) -> float:
-    """||x - exact|| / ||exact||, Frobenius, in fp64 sums over rows in fp32 or wider."""
-    parts = zip(x.split(16384), exact.split(16384), strict=True)
-    sums = [((a.to(b.dtype) - b).double().square().sum(), b.double().square().sum()) for a, b in parts]
+    """||x - exact|| / ||exact||, Frobenius norms, summed in fp64 over chunks in fp32 or wider."""
+    chunks = zip(x.split(16384), exact.split(16384), strict=True)
+    sums = [((a.to(b.dtype) - b).double().square().sum(), b.double().square().sum()) for a, b in chunks]
     difference, norm = (torch.stack(column).sum() for column in zip(*sums, strict=True))
     return (difference / norm).sqrt().item()

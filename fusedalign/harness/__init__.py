@@ -1,6 +1,6 @@
-"""A model for the lm-evaluation-harness, `fusedalign`: its `hf` model without logits, on packed batches.
+"""The model `fusedalign` for the lm-evaluation-harness: its `hf` model on packed batches, without logits.
 
-Importing this package registers the name. `python -m fusedalign.harness` is the command `lm_eval` with it registered.
+Importing this package registers the model; `python -m fusedalign.harness` is the command `lm_eval` with the model.
 """
 
 try:

@@ -1,4 +1,4 @@
-"""The command `lm_eval`, with all of its arguments, once `fusedalign` is among its models."""
+"""The command `lm_eval` with all its arguments, and `fusedalign` registered as a model."""
 
 import logging
 import sys
@@ -7,7 +7,7 @@ from lm_eval.__main__ import cli_evaluate
 
 
 def main() -> int:
-    """Run the command; wrong arguments of the model or the task are one line on stderr, and the status is 2."""
+    """Run the command; an invalid argument of the model or the task is one line on stderr and status 2."""
     try:
         cli_evaluate()
     except (ValueError, TypeError, OSError) as error:

@@ -1,7 +1,7 @@
-"""Packed batches: rows of uneven length as one row without padding, in which prompts that rows share stand once.
+"""Packed batches: rows of uneven length in one row without padding, in which shared prompts are stored once.
 
 For causal language models of transformers, without TRL. `pack_answers` or `pack_rows` makes a batch on the CPU;
-`packed_hidden` and `packed_logps` run a model over it. `enable` says whether a model may, by comparing both layouts.
+`packed_hidden` and `packed_logps` run a model over it. `enable` proves that a model can, by comparing both layouts.
 """
 
 from fusedalign.packing.attention import LayoutError, LayoutMismatchError

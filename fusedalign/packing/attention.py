@@ -1,11 +1,11 @@
 """The attention of packed batches, as an attention function of transformers.
 
-`install(model)` gives a model an attention function that serves layers which are handed a layout: a `PackedBatch`, or
-`RightPadded` rows, which need no mask. Without a layout the function that the model had before serves, with its mask,
-so `generate` and everything else stay as they were.
+`install(model)` gives a model an attention function for layers that are passed a layout: a `PackedBatch`, or
+`RightPadded` rows, which need no mask. Without a layout the model's original function runs with its mask, so `generate`
+and everything else are unchanged.
 
-On CUDA in half precision packed batches run through PyTorch's FlashAttention for runs of uneven length
-(`torch.nn.attention.varlen`, or the operator below it), else through one `scaled_dot_product_attention` a segment.
+On CUDA in half precision packed batches use PyTorch's FlashAttention for sequences of uneven length
+(`torch.nn.attention.varlen`, or the operator below it), else one `scaled_dot_product_attention` for each segment.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from fusedalign.packing.batch import PackedBatch, RightPadded
 
 Layout = PackedBatch | RightPadded
 
-#: How the names of these functions begin in transformers' tables; what follows is the function that serves otherwise.
+#: Prefix of these functions' names in transformers' tables; the name of the original function follows.
 PREFIX = "fusedalign_"
 
 #: Head sizes that FlashAttention has kernels for.
@@ -34,24 +34,21 @@ _LARGEST_HEAD = 256
 
 
 class LayoutError(ValueError):
-    """A model cannot run in the layout that was asked for, with the reason."""
+    """A model cannot run in a layout; the message has the reason."""
 
 
 class LayoutMismatchError(LayoutError):
-    """A model runs in the layout, but its numbers are not those of the padded one."""
-
-
-# ------------------------------------------------------------------------------------ the function, and where it stands
+    """A model runs in a layout, but its results differ from those of the padded layout."""
 
 
 def install(model: Any) -> str:
     """Give a causal LM of transformers the attention function described above.
 
     Returns:
-        The name of the function that it had, for `uninstall`.
+        The name of the original function, for `uninstall`.
 
     Raises:
-        LayoutError: the model takes no attention function.
+        LayoutError: the model's attention function cannot be replaced.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -62,7 +59,7 @@ def install(model: Any) -> str:
     name = PREFIX + re.sub(r"\W", "_", original)
     if name not in _originals:
         AttentionInterface.register(name, functools.partial(_attention, original))
-        # A name without a mask function would get no mask, also where no layout is given.
+        # A name without a mask function would get no mask, even without a layout.
         if original in ALL_MASK_ATTENTION_FUNCTIONS:
             AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[original])
         _originals[name] = original
@@ -75,7 +72,7 @@ def install(model: Any) -> str:
 
 
 class _Name(str):
-    """The name of an attention function; pickled, for another process perhaps, it is the name of the original."""
+    """The name of an attention function that is pickled as the name of the original, for other processes."""
 
     def __reduce__(self) -> tuple[type[str], tuple[str]]:
         return str, (_originals[self],)
@@ -94,22 +91,22 @@ def installed(model: Any) -> bool:
     return str(model.config.get_text_config()._attn_implementation).startswith(PREFIX)
 
 
-#: Registered name -> the function of transformers that serves without a layout.
+#: Registered name -> name of the original function, which runs without a layout.
 _originals: dict[str, str] = {}
 
-#: A 4D mask passes through transformers' building of masks as it is, whatever the model; no layer looks at it.
+#: Shape of a mask that stands for a layout: transformers passes any 4D mask on unchanged, and no layer reads it.
 _MARKER = (1, 1, 1, 1)
 
 
 def marker(device: torch.device) -> Tensor:
-    """The attention mask to give to a model together with a layout."""
+    """The attention mask to pass to a model together with a layout."""
     return torch.ones(_MARKER, dtype=torch.bool, device=device)
 
 
-#: What layers have asked for while a proof observes them: (their window, whether attention was by segments).
+#: During a proof: (window, whether attention ran by segments) of the layers that have run.
 observation: ContextVar[set[tuple[int | None, bool]] | None] = ContextVar("fusedalign_observed_attention", default=None)
 
-#: Windows while a proof observes, so that its few tokens are more than a window sees.
+#: Largest window during a proof, so that its few tokens exceed a window.
 PROOF_WINDOW = 3
 
 
@@ -124,7 +121,7 @@ def _attention(
     layout: Layout | None = None,
     **options: Any,
 ) -> tuple[Tensor, Any]:
-    """As transformers' attention functions: [B, H, T, d] of queries, fewer heads of keys and values -> [B, T, H, d]."""
+    """An attention function of transformers: queries [B, H, T, d], keys and values of fewer heads -> [B, T, H, d]."""
     # A graph cannot read a context variable; proofs run without graphs.
     record = None if torch.compiler.is_compiling() else observation.get()
     window = options.get("sliding_window")
@@ -132,35 +129,35 @@ def _attention(
         options["sliding_window"] = min(window, PROOF_WINDOW)
     if layout is None:
         if isinstance(attention_mask, Tensor) and attention_mask.shape == _MARKER and query.shape[2] > 1:
-            # Attention would see all tokens, those of other rows too.
+            # Attention would include tokens of other rows.
             raise LayoutError(f"{type(module).__name__} is not handed the keyword arguments of the model's forward")
         return _function(original, module)(module, query, key, value, attention_mask, **options)
     _refuse(module, attention_mask, options)
     scale = options.get("scaling")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    seen = options.get("sliding_window")
+    narrowed = options.get("sliding_window")
     if isinstance(layout, RightPadded):
-        by_segments, out = False, _causal(query, key, value, scale, seen).transpose(1, 2)
+        by_segments, out = False, _causal(query, key, value, scale, narrowed).transpose(1, 2)
     else:
         dtype = _compute_dtype(query, value)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
         by_segments = not _has_kernel(query, value)
-        out = (_segments if by_segments else _varlen)(query, key, value, layout, scale, seen)
+        out = (_segments if by_segments else _varlen)(query, key, value, layout, scale, narrowed)
     if record is not None:
         record.add((window, by_segments))
     return out.contiguous(), None
 
 
 def _function(original: str, module: Any) -> Callable[..., tuple[Tensor, Any]]:
-    if original == "eager":  # which each module of transformers has under this name
-        return sys.modules[type(module).__module__].eager_attention_forward  # type: ignore[no-any-return]
+    if original == "eager":  # each modeling module has its own
+        return sys.modules[type(module).__module__].eager_attention_forward
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    return ALL_ATTENTION_FUNCTIONS[original]  # type: ignore[no-any-return]
+    return ALL_ATTENTION_FUNCTIONS[original]
 
 
 def _refuse(module: Any, attention_mask: Any, options: dict[str, Any]) -> None:
-    """Raises LayoutError for what changes attention beyond causality, window and scale."""
+    """Raise LayoutError for options of attention other than causality, window and scale."""
     if isinstance(attention_mask, Tensor) and attention_mask.shape != _MARKER:
         raise LayoutError(f"{type(module).__name__} changes the mask of its attention, which packed batches have not")
     for name in ("softcap", "s_aux", "position_bias", "head_mask"):
@@ -175,12 +172,9 @@ def _refuse(module: Any, attention_mask: Any, options: dict[str, Any]) -> None:
 
 
 def _compute_dtype(query: Tensor, value: Tensor) -> torch.dtype:
-    """The dtype of autocast where that is on: it does not cast what `varlen_attn` is given, and RoPE returns fp32."""
-    kind = query.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else value.dtype
-
-
-# ----------------------------------------------------------------------------------------------------------- arithmetic
+    """The dtype of autocast if it is enabled: autocast skips `varlen_attn`, and RoPE returns fp32."""
+    device_type = query.device.type
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else value.dtype
 
 
 @functools.cache
@@ -195,20 +189,20 @@ def varlen_attention() -> Any:
 
 @functools.cache
 def _varlen_parameters() -> frozenset[str]:
-    """What it can be told: since PyTorch 2.11 a window and a scale, later that there are fewer heads of keys."""
+    """Its parameters: since PyTorch 2.11 window and scale, later `enable_gqa`."""
     return frozenset(inspect.signature(varlen_attention()).parameters)
 
 
 def _has_kernel(query: Tensor, value: Tensor) -> bool:
-    half = query.dtype in (torch.float16, torch.bfloat16)
-    return query.is_cuda and half and max(query.shape[-1], value.shape[-1]) <= _LARGEST_HEAD
+    is_half = query.dtype in (torch.float16, torch.bfloat16)
+    return query.is_cuda and is_half and max(query.shape[-1], value.shape[-1]) <= _LARGEST_HEAD
 
 
 def _varlen(query: Tensor, key: Tensor, value: Tensor, batch: PackedBatch, scale: float, window: int | None) -> Tensor:
-    """[1, H, S, d] -> [1, S, H, d], by FlashAttention's kernels for runs of uneven length."""
+    """[1, H, S, d] -> [1, S, H, d], by FlashAttention's kernels for sequences of uneven length."""
     size = value.shape[-1]
-    wide = -(-max(query.shape[-1], size) // 8) * 8  # the kernels want one size for all, a multiple of 8
-    q, k, v = (_widened(x[0].transpose(0, 1), wide) for x in (query, key, value))
+    kernel_size = -(-max(query.shape[-1], size) // 8) * 8  # one size for all three, a multiple of 8
+    q, k, v = (_padded_heads(x[0].transpose(0, 1), kernel_size) for x in (query, key, value))
     if batch.shared is not None:
         k, v = _WithPrefixes.apply(k, v, *batch.shared)
     run = _varlen_operator if _has_operator() else _varlen_function
@@ -217,7 +211,7 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, batch: PackedBatch, scale
 
 @functools.cache
 def _has_operator() -> bool:
-    """Whether PyTorch's operator below `varlen_attn` is there with the arguments that are used here."""
+    """Whether PyTorch has the operator below `varlen_attn`, with the arguments that are used here."""
     packet = getattr(torch.ops.aten, "_flash_attention_forward", None)
     names = [] if packet is None else [argument.name for argument in packet.default._schema.arguments]
     return names[:10] == _OPERATOR_ARGUMENTS and {"scale", "window_size_left", "window_size_right"} <= {*names}
@@ -230,65 +224,53 @@ _OPERATOR_ARGUMENTS = [
 
 
 def _varlen_operator(q: Tensor, k: Tensor, v: Tensor, batch: PackedBatch, scale: float, window: int | None) -> Tensor:
-    """What `varlen_attn` calls. Its own backward takes 1.3 ms of a CPU for each layer, that of the operator 0.1."""
-    out: Tensor = torch.ops.aten._flash_attention_forward(
-        q,
-        k,
-        v,
-        batch.query_offsets,
-        batch.key_offsets,
-        batch.max_queries,
-        batch.max_keys,
-        0.0,
-        window is None,
-        False,
-        scale=scale,
-        window_size_left=-1 if window is None else window - 1,
-        window_size_right=0,
-    )[0]
+    """The operator that `varlen_attn` calls; its backward takes 0.1 ms of CPU time for each layer instead of 1.3."""
+    lengths = (batch.query_offsets, batch.key_offsets, batch.max_queries, batch.max_keys)
+    options = {"scale": scale, "window_size_left": -1 if window is None else window - 1, "window_size_right": 0}
+    out: Tensor = torch.ops.aten._flash_attention_forward(q, k, v, *lengths, 0.0, window is None, False, **options)[0]
     return out
 
 
 def _varlen_function(q: Tensor, k: Tensor, v: Tensor, batch: PackedBatch, scale: float, window: int | None) -> Tensor:
-    """`varlen_attn`; what it takes differs between versions of PyTorch."""
-    known = _varlen_parameters()
+    """`varlen_attn`, with the parameters that this version of PyTorch has."""
+    parameters = _varlen_parameters()
     options: dict[str, Any] = {}
-    if "scale" in known:
+    if "scale" in parameters:
         options["scale"] = scale
     else:
         q = q * (scale * q.shape[-1] ** 0.5)
-    if "window_size" in known:
+    if "window_size" in parameters:
         options["window_size"] = (-1 if window is None else window - 1, 0)
     elif window is None:
         options["is_causal"] = True
     else:
         raise LayoutError(f"attention with a window needs PyTorch 2.11, this is {torch.__version__}")
-    if "enable_gqa" in known and q.shape[1] != k.shape[1]:
+    if "enable_gqa" in parameters and q.shape[1] != k.shape[1]:
         options["enable_gqa"] = True
-    offsets = (batch.query_offsets, batch.key_offsets, batch.max_queries, batch.max_keys)
-    out: Tensor = varlen_attention()(q, k, v, *offsets, **options)
+    lengths = (batch.query_offsets, batch.key_offsets, batch.max_queries, batch.max_keys)
+    out: Tensor = varlen_attention()(q, k, v, *lengths, **options)
     return out
 
 
-def _widened(x: Tensor, size: int) -> Tensor:
-    """With zeros up to `size` numbers a head; `F.pad` would copy also where there is nothing to add."""
+def _padded_heads(x: Tensor, size: int) -> Tensor:
+    """`x` with heads padded to `size` by zeros; without padding `F.pad` would still copy."""
     return x if x.shape[-1] == size else F.pad(x, (0, size - x.shape[-1]))
 
 
 class _WithPrefixes(torch.autograd.Function):
     """Keys and values of packed tokens, [S, H, d], with a copy of its prefix before each segment, [K, H, d].
 
-    The gradient of a token is gathered from its own key, and those of its copies are added. The backward of
-    `index_select` would add all of them by atomics.
+    The gradient of a token is gathered from its own key, and the gradients of its copies are added to it. The backward
+    of `index_select` would add all of them by atomics.
     """
 
     @staticmethod
-    def forward(ctx, key, value, tokens, home, copy, source):  # type: ignore[no-untyped-def]
+    def forward(ctx, key, value, tokens, home, copy, source):
         ctx.save_for_backward(home, copy, source)
         return key.index_select(0, tokens), value.index_select(0, tokens)
 
     @staticmethod
-    def backward(ctx, *grads):  # type: ignore[no-untyped-def]
+    def backward(ctx, *grads):
         home, copy, source = ctx.saved_tensors
         totals = []
         for grad in grads:
@@ -297,11 +279,11 @@ class _WithPrefixes(torch.autograd.Function):
         return (*totals, None, None, None, None)
 
 
-@torch.compiler.disable  # a loop over the segments, and each batch has another number of them
+@torch.compiler.disable  # the loop would be unrolled again for each number of segments
 def _segments(
     query: Tensor, key: Tensor, value: Tensor, batch: PackedBatch, scale: float, window: int | None
 ) -> Tensor:
-    """[1, H, S, d] -> [1, S, H, d], a segment at a time: on any device, in any dtype."""
+    """[1, H, S, d] -> [1, S, H, d], one segment at a time: on any device, in any dtype."""
     outs = []
     for segment in batch.segments:
         own = slice(segment.start, segment.start + segment.length)
@@ -314,7 +296,7 @@ def _segments(
 
 
 def _causal(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
-    """Attention of the last queries.shape[2] tokens of a run to all of it; [B, H, T, d]."""
+    """Causal attention of the last `query.shape[2]` tokens of a sequence to the whole sequence; [B, H, T, d]."""
     queries, keys = query.shape[2], key.shape[2]
     options: dict[str, Any] = {"scale": scale, "enable_gqa": query.shape[1] != key.shape[1]}
     if queries == keys and (window is None or window >= keys):

@@ -1,4 +1,4 @@
-"""A model's backbone over a packed batch, and the hidden states that the LM head needs of it."""
+"""A model's backbone over a packed batch, and the hidden states that the LM head needs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def packed_output(model: Any, batch: PackedBatch, **options: Any) -> Any:
 
 
 def packed_arguments(batch: PackedBatch, device: torch.device) -> dict[str, Any]:
-    """What a backbone on `device` is given for a packed batch."""
+    """The arguments of a backbone on `device` for a packed batch."""
     batch = batch.to(device)
     return {
         "input_ids": batch.input_ids,
@@ -36,13 +36,13 @@ def packed_arguments(batch: PackedBatch, device: torch.device) -> dict[str, Any]
 
 
 def unmasked_arguments(input_ids: Tensor, layout: RightPadded) -> dict[str, Any]:
-    """What a backbone is given instead of the attention mask of right-padded rows, `input_ids` [B, L]."""
+    """The arguments of a backbone in the place of the attention mask of right-padded rows, `input_ids` [B, L]."""
     positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
     return {"attention_mask": marker(input_ids.device), "position_ids": positions, "layout": layout}
 
 
 class Selection:
-    """The hidden states that predict the targets of a packed batch, one for each, and where the results go."""
+    """The hidden states that predict the targets of a packed batch, one for each target, and their padded slots."""
 
     def __init__(self, hidden: Tensor, batch: PackedBatch, targets: Tensor) -> None:
         slots = (targets != -100).flatten().nonzero()[:, 0]

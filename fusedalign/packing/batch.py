@@ -1,8 +1,8 @@
-"""Rows of tokens as one row without padding, in which a beginning that several rows share stands once.
+"""Rows of tokens packed into one row without padding, in which a prompt that several rows share is stored once.
 
-B rows of at most L tokens become S packed tokens. A row is its *prefix*, which it shares with an
-earlier row, and its *segment*, the tokens that stand for this row alone; both are runs of consecutive packed tokens.
-The queries of a segment see the keys of the prefix and, causally, those of the segment.
+B rows of at most L tokens become S packed tokens. A row consists of a *prefix*, which it shares with an earlier row,
+and a *segment*, tokens of this row only; both are runs of consecutive packed tokens. The queries of a segment attend to
+the keys of the prefix and, causally, to those of the segment.
 
 A pair of answers to one prompt, chosen first::
 
@@ -25,12 +25,12 @@ from torch import Tensor
 from fusedalign.checks import check_plain
 from fusedalign.compaction import send
 
-#: Packed tokens come in multiples of this on a GPU, so that kernels meet fewer sizes.
+#: S is a multiple of this on a GPU, so that kernels are compiled for fewer sizes.
 GPU_MULTIPLE = 64
 
 
 class Segment(NamedTuple):
-    """A run of packed tokens, and the run before it that its queries see too."""
+    """A run of packed tokens, and the earlier run that its queries attend to as well."""
 
     start: int
     length: int
@@ -39,21 +39,21 @@ class Segment(NamedTuple):
 
 
 class SharedKeys(NamedTuple):
-    """The keys of all segments one after another, each with a copy of its prefix before it; K of them."""
+    """Indices of the keys of all segments, K in total; each segment's keys follow a copy of its prefix's keys."""
 
     tokens: Tensor
     """[K] int64: the packed token of each key"""
     home: Tensor
-    """[S] int64: the key of each packed token that is no copy"""
+    """[S] int64: the key of each packed token in its own segment"""
     copy: Tensor
     """[C] int64: the keys that are copies"""
     source: Tensor
-    """[C] int64: the packed tokens that they are copies of"""
+    """[C] int64: the packed token of each copy"""
 
 
 @dataclass(frozen=True, eq=False)
 class RightPadded:
-    """Padded rows, all of which begin with a token: causal attention needs no mask to keep them from the padding."""
+    """Padded rows that all begin with a token: causal attention needs no mask, since padding comes last."""
 
     def to(self, *_: object, **__: object) -> RightPadded:
         """Itself: it holds no tensor."""
@@ -62,23 +62,23 @@ class RightPadded:
 
 @dataclass(frozen=True, eq=False)
 class PackedBatch:
-    """What a model and its attention need to run B padded rows [B, L] as S packed tokens.
+    """The inputs of a model and its attention that run B padded rows [B, L] as S packed tokens.
 
-    `to` moves what the model needs to a device; `token_index`, `valid` and `segments` stay on the CPU.
+    `to` moves the tensors that the model reads; `token_index`, `valid` and `segments` stay on the CPU.
     """
 
     input_ids: Tensor
     """[1, S] int64"""
     position_ids: Tensor
-    """[1, S] int64: the place of each token in its row"""
+    """[1, S] int64: the position of each token in its row"""
     row_counts: Tensor
-    """[1, S] int64: the number of rows that each token stands for, 0 for the filler at the end"""
+    """[1, S] int64: the number of rows that contain each token, 0 for the filler at the end"""
     query_offsets: Tensor
-    """[segments + 1] int32: where the queries of each segment begin"""
+    """[segments + 1] int32: the first query of each segment"""
     key_offsets: Tensor
-    """[segments + 1] int32: where its keys begin"""
+    """[segments + 1] int32: the first key of each segment"""
     shared: SharedKeys | None
-    """None: no row shares a prefix, and keys stand as packed tokens do"""
+    """None: no row shares a prefix, and the keys are those of the packed tokens"""
     max_queries: int
     """of a segment"""
     max_keys: int
@@ -91,11 +91,11 @@ class PackedBatch:
 
     @property
     def tokens(self) -> int:
-        """S, with the filler."""
+        """S, including the filler."""
         return self.input_ids.shape[1]
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> PackedBatch:
-        """This batch with the model's tensors on `device`; none of these small copies waits for a GPU."""
+        """This batch with the model's tensors on `device`; these small copies do not synchronise with a GPU."""
         device = torch.device(device)
         return self._moved(lambda x: send(x, device) if x.device.type == "cpu" else x.to(device))
 
@@ -116,18 +116,16 @@ class PackedBatch:
 
     def row_means(self, values: Tensor) -> Tensor:
         """Means over the tokens of each row, [B, ...] of [S, ...], summed in fp32 at least; 0 for an empty row."""
-        wide = torch.promote_types(values.dtype, torch.float32)
+        dtype = torch.promote_types(values.dtype, torch.float32)
+        zero = values.new_zeros(values.shape[1:], dtype=dtype)
         means = []
         for runs in self._row_runs():
-            count = sum(run.stop - run.start for run in runs)
-            total = sum(
-                (values[run].sum(0, dtype=wide) for run in runs), values.new_zeros(values.shape[1:], dtype=wide)
-            )
-            means.append(total / max(1, count))
-        return torch.stack(means) if means else values.new_zeros(0, *values.shape[1:], dtype=wide)
+            total = sum((values[run].sum(0, dtype=dtype) for run in runs), zero)
+            means.append(total / max(1, sum(run.stop - run.start for run in runs)))
+        return torch.stack(means) if means else zero.new_zeros(0, *zero.shape)
 
     def _row_runs(self) -> list[list[slice]]:
-        """For each row the one or two runs of packed tokens that it is made of; none for an empty row."""
+        """The one or two runs of packed tokens of each row; none for an empty row."""
         runs: list[list[slice]] = []
         for tokens in (row[mask] for row, mask in zip(self.token_index, self.valid, strict=True)):
             cuts = (tokens.diff() != 1).nonzero().flatten().add(1).tolist()
@@ -148,9 +146,9 @@ def pack_rows(
     Args:
         rows: B rows, of any lengths, empty ones too.
         groups: with G > 1 row i, row i + B/G, row i + 2 B/G, ... are answers to one prompt: all chosen first, then all
-            rejected, as TRL orders them. The later ones share with the first the tokens with which both begin.
-        share: False: nothing is shared.
-        multiple: filler is added until S is a multiple of this, so that kernels meet fewer sizes.
+            rejected, in TRL's order. Each later row shares its common beginning with the first of them.
+        share: False: no prefix is shared.
+        multiple: filler is added until S is a multiple of this, so that kernels are compiled for fewer sizes.
 
     Returns:
         The batch, on the CPU; L is the length of the longest row.
@@ -200,8 +198,8 @@ def pack_padded(
     """Pack padded rows.
 
     Args:
-        input_ids: [B, L] integers; tensors on a GPU are copied to the CPU, which waits for it.
-        attention_mask: [B, L], 0 (or False) on padding, which may stand before a row, after it, or both.
+        input_ids: [B, L] integers; tensors on a GPU are copied to the CPU, which synchronises.
+        attention_mask: [B, L], 0 (or False) on padding, which may be before a row, after it, or both.
         groups, share, multiple: as in `pack_rows`.
 
     Raises:
@@ -215,17 +213,17 @@ def pack_padded(
         )
     if groups < 1 or len(ids) % groups:
         raise ValueError(f"rows must be a multiple of groups={groups}, got {len(ids)}")
-    lengths, place = valid.sum(1), torch.arange(ids.shape[1])[None]
-    first = valid.to(torch.uint8).argmax(1) if ids.shape[1] else lengths
-    place = place - first[:, None]
-    if not torch.equal(valid, (place >= 0) & (place < lengths[:, None])):
+    lengths = valid.sum(1)
+    rows = _PaddedRows(ids, valid, valid.to(torch.uint8).argmax(1) if ids.shape[1] else lengths, lengths)
+    positions = rows.positions
+    if not torch.equal(valid, (positions >= 0) & (positions < lengths[:, None])):
         raise ValueError("attention_mask must have no padding within a row, got a row with tokens on both sides of it")
-    alike = _shared_lengths(ids, first, lengths, groups) if share and groups > 1 else torch.zeros_like(lengths)
-    return _pack(ids, valid, place, lengths, alike, groups, multiple)
+    shared_lengths = _shared_lengths(rows, groups) if share and groups > 1 else torch.zeros_like(lengths)
+    return _pack(rows, shared_lengths, groups, multiple)
 
 
 def pack_documents(input_ids: Tensor, position_ids: Tensor, *, multiple: int = 1) -> PackedBatch:
-    """Take over rows that are packed already, as TRL's `padding_free` and `packing` give them.
+    """The batch of rows that are packed already, for instance by TRL's `padding_free` or `packing`.
 
     Args:
         input_ids: [B, L] integers, documents one after another.
@@ -245,103 +243,112 @@ def pack_documents(input_ids: Tensor, position_ids: Tensor, *, multiple: int = 1
             f"input_ids and position_ids must both be [rows, length], got {tuple(ids.shape)} and "
             f"{tuple(positions.shape)}"
         )
-    begins = positions == 0
-    begins[:, :1] = True
-    starts = begins.flatten().nonzero()[:, 0]
+    is_start = positions == 0
+    is_start[:, :1] = True
+    starts = is_start.flatten().nonzero()[:, 0]
     lengths = torch.diff(starts, append=torch.tensor([ids.numel()]))
-    own = torch.arange(ids.numel())
-    none = torch.zeros_like(lengths)
-    token_index = own.view(ids.shape)
-    return _finish(
-        ids.flatten(), positions.flatten(), starts, lengths, none, none, token_index, ~(token_index < 0), multiple
-    )
+    zeros = torch.zeros_like(lengths)
+    token_index = torch.arange(ids.numel()).view(ids.shape)
+    segments = _Segments(starts, lengths, zeros, zeros)
+    valid = torch.ones_like(ids, dtype=torch.bool)
+    return _batch(ids.flatten(), positions.flatten(), segments, token_index, valid, multiple)
 
 
 def _token_ids(x: Tensor) -> Tensor:
-    """`x` as int64. TypeError where it holds no integers; a row without tokens may have any dtype."""
+    """`x` as int64. TypeError if it has no integer dtype; a row without tokens may have any dtype."""
     if x.numel() and (x.is_floating_point() or x.is_complex() or x.dtype == torch.bool):
         raise TypeError(f"token ids must be integers, got {x.dtype}")
     return x.long()
 
 
-def _shared_lengths(ids: Tensor, first: Tensor, lengths: Tensor, groups: int) -> Tensor:
-    """[B]: with how many tokens each row begins as the first row of its prompt does; 0 for those first rows."""
-    count, width = len(ids) // groups, ids.shape[1]
-    place = torch.arange(width)[None]
-    flush = ids.gather(1, (place + first[:, None]).clamp(max=max(0, width - 1)))
-    inside = place < torch.minimum(lengths, lengths[:count].repeat(groups))[:, None]
-    same = (flush == flush[:count].repeat(groups, 1)) & inside
-    alike = same.to(torch.uint8).cumprod(1).sum(1)
-    alike[:count] = 0
-    return alike
+class _PaddedRows(NamedTuple):
+    """Padded rows of token ids."""
+
+    input_ids: Tensor
+    """[B, L]"""
+    valid: Tensor
+    """[B, L] bool: False on padding"""
+    first: Tensor
+    """[B]: the column of the first token"""
+    lengths: Tensor
+    """[B]"""
+
+    @property
+    def positions(self) -> Tensor:
+        """[B, L]: the position of each slot in its row; below 0 or at least its length on padding."""
+        return torch.arange(self.input_ids.shape[1])[None] - self.first[:, None]
 
 
-def _pack(
-    ids: Tensor, valid: Tensor, place: Tensor, lengths: Tensor, alike: Tensor, groups: int, multiple: int
-) -> PackedBatch:
-    """`place` [B, L] is that of each slot in its row, `alike` [B] the length of each row's prefix."""
-    own = lengths - alike
+class _Segments(NamedTuple):
+    """The segments of a batch in their order, [segments] each, see `Segment`."""
+
+    starts: Tensor
+    lengths: Tensor
+    prefix_starts: Tensor
+    prefix_lengths: Tensor
+
+
+def _shared_lengths(rows: _PaddedRows, groups: int) -> Tensor:
+    """[B]: the number of first tokens that each row shares with the first row of its prompt; 0 for those first rows."""
+    count, width = len(rows.input_ids) // groups, rows.input_ids.shape[1]
+    columns = torch.arange(width)[None]
+    aligned = rows.input_ids.gather(1, (columns + rows.first[:, None]).clamp(max=max(0, width - 1)))
+    inside = columns < torch.minimum(rows.lengths, rows.lengths[:count].repeat(groups))[:, None]
+    is_equal = (aligned == aligned[:count].repeat(groups, 1)) & inside
+    shared_lengths = is_equal.to(torch.uint8).cumprod(1).sum(1)
+    shared_lengths[:count] = 0
+    return shared_lengths
+
+
+def _pack(rows: _PaddedRows, shared_lengths: Tensor, groups: int, multiple: int) -> PackedBatch:
+    """The batch of padded rows; `shared_lengths` [B] are the lengths of their prefixes."""
+    ids, valid, positions = rows.input_ids, rows.valid, rows.positions
+    own_lengths = rows.lengths - shared_lengths
     order = torch.arange(len(ids)).view(groups, -1).t().flatten()  # the rows of a prompt next to one another
-    start = torch.empty_like(own)
-    start[order] = own[order].cumsum(0) - own[order]
-    prefix_start = start[: len(ids) // groups].repeat(groups)
-    stands_alone = place >= alike[:, None]
-    token_index = torch.where(stands_alone, start[:, None] + place - alike[:, None], prefix_start[:, None] + place)
-    token_index = token_index.where(valid, 0)
-    unique = valid & stands_alone
-    packed_ids, positions = ids.new_empty(2, int(own.sum()))
+    starts = torch.empty_like(own_lengths)
+    starts[order] = own_lengths[order].cumsum(0) - own_lengths[order]
+    prefix_starts = starts[: len(ids) // groups].repeat(groups)
+    in_segment = positions >= shared_lengths[:, None]
+    segment_index = starts[:, None] + positions - shared_lengths[:, None]
+    token_index = torch.where(in_segment, segment_index, prefix_starts[:, None] + positions).where(valid, 0)
+    unique = valid & in_segment
+    packed_ids, packed_positions = ids.new_empty(2, int(own_lengths.sum()))
     packed_ids[token_index[unique]] = ids[unique]
-    positions[token_index[unique]] = place.expand_as(ids)[unique]
-    order = order[own[order] > 0]
-    return _finish(
-        packed_ids,
-        positions,
-        start[order],
-        own[order],
-        prefix_start[order].where(alike[order] > 0, 0),
-        alike[order],
-        token_index,
-        valid,
-        multiple,
+    packed_positions[token_index[unique]] = positions[unique]
+    order = order[own_lengths[order] > 0]
+    prefix_lengths = shared_lengths[order]
+    segments = _Segments(
+        starts[order], own_lengths[order], prefix_starts[order].where(prefix_lengths > 0, 0), prefix_lengths
     )
+    return _batch(packed_ids, packed_positions, segments, token_index, valid, multiple)
 
 
-def _finish(
-    ids: Tensor,
-    positions: Tensor,
-    starts: Tensor,
-    lengths: Tensor,
-    prefix_starts: Tensor,
-    prefix_lengths: Tensor,
-    token_index: Tensor,
-    valid: Tensor,
-    multiple: int,
+def _batch(
+    ids: Tensor, positions: Tensor, segments: _Segments, token_index: Tensor, valid: Tensor, multiple: int
 ) -> PackedBatch:
-    """The record, from packed tokens and the segments in their order; filler is a segment of its own."""
+    """The record of packed tokens and their segments; filler is a segment of its own."""
     if multiple < 1:
         raise ValueError(f"multiple must be at least 1, got {multiple}")
     row_counts = torch.bincount(token_index[valid], minlength=len(ids))
     filler = -len(ids) % multiple if len(ids) else multiple
     if filler:
+        added = (len(positions), filler, 0, 0)
+        segments = _Segments(*(F.pad(x, (0, 1), value=value) for x, value in zip(segments, added, strict=True)))
         ids, row_counts = F.pad(ids, (0, filler)), F.pad(row_counts, (0, filler))
-        starts = F.pad(starts, (0, 1), value=len(positions))
         positions = torch.cat([positions, torch.arange(filler)])
-        lengths = F.pad(lengths, (0, 1), value=filler)
-        prefix_starts, prefix_lengths = F.pad(prefix_starts, (0, 1)), F.pad(prefix_lengths, (0, 1))
-    keys = prefix_lengths + lengths
-    columns = (x.tolist() for x in (starts, lengths, prefix_starts, prefix_lengths))
+    key_lengths = segments.prefix_lengths + segments.lengths
     return PackedBatch(
         input_ids=ids[None],
         position_ids=positions[None],
         row_counts=row_counts[None],
-        query_offsets=_offsets(lengths),
-        key_offsets=_offsets(keys),
-        shared=_shared_keys(starts, lengths, prefix_starts, prefix_lengths),
-        max_queries=int(lengths.max()),
-        max_keys=int(keys.max()),
+        query_offsets=_offsets(segments.lengths),
+        key_offsets=_offsets(key_lengths),
+        shared=_shared_keys(segments, key_lengths),
+        max_queries=int(segments.lengths.max()),
+        max_keys=int(key_lengths.max()),
         token_index=token_index,
         valid=valid,
-        segments=tuple(Segment(*segment) for segment in zip(*columns, strict=True)),
+        segments=tuple(Segment(*segment) for segment in zip(*(x.tolist() for x in segments), strict=True)),
     )
 
 
@@ -349,35 +356,32 @@ def _offsets(lengths: Tensor) -> Tensor:
     return F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
 
 
-def _shared_keys(starts: Tensor, lengths: Tensor, prefix_starts: Tensor, prefix_lengths: Tensor) -> SharedKeys | None:
-    if not prefix_lengths.any():
+def _shared_keys(segments: _Segments, key_lengths: Tensor) -> SharedKeys | None:
+    if not segments.prefix_lengths.any():
         return None
-    keys = prefix_lengths + lengths
-    total = int(keys.sum())
+    total = int(key_lengths.sum())
 
     def per_key(x: Tensor) -> Tensor:
-        return x.repeat_interleave(keys, output_size=total)
+        return x.repeat_interleave(key_lengths, output_size=total)
 
-    place = torch.arange(total) - per_key(keys.cumsum(0) - keys)
-    in_prefix = place < per_key(prefix_lengths)
-    index = place + torch.where(in_prefix, per_key(prefix_starts), per_key(starts - prefix_lengths))
-    home = (~in_prefix).nonzero()[:, 0]  # segments follow one another, so these are in the order of packed tokens
+    offsets = torch.arange(total) - per_key(key_lengths.cumsum(0) - key_lengths)
+    in_prefix = offsets < per_key(segments.prefix_lengths)
+    segment_starts = segments.starts - segments.prefix_lengths
+    tokens = offsets + torch.where(in_prefix, per_key(segments.prefix_starts), per_key(segment_starts))
+    home = (~in_prefix).nonzero()[:, 0]  # in the order of packed tokens, since segments follow one another
     copy = in_prefix.nonzero()[:, 0]
-    return SharedKeys(index, home, copy, index[copy])
-
-
-# -------------------------------------------------------------------------------------------- back to the padded layout
+    return SharedKeys(tokens, home, copy, tokens[copy])
 
 
 class _Spread(torch.autograd.Function):
-    """Packed values at their slots, zero elsewhere.
+    """Packed values at their padded slots, zero elsewhere.
 
-    The gradient of a token is gathered from its first slot, and those of its other slots are added. The backward of
-    `index_select` would add all of them by atomics, which queue up where many padded slots read one token.
+    The gradient of a token is gathered from its first slot, and the gradients of its other slots are added to it. The
+    backward of `index_select` would add all of them by atomics, which contend where many slots read one token.
     """
 
     @staticmethod
-    def forward(ctx, values, home_token, home_slot, copy_token, copy_slot, slots):  # type: ignore[no-untyped-def]
+    def forward(ctx, values, home_token, home_slot, copy_token, copy_slot, slots):
         ctx.save_for_backward(home_token, home_slot, copy_token, copy_slot)
         ctx.shape = values.shape
         padded = values.new_zeros(slots, *values.shape[1:])
@@ -386,7 +390,7 @@ class _Spread(torch.autograd.Function):
         return padded
 
     @staticmethod
-    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+    def backward(ctx, grad):
         home_token, home_slot, copy_token, copy_slot = ctx.saved_tensors
         total = grad.new_zeros(ctx.shape)
         total[home_token] = grad[home_slot]
@@ -401,4 +405,4 @@ def _spread(values: Tensor, batch: PackedBatch) -> Tensor:
     repeats = F.pad(tokens[order].diff() == 0, (1, 0))[: len(order)]
     index = [send(x, values.device) for part in (order[~repeats], order[repeats]) for x in (tokens[part], slots[part])]
     padded = _Spread.apply(values, *index, batch.valid.numel())
-    return padded.view(*batch.valid.shape, *values.shape[1:])  # type: ignore[no-any-return]
+    return padded.view(*batch.valid.shape, *values.shape[1:])

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fusedalign.head import lm_head
+from fusedalign.head import LMHead, lm_head
 from fusedalign.ops import linear_logps
 from fusedalign.packing.attention import installed
 from fusedalign.packing.backbone import Selection, packed_output
@@ -21,15 +21,15 @@ def packed_hidden(model: Any, batch: PackedBatch) -> Tensor:
     """Last hidden states of packed tokens.
 
     Args:
-        model: a causal LM of transformers. Its attention function is replaced at the first call, see `enable`; without
-            packed batches it does what it did before.
-        batch: of `pack_rows`, `pack_answers`, `pack_padded` or `pack_documents`, on any device.
+        model: a causal LM of transformers. Its attention function is replaced at the first call, see `enable`; other
+            calls of the model give the same results as before.
+        batch: from `pack_rows`, `pack_answers`, `pack_padded` or `pack_documents`, on any device.
 
     Returns:
-        [S, D], the input of the LM head. `batch.spread` brings them into the padded layout.
+        [S, D], the input of the LM head. `batch.spread` pads them.
 
     Raises:
-        LayoutError (a ValueError): this model would go wrong in packed batches, with the reason.
+        LayoutError (a ValueError): this model would give wrong results on packed batches, with the reason.
 
     Example::
 
@@ -70,16 +70,14 @@ def packed_logps(
     head = lm_head(model)
     weight = head.weight[0] if isinstance(head.weight, tuple) else head.weight
     selection = Selection(hidden.to(weight.device), batch, targets)
-    out = linear_logps(
-        head.expand(selection.hidden),
-        head.weight,
-        selection.targets,
-        bias=head.bias,
-        scale=head.scale,
-        softcap=head.softcap,
-        outputs=outputs,
-        **options,
-    )
+    out = head_logps(head, head.expand(selection.hidden), selection.targets, outputs=outputs, **options)
     logps, *others = (None if x is None else selection.scatter(x) for x in out)
     assert logps is not None
     return TokenLogps(logps, *others)
+
+
+def head_logps(head: LMHead, expanded: Tensor, targets: Tensor, **options: Any) -> TokenLogps:
+    """`linear_logps` with the weight, bias, scale and softcap of `head`, from hidden states of `head.expand`."""
+    return linear_logps(
+        expanded, head.weight, targets, bias=head.bias, scale=head.scale, softcap=head.softcap, **options
+    )

@@ -1,9 +1,9 @@
-"""Whether a model may run packed: by what its configuration says, then by running a few tokens in both layouts.
+"""The proof that a model can run packed: checks of its configuration, then a few tokens in both layouts.
 
-No list of models is kept. The configuration tells of layers that carry a state along the row, for instance; a few
-tokens, in the padded layout and in the packed one, tell the rest: hidden states and gradients must agree as closely as
-rounding allows. That allowance comes from the model itself: it is a multiple of what changes when each number of the
-input embeddings moves by one rounding error.
+There is no list of models. The configuration shows for instance layers that carry a state along the row; then a few
+tokens run in the padded and in the packed layout, and hidden states and gradients must agree up to rounding. The
+tolerance is measured on the model: a multiple of the change when its input embeddings are perturbed by one rounding
+error.
 """
 
 from __future__ import annotations
@@ -30,46 +30,46 @@ from fusedalign.packing.attention import (
 from fusedalign.packing.backbone import packed_output, unmasked_arguments
 from fusedalign.packing.batch import PackedBatch, RightPadded, pack_padded
 
-#: How far layouts may differ, as multiples of what one rounding of the input embeddings changes. In bf16 the hidden
-#: states of a Qwen3 of 28 layers differ by a third of that on an H100, gradients, which go through the layers twice, by
-#: up to twice that in small models of 13 families on a CPU.
+#: Tolerances, in multiples of the change by one rounding error of the input embeddings. In bf16 on an H100 the hidden
+#: states of a Qwen3 with 28 layers differ by a third of that change; gradients, which pass the layers twice, by up to
+#: twice that change in small models of 13 families on a CPU.
 _ALLOWANCE = 4.0
 _GRADIENT_ALLOWANCE = 8.0
 
 
 class Proof(NamedTuple):
-    """What a comparison of two layouts has shown."""
+    """The result of a comparison of two layouts."""
 
     difference: float
     """of hidden states, relative to their size"""
     allowed: float
     gradient_difference: float
-    """of the parameters' gradients, relative to their size, as far as projections tell; 0 where none is trained"""
+    """of projections of the parameters' gradients, relative to their size; 0 if no parameter is trained"""
     gradient_allowed: float
     by_segments: bool
-    """whether attention ran one segment at a time, for want of a kernel"""
+    """whether attention ran one segment at a time, without a kernel for packed batches"""
 
 
 def enable(model: Any, *, training: bool = True) -> Proof:
-    """Let a causal LM of transformers run packed batches, once that is proven to be right.
+    """Let a causal LM of transformers run packed batches, if a comparison proves that it computes the same.
 
-    Its attention function is replaced, see `attention.install`; without a packed batch it does what it did before.
+    Its attention function is replaced, see `attention.install`; without a packed batch the original runs.
 
     Args:
         model: not the `PeftModel` around it; adapters in its layers do not matter.
-        training: False where it only runs forward, in eval mode: gradients are not compared, and it may have dropout.
+        training: False for a model that only runs forward in eval mode: gradients are not compared, dropout is allowed.
 
     Returns:
         The numbers of the proof.
 
     Raises:
-        LayoutError: it would go wrong, with the reason; the model is then as it was.
+        LayoutError: its results would be wrong, with the reason; the model is then unchanged.
     """
     return _enable(model, refusal(model), functools.partial(prove_packed, training=training))
 
 
 def enable_unmasked(model: Any) -> Proof:
-    """Let a causal LM of transformers run right-padded rows without an attention mask, once that is proven.
+    """Let a causal LM of transformers run right-padded rows without an attention mask, after the same proof.
 
     Args, Returns and Raises: as `enable`.
     """
@@ -82,23 +82,20 @@ def enable_unmasked(model: Any) -> Proof:
 def _enable(model: Any, reason: str | None, prove: Callable[[Any], Proof]) -> Proof:
     if reason is not None:
         raise LayoutError(reason)
-    before = None if installed(model) else install(model)
+    original = None if installed(model) else install(model)
     try:
         return prove(model)
     except Exception as error:
-        if before is not None:
-            uninstall(model, before)
+        if original is not None:
+            uninstall(model, original)
         if isinstance(error, (LayoutError, torch.OutOfMemoryError)):
             raise
         reason = str(error).split("\n")[0]
         raise LayoutError(f"{type(model).__name__} fails in it with {type(error).__name__}: {reason}") from error
 
 
-# ------------------------------------------------------------------------------------------------------- configuration
-
-
 def refusal(model: Any) -> str | None:
-    """Why this model cannot run packed, as far as that can be told without running it; None: no reason is known."""
+    """Why this model cannot run packed, as far as its configuration shows; None: no reason is known."""
     on_cuda = model.get_input_embeddings().weight.device.type == "cuda"
     if on_cuda and varlen_attention() is None:
         return f"torch.nn.attention.varlen came with PyTorch 2.10, this is {torch.__version__}"
@@ -126,8 +123,6 @@ def _structure(model: Any) -> str | None:
     return None
 
 
-# ------------------------------------------------------------------------------------------------------- both layouts
-
 #: Two prompts of 4 and 3 tokens with two answers each, both chosen rows first; token ids, modulo the vocabulary's size.
 _ROWS = (
     (11, 23, 5, 17, 31, 8, 40),
@@ -144,7 +139,7 @@ def prove_packed(model: Any, *, training: bool = True) -> Proof:
         model, training: as in `enable`.
 
     Raises:
-        LayoutError: they differ, with the numbers; or a layer has told why not.
+        LayoutError: they differ, with the numbers; or a layer has refused the layout.
     """
     rows = _padded_rows(model)
     return _compare(model, rows, pack_padded(*rows, groups=2), training)
@@ -173,17 +168,17 @@ def _padded_rows(model: Any) -> _Rows:
     return _Rows(ids.to(device), mask.to(device))
 
 
-class _Measured(NamedTuple):
+class _Measurement(NamedTuple):
     hidden: Tensor
     """[tokens, D] of the real tokens"""
     gradients: Tensor
-    """projections of the gradients of all parameters that are trained, see `_gradient_projections`"""
+    """projections of the gradients of all trained parameters, see `_gradient_projections`"""
     windows: set[tuple[int | None, bool]]
 
 
 def _compare(model: Any, rows: _Rows, layout: Layout, training: bool) -> Proof:
     expected = _windows(model)
-    # Layers that are compiled too are observed.
+    # Compiled layers are observed too: they run eagerly here.
     with _undisturbed(model), _narrow_windows(model), torch.compiler.set_stance("force_eager"):
         model.eval()
         padded, candidate = _measure(model, rows, None, training), _measure(model, rows, layout, training)
@@ -211,16 +206,16 @@ def _compare(model: Any, rows: _Rows, layout: Layout, training: bool) -> Proof:
             f"({proof.gradient_allowed:.1e})"
         )
     if training:
-        with _undisturbed(model), torch.no_grad():  # dropout is told to attention in training alone
+        with _undisturbed(model), torch.no_grad():  # only in training is dropout passed to attention
             model.train()
             _run(model, rows, layout)
     return proof
 
 
-def _measure(model: Any, rows: _Rows, layout: Layout | None, training: bool) -> _Measured:
+def _measure(model: Any, rows: _Rows, layout: Layout | None, training: bool) -> _Measurement:
     trained = [parameter for parameter in model.base_model.parameters() if parameter.requires_grad and training]
-    seen: set[tuple[int | None, bool]] = set()
-    token = observation.set(seen)
+    windows: set[tuple[int | None, bool]] = set()
+    token = observation.set(windows)
     try:
         with torch.set_grad_enabled(bool(trained)), _gradient_projections(trained) as projections:
             hidden = _run(model, rows, layout)
@@ -229,7 +224,7 @@ def _measure(model: Any, rows: _Rows, layout: Layout | None, training: bool) -> 
     finally:
         observation.reset(token)
     gradients = torch.cat([projections[i] for i in sorted(projections)]) if projections else torch.zeros(0)
-    return _Measured(hidden.detach().float(), gradients, seen)
+    return _Measurement(hidden.detach().float(), gradients, windows)
 
 
 def _run(model: Any, rows: _Rows, layout: Layout | None) -> Tensor:
@@ -246,12 +241,12 @@ def _run(model: Any, rows: _Rows, layout: Layout | None) -> Tensor:
 
 
 def _direction(size: int, device: torch.device) -> Tensor:
-    """[size]: a factor for each number, so that no sum of them vanishes by symmetry."""
+    """[size]: weights of a sum that does not vanish by symmetry."""
     return torch.linspace(1.0, 7.0, size, device=device).sin()
 
 
 def _windows(model: Any) -> set[int | None]:
-    """The windows that the layers' attention should be told of."""
+    """The windows that the layers should pass to their attention."""
     text = model.config.get_text_config()
     window = getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
     kinds = getattr(text, "layer_types", None)
@@ -263,30 +258,27 @@ def _windows(model: Any) -> set[int | None]:
 def _unit(model: Any, hidden: Tensor) -> float:
     """The rounding error of the dtype that the model computes in."""
     device, dtype = hidden.device, next(model.parameters()).dtype
-    if not dtype.is_floating_point:  # of a quantised model
+    if not dtype.is_floating_point:  # a quantised model
         dtype = hidden.dtype
     units = [torch.finfo(dtype).eps]
     if torch.is_autocast_enabled(device.type):
         units.append(torch.finfo(torch.get_autocast_dtype(device.type)).eps)
     if device.type == "cuda":
-        units.append(2.0**-10)  # of TF32, which fp32 products may be
+        units.append(2.0**-10)  # TF32, which fp32 products may use
     return max(units)
 
 
 def _distance(x: Tensor, reference: Tensor) -> float:
-    """Of two vectors, relative to the reference."""
+    """The distance of two vectors, relative to the norm of the reference."""
     if not reference.numel():
         return 0.0
     size = torch.linalg.vector_norm(reference.double())
     return float(torch.linalg.vector_norm(x.double() - reference.double()) / size.clamp(min=1e-300))
 
 
-# ------------------------------------------------------------------------------------------------------- without traces
-
-
 @contextlib.contextmanager
 def _undisturbed(model: Any) -> Iterator[None]:
-    """Afterwards modes, gradients and random numbers are as they were."""
+    """Restore training modes and the state of the random generators on exit."""
     modes = {module: module.training for module in model.modules()}
     device = model.get_input_embeddings().weight.device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -299,12 +291,12 @@ def _undisturbed(model: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _gradient_projections(parameters: list[Any]) -> Iterator[dict[int, Tensor]]:
-    """Collects one weighted sum of the rows of each parameter's gradient, which is let go at once.
+    """Collect one weighted sum of the rows of each parameter's gradient, and free the gradient at once.
 
-    Norms would not tell where in a matrix a gradient stands.
+    A norm would not depend on the positions of values in the gradient.
     """
     projections: dict[int, Tensor] = {}
-    before = [parameter.grad for parameter in parameters]
+    original_grads = [parameter.grad for parameter in parameters]
     for parameter in parameters:
         parameter.grad = None
 
@@ -323,13 +315,13 @@ def _gradient_projections(parameters: list[Any]) -> Iterator[dict[int, Tensor]]:
     finally:
         for handle in handles:
             handle.remove()
-        for parameter, grad in zip(parameters, before, strict=True):
+        for parameter, grad in zip(parameters, original_grads, strict=True):
             parameter.grad = grad
 
 
 @contextlib.contextmanager
 def _narrow_windows(model: Any) -> Iterator[None]:
-    """Masks have windows that are narrower than the rows of the proof; attention narrows its own too."""
+    """Give masks a window that is narrower than the rows of the proof; attention narrows its own."""
     config = model.config.get_text_config()
     window = getattr(config, "sliding_window", None)
     if window is None:
@@ -344,7 +336,7 @@ def _narrow_windows(model: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _rounded_embeddings(model: Any, unit: float) -> Iterator[None]:
-    """The input embeddings move by one rounding error, up or down in turn."""
+    """Perturb the input embeddings by one rounding error, up or down."""
 
     def hook(module: Any, args: Any, output: Tensor) -> Tensor:
         signs = torch.ones_like(output.flatten())

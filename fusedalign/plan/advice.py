@@ -1,4 +1,4 @@
-"""Which change of a step saves most memory: each is planned like the step itself."""
+"""Ranks changes of a step by the memory that they save; each changed step is planned too."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ EIGHT_BITS = "adamw_bnb_8bit"
 
 @dataclass(frozen=True)
 class Change:
-    """Another way to train, and what its step takes."""
+    """A change of a step, the memory of the changed step and the saved memory."""
 
     about: str
     step: Step
@@ -22,7 +22,7 @@ class Change:
 
 
 def changes(step: Step) -> Iterator[tuple[str, Step]]:
-    """What a user can turn, where the step has not turned it."""
+    """Yield the changes that a user can still make to a step."""
     if not step.lora_r:
         yield f"LoRA, --lora_r {LORA_R}", replace(step, lora_r=LORA_R)
     if not step.checkpointing:
@@ -30,10 +30,10 @@ def changes(step: Step) -> Iterator[tuple[str, Step]]:
     if step.live_reference and not step.lora_r:
         yield "reference precomputed, --precompute_ref_log_probs", replace(step, precomputed=True)
     if step.batch > 1:
-        parts = next(n for n in range(2, step.batch + 1) if step.batch % n == 0)  # so that a step has as many rows
+        parts = next(n for n in range(2, step.batch + 1) if step.batch % n == 0)  # keeps the rows of a step
         tokens = None if step.tokens is None else -(-step.tokens // parts)
-        less = replace(step, batch=step.batch // parts, tokens=tokens, accumulation=parts * step.accumulation)
-        yield f"--batch {less.batch} --accumulation {less.accumulation}", less
+        smaller = replace(step, batch=step.batch // parts, tokens=tokens, accumulation=parts * step.accumulation)
+        yield f"--batch {smaller.batch} --accumulation {smaller.accumulation}", smaller
     if step.dtype != "bfloat16":
         yield "weights in bf16, --dtype bfloat16", replace(step, dtype="bfloat16")
     if OPTIMISERS[step.optimiser].state_bytes is None and not step.lora_r:
@@ -41,20 +41,20 @@ def changes(step: Step) -> Iterator[tuple[str, Step]]:
 
 
 def ranked(step: Step, peak: Callable[[Step], int]) -> list[Change]:
-    """Single changes that save memory, those that save most first; `peak` plans a step."""
-    now = peak(step)
-    found = [Change(about, other, size, now - size) for about, other in changes(step) for size in [peak(other)]]
+    """Single changes that save memory, largest saving first; `peak` returns the bytes of a step."""
+    current = peak(step)
+    found = [Change(about, other, size, current - size) for about, other in changes(step) for size in [peak(other)]]
     return sorted((change for change in found if change.saved > 0), key=lambda change: -change.saved)
 
 
 def together(step: Step, peak: Callable[[Step], int], room: int) -> list[Change]:
-    """Changes one after another, the largest gain first, until the step takes no more than `room` bytes.
+    """Apply changes one after another, largest saving first, until the step needs at most `room` bytes.
 
     Returns:
-        As many as are needed, each with what it leaves; all that there are where they are not enough.
+        The applied changes; all that save memory, if they are not enough.
     """
-    taken: list[Change] = []
-    while peak(step) > room and (further := ranked(step, peak)):
-        taken.append(further[0])
-        step = further[0].step
-    return taken
+    applied: list[Change] = []
+    while peak(step) > room and (candidates := ranked(step, peak)):
+        applied.append(candidates[0])
+        step = candidates[0].step
+    return applied

@@ -1,4 +1,4 @@
-"""The command `fusedalign plan`: its words, and the plan that they ask for."""
+"""The command `fusedalign plan`: its arguments, and the step that they describe."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import argparse
 import re
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any, NoReturn
+from typing import Any
 
+from fusedalign.commandline import CommandParser
+from fusedalign.methods import WITH_REFERENCE
 from fusedalign.plan.advice import LORA_R
 from fusedalign.plan.model import Shapes, read_config
-from fusedalign.plan.plan import Plan, plan
+from fusedalign.plan.plan import plan
 from fusedalign.plan.shape import DEFAULT_OPTIMISER, ITEM, METHODS, OPTIMISERS, Step
 from fusedalign.plan.table import render
 from fusedalign.reports import to_json, warn
@@ -20,15 +22,13 @@ _UNITS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 
 
 def plan_command(argv: Sequence[str]) -> None:
-    """Run `fusedalign plan` with the words that follow it.
+    """Run `fusedalign plan`.
 
     Raises:
-        ValueError: a word that does not fit, or a model that cannot be planned; one line.
+        ValueError: an invalid argument, or a model that cannot be planned; one line.
     """
-    parser = _parser()
-    options = parser.parse_args(argv)
-    if options.help:
-        print(parser.format_help(), end="")
+    options = _parser().parse(argv)
+    if options is None:
         return
     if options.model_name_or_path is None:
         raise ValueError(
@@ -41,28 +41,34 @@ def plan_command(argv: Sequence[str]) -> None:
         warn(
             f"{options.model_name_or_path} has a quantization_config, which is left out: weights are {step.dtype} here"
         )
-    found = plan(Shapes(config, options.model_name_or_path), step, memory)
-    print(_json(found) if options.json else render(found))
-
-
-def _json(found: Plan) -> str:
-    return to_json(asdict(found), indent=1)
+    result = plan(Shapes(config, options.model_name_or_path), step, memory)
+    print(to_json(asdict(result), indent=1) if options.json else render(result))
 
 
 def step_of(options: argparse.Namespace) -> Step:
-    """What the words say about the step.
+    """The step that the arguments describe.
 
     Raises:
-        ValueError: a number that cannot be.
+        ValueError: a number out of range.
     """
-    for name, least in (("batch", 1), ("length", 2), ("prompt", 0), ("lora_r", 1), ("accumulation", 1), ("tokens", 1)):
+    for name, minimum in (
+        ("batch", 1),
+        ("length", 2),
+        ("prompt", 0),
+        ("lora_r", 1),
+        ("accumulation", 1),
+        ("tokens", 1),
+    ):
         value = getattr(options, name)
-        if value is not None and value < least:
-            raise ValueError(f"--{name} must be at least {least}, got {value}")
+        if value is not None and value < minimum:
+            raise ValueError(f"--{name} must be at least {minimum}, got {value}")
     if options.prompt >= options.length:
         raise ValueError(f"--prompt must be below --length {options.length}, got {options.prompt}")
-    if options.precompute_ref_log_probs and options.method not in ("dpo", "kto"):
-        raise ValueError(f"--precompute_ref_log_probs needs a method with a reference (dpo, kto), got {options.method}")
+    if options.precompute_ref_log_probs and options.method not in WITH_REFERENCE:
+        methods = ", ".join(WITH_REFERENCE)
+        raise ValueError(
+            f"--precompute_ref_log_probs needs a method with a reference ({methods}), got {options.method}"
+        )
     rank = options.lora_r or (LORA_R if options.lora else 0)
     step = Step(
         options.method,
@@ -83,7 +89,7 @@ def step_of(options: argparse.Namespace) -> Step:
 
 
 def parse_memory(text: str) -> int:
-    """Bytes from words such as 24GiB, 24GB, 80G or 25769803776.
+    """Parse a size such as 24GiB, 24GB, 80G or 25769803776; returns bytes.
 
     Raises:
         ValueError: anything else.
@@ -99,49 +105,41 @@ def parse_memory(text: str) -> int:
     return size
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """One line and no usage, like every other command."""
-        raise ValueError(f"{WORD}: {message}")
-
-
-def _parser() -> _Parser:
+def _parser() -> CommandParser:
     default = Step()
-    parser = _Parser(
-        prog=f"fusedalign {WORD}",
-        description="Predicts the peak memory of a training step on one GPU from a model's configuration; no weights\n"
+    parser = CommandParser(
+        f"fusedalign {WORD}",
+        "Predicts the peak memory of a training step on one GPU from a model's configuration; no weights\n"
         "are loaded. Each line is a component with its formula: docs/plan.md.",
         epilog="example: fusedalign plan --model_name_or_path Qwen/Qwen3-1.7B --method dpo --batch 8 --length 4096 "
         "--memory 24GiB",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        add_help=False,
-        allow_abbrev=False,
     )
 
-    def add(name: str, about: str, default: Any = None, **more: Any) -> None:
+    def add(name: str, about: str, default: Any = None, **options: Any) -> None:
         text = about if default is None else f"{about}; default: {default}"
-        parser.add_argument(f"--{name}", help=text, **({"default": default} if "action" not in more else {}), **more)
+        if "action" not in options:
+            options["default"] = default
+        parser.add_argument(f"--{name}", help=text, **options)
 
-    parser.add_argument("-h", "--help", action="store_true", help="show this text")
-    add("model_name_or_path", "a folder with a config.json, a name of the Hub, or embedded", metavar="M")
-    add("method", "how it is trained", default.method, choices=METHODS)
-    add("batch", "rows, or pairs, a micro-batch", default.batch, type=int, metavar="N")
-    add("length", "tokens of a row, prompt and answer", default.length, type=int, metavar="N")
+    add("model_name_or_path", "a folder with a config.json, a Hub model, or embedded", metavar="M")
+    add("method", "the training method", default.method, choices=METHODS)
+    add("batch", "rows, or pairs, per micro-batch", default.batch, type=int, metavar="N")
+    add("length", "tokens per row, prompt and answer", default.length, type=int, metavar="N")
     add(
         "prompt",
-        "of these, those of the prompt: not trained, and packed once a pair",
+        "tokens of the prompt among them: no loss, packed once per pair",
         default.prompt,
         type=int,
         metavar="N",
     )
-    add("tokens", "of the packed batch, where rows are shorter; default: all rows full", type=int, metavar="N")
-    add("accumulation", "micro-batches a step", default.accumulation, type=int, metavar="N")
-    add("dtype", "of the weights, whose products are in bf16", default.dtype, choices=tuple(ITEM))
+    add("tokens", "tokens of the packed batch, if rows are shorter; default: all rows full", type=int, metavar="N")
+    add("accumulation", "micro-batches per step", default.accumulation, type=int, metavar="N")
+    add("dtype", "of the weights; matrix products are in bf16", default.dtype, choices=tuple(ITEM))
     add("lora", f"train LoRA on all linear layers, r={LORA_R}", action="store_true")
     add("lora_r", "the same with another rank", type=int, metavar="R")
-    add("gradient_checkpointing", "of the totals; both are shown", "true", choices=("true", "false"))
-    add("precompute_ref_log_probs", "no reference model in the training (dpo, kto)", action="store_true")
-    add("optim", "the optimiser, by transformers' name", DEFAULT_OPTIMISER, choices=tuple(OPTIMISERS))
-    add("memory", "of the card, such as 24GiB: what fits on it, and which change helps most", metavar="SIZE")
+    add("gradient_checkpointing", "of the planned step; the peaks of both are shown", "true", choices=("true", "false"))
+    add("precompute_ref_log_probs", "train without a reference model in memory (dpo, kto)", action="store_true")
+    add("optim", "the optimiser, by its name in transformers", DEFAULT_OPTIMISER, choices=tuple(OPTIMISERS))
+    add("memory", "of the GPU, such as 24GiB: whether the step fits, and which change saves most", metavar="SIZE")
     add("json", "print JSON", action="store_true")
     return parser

@@ -1,4 +1,4 @@
-"""A causal LM's shape from its configuration alone: the model is built on the meta device, where it has no weights."""
+"""The records of a causal LM from its configuration: the model is built on the meta device, without weights."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from fusedalign.plan.trace import trace
 
 
 def read_config(name: str) -> Any:
-    """The configuration of a folder, a Hub model or the embedded one.
+    """Read the configuration of a folder, a Hub model or the embedded model.
 
     Raises:
-        ValueError: there is none, or it is that of no causal LM with a vocabulary.
+        ValueError: there is none, or it is not of a causal LM with a vocabulary.
     """
     import transformers
 
@@ -31,18 +31,17 @@ def read_config(name: str) -> Any:
         raise ValueError(f"{option} must be a folder with a config.json, got {name} without one")
     try:
         config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
-    except Exception as error:  # OSError, ValueError, KeyError, and what validates fields
-        where = (
-            "its config.json cannot be read" if path.is_dir() else "it is no folder here, and the Hub has no such model"
-        )
-        reason = f"{where} or cannot be reached" if not path.is_dir() else f"{where}: {' '.join(str(error).split())}"
+    except Exception as error:  # OSError, ValueError, KeyError, and validation errors of fields
+        reason = "it is no folder here, and the Hub has no such model or cannot be reached"
+        if path.is_dir():
+            reason = f"its config.json cannot be read: {' '.join(str(error).split())}"
         raise ValueError(f"{option} must name a model, got {name}: {reason}") from error
     check_config(config, name)
     return config
 
 
 def check_config(config: Any, name: str) -> None:
-    """Raises ValueError for a configuration of no causal LM with a vocabulary."""
+    """Raise ValueError unless the configuration is of a causal LM with a vocabulary."""
     from transformers import AutoModelForCausalLM
 
     kind = type(config).__name__
@@ -55,7 +54,7 @@ def check_config(config: Any, name: str) -> None:
 
 
 class Shapes:
-    """Models of one configuration as steps train them, and what their layers take; each is made once."""
+    """The models of one configuration as steps train them, and the memory of their layers, with a cache."""
 
     def __init__(self, config: Any, name: str) -> None:
         self.config, self.name = config, name
@@ -64,25 +63,25 @@ class Shapes:
 
     def model(self, step: Step) -> Model:
         """The model that a step trains."""
-        return self._built(step)[1]
+        return self._build(step)[1]
 
     def trace(self, step: Step, *, padded: bool = False) -> Trace:
-        """What the layers take for a micro-batch of this step, packed or with every row as long as the longest."""
+        """The memory of the layers for a micro-batch of this step, packed or padded to the longest row."""
         tokens, keys = (step.padded, step.padded) if padded else (step.packed, step.keys)
         key = (step.dtype, step.lora_r, tokens, keys)
         if key not in self._traces:
-            self._traces[key] = trace(self._built(step)[0], tokens, keys=keys)
+            self._traces[key] = trace(self._build(step)[0], tokens, keys=keys)
         return self._traces[key]
 
-    def _built(self, step: Step) -> tuple[Any, Model]:
+    def _build(self, step: Step) -> tuple[Any, Model]:
         key = step.dtype, step.lora_r
         if key not in self._models:
             causal_lm = build(self.config, step)
-            self._models[key] = causal_lm, _described(self.name, causal_lm, step)  # before a trace takes it apart
+            self._models[key] = causal_lm, _describe(self.name, causal_lm, step)  # before a trace modifies the model
         return self._models[key]
 
 
-def _described(name: str, causal_lm: Any, step: Step) -> Model:
+def _describe(name: str, causal_lm: Any, step: Step) -> Model:
     adapters = sum(p.numel() for p in causal_lm.parameters() if p.requires_grad) if step.lora_r else 0
     parameters = sum(p.numel() for p in causal_lm.parameters()) - adapters
     base = causal_lm.get_base_model() if step.lora_r else causal_lm
@@ -92,7 +91,7 @@ def _described(name: str, causal_lm: Any, step: Step) -> Model:
 
 
 def build(config: Any, step: Step) -> Any:
-    """The model of a step on the meta device, with LoRA on all linear layers where the step has it."""
+    """Build the model of a step on the meta device, with LoRA on all linear layers if the step uses it."""
     import transformers
 
     with torch.device("meta"), warnings.catch_warnings():

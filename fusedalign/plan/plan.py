@@ -1,4 +1,4 @@
-"""A plan: what a step takes, component by component, and which change helps most."""
+"""A plan: the memory of a step by component, and the changes that save most of it."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from fusedalign.plan.sizes import CONTEXT, OURS, STOCK, Component, Moment
 
 
 class Source(Protocol):
-    """Where records come from: `model.Shapes`, or what a test makes up."""
+    """A source of records: `model.Shapes`, or a fake in tests."""
 
     def model(self, step: Step) -> Model:
         """The model that a step trains."""
 
     def trace(self, step: Step, *, padded: bool = False) -> Trace:
-        """What its layers take for a micro-batch."""
+        """The memory of its layers for a micro-batch."""
 
 
 @dataclass(frozen=True)
@@ -26,15 +26,16 @@ class Total:
     """The peak of a step."""
 
     who: str
+    """the trainer: ours or stock TRL's"""
     bytes: int
     held: int
     moment: Moment
-    """of the peak"""
+    """when the peak is reached"""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """All that the command prints."""
+    """Everything that the command prints."""
 
     model: Model
     step: Step
@@ -49,16 +50,16 @@ class Plan:
     changes: list[Change]
     """single ones, the best first"""
     together: list[Change]
-    """one after another, until the step fits the memory or nothing is left to change"""
+    """applied one after another until the step fits into the memory, or until no change saves any"""
 
     @property
     def ours(self) -> Total:
-        """The step as it was asked for."""
+        """The peak of the requested step with our trainer."""
         return self.totals[0 if self.step.checkpointing else 1]
 
     @property
     def needed(self) -> int:
-        """Of a card, for our step."""
+        """Memory of a GPU that our step needs, including the CUDA context."""
         return self.ours.bytes + CONTEXT
 
 
@@ -66,9 +67,9 @@ def plan(source: Source, step: Step, memory: int | None = None) -> Plan:
     """Plan a step.
 
     Args:
-        source: of the records of a model and its layers.
-        step: how it is trained.
-        memory: bytes of the card; None: unknown.
+        source: of the records of the model and its layers.
+        step: the training step.
+        memory: bytes of the GPU; None: unknown.
     """
     model, trace = source.model(step), source.trace(step)
     stock_trace = source.trace(step, padded=True)
@@ -77,10 +78,10 @@ def plan(source: Source, step: Step, memory: int | None = None) -> Plan:
         m = source.model(other)
         return sizes.peak(m, other, source.trace(other), sizes.head_layer(OURS, m, other).bytes)
 
-    def total(who: str, of: Trace, head: int, checkpointing: bool) -> Total:
-        this = replace(step, checkpointing=checkpointing)
-        held = sum(part.bytes for part in sizes.held(model, this))
-        moment = sizes.largest(model, this, of, head)
+    def total(who: str, layers: Trace, head: int, checkpointing: bool) -> Total:
+        variant = replace(step, checkpointing=checkpointing)
+        held = sum(part.bytes for part in sizes.held(model, variant))
+        moment = sizes.largest(model, variant, layers, head)
         return Total(who, held + moment.bytes, held, moment)
 
     ours, stock = (sizes.head_layer(name, model, step).bytes for name in (OURS, STOCK))

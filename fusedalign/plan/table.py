@@ -1,4 +1,4 @@
-"""The text of a plan: a line for each component, with its size and its formula."""
+"""The text of a plan: a line per component, with its size and its formula."""
 
 from __future__ import annotations
 
@@ -8,21 +8,22 @@ from collections.abc import Iterator
 from fusedalign.plan.plan import Plan, Total
 from fusedalign.plan.shape import Step
 from fusedalign.plan.sizes import CONTEXT, Component
+from fusedalign.reports import text_row
 
 WIDTH = 100
 _NAME, _SIZE = 25, 11
-_INDENT = 2
+_INDENT, _GAP = 2, 3
 
 
 def size(number: int) -> str:
-    """Bytes for a reader: 3.21 GiB, 12.3 MiB."""
+    """Format bytes as 3.21 GiB or 12.3 MiB."""
     gib = number / 2**30
     return f"{gib:.2f} GiB" if abs(gib) >= 0.995 else f"{number / 2**20:.1f} MiB"
 
 
 def render(plan: Plan) -> str:
-    """All lines, none longer than `WIDTH`."""
-    return "\n".join(line for part in _sections(plan) for line in part)
+    """The text of a plan, in lines of at most `WIDTH` characters."""
+    return "\n".join(line for section in _sections(plan) for line in section)
 
 
 def _sections(plan: Plan) -> Iterator[list[str]]:
@@ -35,29 +36,28 @@ def _sections(plan: Plan) -> Iterator[list[str]]:
     if plan.changes:
         yield ["", "changes that help, the best first", *(_change(plan, i) for i in range(len(plan.changes)))]
     if plan.together and plan.memory is not None:
-        words = ", then ".join(change.about for change in plan.together)
+        changes = ", then ".join(change.about for change in plan.together)
         needed = plan.together[-1].bytes + CONTEXT
         title = "enough" if needed <= plan.memory else "not enough even"
-        yield ["", *_wrapped(f"{title} together: {words}; {size(needed)}")]
+        yield ["", *_wrapped(f"{title} together: {changes}; {size(needed)}")]
 
 
 def _title(plan: Plan) -> list[str]:
     model = plan.model
-    first = (
-        f"{model.name}: {model.parameters:,} parameters, {plan.layers} layers, V = {model.vocab:,}, D = {model.width:,}"
-    )
-    return [*_wrapped(first), *_wrapped(describe(plan.step))]
+    counts = f"{model.parameters:,} parameters, {plan.layers} layers, V = {model.vocab:,}, D = {model.width:,}"
+    return [*_wrapped(f"{model.name}: {counts}"), *_wrapped(describe(plan.step))]
 
 
 def describe(step: Step) -> str:
-    """A step in words."""
+    """Describe a step in one line."""
     unit = ("pair" if step.pairs else "row") + ("s" if step.batch > 1 else "")
     rows = f"{step.batch} {unit} of {step.length:,} tokens"
     prompt = f", of which {step.prompt:,} prompt" if step.prompt else ""
-    known = "" if step.tokens is not None or step.packed != step.padded else " (rows full; --tokens where they are not)"
+    hint = "" if step.tokens is not None or step.packed != step.padded else " (rows full; --tokens where they are not)"
     lora = f", LoRA r={step.lora_r}" if step.lora_r else ", all weights"
-    more = f", {step.accumulation} micro-batches a step" if step.accumulation > 1 else ""
-    return f"{step.method}{lora}, {step.dtype} weights, {rows}{prompt}: {step.packed:,} packed tokens{known}{more}"
+    accumulation = f", {step.accumulation} micro-batches a step" if step.accumulation > 1 else ""
+    batch = f"{rows}{prompt}: {step.packed:,} packed tokens{hint}{accumulation}"
+    return f"{step.method}{lora}, {step.dtype} weights, {batch}"
 
 
 def _section(title: str, parts: list[Component]) -> list[str]:
@@ -65,7 +65,7 @@ def _section(title: str, parts: list[Component]) -> list[str]:
 
 
 def _lines(name: str, number: int, text: str) -> list[str]:
-    start = f"{'':{_INDENT}}{name:<{_NAME}}{size(number):>{_SIZE}}   "
+    start = text_row(["", name, size(number), ""], [_INDENT, _NAME, -_SIZE, _GAP], gap="")
     return textwrap.wrap(text, WIDTH, initial_indent=start, subsequent_indent=" " * len(start), break_on_hyphens=False)
 
 
@@ -74,8 +74,8 @@ def _wrapped(text: str) -> list[str]:
 
 
 def _total(plan: Plan, total: Total) -> list[str]:
-    with_checkpoints = plan.totals.index(total) % 2 == 0
-    name = total.who if with_checkpoints else "  without checkpointing"
+    has_checkpointing = plan.totals.index(total) % 2 == 0
+    name = total.who if has_checkpointing else "  without checkpointing"
     parts = " + ".join(f"{name} {size(number)}" for name, number in total.moment.parts if number)
     return _lines(name, total.bytes, f"held {size(total.held)} + {total.moment.name}: {parts}")
 

@@ -1,4 +1,4 @@
-"""Log-probabilities on their own: of a batch, of a data set, of a file that survives what interrupts it."""
+"""Log-probabilities of a batch or of a data set; files of scores survive interruptions."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fusedalign.score.batch import SequenceLogps, sequence_logps
-from fusedalign.score.scorer import AUTO
+from fusedalign.score.scorer import AUTO, BETA
 
 __all__ = ["SequenceLogps", "score", "sequence_logps"]
 
@@ -19,7 +19,7 @@ def score(
     dataset: Any,
     *,
     ref_model: Any = None,
-    beta: float = 0.1,
+    beta: float = BETA,
     out: str | Path | None = None,
     max_length: int | None = None,
     truncation_mode: str = "keep_start",
@@ -31,31 +31,31 @@ def score(
     packed: bool | str = AUTO,
     **options: Any,
 ) -> Any:
-    """Log-probabilities of a data set under a model. Needs TRL, whose functions make the tokens.
+    """Log-probabilities of a data set under a model. Needs TRL, which tokenizes the rows.
 
     Args:
         model: a causal LM of transformers, or a `PeftModel` around one, on its device.
-        tokenizer: its tokenizer.
+        tokenizer: the tokenizer of the model.
         dataset: a `datasets.Dataset` of pairs (chosen, rejected), prompts with completions, conversations (messages)
             or plain text (text).
-        ref_model: another model; implicit rewards beta * (logps - its logps) are added.
-        beta: of these rewards.
-        out: a file NAME.parquet, written so that an interrupted call goes on when it is made again; default: none.
-        max_length: tokens of a row; default: what the model takes.
-        truncation_mode: "keep_start" or "keep_end", as TRL's.
-        stride: plain text longer than `max_length` is read in windows this far apart.
+        ref_model: a reference model; implicit rewards beta * (logps - its logps) are added.
+        beta: of the implicit rewards.
+        out: a file NAME.parquet; repeating an interrupted call with the same file continues it. Default: none.
+        max_length: tokens per row; default: the maximum sequence length of the model.
+        truncation_mode: "keep_start" or "keep_end", as in TRL.
+        stride: plain text longer than `max_length` is read in windows that start so many tokens apart.
         completion_only_loss, assistant_only_loss: as in TRL's `SFTConfig`.
-        per_token: of "logps", "entropy", "ranks": lists of a value a token.
-        max_tokens_per_batch: token positions that run together; "auto" takes what fits.
+        per_token: of "logps", "entropy", "ranks": lists with a value per token.
+        max_tokens_per_batch: token positions that run together; "auto": what fits.
         packed: as in `sequence_logps`.
-        options: more of `fusedalign.linear_logps`, such as `impl`.
+        options: further options of `fusedalign.linear_logps`, such as `impl`.
 
     Returns:
-        A `datasets.Dataset` with the columns of docs/scoring.md; rows that could not be scored are left out. With `out`
-        and more than one process (`torchrun`) None on all ranks but the first.
+        A `datasets.Dataset` with the columns of docs/scoring.md, without rows that could not be scored. With `out` and
+        several processes (`torchrun`) None on all ranks but the first.
 
     Raises:
-        ValueError: no row can be scored, or `out` is of another model, other data or other settings.
+        ValueError: no row can be scored, or `out` has another model, other data or other settings.
 
     Example::
 
@@ -66,7 +66,7 @@ def score(
 
     from fusedalign.score import identity
     from fusedalign.score.rows import RowOptions, Rows
-    from fusedalign.score.run import POLICY, REFERENCE, Run, check_beta, evaluating, ranks_here, score_run
+    from fusedalign.score.run import POLICY, REFERENCE, Ranks, Run, check_beta, evaluating, score_run
     from fusedalign.score.scorer import Scorer, check_per_token
 
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -82,9 +82,9 @@ def score(
     per_token = check_per_token(per_token)
     scorer = {"packed": packed, "per_token": per_token, "max_tokens": max_tokens_per_batch, **options}
     models = {POLICY: model} | ({} if ref_model is None else {REFERENCE: ref_model})
-    loaders = {name: lambda each=each: Scorer(each, **scorer) for name, each in models.items()}
+    loaders = {name: lambda module=module: Scorer(module, **scorer) for name, module in models.items()}
     settings = {
-        **{f"{name} weights": identity.model_digest(each) for name, each in models.items() if out is not None},
+        **{f"{name} weights": identity.model_digest(module) for name, module in models.items() if out is not None},
         "tokenizer": identity.tokenizer_digest(tokenizer),
         "dataset": None if out is None else identity.dataset_digest(source.dataset),
         **dataclasses.asdict(rows),
@@ -94,11 +94,11 @@ def score(
         "packed": packed,
         **{name: value if isinstance(value, (int, float)) else str(value) for name, value in options.items()},
     }
-    rank, ranks, _ = ranks_here() if out is not None else (0, 1, 0)
+    ranks = Ranks() if out is None else Ranks.from_environment()
     with tempfile.TemporaryDirectory() as folder, evaluating(models.values()):
         path = Path(folder) / "scores.parquet" if out is None else Path(out)
-        reward = None if ref_model is None else beta
-        finished = score_run(Run(source, path, settings, loaders, reward, rank, ranks))
+        reward_beta = None if ref_model is None else beta
+        finished = score_run(Run(source, path, settings, loaders, reward_beta, ranks.rank, ranks.world_size))
         if finished is not None and not finished.scored:
             raise ValueError(
                 f"expected a row that can be scored, got {finished.rows} that cannot, the first for: "

@@ -1,4 +1,4 @@
-"""The columns of a file of scores: their names, what they mean, and the table that scores make."""
+"""The columns of a file of scores: names, meanings, and the table built from scores."""
 
 from __future__ import annotations
 
@@ -13,39 +13,38 @@ from fusedalign.score.records import Example, Score
 if TYPE_CHECKING:
     import pyarrow
 
-#: What each column holds. Those of `PER_ANSWER` are called so for rows with one answer, `chosen_logps` and
-#: `rejected_logps` for pairs.
+#: The meaning of each column. For pairs the names have a prefix: `chosen_logps`, `rejected_logps`.
 PER_ANSWER = {
     "logps": "log-probability of the answer: the sum over its tokens, nats",
     "mean_logps": "logps / num_tokens, nats per token",
-    "num_tokens": "tokens that count",
+    "num_tokens": "scored tokens",
     "perplexity": "exp(-mean_logps)",
-    "is_greedy": "whether greedy decoding gives this answer: each token is the likeliest one after those before it",
+    "is_greedy": "whether greedy decoding gives this answer: each token is the most likely one in its context",
     "num_bytes": "UTF-8 bytes of plain text",
     "bits_per_byte": "-logps / (num_bytes ln 2)",
-    "token_logps": "log-probability of each token that counts, nats",
-    "token_entropies": "entropy of the prediction of each token that counts, nats",
-    "token_ranks": "how many tokens are likelier than each one that counts, 0: none",
+    "token_logps": "log-probability of each scored token, nats",
+    "token_entropies": "entropy of the prediction of each scored token, nats",
+    "token_ranks": "number of tokens more likely than each scored token",
 }
-#: Of the row, or of a pair.
+#: Columns of every row, and of pairs.
 PER_ROW = {
     "row": "number in the data set, from 0",
     "margin": "chosen_logps - rejected_logps, nats",
     "accuracy": "whether margin > 0",
 }
-#: With a reference model; of a pair `ref_chosen_logps`, `chosen_reward` and so on.
+#: Columns with a reference model; for pairs `ref_chosen_logps`, `chosen_reward` and so on.
 WITH_REFERENCE = {
     "ref_logps": "logps of the reference model, nats",
     "reward": "implicit reward: beta (logps - ref_logps)",
     "reward_margin": "chosen_reward - rejected_reward",
     "reward_accuracy": "whether reward_margin > 0",
 }
-#: What `Score.per_token` calls the columns of lists.
+#: The names in `Score.per_token` of the columns of lists.
 TOKENS = {"token_logps": "logps", "token_entropies": "entropy", "token_ranks": "ranks"}
 
 
 def prefixed(answer: str, name: str) -> str:
-    """A name of `PER_ANSWER` or `WITH_REFERENCE` as the column of an answer: "chosen", "rejected", or another one."""
+    """The column of an answer for a name of `PER_ANSWER` or `WITH_REFERENCE`; a prefix for "chosen" and "rejected"."""
     if answer not in ("chosen", "rejected"):
         return name
     return f"ref_{answer}_{name[4:]}" if name.startswith("ref_") else f"{answer}_{name}"
@@ -57,21 +56,21 @@ def table(
     reference: Sequence[tuple[Score, ...]] | None = None,
     beta: float | None = None,
 ) -> pyarrow.Table:
-    """Scores as columns.
+    """Build a table from scores.
 
     Args:
         examples: of one kind, with the same answers.
-        scores: of each example, one for each of its answers.
-        reference: of another model, the same.
-        beta: of the rewards, needed with `reference`.
+        scores: for each example one per answer.
+        reference: the scores of the reference model.
+        beta: of the rewards; required with `reference`.
 
     Returns:
-        A row for each example. Columns int64, float64, bool, and lists of float32, in an order that depends on the
-        kind alone; no example: the column `row` alone. Lists are there where the first score has them, bytes where the
+        A row for each example. The columns are int64, float64, bool, and lists of float32, in an order that depends
+        only on the kind; without examples there is only `row`. Lists exist if the first score has them, bytes if the
         first example has them.
 
     Raises:
-        ValueError: other numbers of scores than of answers; a reference without beta.
+        ValueError: the numbers of scores and answers differ; a reference without beta.
     """
     import pyarrow as pa
 
@@ -86,32 +85,35 @@ def table(
     names = [answer.name for answer in examples[0].answers]
     for i, name in enumerate(names):
         text_bytes = [example.answers[i].text_bytes for example in examples]
-        for column, values in _of_answer([score[i] for score in scores], text_bytes).items():
+        for column, values in _answer_columns([score[i] for score in scores], text_bytes).items():
             columns[prefixed(name, column)] = values
     is_pair = names == ["chosen", "rejected"]
     if is_pair:
-        columns |= _difference([_logps(scores, i) for i in (0, 1)], "margin", "accuracy")
+        columns |= _margin_columns([_logps(scores, i) for i in (0, 1)], "margin", "accuracy")
     if reference is not None:
         references = [_logps(reference, i) for i in range(len(names))]
         rewards = [beta * (_logps(scores, i) - x) for i, x in enumerate(references)]
         columns |= {prefixed(name, "ref_logps"): pa.array(x) for name, x in zip(names, references, strict=True)}
         columns |= {prefixed(name, "reward"): pa.array(x) for name, x in zip(names, rewards, strict=True)}
         if is_pair:
-            columns |= _difference(rewards, "reward_margin", "reward_accuracy")
+            columns |= _margin_columns(rewards, "reward_margin", "reward_accuracy")
     return pa.table(columns)
 
 
-def _check(examples: Sequence[Example], scores: Sequence[tuple[Score, ...]], what: str) -> None:
-    counts, wanted = [len(score) for score in scores], [len(example.answers) for example in examples]
-    if counts != wanted:
-        raise ValueError(f"expected {what} of {len(wanted)} examples, one an answer ({sum(wanted)}), got {sum(counts)}")
+def _check(examples: Sequence[Example], scores: Sequence[tuple[Score, ...]], name: str) -> None:
+    counts, expected = [len(score) for score in scores], [len(example.answers) for example in examples]
+    if counts != expected:
+        raise ValueError(
+            f"expected {name} of {len(expected)} examples, one an answer ({sum(expected)}), got {sum(counts)}"
+        )
 
 
 def _logps(scores: Sequence[tuple[Score, ...]], answer: int) -> np.ndarray:
     return np.array([score[answer].logps for score in scores], dtype=np.float64)
 
 
-def _of_answer(scores: list[Score], text_bytes: list[int | None]) -> dict[str, Any]:
+def _answer_columns(scores: list[Score], text_bytes: list[int | None]) -> dict[str, Any]:
+    """The columns of `PER_ANSWER` for one answer of each example."""
     import pyarrow as pa
 
     logps = np.array([score.logps for score in scores], dtype=np.float64)
@@ -138,9 +140,9 @@ def _of_answer(scores: list[Score], text_bytes: list[int | None]) -> dict[str, A
     return columns
 
 
-def _difference(pair: list[np.ndarray], margin: str, accuracy: str) -> dict[str, Any]:
+def _margin_columns(pair: list[np.ndarray], margin: str, accuracy: str) -> dict[str, Any]:
     import pyarrow as pa
 
-    with np.errstate(invalid="ignore"):  # of two infinities
+    with np.errstate(invalid="ignore"):  # the difference of two infinities
         difference = pair[0] - pair[1]
         return {margin: pa.array(difference), accuracy: pa.array(difference > 0)}

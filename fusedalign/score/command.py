@@ -1,4 +1,4 @@
-"""The command `fusedalign score`: its words, the model and the data that they name, and what it prints at the end."""
+"""The command `fusedalign score`: its arguments, the run that they describe, and the printed summary."""
 
 from __future__ import annotations
 
@@ -7,80 +7,67 @@ import errno
 import functools
 import os
 import sys
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fusedalign.embedded import EMBEDDED_NAME, build_embedded_model
 from fusedalign.reports import check_writable, plot_failure, warn
 from fusedalign.score import columns, identity, summary
+from fusedalign.score.models import ModelNames
 from fusedalign.score.reference import FLAG, reference_command
 from fusedalign.score.rows import RowOptions, Rows
-from fusedalign.score.run import POLICY, REFERENCE, Finished, Run, check_beta, ranks_here, score_run
-from fusedalign.score.scorer import AUTO, PER_TOKEN, Scorer, check_per_token
+from fusedalign.score.run import POLICY, REFERENCE, Finished, Ranks, Run, check_beta, refused_path, score_run
+from fusedalign.score.scorer import AUTO, BETA, PER_TOKEN, Scorer, check_per_token
 
-#: The exit status where rows were refused and `--strict` is given.
+#: The exit status with `--strict` if rows were refused.
 STRICT_STATUS = 3
 
-BETA = 0.1
+
+def _argument(default: Any, help_text: str) -> Any:
+    """A field of `ScoreArguments`."""
+    return field(default=default, metadata={"help": help_text})
 
 
 @dataclass
 class ScoreArguments:
-    """The command's own flags, in TRL's style."""
+    """The arguments of the command, in addition to TRL's."""
 
-    out: str | None = field(default=None, metadata={"help": "The file to write, NAME.parquet."})
-    adapter: str | None = field(default=None, metadata={"help": "An adapter's folder or Hub name, put on the model."})
-    ref_model: str | None = field(
-        default=None, metadata={"help": "A second model: implicit rewards beta * (logps - its logps) are added."}
+    out: str | None = _argument(None, "The file to write, NAME.parquet.")
+    adapter: str | None = _argument(None, "Folder or Hub name of an adapter to apply to the model.")
+    ref_model: str | None = _argument(None, "A second model: implicit rewards beta * (logps - its logps) are added.")
+    beta: float = _argument(BETA, "Of the implicit rewards.")
+    max_length: int | None = _argument(None, "Tokens per row, truncated as in training; default: the model's limit.")
+    truncation_mode: str = _argument(RowOptions().truncation_mode, "keep_start or keep_end, as in TRL.")
+    stride: int | None = _argument(None, "Tokens between the starts of windows, for plain text longer than max_length.")
+    completion_only_loss: bool | None = _argument(
+        None, "As in TRL's SFTConfig: whether a prompt is only context; default: yes if there is one."
     )
-    beta: float = field(default=BETA, metadata={"help": "Of the implicit rewards."})
-    max_length: int | None = field(
-        default=None,
-        metadata={"help": "Tokens of a row, as a trainer truncates it; the model's own limit if not given."},
+    assistant_only_loss: bool = _argument(
+        False, "As in TRL's SFTConfig: score only the assistant's turns of a conversation."
     )
-    truncation_mode: str = field(
-        default=RowOptions().truncation_mode, metadata={"help": "keep_start or keep_end, as TRL's."}
-    )
-    stride: int | None = field(
-        default=None, metadata={"help": "Plain text longer than max_length is read in windows this far apart."}
-    )
-    completion_only_loss: bool | None = field(
-        default=None, metadata={"help": "As TRL's SFTConfig: whether a prompt is context alone; yes if there is one."}
-    )
-    assistant_only_loss: bool = field(
-        default=False, metadata={"help": "As TRL's SFTConfig: score the assistant's turns of a conversation alone."}
-    )
-    dataset_text_field: str = field(
-        default=RowOptions().dataset_text_field, metadata={"help": "The column of plain text."}
-    )
-    max_tokens_per_batch: str = field(
-        default=AUTO, metadata={"help": "Token positions that run together; auto takes what fits, and halves on need."}
+    dataset_text_field: str = _argument(RowOptions().dataset_text_field, "The column of plain text.")
+    max_tokens_per_batch: str = _argument(
+        AUTO, "Token positions that run together; auto: what fits, halved when memory runs out."
     )
     per_token: list[str] = field(
-        default_factory=list, metadata={"help": f"Also write lists of a value a token: {', '.join(PER_TOKEN)}."}
+        default_factory=list, metadata={"help": f"Also write lists with a value per token: {', '.join(PER_TOKEN)}."}
     )
-    accelerate_config: str | None = field(
-        default=None, metadata={"help": "Start through `accelerate launch`, as in training: a file, or multi_gpu, ..."}
+    accelerate_config: str | None = _argument(
+        None, "Start through `accelerate launch`, as in training: a file, or multi_gpu, ..."
     )
-    trust_remote_code: bool = field(
-        default=False, metadata={"help": "Run code that comes with the model or its tokenizer."}
-    )
-    strict: bool = field(
-        default=False, metadata={"help": f"End with status {STRICT_STATUS} where a row could not be scored."}
-    )
+    trust_remote_code: bool = _argument(False, "Run code that comes with the model or its tokenizer.")
+    strict: bool = _argument(False, f"End with status {STRICT_STATUS} if a row could not be scored.")
 
 
 def score_command(argv: list[str]) -> int:
-    """Run `fusedalign score` with the words that follow it.
+    """Run `fusedalign score`.
 
     Returns:
         The exit status.
 
     Raises:
-        ValueError, FileNotFoundError: words, a model or data that do not fit; one line.
+        ValueError, FileNotFoundError: an invalid argument, model or data set; one line.
     """
     from fusedalign.trl.launch import launched_elsewhere
 
@@ -114,7 +101,7 @@ def score_command(argv: list[str]) -> int:
 
 
 def _silence_bars() -> None:
-    """Leave out the libraries' progress bars where stderr is no terminal."""
+    """Disable the progress bars of the libraries unless stderr is a terminal."""
     from datasets.utils import logging as datasets_logging
     from transformers.utils import logging as transformers_logging
 
@@ -124,26 +111,26 @@ def _silence_bars() -> None:
 
 
 def _report(finished: Finished, kind: str, own: ScoreArguments) -> int:
-    """Print the summary, draw the histogram, and tell of refused rows."""
+    """Print the summary, save the histogram, and warn of refused rows; returns the exit status."""
     import pyarrow.parquet
 
     names = pyarrow.parquet.read_schema(finished.out).names
-    lists = tuple(columns.TOKENS)  # which may be many times as large as the rest
-    table = pyarrow.parquet.read_table(finished.out, columns=[name for name in names if not name.endswith(lists)])
+    per_token = tuple(columns.TOKENS)  # columns of lists, much larger than the others
+    table = pyarrow.parquet.read_table(finished.out, columns=[name for name in names if not name.endswith(per_token)])
     about = {"out": str(finished.out), "kind": kind, "refused": finished.refused}
     print(summary.summary(table, about))
-    picture = finished.out.with_suffix(".png")
+    plot = finished.out.with_suffix(".png")
     files = [str(finished.out)]
     if finished.scored:
-        reason = plot_failure(functools.partial(summary.histogram, table), picture)
+        reason = plot_failure(functools.partial(summary.histogram, table), plot)
         if reason is None:
-            files.append(str(picture))
+            files.append(str(plot))
         else:
             warn(reason)
     print("\n" + "\n".join(f"wrote {name}" for name in files))
     if finished.refused:
-        side = finished.out.with_suffix(".refused.jsonl")
-        warn(f"{len(finished.refused)} of {finished.rows} rows could not be scored: their reasons are in {side}")
+        path = refused_path(finished.out)
+        warn(f"{len(finished.refused)} of {finished.rows} rows could not be scored: their reasons are in {path}")
         return STRICT_STATUS if own.strict else 0
     return 0
 
@@ -181,14 +168,14 @@ fusedalign score: log-probabilities of a data set under a model
 usage: fusedalign score --model_name_or_path M --dataset_name D --out scores.parquet [--config FILE.yaml]
 
 Pairs (chosen, rejected), prompts with completions, conversations (messages), or plain text (text);
-tokens and truncation are those of TRL's trainers. A run that is interrupted goes on where it was when
-the same command is given again. Rows that cannot be scored go to scores.refused.jsonl. Under `torchrun`
-or `accelerate launch` the processes share the work.
+tokens and truncation are those of TRL's trainers. An interrupted run continues when the same command
+is repeated. Rows that cannot be scored are listed in scores.refused.jsonl. Under `torchrun` or
+`accelerate launch` the processes share the work.
 
        fusedalign score --ref_cache ref.parquet --method dpo --config recipes/dpo.yaml [--field VALUE ...]
 
-The reference log-probabilities of a DPO or KTO training, given the training's own words: it then takes
---ref_logps ref.parquet and loads no reference model."""
+The reference log-probabilities of a DPO or KTO training, from the arguments of that training, which
+then needs --ref_logps ref.parquet and no reference model."""
 
 
 def _parse(parser: Any, argv: list[str]) -> tuple[Any, Any, Any, ScoreArguments]:
@@ -216,19 +203,15 @@ def _out(own: ScoreArguments) -> Path:
 
 
 def _run(script: Any, model: Any, head: Any, own: ScoreArguments, out: Path) -> tuple[Run, str]:
-    """The run that the words describe, and the kind of its rows; no weights are loaded yet."""
-    rank, ranks, local = ranks_here()
-    names = _Names.find(model, own, out)
+    """The run that the arguments describe, and the kind of its rows; loads no weights."""
+    ranks = Ranks.from_environment()
+    names = ModelNames.find(model, own.adapter, own.ref_model, own.trust_remote_code, out)
     dataset = _dataset(script)
     tokenizer = names.tokenizer(model)
-    options = RowOptions(
-        max_length=names.limit(model) if own.max_length is None else own.max_length,
-        truncation_mode=own.truncation_mode,
-        stride=own.stride,
-        completion_only_loss=own.completion_only_loss,
-        assistant_only_loss=own.assistant_only_loss,
-        dataset_text_field=own.dataset_text_field,
-    )
+    row_options = {field.name: getattr(own, field.name) for field in dataclasses.fields(RowOptions)}
+    if own.max_length is None:
+        row_options["max_length"] = names.max_positions(model)
+    options = RowOptions(**row_options)
     rows = Rows(dataset, tokenizer, options)
     scorer: dict[str, Any] = {
         "packed": head.packed,
@@ -237,6 +220,7 @@ def _run(script: Any, model: Any, head: Any, own: ScoreArguments, out: Path) -> 
         "impl": head.fused_impl,
         "workspace": head.fused_workspace,
     }
+    beta = own.beta if names.reference else None
     settings = {
         "model": identity.files_digest(names.model, model.model_revision),
         "adapter": names.adapter and identity.files_digest(names.adapter, None),
@@ -248,117 +232,16 @@ def _run(script: Any, model: Any, head: Any, own: ScoreArguments, out: Path) -> 
         "tokenizer": identity.tokenizer_digest(tokenizer),
         "dataset": identity.dataset_digest(rows.dataset),
         **dataclasses.asdict(options),
-        "beta": own.beta if names.reference else None,
+        "beta": beta,
         "per_token": own.per_token,
         "max_tokens_per_batch": scorer["max_tokens"],
         "fused_packed": head.packed,
         "fused_impl": head.fused_impl,
     }
-    loaders: dict[str, Callable[[], Scorer]] = {POLICY: lambda: Scorer(names.load(model, local), **scorer)}
+    loaders: dict[str, Callable[[], Scorer]] = {POLICY: lambda: Scorer(names.load(model, ranks.local_rank), **scorer)}
     if names.reference is not None:
-        loaders[REFERENCE] = lambda: Scorer(names.load(model, local, reference=True), **scorer)
-    return Run(rows, out, settings, loaders, own.beta if names.reference else None, rank, ranks), rows.kind
-
-
-@dataclass(frozen=True)
-class _Names:
-    """Folders or Hub names of what is loaded."""
-
-    model: str
-    adapter: str | None
-    reference: str | None
-    trust_remote_code: bool
-
-    @classmethod
-    def find(cls, model: Any, own: ScoreArguments, out: Path) -> _Names:
-        """As the words say; an adapter's folder as the model is its base model and the adapter."""
-        from fusedalign.trl.adapters import find_adapter
-        from fusedalign.trl.models import check_folder, check_has_head
-
-        trust, revision = own.trust_remote_code, model.model_revision
-        name, adapter = model.model_name_or_path, own.adapter
-        if not name:
-            raise ValueError(
-                f"model_name_or_path must name a model folder, a Hub model or {EMBEDDED_NAME!r}, got nothing"
-            )
-        path, reference = _embedded(name, out), own.ref_model and _embedded(own.ref_model, out)
-        check_folder(path, "model_name_or_path", adapter=True)
-        within = find_adapter(path, revision, trust_remote_code=trust)
-        if within is not None:
-            if adapter is not None:
-                raise ValueError(
-                    f"--adapter must be put on a model, got {adapter} on the adapter {path}: merge it first"
-                )
-            path, adapter = within.base, within.path
-        elif adapter is not None and find_adapter(adapter, trust_remote_code=trust) is None:
-            raise ValueError(f"--adapter must hold an adapter_config.json, got {adapter} without one")
-        check_has_head(path, "model_name_or_path", revision=revision, trust_remote_code=trust)
-        if reference:
-            check_folder(reference, "ref_model")
-            check_has_head(reference, "ref_model", trust_remote_code=trust)
-        return cls(path, adapter, reference or None, trust)
-
-    def tokenizer(self, model: Any) -> Any:
-        """The tokenizer of the adapter or the model."""
-        import transformers
-
-        from fusedalign.trl.adapters import find_adapter
-        from fusedalign.trl.models import load_processing_class
-
-        trust, auto = self.trust_remote_code, transformers.AutoTokenizer
-        if self.adapter is not None:
-            found = find_adapter(self.adapter, trust_remote_code=trust)
-            assert found is not None
-            return found._replace(base=self.model).processing_class(auto=auto, trust_remote_code=trust)
-        return load_processing_class(self.model, auto=auto, revision=model.model_revision, trust_remote_code=trust)
-
-    def limit(self, model: Any) -> int | None:
-        """The positions that the model has."""
-        import transformers
-
-        config = transformers.AutoConfig.from_pretrained(
-            self.model, revision=model.model_revision, trust_remote_code=self.trust_remote_code
-        )
-        return getattr(config.get_text_config(), "max_position_embeddings", None)
-
-    def load(self, model: Any, local_rank: int, *, reference: bool = False) -> Any:
-        """The model with its weights, in eval mode, on this rank's device."""
-        import torch
-        import trl
-        from trl.trainer.utils import create_model_from_path
-
-        from fusedalign.trl.adapters import find_adapter, load_adapter
-
-        device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
-        options = {
-            "trust_remote_code": self.trust_remote_code,
-            "attn_implementation": model.attn_implementation,
-            "dtype": model.dtype,
-            "device_map": {"": device} if device.type == "cuda" else None,
-            "quantization_config": trl.get_quantization_config(model),
-        }
-        adapter = None if reference or self.adapter is None else find_adapter(self.adapter)
-        if adapter is not None:
-            return load_adapter(adapter._replace(base=self.model), options).eval()
-        if reference:
-            return create_model_from_path(str(self.reference), **options).eval()
-        return create_model_from_path(self.model, **options, revision=model.model_revision).eval()
-
-
-def _embedded(name: str, out: Path) -> str:
-    """The folder of the embedded model, built in the folder of `out` where it is not there; any other name as it is."""
-    if name != EMBEDDED_NAME:
-        return name
-    folder = out.absolute().parent / "embedded-model"
-    if not folder.exists():
-        with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
-            built = build_embedded_model(Path(temporary) / "model")
-            try:
-                os.rename(built, folder)
-            except OSError:  # another rank was first
-                if not folder.is_dir():
-                    raise
-    return str(folder)
+        loaders[REFERENCE] = lambda: Scorer(names.load(model, ranks.local_rank, reference=True), **scorer)
+    return Run(rows, out, settings, loaders, beta, ranks.rank, ranks.world_size), rows.kind
 
 
 def _dataset(script: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What a run is of: digests of weights, tokenizers and data by their content."""
+"""Digests that identify the models, tokenizers and data of a run by their content."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ import json
 from pathlib import Path
 from typing import Any
 
-#: The files of a folder that make its model or adapter; code is among them where a model brings its own.
+#: The files that define a model or an adapter, including custom modelling code.
 _FILES = ("*.safetensors", "*.bin", "*.py", "config.json", "adapter_config.json")
 _CHUNK = 2**24
 
-#: Of a data set, that are read at a time.
+#: Rows of a data set that are read at a time.
 _ROWS = 1000
 
 
 def files_digest(name: str, revision: str | None) -> str:
-    """The digest of the files of a model's or adapter's folder; of the Hub its name and revision."""
+    """The digest of the files in the folder of a model or adapter; for a name of the Hub, the name and revision."""
     folder = Path(name)
     if not folder.is_dir():
         return f"{name}@{revision or 'main'}"
@@ -30,21 +30,21 @@ def files_digest(name: str, revision: str | None) -> str:
 
 
 def model_digest(model: Any) -> list[str]:
-    """The digests of a model's weights, with the active adapter's, and of its configuration."""
+    """The digests of the weights of a model, including the active adapter, and of its configuration."""
     from fusedalign.trl import digests
 
     return [digests.weights_digest(model), digests.config_digest(model)]
 
 
 def tokenizer_digest(tokenizer: Any) -> list[str]:
-    """The digests of how a tokenizer makes tokens, and of its chat template."""
+    """The digests of the tokenization of a tokenizer and of its chat template."""
     from fusedalign.trl import digests
 
     return [digests.tokenizer_digest(tokenizer), digests.template_digest(tokenizer)]
 
 
 def dataset_digest(dataset: Any) -> str:
-    """The digest of the rows of a `datasets.Dataset`, or of a sequence of mappings, in their order."""
+    """The digest of the rows, in order, of a `datasets.Dataset` or a sequence of mappings."""
     digest = hashlib.blake2b(digest_size=16)
     for start in range(0, len(dataset), _ROWS):
         digest.update(json.dumps(dataset[start : start + _ROWS], default=_plain).encode())
@@ -52,5 +52,5 @@ def dataset_digest(dataset: Any) -> str:
 
 
 def _plain(x: Any) -> Any:
-    """Arrays as lists, whose text would leave out the middle of a long one; anything else as its text."""
+    """Arrays as lists, since NumPy abbreviates the text of long ones; anything else as its representation."""
     return x.tolist() if hasattr(x, "tolist") else repr(x)

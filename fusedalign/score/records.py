@@ -1,34 +1,37 @@
-"""What passes between the parts of scoring: token sequences in, scores out."""
+"""The records of scoring: token sequences to score, and their scores."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
+#: The label of a token that is not scored.
+IGNORED = -100
+
 
 @dataclass(frozen=True)
 class Window:
-    """Tokens that go through the model at once, and the labels that count."""
+    """Tokens of one forward, and their labels."""
 
     input_ids: list[int]
     labels: list[int]
-    """as long as `input_ids`, unshifted; -100 where a token is context alone"""
+    """as long as `input_ids`, unshifted; `IGNORED` for tokens that are only context"""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """One text to score. It is one window, unless it is longer than the model takes: then each token counts in one."""
+    """One text to score, in one window unless it exceeds the maximum length; each token is scored in one window."""
 
     name: str
-    """"text", "completion", "chosen" or "rejected": what its columns are called after"""
+    """"text", "completion", "chosen" or "rejected", from which its columns get their names"""
     windows: tuple[Window, ...]
     text_bytes: int | None = None
-    """UTF-8 bytes of the scored text, where that is plain text"""
+    """UTF-8 bytes of the scored text, if it is plain text"""
 
 
 @dataclass(frozen=True)
 class Example:
-    """A row of the data set; its answers begin with the same prompt, which is computed once."""
+    """A row of the data set; its answers share a prompt, which is computed once."""
 
     row: int
     """its number in the data set, from 0"""
@@ -44,23 +47,23 @@ class RefusedRow(NamedTuple):
 
 @dataclass(frozen=True)
 class Score:
-    """What a model says of an answer, summed over its windows."""
+    """The log-probability of an answer under a model, summed over its windows."""
 
     logps: float
-    """the sum over the tokens that count, nats"""
+    """the sum over the scored tokens, nats"""
     tokens: int
-    """that count"""
+    """number of scored tokens"""
     is_greedy: bool
-    """whether each of them is the likeliest one after those before it"""
+    """whether each scored token is the most likely one in its context"""
     per_token: dict[str, list[float]] = field(default_factory=dict)
-    """on request: "logps", "entropy" and "ranks" (0 is the likeliest), of the tokens that count, in their order"""
+    """on request: "logps", "entropy" and "ranks" (0: most likely) of the scored tokens, in order"""
 
 
 class Source(Protocol):
     """A data set as examples."""
 
     def __len__(self) -> int:
-        """Rows."""
+        """The number of rows."""
 
     def examples(self, start: int, stop: int) -> tuple[list[Example], list[RefusedRow]]:
-        """The rows from `start` to before `stop`, each either an example or refused."""
+        """The rows from `start` up to, but not including, `stop`: each is an example or refused."""

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import pyarrow.parquet
 import torch
 
+from fusedalign.commandline import OneLineParser
+from fusedalign.methods import WITH_REFERENCE
 from fusedalign.reports import check_writable
 from fusedalign.score.records import Answer, Example, RefusedRow, Window
-from fusedalign.score.run import POLICY, Run, ranks_here, score_run
+from fusedalign.score.run import POLICY, Ranks, Run, score_run
 from fusedalign.score.scorer import AUTO, Scorer
 from fusedalign.score.shards import SettingsMismatchError
 
@@ -22,7 +23,7 @@ FLAG = "--ref_cache"
 
 
 class SequenceSource:
-    """Sequences that are tokens already, a row each."""
+    """Tokenized sequences, one per row."""
 
     def __init__(self, sequences: list[Any]) -> None:
         self.sequences = sequences
@@ -31,24 +32,18 @@ class SequenceSource:
         return len(self.sequences)
 
     def examples(self, start: int, stop: int) -> tuple[list[Example], list[RefusedRow]]:
-        """As `records.Source`."""
+        """See `records.Source`."""
         return [
             Example(row, (Answer("text", (Window(x.input_ids, x.labels),)),))
             for row, x in enumerate(self.sequences[start:stop], start)
         ], []
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """One line and no usage, like every other command."""
-        raise ValueError(f"score {FLAG}: {message}")
-
-
 def reference_command(argv: list[str]) -> None:
-    """Score what the reference of a training scores, given the training's own words, and write the cache.
+    """Compute the reference log-probabilities of a training from its arguments, and write the cache.
 
     Raises:
-        ValueError, FileNotFoundError: as the training's command; a row that cannot be scored.
+        ValueError, FileNotFoundError: as the command of the training; a row that cannot be scored.
     """
     from fusedalign.trl import ref_cache, ref_rows
     from fusedalign.trl.arguments import parse
@@ -56,31 +51,31 @@ def reference_command(argv: list[str]) -> None:
     from fusedalign.trl.digests import digest
     from fusedalign.trl.train import find_model
 
-    parser = _Parser(add_help=False, allow_abbrev=False)
+    parser = OneLineParser(prog=f"fusedalign score {FLAG}", add_help=False, allow_abbrev=False)
     parser.add_argument(FLAG, type=Path, required=True)
     parser.add_argument("--method", default="dpo")
     parser.add_argument("--max_tokens_per_batch", default=AUTO)
-    own, words = parser.parse_known_args(argv)
-    if own.method not in ref_rows.WITH_REFERENCE:
-        raise ValueError(f"--method must be {' or '.join(ref_rows.WITH_REFERENCE)} with {FLAG}, got {own.method!r}")
+    own, training_words = parser.parse_known_args(argv)
+    if own.method not in WITH_REFERENCE:
+        raise ValueError(f"--method must be {' or '.join(WITH_REFERENCE)} with {FLAG}, got {own.method!r}")
     max_tokens = _max_tokens(own.max_tokens_per_batch)
     check_writable(own.ref_cache.absolute().parent, FLAG)
     ref_cache.check_target(own.ref_cache, FLAG)
-    arguments = parse(own.method, words)
+    arguments = parse(own.method, training_words)
     training = arguments.training
     splits = dict(zip(("train", "eval"), load_data(own.method, arguments), strict=True))
-    found = find_model(own.method, arguments)
+    reference = find_model(own.method, arguments)
     sequences = {
         sequence.key: sequence
         for split, data in splits.items()
         if data is not None
-        for sequence in ref_rows.reference_examples(own.method, data, found.processing_class, training, split)
+        for sequence in ref_rows.reference_examples(own.method, data, reference.processing_class, training, split)
     }
-    model = _load(found, arguments)
-    about = ref_cache.about(model, found.processing_class, training, found.path)
-    rank, ranks, _ = ranks_here()
-    if _is_there(own.ref_cache, about, sequences):
-        if rank == 0:
+    ranks = Ranks.from_environment()
+    model = _load(reference, arguments, ranks.local_rank)
+    about = ref_cache.about(model, reference.processing_class, training, reference.path)
+    if _is_same_cache(own.ref_cache, about, sequences):
+        if ranks.rank == 0:
             print(f"{own.ref_cache} is there already: train with --ref_logps {own.ref_cache}")
         return
     autocast = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else None
@@ -94,7 +89,8 @@ def reference_command(argv: list[str]) -> None:
     settings = json.loads(json.dumps({**facts, **scorer, "sequences": digest(list(sequences))}, default=str))
     out = own.ref_cache.with_name(f"{own.ref_cache.name}.scores.parquet")
     source = SequenceSource(list(sequences.values()))
-    run = Run(source, out, settings, {POLICY: lambda: Scorer(model, **scorer)}, rank=rank, ranks=ranks)
+    loaders = {POLICY: lambda: Scorer(model, **scorer)}
+    run = Run(source, out, settings, loaders, rank=ranks.rank, ranks=ranks.world_size)
     try:
         finished = score_run(run)
     except SettingsMismatchError as error:
@@ -113,31 +109,30 @@ def reference_command(argv: list[str]) -> None:
     logps = pyarrow.parquet.read_table(out, columns=["logps"])["logps"].to_pylist()
     ref_cache.write_cache(own.ref_cache, about, list(sequences), logps)
     out.unlink()
-    print(
-        f"wrote {own.ref_cache}: {len(sequences)} sequences under {found.path}\ntrain with --ref_logps {own.ref_cache}"
-    )
+    print(f"wrote {own.ref_cache}: {len(sequences)} sequences under {reference.path}")
+    print(f"train with --ref_logps {own.ref_cache}")
 
 
-def _is_there(path: Path, about: Any, keys: Collection[str]) -> bool:
-    """Whether a file is this very cache.
+def _is_same_cache(path: Path, about: Any, keys: Collection[str]) -> bool:
+    """Whether `path` is the cache of the same reference and rows.
 
     Raises:
-        ValueError: another file.
+        ValueError: it is another file.
     """
     from fusedalign.trl.ref_cache import read_cache
 
     if not path.exists():
         return False
     try:
-        found = read_cache(path)
+        cache = read_cache(path)
     except (ValueError, FileNotFoundError):
         raise ValueError(f"{FLAG} must be new or the same cache, got {path}, another file: remove it first") from None
-    wanted, known = dataclasses.asdict(about), dataclasses.asdict(found.about)
-    differing = [name for name in wanted if name not in ("model", "packages") and wanted[name] != known[name]]
-    differing += ["rows"] if found.logps.keys() != set(keys) else []
-    if differing:
+    expected, actual = dataclasses.asdict(about), dataclasses.asdict(cache.about)
+    names = [name for name in expected if name not in ("model", "packages") and expected[name] != actual[name]]
+    names += ["rows"] if cache.logps.keys() != set(keys) else []
+    if names:
         raise ValueError(
-            f"{FLAG} must be new or the same cache, got {path} with another {', '.join(differing)}: remove it first"
+            f"{FLAG} must be new or the same cache, got {path} with another {', '.join(names)}: remove it first"
         )
     return True
 
@@ -150,20 +145,19 @@ def _max_tokens(word: str) -> int | str:
     return int(word)
 
 
-def _load(found: Any, arguments: Any) -> Any:
-    """The model that a training starts from, which is its reference, on this rank's device."""
+def _load(reference: Any, arguments: Any, local_rank: int) -> Any:
+    """Load the model that a training starts from, its reference, on the device of this rank."""
     import trl
-    from trl.trainer.utils import create_model_from_path
 
     from fusedalign.trl.adapters import load_adapter
+    from fusedalign.trl.stock import create_model_from_path
 
-    _, _, local = ranks_here()
     on_cuda = torch.cuda.is_available() and not arguments.training.use_cpu
     options = {
-        **found.options,
-        "device_map": {"": torch.device("cuda", local)} if on_cuda else None,
+        **reference.options,
+        "device_map": {"": torch.device("cuda", local_rank)} if on_cuda else None,
         "quantization_config": trl.get_quantization_config(arguments.model),
     }
-    if found.adapter is not None:
-        return load_adapter(found.adapter, options).eval()
-    return create_model_from_path(found.path, **options).eval()
+    if reference.adapter is not None:
+        return load_adapter(reference.adapter, options).eval()
+    return create_model_from_path(reference.path, **options).eval()

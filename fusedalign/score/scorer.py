@@ -1,4 +1,4 @@
-"""Scores of examples: batches under a budget of tokens, which halves where memory runs out."""
+"""Scores of examples, in batches under a token budget that is halved when memory runs out."""
 
 from __future__ import annotations
 
@@ -9,35 +9,28 @@ from typing import Any, NamedTuple
 import torch
 
 from fusedalign.score.batch import SelectedLogps, causal_lm, packing_refusal, select_logps
-from fusedalign.score.records import Example, Score, Window
+from fusedalign.score.records import IGNORED, Example, Score, Window
+from fusedalign.score.units import Unit, WindowKey, batches, halves, make_units, packed_tokens, padded_tensors
 
 AUTO = "auto"
+#: The default beta of implicit rewards.
+BETA = 0.1
 
-#: Values of each token that counts, in addition to the sums.
+#: Values of each scored token, in addition to the sums.
 PER_TOKEN = ("logps", "entropy", "ranks")
 
-#: Tokens a batch on a CPU, and the most that "auto" takes on a GPU, which is busy with fewer.
+#: Tokens per batch on a CPU, and the most that "auto" uses on a GPU, which fewer already keep busy.
 CPU_TOKENS, MOST_TOKENS = 4096, 32_768
 
-#: Tokens of the trial from which "auto" learns what a token takes, and the share of the free memory that it plans with.
+#: "auto" measures the memory of a trial batch of so many tokens, and plans with this share of the free memory.
 _TRIAL_TOKENS, _SHARE = 2048, 0.7
-
-#: Tokens of a prompt from which on examples that have the same one run together, and how many answers at most.
-_LEAST_SHARED, _MOST_SHARING = 8, 8
-
-
-class _Unit(NamedTuple):
-    """Windows that run together because they share a prompt, and the (example, answer, window) of each."""
-
-    windows: tuple[Window, ...]
-    places: tuple[tuple[int, int, int], ...]
 
 
 class _Pending(NamedTuple):
-    """A batch that the device may still be computing."""
+    """A launched batch, whose results the device may still be computing."""
 
     windows: list[Window]
-    places: list[tuple[int, int, int]]
+    keys: list[WindowKey]
     selected: SelectedLogps
 
 
@@ -45,16 +38,16 @@ class Scorer:
     """A model that scores examples.
 
     Args:
-        model: a causal LM of transformers, or a `PeftModel` around one; put it into eval mode before.
+        model: a causal LM of transformers, or a `PeftModel` around one, in eval mode.
         packed: as in `sequence_logps`.
-        max_tokens: token positions of a batch; "auto" takes what fits.
-        autocast: the dtype of a mixed-precision forward, as a training has it; None: the weights' own.
+        max_tokens: token positions per batch; "auto": what fits.
+        autocast: dtype of a mixed-precision forward, as in training; None: the dtype of the weights.
         per_token: which of `PER_TOKEN` each `Score` has in addition.
         options: of `fusedalign.linear_logps`, such as `impl`.
 
     Raises:
-        LayoutError (a ValueError): packed=True, and the model would go wrong in packed batches.
-        ValueError: another word than those; prompt learning.
+        LayoutError (a ValueError): packed=True, and the model cannot run packed batches correctly.
+        ValueError: an invalid option; prompt learning.
     """
 
     def __init__(
@@ -81,7 +74,7 @@ class Scorer:
 
     @property
     def device(self) -> torch.device:
-        """Where the model takes its token ids."""
+        """The device of the model's input embeddings."""
         device: torch.device = self.model.get_input_embeddings().weight.device
         return device
 
@@ -89,89 +82,64 @@ class Scorer:
     def scores(
         self, examples: Sequence[Example], advance: Callable[[int, int], object] = lambda rows, tokens: None
     ) -> list[tuple[Score, ...] | str]:
-        """What the model says of each answer of each example; of an example that cannot be scored the reason.
+        """For each example the scores of its answers, or the reason why it cannot be scored.
 
         Args:
-            examples: of any number and length.
-            advance: is told the examples and tokens of each batch, once it is done.
+            examples: any number, of any length.
+            advance: called with the numbers of examples and tokens of each finished batch.
         """
-        parts: dict[tuple[int, int, int], Score | str] = {}
         vocab = self.model.get_input_embeddings().weight.shape[0]
         reasons = {i: reason for i, x in enumerate(examples) if (reason := _vocabulary_refusal(x, vocab)) is not None}
-        fitting = [(i, x) for i, x in enumerate(examples) if i not in reasons]
-        waiting = list(reversed(list(batches(self._units(fitting), self.max_tokens, packed=self.packed))))
+        units = make_units(((i, x) for i, x in enumerate(examples) if i not in reasons), packed=self.packed)
+        queue = list(reversed(list(batches(units, self.max_tokens, packed=self.packed))))
+        results: dict[WindowKey, Score | str] = {}
         pending: _Pending | None = None
-        while waiting:
-            batch = waiting.pop()
+        while queue:
+            batch = queue.pop()
             launched = self._launch(batch)
-            if launched is None:  # out of memory
+            if launched is None:
                 if self.device.type == "cuda":
                     torch.cuda.empty_cache()
                 if sum(len(unit.windows) for unit in batch) == 1:
                     tokens = len(batch[0].windows[0].input_ids)
-                    parts[batch[0].places[0]] = f"out of memory with this row's {tokens} tokens alone"
+                    results[batch[0].keys[0]] = f"out of memory with this row's {tokens} tokens alone"
                 else:
-                    waiting += reversed(_halves(batch))
-                    self.max_tokens = max(1, min(self.max_tokens, sum(map(_packed_tokens, batch)) // 2))
+                    queue += reversed(halves(batch))
+                    self.max_tokens = max(1, min(self.max_tokens, sum(map(packed_tokens, batch)) // 2))
                 continue
-            if pending is not None:
-                parts.update(self._collect(pending, advance))
+            if pending is not None:  # read the results of a batch while the device computes the next one
+                results.update(self._collect(pending, advance))
             pending = launched
         if pending is not None:
-            parts.update(self._collect(pending, advance))
-        return [reasons.get(i) or _merged(i, example, parts) for i, example in enumerate(examples)]
+            results.update(self._collect(pending, advance))
+        return [reasons.get(i) or _merged(i, example, results) for i, example in enumerate(examples)]
 
-    def _units(self, examples: Iterable[tuple[int, Example]]) -> Iterator[_Unit]:
-        """Answers of one example together, and examples with the same prompt, so that it is computed once."""
-        by_prompt: dict[tuple[int, ...], list[tuple[Window, tuple[int, int, int]]]] = {}
-        for i, example in examples:
-            windows = [
-                (window, (i, j, k))
-                for j, answer in enumerate(example.answers)
-                for k, window in enumerate(answer.windows)
-            ]
-            shares = self.packed and len(windows) == len(example.answers)
-            prompt = _prompt(windows[0][0]) if shares and windows else ()
-            if len(prompt) >= _LEAST_SHARED:
-                by_prompt.setdefault(prompt, []).extend(windows)
-            else:
-                for group in [windows] if shares else [[each] for each in windows]:
-                    yield _Unit(*zip(*group, strict=True))
-        for windows in by_prompt.values():
-            for start in range(0, len(windows), _MOST_SHARING):
-                yield _Unit(*zip(*windows[start : start + _MOST_SHARING], strict=True))
-
-    def _launch(self, batch: Sequence[_Unit]) -> _Pending | None:
-        """Start a batch; None where memory runs out."""
+    def _launch(self, batch: Sequence[Unit]) -> _Pending | None:
+        """Start computing a batch; None if memory runs out."""
         groups = len(batch[0].windows)
-        rows = [(unit.windows[g], unit.places[g]) for g in range(groups) for unit in batch]
-        windows, places = [window for window, _ in rows], [place for _, place in rows]
-        ids, labels, mask = _padded(windows)
+        rows = [(unit.windows[g], unit.keys[g]) for g in range(groups) for unit in batch]
+        windows, keys = [window for window, _ in rows], [key for _, key in rows]
         try:
-            outputs = ("is_top1", *({"entropy"} & set(self.per_token)))
-            ranks = "ranks" in self.per_token
             with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
                 selected = select_logps(
                     self.model,
-                    ids,
-                    labels,
-                    mask,
+                    *padded_tensors(windows),
                     packed=self.packed,
                     groups=groups,
-                    ranks=ranks,
-                    outputs=outputs,
+                    ranks="ranks" in self.per_token,
+                    outputs=("is_top1", *({"entropy"} & set(self.per_token))),
                     **self.options,
                 )
         except RuntimeError as error:
             if not _is_out_of_memory(error):
                 raise
             return None
-        return _Pending(windows, places, selected)
+        return _Pending(windows, keys, selected)
 
     def _collect(
         self, pending: _Pending, advance: Callable[[int, int], object]
-    ) -> Iterator[tuple[tuple[int, int, int], Score | str]]:
-        """The score of each window of a batch; waits for the device, then tells `advance`."""
+    ) -> Iterator[tuple[WindowKey, Score | str]]:
+        """Yield the score of each window of a batch; waits for the device, then calls `advance`."""
         tokens, ranks, _ = pending.selected
         assert tokens.is_top1 is not None
         columns = {"logps": tokens.logps.tolist(), "top1": tokens.is_top1.tolist()}
@@ -180,137 +148,84 @@ class Scorer:
         if ranks is not None:
             columns["ranks"] = ranks.tolist()
         start = 0
-        for window, place in zip(pending.windows, pending.places, strict=True):
-            stop = start + sum(label != -100 for label in window.labels[1:])
-            own = {name: values[start:stop] for name, values in columns.items()}
-            total = math.fsum(own["logps"])
+        for window, key in zip(pending.windows, pending.keys, strict=True):
+            stop = start + sum(label != IGNORED for label in window.labels[1:])
+            values = {name: column[start:stop] for name, column in columns.items()}
+            total = math.fsum(values["logps"])
             if math.isfinite(total):
-                kept = {name: own[name] for name in PER_TOKEN if name in self.per_token}
-                yield place, Score(total, stop - start, all(own["top1"]), kept)
+                per_token = {name: values[name] for name in PER_TOKEN if name in self.per_token}
+                yield key, Score(total, stop - start, all(values["top1"]), per_token)
             else:
-                yield place, f"the model's log-probability is {total}"
+                yield key, f"the model's log-probability is {total}"
             start = stop
-        first = sum(place[1:] == (0, 0) for place in pending.places)
-        advance(first, sum(len(window.input_ids) for window in pending.windows))
+        examples = sum(key.answer == key.window == 0 for key in pending.keys)
+        advance(examples, sum(len(window.input_ids) for window in pending.windows))
 
     @torch.no_grad()
     def _fitting_tokens(self) -> int:
-        """What a batch may have on this device, by the memory that a trial takes."""
+        """Tokens per batch that fit on this device, extrapolated from the memory of a trial batch."""
         if self.device.type != "cuda":
             return CPU_TOKENS
         torch.cuda.synchronize(self.device)
         torch.cuda.reset_peak_memory_stats(self.device)
-        held = torch.cuda.memory_allocated(self.device)
+        allocated = torch.cuda.memory_allocated(self.device)
         limit = getattr(self.model.config, "max_position_embeddings", None) or _TRIAL_TOKENS
         length = min(256, limit)
         window = Window([0] * length, [0] * length)
         count = _TRIAL_TOKENS // length
-        if self._launch([_Unit((window,), ((0, 0, 0),))] * count) is None:
+        if self._launch([Unit((window,), (WindowKey(0, 0, 0),))] * count) is None:
             torch.cuda.empty_cache()
             return length
-        taken = max(1, torch.cuda.max_memory_allocated(self.device) - held)
+        trial_bytes = max(1, torch.cuda.max_memory_allocated(self.device) - allocated)
         free = torch.cuda.mem_get_info(self.device)[0]
         free += torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
-        return max(length, min(MOST_TOKENS, int(_SHARE * free / taken * length * count)))
+        return max(length, min(MOST_TOKENS, int(_SHARE * free / trial_bytes * length * count)))
 
 
 def check_per_token(names: Iterable[str]) -> tuple[str, ...]:
-    """The names, each of `PER_TOKEN`, in its order.
+    """The names in the order of `PER_TOKEN`.
 
     Raises:
-        ValueError: another name.
+        ValueError: a name that is not in `PER_TOKEN`.
     """
-    given = [names] if isinstance(names, str) else [*names]
-    for name in given:
+    requested = [names] if isinstance(names, str) else [*names]
+    for name in requested:
         if name not in PER_TOKEN:
             raise ValueError(f"per_token must be of {', '.join(PER_TOKEN)}, got {name!r}")
-    return tuple(name for name in PER_TOKEN if name in given)
-
-
-def _prompt(window: Window) -> tuple[int, ...]:
-    """The tokens before the first that counts."""
-    first = next((i for i, label in enumerate(window.labels) if label != -100), len(window.labels))
-    return tuple(window.input_ids[:first])
-
-
-def batches(units: Iterable[_Unit], max_tokens: int, *, packed: bool) -> Iterator[list[_Unit]]:
-    """Units of equal width, longest first, as many together as `max_tokens` allow; at least one."""
-    batch: list[_Unit] = []
-    taken = 0
-    for unit in sorted(units, key=lambda unit: (len(unit.windows), -_packed_tokens(unit), unit.places)):
-        tokens = _packed_tokens(unit) if packed else max(len(window.input_ids) for window in unit.windows)
-        longest = tokens if packed or not batch else max(len(window.input_ids) for window in batch[0].windows)
-        total = taken + tokens if packed else longest * (len(batch) + 1)
-        if batch and (total > max_tokens or len(unit.windows) != len(batch[0].windows)):
-            yield batch
-            batch, total = [], tokens
-        batch.append(unit)
-        taken = total
-    if batch:
-        yield batch
-
-
-def _packed_tokens(unit: _Unit) -> int:
-    """Without those that the later windows share with the first."""
-    first, *others = (window.input_ids for window in unit.windows)
-    total = len(first)
-    for ids in others:
-        same = next((i for i, (x, y) in enumerate(zip(first, ids, strict=False)) if x != y), min(len(first), len(ids)))
-        total += len(ids) - same
-    return total
-
-
-def _halves(batch: Sequence[_Unit]) -> list[list[_Unit]]:
-    """Two batches of a batch; of a single unit its windows alone."""
-    if len(batch) > 1:
-        return [list(batch[: len(batch) // 2]), list(batch[len(batch) // 2 :])]
-    return [[_Unit((window,), (place,))] for window, place in zip(*batch[0], strict=True)]
-
-
-def _padded(windows: Sequence[Window]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Token ids, labels and attention mask, [B, L], on the CPU, padded on the right."""
-
-    def pad(rows: Iterable[Sequence[int]], value: int) -> torch.Tensor:
-        tensors = [torch.tensor(row, dtype=torch.int64) for row in rows]
-        return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value)
-
-    lengths = torch.tensor([len(window.input_ids) for window in windows])
-    ids = pad((window.input_ids for window in windows), 0)
-    labels = pad((window.labels for window in windows), -100)
-    return ids, labels, torch.arange(ids.shape[1])[None] < lengths[:, None]
+    return tuple(name for name in PER_TOKEN if name in requested)
 
 
 def _vocabulary_refusal(example: Example, vocab: int) -> str | None:
-    """Why an example's token ids do not fit the model; on a GPU the lookup would end the process."""
+    """Why the token ids of an example are out of range; on a GPU their lookup would abort the process."""
     largest = max((max(w.input_ids, default=0) for a in example.answers for w in a.windows), default=0)
     return None if largest < vocab else f"token id {largest} must be below the model's vocabulary of {vocab}"
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:
-    """Of PyTorch's allocators, of the CUDA driver (a kernel's launch) and of cuBLAS (its workspace)."""
-    words = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
-    return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
+    """Whether an allocator of PyTorch, the CUDA driver (kernel launch) or cuBLAS (workspace) ran out of memory."""
+    messages = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError) or any(message in str(error) for message in messages)
 
 
-def _merged(i: int, example: Example, parts: dict[tuple[int, int, int], Score | str]) -> tuple[Score, ...] | str:
-    """The scores of an example's answers, each over its windows; a reason where one of them has none."""
+def _merged(i: int, example: Example, results: dict[WindowKey, Score | str]) -> tuple[Score, ...] | str:
+    """The scores of an example's answers, each summed over its windows; the reason if a window has none."""
     answers: list[Score] = []
     for j, answer in enumerate(example.answers):
         windows: list[Score] = []
         for k in range(len(answer.windows)):
-            part = parts[i, j, k]
-            if isinstance(part, str):
-                return f"{answer.name}: {part}" if len(example.answers) > 1 else part
-            windows.append(part)
+            result = results[WindowKey(i, j, k)]
+            if isinstance(result, str):
+                return f"{answer.name}: {result}" if len(example.answers) > 1 else result
+            windows.append(result)
         answers.append(_sum(windows))
     return tuple(answers)
 
 
 def _sum(windows: Sequence[Score]) -> Score:
-    per_token = {name: [x for each in windows for x in each.per_token[name]] for name in windows[0].per_token}
+    per_token = {name: [x for score in windows for x in score.per_token[name]] for name in windows[0].per_token}
     return Score(
-        math.fsum(each.logps for each in windows),
-        sum(each.tokens for each in windows),
-        all(each.is_greedy for each in windows),
+        math.fsum(score.logps for score in windows),
+        sum(score.tokens for score in windows),
+        all(score.is_greedy for score in windows),
         per_token,
     )

@@ -1,10 +1,10 @@
-"""Results in shards that survive what interrupts a run: written at once, with checksums, in any order, by any process.
+"""Results in shards that survive interruptions: written atomically, with checksums, in any order, by any process.
 
 A shard holds the scores of `SHARD_ROWS` consecutive rows by one model. Its data are written first, then a note with
-their checksum, each under another name and renamed: a shard is there when its note is there and the checksum is right.
-The checksum covers the settings, the model and the number too, so that a shard counts in its own place alone. So
-nothing needs a lock. A process that dies leaves a file that the next one overwrites; two that make the same shard write
-the same.
+their checksum, each to a temporary file that is renamed: a shard is complete when its note exists and the checksum is
+right. The checksum covers the settings, the model and the number too, so a shard is valid only in its own place. No
+locks are needed: a process that dies leaves a file that the next one overwrites, and two processes that score the same
+shard write the same data.
 """
 
 from __future__ import annotations
@@ -36,24 +36,24 @@ class ScoredRow(NamedTuple):
 
 
 class Shard(NamedTuple):
-    """What one model says of some consecutive rows: each is scored or refused."""
+    """Consecutive rows, each scored or refused by one model."""
 
     scored: list[ScoredRow]
     refused: list[RefusedRow]
 
 
 class SettingsMismatchError(ValueError):
-    """Results of other settings are where these would go."""
+    """The output already holds results with other settings."""
 
 
 class ShardStore:
-    """The shards of a run, one folder a model.
+    """The shards of a run, in one folder per model.
 
     Args:
-        folder: is made when a model's folder is claimed.
-        rows: of the data set.
-        settings: of the run, of JSON types; all of them change results.
-        shard_rows: of a shard.
+        folder: created when the folder of a model is claimed.
+        rows: number of rows of the data set.
+        settings: everything that changes results, as JSON types.
+        shard_rows: number of rows per shard.
     """
 
     def __init__(self, folder: Path, rows: int, settings: dict[str, Any], shard_rows: int = SHARD_ROWS) -> None:
@@ -61,29 +61,29 @@ class ShardStore:
 
     @property
     def shards(self) -> int:
-        """How many there are to be."""
+        """The number of shards of the data set."""
         return -(-self.rows // self.shard_rows)
 
     def bounds(self, shard: int) -> tuple[int, int]:
-        """The first row of a shard, and the one after its last."""
+        """The first row of a shard, and the row after its last."""
         return shard * self.shard_rows, min(self.rows, (shard + 1) * self.shard_rows)
 
     def check(self) -> None:
-        """Raises SettingsMismatchError where the folder holds results of other settings; names them."""
+        """Raise SettingsMismatchError if the folder holds results with other settings."""
         for path in self.folder.glob(f"*/{_SETTINGS}"):
             claim = _read_claim(path)
             if claim is not None:
                 check_settings(claim["settings"], self.settings, self.folder)
 
     def claim(self, model: str, chosen: dict[str, Any]) -> dict[str, Any]:
-        """Make the folder of a model this run's; of several processes the first one writes the settings.
+        """Create the folder of a model for this run; the first of several processes writes the settings.
 
         Args:
-            model: its folder.
-            chosen: what this process would choose and an earlier one may have chosen otherwise, within rounding.
+            model: the name of the folder.
+            chosen: choices of this process that change results only within rounding.
 
         Returns:
-            What was chosen by the process that came first.
+            The choices of the first process.
 
         Raises:
             SettingsMismatchError: as `check`.
@@ -92,37 +92,37 @@ class ShardStore:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists() and _read_claim(path) is None:  # damaged
             path.unlink()
-        own = temporary_name(path)
+        temporary = temporary_name(path)
         try:
-            write_file(own, json.dumps({"settings": self.settings, "chosen": chosen}, indent=1).encode())
-            _put(own, path)
+            write_file(temporary, json.dumps({"settings": self.settings, "chosen": chosen}, indent=1).encode())
+            _link_if_missing(temporary, path)
         finally:
-            own.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
         self.check()
         claim = _read_claim(path)
         return chosen if claim is None else claim["chosen"]
 
     def retract(self, model: str) -> None:
-        """Undo `claim` where no shard has come of it, so that a run whose settings fail at once blocks no other."""
+        """Undo `claim` if there are no shards, so that a run with invalid settings does not block later ones."""
         folder = self.folder / model
         if folder.is_dir() and [path.name for path in folder.iterdir()] == [_SETTINGS]:
             shutil.rmtree(folder)
-            with contextlib.suppress(OSError):  # another model's shards are there
+            with contextlib.suppress(OSError):  # it holds the shards of another model
                 self.folder.rmdir()
 
     def is_claimed(self, model: str) -> bool:
-        """Whether the folder of a model is there: it goes when the run is finished, perhaps by another process."""
+        """Whether the folder of a model exists; the process that finishes the run removes it."""
         return (self.folder / model).is_dir()
 
     def is_complete(self, model: str, shard: int) -> bool:
-        """Whether a shard is there and undamaged."""
-        return self._checked(model, shard) is not None
+        """Whether a shard exists and is undamaged."""
+        return self._read_checked(model, shard) is not None
 
     def write(self, model: str, number: int, shard: Shard) -> None:
         """Write a shard.
 
         Raises:
-            OSError: the disk is full, or the model's folder is not there; no half shard is left.
+            OSError: the disk is full, or the folder of the model does not exist; no partial shard is left.
         """
         data, note = self._paths(model, number)
         content = _encode(shard)
@@ -130,12 +130,12 @@ class ShardStore:
         write_file(note, json.dumps({"sha256": self._checksum(model, number, content)}).encode())
 
     def read(self, model: str, number: int) -> Shard:
-        """A shard.
+        """Read a shard.
 
         Raises:
-            ValueError: it is not there or damaged.
+            ValueError: it is missing or damaged.
         """
-        content = self._checked(model, number)
+        content = self._read_checked(model, number)
         if content is None:
             raise ValueError(
                 f"shard {number} of {self.folder / model} must be there and undamaged: start the run again"
@@ -143,18 +143,19 @@ class ShardStore:
         return _decode(content)
 
     def missing(self, model: str) -> list[int]:
-        """The shards that are not there, or are damaged."""
+        """The numbers of the shards that are missing or damaged."""
         return [shard for shard in range(self.shards) if not self.is_complete(model, shard)]
 
     def remove(self) -> None:
-        """Delete all of it."""
+        """Delete the folder."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _paths(self, model: str, shard: int) -> tuple[Path, Path]:
         stem = self.folder / model / f"{shard:06d}"
         return stem.with_suffix(".jsonl"), stem.with_suffix(".json")
 
-    def _checked(self, model: str, shard: int) -> bytes | None:
+    def _read_checked(self, model: str, shard: int) -> bytes | None:
+        """The data of a shard; None if it is missing or damaged."""
         data, note = self._paths(model, shard)
         try:
             content, checksum = data.read_bytes(), json.loads(note.read_text(encoding="utf-8"))["sha256"]
@@ -163,40 +164,40 @@ class ShardStore:
         return content if self._checksum(model, shard, content) == checksum else None
 
     def _checksum(self, model: str, shard: int, content: bytes) -> str:
-        place = json.dumps([self.settings, model, shard], sort_keys=True).encode()
-        return hashlib.sha256(place + b"\n" + content).hexdigest()
+        identity = json.dumps([self.settings, model, shard], sort_keys=True).encode()
+        return hashlib.sha256(identity + b"\n" + content).hexdigest()
 
 
 def shard_order(count: int, rank: int, ranks: int) -> Iterator[int]:
-    """The shards in the order in which a rank looks at them: its own, then, from the end, those of the others.
+    """The order in which a rank visits the shards: its own, then those of the other ranks, from the end.
 
-    A rank that has done its own makes what others have not made yet, so that one that dies costs what it was at.
+    A rank that has finished its own shards takes over those of others, so a rank that dies costs only its current one.
     """
     yield from range(rank, count, ranks)
     yield from (shard for shard in reversed(range(count)) if shard % ranks != rank)
 
 
-def check_settings(found: dict[str, Any], wanted: dict[str, Any], where: Path) -> None:
-    """Raises SettingsMismatchError where results are of other settings; names the first ones that differ."""
-    differing = [name for name in {**found, **wanted} if found.get(name) != wanted.get(name)]
-    if differing:
-        shown = ", ".join(f"{name} {_short(found.get(name))}, not {_short(wanted.get(name))}" for name in differing[:3])
-        raise SettingsMismatchError(f"--out must be new or of the same settings, got {where} with {shown}")
+def check_settings(actual: dict[str, Any], expected: dict[str, Any], path: Path) -> None:
+    """Raise SettingsMismatchError if the results at `path` have other settings; names the first ones that differ."""
+    names = [name for name in {**actual, **expected} if actual.get(name) != expected.get(name)]
+    if names:
+        shown = ", ".join(f"{name} {_short(actual.get(name))}, not {_short(expected.get(name))}" for name in names[:3])
+        raise SettingsMismatchError(f"--out must be new or of the same settings, got {path} with {shown}")
 
 
-def _put(own: Path, path: Path) -> None:
-    """Give a file another name, unless a process has put one there already."""
+def _link_if_missing(temporary: Path, path: Path) -> None:
+    """Rename a file, unless another process has created `path`."""
     try:
-        os.link(own, path)  # unlike a renaming it fails where there is one
+        os.link(temporary, path)  # unlike a rename, this fails if the path exists
     except FileExistsError:
         pass
     except OSError:  # a file system without links
         if not path.exists():
-            os.replace(own, path)
+            os.replace(temporary, path)
 
 
 def _read_claim(path: Path) -> dict[str, Any] | None:
-    """What `ShardStore.claim` wrote; None where it is not there, or damaged."""
+    """The content written by `ShardStore.claim`; None if it is missing or damaged."""
     try:
         claim = json.loads(path.read_bytes())
     except (OSError, ValueError):
@@ -210,12 +211,12 @@ def _short(value: Any) -> str:
 
 
 def temporary_name(path: Path) -> Path:
-    """A name in the folder of `path` that no other process takes."""
+    """A name in the folder of `path` that no other process uses."""
     return path.with_name(f"{path.name}.{os.urandom(6).hex()}.tmp")
 
 
 def synchronise(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
+    """Wait until a file, or the entries of a folder, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -224,7 +225,7 @@ def synchronise(path: Path) -> None:
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Write all of a file or nothing; it is on the disk when this returns.
+    """Write a file atomically; it is on the disk when this returns.
 
     Raises:
         OSError: it cannot be written.
@@ -243,7 +244,7 @@ def write_file(path: Path, content: bytes) -> None:
 
 
 def _encode(shard: Shard) -> bytes:
-    """One line a row; the text of a float in Python is the float."""
+    """One line of JSON per row; floats survive the round trip exactly."""
     lines: list[Sequence[Any]] = [
         (x.row, x.names, x.text_bytes, [(s.logps, s.tokens, s.is_greedy, s.per_token) for s in x.scores])
         for x in shard.scored

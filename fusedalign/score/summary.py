@@ -1,4 +1,4 @@
-"""What a file of scores says in sum: a table for the terminal and a histogram."""
+"""The summary of a file of scores: a table in text and a histogram."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fusedalign.reports import text_row
 from fusedalign.score.columns import prefixed
 from fusedalign.score.records import RefusedRow
 from fusedalign.score.rows import reason_kind
@@ -19,39 +20,40 @@ if TYPE_CHECKING:
     import pyarrow
 
 WIDTH = 100
+#: The number of reasons for refused rows that are shown.
 REASONS = 5
-"""that are shown of those for which rows were refused"""
 _LABEL, _CELL = 30, 14
+_PERCENTILES = {5: "5th percentile", 25: "25th percentile", 50: "median", 75: "75th percentile", 95: "95th percentile"}
 _BINS = 60
 
 
 def summary(table: dict[str, list[Any]] | pyarrow.Table, about: Mapping[str, Any]) -> str:
-    """A table in text, of lines of at most `WIDTH` characters.
+    """A table in text, in lines of at most `WIDTH` characters.
 
-    Values that are not finite are left out of means and percentiles, and counted.
+    Means and percentiles are over finite values; the others are counted.
 
     Args:
-        table: the columns that `columns.table` makes.
-        about: "refused", the `RefusedRow`s or a mapping from reasons to numbers of rows; all else is shown as it is, a
-            line for each name, above the table.
+        table: a result of `columns.table`.
+        about: "refused": the `RefusedRow`s or a mapping from reasons to numbers of rows; every other entry is shown
+            as a line above the table.
     """
     refused = _reasons(about.get("refused", ()))
-    lines = [f"{name:<{_LABEL}}{value}" for name, value in about.items() if name != "refused"]
-    lines += _rows(len(_column(table, "row")), refused)
+    lines = [text_row([name, value], [_LABEL, 0], "") for name, value in about.items() if name != "refused"]
+    lines += _row_counts(len(_column(table, "row")), refused)
     answers = _answers(table)
     if answers and len(_column(table, "row")):
         lines += ["", *_scores(table, answers)]
     if "margin" in _names(table) and len(_column(table, "row")):
         lines += ["", *_margins(table)]
-    return "\n".join(part for line in lines for part in _wrapped(line))
+    return "\n".join(wrapped for line in lines for wrapped in _wrapped(line))
 
 
 def histogram(table: dict[str, list[Any]] | pyarrow.Table, path: Path) -> None:
-    """Save a PNG: mean log-probabilities of the answers, and of pairs the margins, with the rewards' where they are.
+    """Save histograms as a PNG: mean log-probabilities of the answers, and for pairs the margins, also of rewards.
 
     Raises:
-        ImportError: there is no matplotlib.
-        ValueError: no finite value to draw.
+        ImportError: matplotlib is not installed.
+        ValueError: there is no finite value to draw.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -66,7 +68,7 @@ def histogram(table: dict[str, list[Any]] | pyarrow.Table, path: Path) -> None:
     if not present or not any(len(_finite(table, name)) for _, columns in present for name in columns.values()):
         raise ValueError("expected a finite score to draw, got none")
     figure = Figure(figsize=(5.5 * len(present), 4), layout="constrained")
-    FigureCanvasAgg(figure)  # no display is needed
+    FigureCanvasAgg(figure)  # needs no display
     for axes, (label, columns) in zip(figure.subplots(1, len(present), squeeze=False)[0], present, strict=True):
         values = {name: _finite(table, column) for name, column in columns.items()}
         bins = np.histogram_bin_edges(np.concatenate(list(values.values())), bins=_BINS)
@@ -81,77 +83,70 @@ def histogram(table: dict[str, list[Any]] | pyarrow.Table, path: Path) -> None:
 
 
 def _answers(table: Any) -> list[str]:
-    """The answers of each row; "answer": the only one."""
+    """The names of the answers; "answer" if there is only one."""
     names = _names(table)
     return [a for a in ("answer", "chosen", "rejected") if prefixed(a, "logps") in names]
 
 
-def _rows(scored: int, refused: Counter[str]) -> list[str]:
-    total = scored + sum(refused.values())
-    lines = [
-        f"{'rows':<{_LABEL}}{total:>{_CELL},}",
-        f"{'scored':<{_LABEL}}{scored:>{_CELL},}",
-        f"{'refused':<{_LABEL}}{sum(refused.values()):>{_CELL},}",
-    ]
-    most = sorted(refused.items(), key=lambda item: (-item[1], item[0]))
-    lines += [f"{n:>{_LABEL + _CELL},}  {reason}" for reason, n in most[:REASONS]]
-    rest = sum(n for _, n in most[REASONS:])
-    return [*lines, *([f"{rest:>{_LABEL + _CELL},}  for other reasons"] if rest else [])]
+def _row_counts(scored: int, refused: Counter[str]) -> list[str]:
+    """The numbers of scored and refused rows, with the most frequent reasons."""
+    counts = {"rows": scored + refused.total(), "scored": scored, "refused": refused.total()}
+    lines = [_line(name, [f"{count:,}"]) for name, count in counts.items()]
+    by_count = sorted(refused.items(), key=lambda item: (-item[1], item[0]))
+    reasons = [(count, reason) for reason, count in by_count[:REASONS]]
+    if others := sum(count for _, count in by_count[REASONS:]):
+        reasons.append((others, "for other reasons"))
+    return lines + [_line("", [f"{count:,}"]) + f"  {reason}" for count, reason in reasons]
 
 
 def _scores(table: Any, answers: list[str]) -> list[str]:
-    of = [{name: _column(table, prefixed(a, name)) for name in ("logps", "num_tokens", "is_greedy")} for a in answers]
-    tokens = [x["num_tokens"].astype(np.int64) for x in of]
-    finite = [np.isfinite(x["logps"].astype(float)) for x in of]
+    """Lines on the log-probabilities, with a column for each answer."""
+    logps, counts, greedy = (
+        [_column(table, prefixed(a, name)).astype(dtype) for a in answers]
+        for name, dtype in (("logps", float), ("num_tokens", np.int64), ("is_greedy", bool))
+    )
+    finite = [np.isfinite(x) for x in logps]
     means = [_finite(table, prefixed(a, "mean_logps")) for a in answers]
     lines = [_line("", answers)] if len(answers) > 1 else []
-    lines.append(_line("tokens", [f"{int(n.sum()):,}" for n in tokens]))
+    lines.append(_line("tokens", [f"{int(n.sum()):,}" for n in counts]))
     if not all(x.all() for x in finite):
         lines.append(_line("not finite, left out below", [f"{int((~x).sum()):,}" for x in finite]))
     lines.append(_line("mean logps, nats per token", [""] * len(answers)))
     lines.append(_line("  mean over rows", map(_mean, means)))
-    lines += [_line(f"  {label}", [_percentile(x, q) for x in means]) for label, q in _PERCENTILES]
-    sums = [_ratio(x["logps"][f].astype(float).sum(), n[f].sum()) for x, n, f in zip(of, tokens, finite, strict=True)]
-    lines.append(_line("perplexity of all tokens", [_number(_perplexity(x)) for x in sums]))
+    lines += [_line(f"  {label}", [_percentile(x, q) for x in means]) for q, label in _PERCENTILES.items()]
+    token_means = [_ratio(x[f].sum(), n[f].sum()) for x, n, f in zip(logps, counts, finite, strict=True)]
+    lines.append(_line("perplexity of all tokens", [_number(_perplexity(x)) for x in token_means]))
     medians = [float(np.median(x)) if len(x) else math.nan for x in means]
     lines.append(_line("  median over rows", [_number(_perplexity(x)) for x in medians]))
     if "num_bytes" in _names(table):
-        size, logps = _column(table, "num_bytes").astype(float), _column(table, "logps").astype(float)
-        known = np.isfinite(size) & np.isfinite(logps)
-        bits = _ratio(-logps[known].sum(), size[known].sum() * math.log(2))
+        size = _column(table, "num_bytes").astype(float)
+        known = np.isfinite(size) & finite[0]
+        bits = _ratio(-logps[0][known].sum(), size[known].sum() * math.log(2))
         lines.append(_line("bytes", [f"{int(size[np.isfinite(size)].sum()):,}"]))
         lines.append(_line("bits per byte", [_number(bits)]))
-    lines.append(_line("greedy", [_share(x["is_greedy"].astype(bool)) for x in of]))
+    lines.append(_line("greedy", [_share(flags) for flags in greedy]))
     if prefixed(answers[0], "reward") in _names(table):
         lines.append(_line("implicit reward, mean", [_mean(_finite(table, prefixed(a, "reward"))) for a in answers]))
     return lines
 
 
 def _margins(table: Any) -> list[str]:
+    """Lines on the margins of pairs, and of their rewards."""
     lines = []
-    for margin, accuracy, what in (
+    for margin, accuracy, title in (
         ("margin", "accuracy", "margin, nats"),
         ("reward_margin", "reward_accuracy", "reward margin"),
     ):
         if margin not in _names(table):
             continue
-        values, right = _finite(table, margin), _column(table, accuracy).astype(bool)
+        values, is_correct = _finite(table, margin), _column(table, accuracy).astype(bool)
         lines += [
-            _line(f"{what}, mean", [_mean(values)]),
-            *(_line(f"  {label}", [_percentile(values, q)]) for label, q in _PERCENTILES),
-            _line("accuracy" if margin == "margin" else "reward accuracy", [_share(right)])
-            + f"  ({int(right.sum()):,} of {len(right):,} pairs)",
+            _line(f"{title}, mean", [_mean(values)]),
+            *(_line(f"  {label}", [_percentile(values, q)]) for q, label in _PERCENTILES.items()),
+            _line("accuracy" if margin == "margin" else "reward accuracy", [_share(is_correct)])
+            + f"  ({int(is_correct.sum()):,} of {len(is_correct):,} pairs)",
         ]
     return lines
-
-
-_PERCENTILES = (
-    ("5th percentile", 5),
-    ("25th percentile", 25),
-    ("median", 50),
-    ("75th percentile", 75),
-    ("95th percentile", 95),
-)
 
 
 def _reasons(refused: Mapping[str, int] | Iterable[RefusedRow]) -> Counter[str]:
@@ -167,7 +162,7 @@ def _names(table: Any) -> set[str]:
 
 
 def _column(table: Any, name: str) -> np.ndarray:
-    """None is NaN among numbers."""
+    """A column as an array, with NaN for None."""
     if isinstance(table, dict):
         return np.array([math.nan if x is None else x for x in table[name]])
     return np.asarray(table[name].to_numpy())
@@ -205,7 +200,8 @@ def _number(x: float) -> str:
 
 
 def _line(label: str, cells: Iterable[Any]) -> str:
-    return f"{label:<{_LABEL}}" + "".join(f"{cell:>{_CELL}}" for cell in cells)
+    texts = [label, *cells]
+    return text_row(texts, [_LABEL, *[-_CELL] * (len(texts) - 1)], gap="")
 
 
 def _wrapped(line: str) -> list[str]:

@@ -1,18 +1,17 @@
-"""An adapter as a model: base model and adapter together, trained further, or merged."""
+"""Models that consist of a base model and an adapter: to be trained further, or merged."""
 
 from __future__ import annotations
 
-import argparse
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import peft
 import torch
 from peft.utils.save_and_load import load_peft_weights
-from trl.trainer.utils import create_model_from_path
 
+from fusedalign.commandline import OneLineParser
 from fusedalign.reports import check_writable
 from fusedalign.trl.models import (
     ADAPTER_CONFIG,
@@ -21,13 +20,14 @@ from fusedalign.trl.models import (
     has_file,
     load_processing_class,
 )
+from fusedalign.trl.stock import create_model_from_path
 
-#: Folders that a training writes into its output directory for base models, found there also where that was moved.
+#: Folders for base models in a training's output directory; found there also after the directory was moved.
 OWN_BASES = ("embedded-model", "merged-model")
 
 
 class Adapter(NamedTuple):
-    """Where an adapter and the model below it lie."""
+    """An adapter and the name of its base model."""
 
     path: str
     """folder or Hub name"""
@@ -37,14 +37,14 @@ class Adapter(NamedTuple):
     """folder or Hub name of the base model"""
 
     def processing_class(self, **options: Any) -> Any:
-        """That of the adapter, which may have added tokens, else of its base model; see `load_processing_class`."""
+        """The adapter's, which may have added tokens, else its base model's; see `load_processing_class`."""
         if has_file(self.path, "tokenizer_config.json", self.revision):
             return load_processing_class(self.path, **{**options, "revision": self.revision})
         return load_processing_class(self.base, **{**options, "revision": self.config.revision})
 
 
 def find_adapter(path: str, revision: str | None = None, *, trust_remote_code: bool = False) -> Adapter | None:
-    """The adapter of a folder or Hub name, None where it is none.
+    """The adapter of a folder or Hub name; None if it holds none.
 
     Raises:
         ValueError: a folder that holds a model's weights too, a configuration that cannot be read, no LM head.
@@ -70,8 +70,8 @@ def find_adapter(path: str, revision: str | None = None, *, trust_remote_code: b
     base = config.base_model_name_or_path
     if not base:
         raise ValueError(f"{what} must name the base model, got {base!r}")
-    own = [folder / Path(base).name for folder in (Path(path), Path(path).parent) if Path(base).name in OWN_BASES]
-    base = next((str(folder) for folder in (Path(base), *own) if folder.is_dir()), base)
+    moved = [folder / Path(base).name for folder in (Path(path), Path(path).parent) if Path(base).name in OWN_BASES]
+    base = next((str(folder) for folder in (Path(base), *moved) if folder.is_dir()), base)
     check_folder(base, what)
     check_has_head(base, what, revision=config.revision, trust_remote_code=trust_remote_code)
     config.base_model_name_or_path = base
@@ -79,7 +79,7 @@ def find_adapter(path: str, revision: str | None = None, *, trust_remote_code: b
 
 
 def load_adapter(adapter: Adapter, options: Mapping[str, Any], *, trainable: bool = True) -> Any:
-    """Base model and adapter.
+    """The base model with its adapter, a `PeftModel`.
 
     Args:
         adapter: to load.
@@ -102,7 +102,7 @@ def load_adapter(adapter: Adapter, options: Mapping[str, Any], *, trainable: boo
         _untie(base)
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("error", message="Found missing adapter keys")  # these would stay random
+            warnings.filterwarnings("error", message="Found missing adapter keys")  # they would stay random
             model = peft.PeftModel.from_pretrained(
                 base, adapter.path, is_trainable=trainable, config=adapter.config, revision=adapter.revision
             )
@@ -112,25 +112,25 @@ def load_adapter(adapter: Adapter, options: Mapping[str, Any], *, trainable: boo
 
 
 def _resize(base: Any, weights: Mapping[str, torch.Tensor], tokens: int) -> None:
-    """Give the base model the vocabulary that the adapter was trained with."""
-    ends = {module: name for name, module in base.named_modules()}
+    """Resize the base model's vocabulary to the one that the adapter was trained with."""
+    names = {module: name for name, module in base.named_modules()}
     sizes = []
     for module in (base.get_input_embeddings(), base.get_output_embeddings()):
-        prefix = f"base_model.model.{ends.get(module)}."
+        prefix = f"base_model.model.{names.get(module)}."
         for key, weight in weights.items():
-            kind = key.removeprefix(prefix)
-            if kind in ("weight", "base_layer.weight", "lora_B.weight"):
+            name = key.removeprefix(prefix)
+            if name in ("weight", "base_layer.weight", "lora_B.weight"):
                 sizes.append(weight.shape[0])
-            elif kind == "lora_embedding_A":
+            elif name == "lora_embedding_A":
                 sizes.append(weight.shape[1])
-    rows = base.get_input_embeddings().weight.shape[0]
-    size = sizes[0] if sizes else max(rows, tokens)
-    if size != rows:
+    own_size = base.get_input_embeddings().weight.shape[0]
+    size = sizes[0] if sizes else max(own_size, tokens)
+    if size != own_size:
         base.resize_token_embeddings(size)
 
 
 def _untie(model: Any) -> None:
-    """Give a head that is tied to the embedding a weight of its own: what is merged into one is not the other's."""
+    """Copy the weight of a head that is tied to the embedding, so that a merge into one leaves the other."""
     head = model.get_output_embeddings()
     if head.weight is model.get_input_embeddings().weight:
         head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)
@@ -171,22 +171,16 @@ def _kind(adapter: Adapter) -> str:
     return str(getattr(adapter.config.peft_type, "value", adapter.config.peft_type))
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """One line and no usage."""
-        raise ValueError(f"merge: {message}")
-
-
 def merge_command(argv: list[str]) -> None:
     """Run `fusedalign merge` with the words that follow it.
 
     Raises:
-        ValueError: a word that does not fit, no adapter, one that cannot be merged, a folder that holds something.
+        ValueError: a bad argument, no adapter, an adapter that cannot be merged, a folder that is not empty.
         FileNotFoundError: no base model.
     """
-    parser = _Parser(
+    parser = OneLineParser(
         prog="fusedalign merge",
-        description="Write the model that a base model and its adapter are together, and the tokenizer, into a folder.",
+        description="Merge an adapter into its base model and write the model and its tokenizer into a folder.",
         allow_abbrev=False,
         add_help=False,
     )

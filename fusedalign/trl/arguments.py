@@ -1,4 +1,4 @@
-"""What a method's command takes: TRL's own arguments and ours, from flags and a YAML file; its help."""
+"""The arguments of a training command: TRL's and ours, from flags and a YAML file."""
 
 from __future__ import annotations
 
@@ -16,64 +16,24 @@ from typing import Any, NamedTuple, NoReturn
 import trl
 from transformers.utils import is_torch_bf16_gpu_available, is_torch_xla_available
 
+from fusedalign.methods import METHODS, WITH_REFERENCE
 from fusedalign.trl.config import file_value, kinds, read_config
 from fusedalign.trl.layouts import PACKED_DEFAULT
 from fusedalign.trl.options import HeadOptions
 
 
-@dataclass(frozen=True)
-class Method:
-    """What a command trains with, and the data that it takes."""
-
-    trainer: str
-    """name of the class in `trl`"""
-    config: str
-    """name of the configuration class in `trl`"""
-    columns: tuple[tuple[str, ...], ...]
-    """sets of columns of which a data set must have one; the first that it has is used"""
-    about: str
-    defaults: dict[str, Any] = field(default_factory=dict)
-    """of the configuration, where they are not TRL's"""
-
-    @property
-    def experimental(self) -> bool:
-        """Whether the classes are those of `trl.experimental`."""
-        return not hasattr(trl, self.trainer)
-
-
 def trl_class(name: str) -> Any:
-    """A trainer or configuration by its name: of `trl`, else of `trl.experimental`."""
+    """A trainer or configuration of `trl`, else of `trl.experimental`, by its name."""
     if hasattr(trl, name):
         return getattr(trl, name)
-    with warnings.catch_warnings():  # of being experimental
+    with warnings.catch_warnings():  # that they are experimental
         warnings.simplefilter("ignore")
         return getattr(importlib.import_module(f"trl.experimental.{re.sub('Trainer|Config', '', name).lower()}"), name)
 
 
-_PAIRS = (("chosen", "rejected"),)
-METHODS = {
-    "sft": Method(
-        "SFTTrainer",
-        "SFTConfig",
-        (("input_ids",), ("prompt", "completion"), ("messages",), ("conversations",), ("text",), ("chosen",)),
-        "supervised fine-tuning",
-    ),
-    "dpo": Method("DPOTrainer", "DPOConfig", _PAIRS, "direct preference optimisation, fifteen losses"),
-    "kto": Method(
-        "KTOTrainer", "KTOConfig", (("prompt", "completion", "label"), *_PAIRS), "good and bad answers, unpaired"
-    ),
-    "cpo": Method("CPOTrainer", "CPOConfig", _PAIRS, "contrastive preference optimisation, no reference model"),
-    "simpo": Method(
-        "CPOTrainer",
-        "CPOConfig",
-        _PAIRS,
-        "simple preference optimisation: CPO with the loss simpo and without its NLL; AlphaPO with --alpha",
-        {"loss_type": "simpo", "cpo_alpha": 0.0, "beta": 2.0, "simpo_gamma": 1.0},
-    ),
-    "orpo": Method("ORPOTrainer", "ORPOConfig", _PAIRS, "SFT and an odds ratio at once, no reference model"),
-}
-#: Those of the methods that take `ref_logps`.
-WITH_REFERENCE = ("dpo", "kto")
+def is_experimental(method: str) -> bool:
+    """Whether the method's trainer is one of `trl.experimental`."""
+    return not hasattr(trl, METHODS[method].trainer)
 
 
 @dataclass
@@ -101,20 +61,20 @@ class HeadArguments:
 
     @property
     def head(self) -> dict[str, Any]:
-        """As the Fused trainers and `attach` take it."""
+        """The options of the head, for the Fused trainers and `attach`."""
         return {name: getattr(self, f"fused_{name}") for name in HeadOptions._fields}
 
     @property
     def packed(self) -> bool | str:
-        """`fused_packed`, which is text so that a flag and YAML can say true, as the Fused trainers take it.
+        """The `packed` of the Fused trainers; `fused_packed` is text so that flags and YAML can have all three values.
 
         Raises:
             ValueError: none of the three words.
         """
-        words: dict[str, bool | str] = {"auto": "auto", "true": True, "false": False}
-        if self.fused_packed.lower() not in words:
+        values: dict[str, bool | str] = {"auto": "auto", "true": True, "false": False}
+        if self.fused_packed.lower() not in values:
             raise ValueError(f"fused_packed must be auto, true or false, got {self.fused_packed!r}")
-        return words[self.fused_packed.lower()]
+        return values[self.fused_packed.lower()]
 
 
 @dataclass
@@ -145,13 +105,13 @@ class FusedArguments(HeadArguments):
 
     @property
     def trainer_options(self) -> dict[str, Any]:
-        """As the Fused trainers take them."""
+        """The keywords of the Fused trainers."""
         cache = {} if self.ref_logps is None else {"ref_logps": self.ref_logps}
         return {**self.head, "packed": self.packed, "liger_kernels": self.liger_kernels, **cache}
 
 
 class Arguments(NamedTuple):
-    """TRL's four argument classes and ours, in the order in which the parser returns them."""
+    """TRL's four argument classes and ours, in the parser's order."""
 
     script: Any
     training: Any
@@ -161,23 +121,23 @@ class Arguments(NamedTuple):
 
 
 class Words(NamedTuple):
-    """A command's words and its YAML file, sorted by who reads them."""
+    """A command's words and its YAML file, split into our fields and the launcher's flags."""
 
     fields: list[str]
-    """the words without those of the launcher; `--config FILE` first"""
+    """the words without the launcher's flags; `--config FILE` first"""
     values: argparse.Namespace
-    """of every field: from the flags, else from the file, else the default"""
+    """every field: from the flags, else from the file, else the default"""
     env: dict[str, str]
     """environment variables of the file"""
     launch: list[str]
-    """flags of `accelerate launch`, of both"""
+    """flags of `accelerate launch`, from words and file"""
 
 
 class Parser(trl.TrlParser):
     """TRL's parser, with errors of one line."""
 
     owner: str = ""
-    """what has the fields, for errors"""
+    """name of what defines the fields, for errors"""
 
     def error(self, message: str) -> NoReturn:
         """Raise instead of printing a usage of several hundred flags."""
@@ -185,9 +145,9 @@ class Parser(trl.TrlParser):
 
 
 def parse(method: str, argv: Sequence[str]) -> Arguments:
-    """TRL's arguments from `--config FILE` and flags; flags win.
+    """TRL's arguments and ours from `--config FILE` and flags; flags win.
 
-    bf16, which TRL turns on by default, is off where no accelerator has it.
+    bf16, TRL's default, is off where no accelerator supports it.
 
     Raises:
         ValueError: a field that does not exist, or a value that does not fit.
@@ -215,14 +175,14 @@ def parse(method: str, argv: Sequence[str]) -> Arguments:
             "leave it out"
         )
     modules = arguments.model.lora_target_modules
-    # TRL makes a pattern of a single name, and a pattern must match a module's whole path.
+    # TRL reads a single name as a pattern, which would have to match a module's whole path.
     if isinstance(modules, str) and modules.isidentifier():
         arguments.model.lora_target_modules = [modules]
     return arguments
 
 
 def method_parser(method: str) -> Parser:
-    """Every field of TRL's classes and ours as a flag."""
+    """The parser with every field of TRL's classes and ours as a flag."""
     config = trl_class(METHODS[method].config)
     types: Any = (trl.ScriptArguments, config, trl.ModelConfig, trl.DatasetMixtureConfig, FusedArguments)
     parser = Parser(types, prog=f"fusedalign {method}", allow_abbrev=False)
@@ -232,13 +192,12 @@ def method_parser(method: str) -> Parser:
 
 
 def read_words(parser: Parser, argv: Sequence[str]) -> Words:
-    """Sort the words of a command, and the fields of the YAML file that they name; no device is touched.
+    """Split the words of a command and the fields of its YAML file; no device is touched.
 
     Raises:
-        ValueError: a name that is neither a field nor a flag of `accelerate launch`, or a value of another type.
+        ValueError: a name that is neither a field nor a flag of `accelerate launch`, or a value of the wrong type.
         FileNotFoundError: no such configuration file.
     """
-    config = parser.owner
     file, groups = _split_config(argv)
     content = {} if file is None else read_config(file)
     env = content.pop("env", None) or {}
@@ -246,33 +205,33 @@ def read_words(parser: Parser, argv: Sequence[str]) -> Words:
         raise ValueError(f"env in {file} must hold `NAME: value` lines, got {env!r}")
     actions = {action.dest: action for action in reversed(parser._actions) if action.dest != "help"}
     flags = {flag for action in parser._actions for flag in action.option_strings}
-    launcher = _launch_flags() - flags
+    launch_flags = _launch_flags() - flags
     fields: list[str] = []
     launch: list[str] = []
     defaults: dict[str, Any] = {}
     for name, value in content.items():
         if name in actions:
             defaults[name] = file_value(parser, actions[name], value, f"{name} in {file}")
-        elif f"--{name}" in launcher:
+        elif f"--{name}" in launch_flags:
             launch += [f"--{name}"] * (value is not False) + [str(value)] * (not isinstance(value, bool))
         else:
-            named = {f"--{dest}" for dest in actions} | launcher
-            raise ValueError(_unknown(f"--{name}", named, f"{config} in {file}"))
+            known = {f"--{dest}" for dest in actions} | launch_flags
+            raise ValueError(_unknown(f"--{name}", known, f"{parser.owner} in {file}"))
     for flag, *values in groups:
         name = flag.partition("=")[0]
-        if name not in flags | launcher:
-            raise ValueError(_unknown(name, flags | launcher | {"--config"}, config))
+        if name not in flags | launch_flags:
+            raise ValueError(_unknown(name, flags | launch_flags | {"--config"}, parser.owner))
         (fields if name in flags else launch).extend([flag, *values])
     parser.set_defaults(**defaults)
-    namespace, rest = parser.parse_known_args(fields)
-    if rest:
-        raise ValueError(_no_pair(rest[0]))
-    start = [] if file is None else ["--config", file]
-    return Words([*start, *fields], namespace, {name: str(value) for name, value in env.items()}, launch)
+    namespace, unparsed = parser.parse_known_args(fields)
+    if unparsed:
+        raise ValueError(_no_pair(unparsed[0]))
+    config = [] if file is None else ["--config", file]
+    return Words([*config, *fields], namespace, {name: str(value) for name, value in env.items()}, launch)
 
 
 def _split_config(argv: Sequence[str]) -> tuple[str | None, list[list[str]]]:
-    """The file of `--config FILE` or `--config=FILE`, and the other flags, each with the words that follow it."""
+    """The file of `--config FILE` or `--config=FILE`, and the other flags, each with its values."""
     groups: list[list[str]] = []
     for word in argv:
         if word.startswith("--"):
@@ -296,7 +255,7 @@ def _is_config(group: list[str]) -> bool:
 
 
 def _launch_flags() -> set[str]:
-    """What `accelerate launch` takes before the module that it starts."""
+    """The flags of `accelerate launch` itself."""
     from accelerate.commands.launch import launch_command_parser
 
     flags = {flag for action in launch_command_parser()._actions for flag in action.option_strings}
@@ -313,10 +272,9 @@ def _check_json(parser: Parser, values: argparse.Namespace) -> None:
 
 
 def _check_counts(values: argparse.Namespace) -> None:
-    least = {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1}
-    for name, smallest in least.items():
-        if getattr(values, name) < smallest:
-            raise ValueError(f"{name} must be at least {smallest}, got {getattr(values, name)}")
+    for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+        if getattr(values, name) < 1:
+            raise ValueError(f"{name} must be at least 1, got {getattr(values, name)}")
     if values.max_steps <= 0 and not values.num_train_epochs > 0:
         raise ValueError(f"num_train_epochs must be above 0 where max_steps is not, got {values.num_train_epochs}")
 
@@ -326,9 +284,9 @@ def _unknown(name: str, known: Iterable[str], expected: str) -> str:
     # A renamed field often keeps one part of its name: torch_dtype, dtype.
     parts = set(name.strip("-").split("_"))
     nested = [flag for flag in known if "-" not in flag[2:] and set(flag[2:].split("_")) < parts]
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.85) or sorted(nested, key=len, reverse=True)
-    near = near or difflib.get_close_matches(name, known, n=1)
-    hint = f"; did you mean {near[0]}?" if near else ""
+    matches = difflib.get_close_matches(name, known, n=1, cutoff=0.85) or sorted(nested, key=len, reverse=True)
+    matches = matches or difflib.get_close_matches(name, known, n=1)
+    hint = f"; did you mean {matches[0]}?" if matches else ""
     return f"expected fields of {expected}, got the unknown {name}{hint}"
 
 

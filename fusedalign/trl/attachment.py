@@ -1,10 +1,10 @@
 """`attach(trainer)`: a built TRL trainer computes its log-probabilities with this package; the loss stays TRL's own.
 
-TRL gives every model of these trainers a forward that runs the backbone and hands the last hidden states to one
-autograd function, `trl.trainer.utils._ChunkedLogProbFunction`. Attaching puts a switch in its place. The switch sends a
-call to `linear_logps` while an attached trainer takes a step and a model of it is in its forward, and to TRL's own
-function otherwise, so other trainers in the process are untouched, those of the same model too. The gathers of sharded
-heads, the shift, the masks, mixture-of-experts terms and the metrics all stay where TRL has them.
+TRL gives every model of these trainers a forward that runs the backbone and passes the last hidden states to one
+autograd function, `stock.fused_head()`. Attaching replaces it by a switch. The switch calls `linear_logps` while an
+attached trainer takes a step and one of its models runs its forward, and TRL's own function otherwise: other trainers
+in the process keep TRL's head, even with the same model. The gathers of sharded heads, the shift, the masks,
+mixture-of-experts terms and the metrics remain TRL's.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from typing import Any
 
 import torch
 import trl
-import trl.trainer.utils as trl_utils
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from fusedalign.head import LMHead
 from fusedalign.ops import linear_logps
-from fusedalign.trl.forward import OUTPUT_NAMES, fused_by
+from fusedalign.trl import stock
+from fusedalign.trl.forward import OUTPUT_NAMES, fused_by, our_names
 from fusedalign.trl.layouts import MASKED, Layouts, check_packed, decide, lay_out_nothing, models_of, wrap_backbone
 from fusedalign.trl.options import HeadOptions, mixed_precision
 from fusedalign.trl.refusals import (
@@ -44,31 +44,32 @@ SUPPORTED = ("SFTTrainer", "DPOTrainer", "KTOTrainer", "GRPOTrainer", "RLOOTrain
 
 @dataclass
 class _Attachment:
-    """One attached trainer: what serves it, and the hooks that mark its models' forwards."""
+    """One attached trainer: the options of its head, and what `detach` has to undo."""
 
     options: HeadOptions
     loss_hint: str | None
     handles: list[RemovableHandle] = field(default_factory=list)
+    """of the hooks that mark the models' forwards"""
     collator: Any = None
-    """the trainer's own, where packing has put another one in its place"""
+    """the trainer's own collator, where packing has replaced it"""
     backbones: list[Callable[[], None]] = field(default_factory=list)
-    """what takes packing back from the models. None of these refers to the trainer, which is to be collected"""
+    """functions that undo packing in the models; they hold no reference to the trainer, so it can be collected"""
 
 
-#: The methods of a trainer in which its models are called for log-probabilities.
+#: The methods of a trainer that call its models for log-probabilities.
 _STEPS = ("training_step", "prediction_step", "compute_loss", "compute_ref_log_probs")
 
 #: The attachment whose trainer is in one of `_STEPS`, in this thread or task.
 _stepping: ContextVar[_Attachment | None] = ContextVar("fusedalign_stepping_attachment", default=None)
-#: The marked models that are in their forward, in this thread or task, the innermost last, and what serves each.
+#: The marked models that run their forward in this thread or task, innermost last, each with its active attachment.
 _forwards: ContextVar[tuple[tuple[_Mark, _Attachment | None], ...]] = ContextVar("fusedalign_forwards", default=())
 _attached: weakref.WeakKeyDictionary[Any, _Attachment] = weakref.WeakKeyDictionary()
 _lock = threading.RLock()
-"""held while trainers are attached or detached, which may take away or bring the switch for all of them"""
+"""held while trainers are attached or detached, since that may install or remove the switch"""
 
 
 def _active() -> _Attachment | None:
-    """What serves the model that is in its forward right now; None: TRL."""
+    """The attachment that computes the log-probabilities of the innermost running forward; None: TRL does."""
     forwards = _forwards.get()
     return forwards[-1][1] if forwards else None
 
@@ -76,22 +77,22 @@ def _active() -> _Attachment | None:
 def attach(trainer: Any, *, packed: bool | str = False, **options: Any) -> Any:
     """Let a built trainer compute its log-probabilities with fusedalign.
 
-    Attaching again replaces the options and is otherwise harmless. `detach` takes it back.
+    Attaching again replaces the options. `detach` undoes it.
 
     Args:
         trainer: one of TRL's trainers in `SUPPORTED`, or an instance of a subclass.
         packed: True runs batches packed, "auto" on CUDA where that is proven to be right; see docs/packing.md.
-            Hidden states are then brought into the padded layout for TRL's forward, which the Fused trainers spare.
-        options: those of `HeadOptions`.
+            Hidden states are then padded for TRL's forward, a copy that the Fused trainers do not need.
+        options: the fields of `HeadOptions`.
 
     Returns:
         The same trainer.
 
     Raises:
         TypeError: any other trainer or option; a head that TRL's own forward cannot read.
-        ValueError: no impl has this name or does what is asked; what the trainer is set to would build the logits;
+        ValueError: no impl has this name or supports the options; the trainer's settings would build the logits;
             packed=True, and trainer or model cannot pack.
-        RuntimeError: another library has replaced TRL's head, or this TRL has none that can be replaced.
+        RuntimeError: another library has replaced TRL's head.
 
     Example::
 
@@ -101,9 +102,9 @@ def attach(trainer: Any, *, packed: bool | str = False, **options: Any) -> Any:
     supported: tuple[Any, ...] = tuple(getattr(trl, name) for name in SUPPORTED)
     if not isinstance(trainer, supported):
         raise TypeError(f"trainer must be one of TRL's {', '.join(SUPPORTED)}, got {type(trainer).__name__}")
-    kind = next(cls for cls in type(trainer).__mro__ if cls in supported or cls.__module__.startswith("trl."))
-    if kind not in supported:  # GKD, for one, is an SFTTrainer whose loss is made of all logits
-        raise TypeError(f"trainer must be one of TRL's {', '.join(SUPPORTED)} or your own, got {kind.__name__}")
+    base = next(cls for cls in type(trainer).__mro__ if cls in supported or cls.__module__.startswith("trl."))
+    if base not in supported:  # for instance GKD: an SFTTrainer with a loss of the full logits
+        raise TypeError(f"trainer must be one of TRL's {', '.join(SUPPORTED)} or your own, got {base.__name__}")
     if unknown := options.keys() - set(HeadOptions._fields):
         raise TypeError(f"options must be among {', '.join(HeadOptions._fields)}, got {', '.join(sorted(unknown))}")
     check_packed(packed)
@@ -142,21 +143,19 @@ def _pack(trainer: Any, attachment: _Attachment, packed: bool | str) -> None:
     """Let the models' backbones run packed under TRL's forward."""
     if not isinstance(trainer, _PACKABLE):
         raise ValueError(f"packed must be False for {type(trainer).__name__}, got {packed!r}")
-    layouts, attachment.collator = (
-        Layouts(groups=2 if isinstance(trainer, trl.DPOTrainer) else 1),
-        trainer.data_collator,
-    )
+    layouts = Layouts(groups=2 if isinstance(trainer, trl.DPOTrainer) else 1)
+    attachment.collator = trainer.data_collator
     decide(trainer, layouts, packed, lay_out_nothing if isinstance(trainer, trl.KTOTrainer) else Layouts.of)
     for model in models_of(trainer) if layouts.kind != MASKED else ():
         attachment.backbones.append(wrap_backbone(model, layouts, lambda: _active() is attachment))
 
 
 def _check_head(model: nn.Module, options: HeadOptions, trainer: Any) -> None:
-    """Raises unless TRL's fused forward is in place, reads this head, and an impl serves it as asked."""
+    """Raise unless the model has TRL's fused forward, which can read its head, and an impl supports the options."""
     base = unwrapped(trainer, model)
-    came = fused_by(base)
-    if came != "trl":
-        raise RuntimeError(f"expected TRL's own fused forward, got {came} in its place: undo that before attach()")
+    owner = fused_by(base)
+    if owner != "trl":
+        raise RuntimeError(f"expected TRL's own fused forward, got {owner} in its place: undo that before attach()")
     head = base.get_output_embeddings()
     if not hasattr(head, "bias"):  # PEFT's trainable_token_indices
         name = f"Fused{type(trainer).__name__}"
@@ -166,7 +165,7 @@ def _check_head(model: nn.Module, options: HeadOptions, trainer: Any) -> None:
 
 
 def detach(trainer: Any) -> Any:
-    """Give a trainer TRL's own head back; harmless where nothing is attached. Returns the trainer."""
+    """Give a trainer TRL's own head again, and return the trainer; does nothing where nothing is attached."""
     with _lock:
         attachment = _attached.pop(trainer, None)
         if attachment is not None:
@@ -178,9 +177,9 @@ def detach(trainer: Any) -> Any:
                 trainer.data_collator = attachment.collator
             for name in _STEPS:
                 step = vars(trainer).get(name)
-                if isinstance(step, _Step):  # else somebody has put another one there since
+                if isinstance(step, _Step):  # else other code has replaced it since
                     delattr(trainer, name)
-                    if step.method != getattr(trainer, name, None):  # it was not the class's
+                    if step.method != getattr(trainer, name, None):  # the instance had a method of its own
                         setattr(trainer, name, step.method)
         if not _attached:
             _remove_switch()
@@ -188,7 +187,7 @@ def detach(trainer: Any) -> Any:
 
 
 class _Step:
-    """A method of a trainer, which says that it runs."""
+    """A method of a trainer that sets `_stepping` while it runs."""
 
     def __init__(self, method: Any, attachment: _Attachment) -> None:
         self.method, self.attachment = method, attachment
@@ -203,31 +202,28 @@ class _Step:
 
 
 class _Mark:
-    """The hooks of a model: while its trainer takes a step, its attachment is the active one in each forward."""
+    """The forward hooks of a model, which make its attachment the active one while its trainer takes a step."""
 
     def __init__(self, attachment: _Attachment | None) -> None:
         self.attachment = attachment
 
     def __reduce__(self) -> tuple:
-        return _Mark, (None,)  # a copy of the model, from a file or not, is nobody's
+        return _Mark, (None,)  # copies of the model (pickle, deepcopy) are not attached
 
     def enter(self, *_: Any) -> None:
-        """Before a forward."""
-        serves = self.attachment is not None and _stepping.get() is self.attachment
-        _forwards.set((*_forwards.get(), (self, self.attachment if serves else _active())))
+        """Pre-hook of the forward."""
+        is_active = self.attachment is not None and _stepping.get() is self.attachment
+        _forwards.set((*_forwards.get(), (self, self.attachment if is_active else _active())))
 
     def leave(self, *_: Any) -> None:
-        """After it, also if that raises."""
+        """Hook of the forward, called also if that raises."""
         forwards = _forwards.get()
-        if forwards and forwards[-1][0] is self:  # an earlier hook's exception ends what was not entered
+        if forwards and forwards[-1][0] is self:  # `leave` can run without `enter` if an earlier hook raised
             _forwards.set(forwards[:-1])
 
 
-# ---------------------------------------------------------------------------------------------------------- the switch
-
-
 class _Switch:
-    """Stands in for TRL's autograd function, of which only `apply` is ever used."""
+    """Replaces TRL's autograd function; TRL only calls its `apply`."""
 
     def __init__(self, original: Any, use_triton: Any) -> None:
         self.original = original
@@ -245,7 +241,7 @@ class _Switch:
         scale: float = 1.0,
         outputs: tuple[str, ...] = (),
     ) -> tuple[Tensor | None, ...]:
-        """TRL's arguments in TRL's order; returns (logps, *fields of `OUTPUT_NAMES`), all [N], None if not asked."""
+        """TRL's arguments in TRL's order; returns (logps, *fields of `OUTPUT_NAMES`), each [N] or None."""
         attachment = _active()
         if attachment is None and self.original is None:
             raise RuntimeError(
@@ -261,40 +257,30 @@ class _Switch:
             scale=scale,
             softcap=softcap,
             temperature=temperature,
-            outputs=[ours for theirs, ours in OUTPUT_NAMES.items() if theirs in outputs],
+            outputs=our_names(outputs),
             loss_hint=attachment.loss_hint,
             **attachment.options._asdict(),
         )
         return (out.logps, *(getattr(out, ours) for ours in OUTPUT_NAMES.values()))
 
     def project_valid_tokens_only(self, device: torch.device) -> bool:
-        """Stands in for TRL's question whether to leave out ignored tokens before the head: here always."""
+        """Replaces TRL's `use_triton`: whether to leave out ignored tokens before the head, for ours always."""
         return _active() is not None or self.use_triton(device)
 
 
 def _install_switch() -> None:
-    if not hasattr(trl_utils, "add_fused_lm_head"):
-        raise RuntimeError(f"expected TRL >= 1.15, whose trainers have a fused head, got TRL {trl.__version__}")
-    current: Any = trl_utils._ChunkedLogProbFunction  # None in TRL 1.15 without Triton
+    current = stock.fused_head()
     if isinstance(current, _Switch):
         return
     if current is not None and not current.__module__.startswith("trl."):
         replacement = f"{current.__module__}.{current.__qualname__}"
         raise RuntimeError(f"expected TRL's own fused head, got {replacement} in its place: undo that before attach()")
     # TRL 1.15 always leaves ignored tokens out and asks nothing.
-    switch = _Switch(current, getattr(trl_utils, "_use_triton", None))
-    _patch("_ChunkedLogProbFunction", switch)
-    if switch.use_triton is not None:
-        _patch("_use_triton", switch.project_valid_tokens_only)
+    switch = _Switch(current, stock.use_triton())
+    stock.replace_fused_head(switch, None if switch.use_triton is None else switch.project_valid_tokens_only)
 
 
 def _remove_switch() -> None:
-    switch: Any = getattr(trl_utils, "_ChunkedLogProbFunction", None)
+    switch = stock.fused_head()
     if isinstance(switch, _Switch):
-        _patch("_ChunkedLogProbFunction", switch.original)
-        if switch.use_triton is not None:
-            _patch("_use_triton", switch.use_triton)
-
-
-def _patch(name: str, value: Any) -> None:
-    setattr(trl_utils, name, value)
+        stock.replace_fused_head(switch.original, switch.use_triton)

@@ -1,4 +1,4 @@
-"""The YAML file that `--config` names: read strictly, with errors that name the file and the line or field."""
+"""The YAML file of `--config`, read strictly; errors name the file and the line or field."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def read_config(path: str) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a folder, not UTF-8, not YAML, not a mapping of names to values, or a name that occurs twice.
+        ValueError: a folder, not UTF-8, not YAML, not a mapping of names to values, or a repeated name.
     """
     if Path(path).is_dir():
         raise ValueError(f"--config must name a YAML file, got the folder {path}")
@@ -35,7 +35,7 @@ def read_config(path: str) -> dict[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML's own loader takes the last of two equal names in silence."""
+    """YAML's safe loader, with an error for a repeated name."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.tag != _MERGE]
@@ -53,9 +53,9 @@ _TRUE_OR_FALSE = ("resume_from_checkpoint", "fused_packed")
 
 
 def file_value(parser: Any, action: argparse.Action, value: Any, name: str) -> Any:
-    """A field's value from YAML, converted as the same words of a flag would be.
+    """A field's value from YAML, converted as the value of a flag.
 
-    argparse converts those defaults only that are strings, and trusts the others.
+    argparse itself converts defaults only if they are strings.
 
     Args:
         parser: TRL's, with the fields of its dataclasses.
@@ -64,16 +64,16 @@ def file_value(parser: Any, action: argparse.Action, value: Any, name: str) -> A
         name: of field and file, for errors.
 
     Raises:
-        ValueError: a value of another type, or none of the choices.
+        ValueError: a value of the wrong type, or not one of the choices.
     """
     allowed = kinds(parser, action.dest)
     if value is None and type(None) not in allowed:
         raise ValueError(f"{name} must have a value, got nothing: leave the line out for the default")
-    for kind, called in ((dict, "mapping"), (list, "list")):
+    for kind, word in ((dict, "mapping"), (list, "list")):
         if isinstance(value, kind) and kind not in allowed:
-            raise ValueError(f"{name} must be one value, got the {called} {value}")
-    nested = isinstance(value, list) and (not value or isinstance(value[0], dict | list))
-    if value is None or isinstance(value, dict) or nested:
+            raise ValueError(f"{name} must be one value, got the {word} {value}")
+    is_nested = isinstance(value, list) and (not value or isinstance(value[0], dict | list))
+    if value is None or isinstance(value, dict) or is_nested:
         return value
     if isinstance(value, bool) and action.dest in _TRUE_OR_FALSE:
         value = str(value).lower()
@@ -86,7 +86,7 @@ def file_value(parser: Any, action: argparse.Action, value: Any, name: str) -> A
     try:
         if not isinstance(value, list):
             converted = getattr(parser.parse_known_args([f"{flag}={value}"])[0], action.dest)
-            # A scalar where a list may stand is left one: TRL tells `all-linear` from a list of one name.
+            # A scalar of a list field stays a scalar: TRL distinguishes `all-linear` from a list of one name.
             return value if isinstance(converted, list) else converted
         if action.nargs != "+":
             return value
@@ -96,7 +96,7 @@ def file_value(parser: Any, action: argparse.Action, value: Any, name: str) -> A
 
 
 def kinds(parser: Any, name: str) -> set[type]:
-    """The types that a field may have, without their parameters."""
+    """The types of a field, without their parameters."""
     cls = next(cls for cls in parser.dataclass_types if name in cls.__dataclass_fields__)
     hint = get_type_hints(cls)[name]
     options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)

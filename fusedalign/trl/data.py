@@ -10,18 +10,19 @@ from typing import Any
 import datasets
 import trl
 
+from fusedalign.methods import METHODS
 from fusedalign.trl import shapes
-from fusedalign.trl.arguments import METHODS, Arguments
+from fusedalign.trl.arguments import Arguments
 from fusedalign.trl.files import load_named
 
 
 def load_data(method: str, arguments: Arguments) -> tuple[Any, Any]:
-    """Train and evaluation split; the latter is None where none is wanted.
+    """Train and evaluation split; the latter is None without an evaluation.
 
     Raises:
         FileNotFoundError: no such file or folder.
-        ValueError: no data named, a file that cannot be read, a split or columns that are not there, a row whose fields
-            are neither text nor messages.
+        ValueError: no data named, a file that cannot be read, a missing split or column, a row with a field that is
+            neither text nor messages.
     """
     script, training, _, mixture, _ = arguments
     if mixture.datasets:
@@ -37,9 +38,9 @@ def load_data(method: str, arguments: Arguments) -> tuple[Any, Any]:
         raise ValueError(
             f"dataset_train_split must be a split of {name} ({', '.join(splits)}), got {script.dataset_train_split!r}"
         )
-    wanted = [script.dataset_train_split]
+    names = [script.dataset_train_split]
     if training.eval_strategy != "no" and script.dataset_test_split in splits:
-        wanted.append(script.dataset_test_split)
+        names.append(script.dataset_test_split)
     elif training.eval_strategy != "no" and len(splits) > 1:
         raise ValueError(
             f"dataset_test_split must be a split of {name} ({', '.join(splits)}), got {script.dataset_test_split!r}"
@@ -49,19 +50,18 @@ def load_data(method: str, arguments: Arguments) -> tuple[Any, Any]:
         training.eval_strategy = "no"
     text_field = getattr(training, "dataset_text_field", "text")
     with training.main_process_first(desc="reading the data"):
-        train_dataset, *rest = [
+        train_dataset, *eval_datasets = [
             served(splits[split], method, name if Path(name).is_file() else f"{name}, split {split!r}", text_field)
-            for split in wanted
+            for split in names
         ]
-    return train_dataset, rest[0] if rest else None
+    return train_dataset, eval_datasets[0] if eval_datasets else None
 
 
 def served(dataset: Any, method: str, source: str, text_field: str = "text") -> Any:
     """A data set with the columns and rows that the trainer of a method takes.
 
     Args:
-        dataset: a `datasets.Dataset`, whose rows are checked now, or an `IterableDataset`, whose rows are checked as
-            they come.
+        dataset: the rows of a `datasets.Dataset` are checked now, those of an `IterableDataset` when they are read.
         method: one of `METHODS`.
         source: its name in errors.
         text_field: the column of plain text for SFT.
@@ -88,35 +88,35 @@ def served(dataset: Any, method: str, source: str, text_field: str = "text") -> 
     return converted.cast_column("label", datasets.Value("bool")) if "label" in needed else converted
 
 
-#: The functions of rows that leave sound text, with its prompt, as it is.
+#: The functions of rows that leave text with a prompt unchanged.
 _FOR_TEXT = (shapes.preference, shapes.prompt_completion, shapes.unpaired, shapes.text)
 
 
 def _shape(
     method: str, source: str, columns: Sequence[str], text_field: str
 ) -> tuple[Callable[[shapes.Row], shapes.Row] | None, tuple[str, ...]]:
-    """The function of rows for the first of the method's choices of columns that is there, and the columns it reads.
+    """The function of rows for the method's first set of columns that the data have, and the columns it reads.
 
-    The function is None for tokens, which TRL takes as they are.
+    The function is None for tokens, which TRL takes unchanged.
     """
     choices = [tuple(text_field if name == "text" else name for name in choice) for choice in METHODS[method].columns]
-    found = next((choice for choice in choices if set(choice) <= set(columns)), None)
-    if found is None:
+    present = next((choice for choice in choices if set(choice) <= set(columns)), None)
+    if present is None:
         expected = " or ".join("+".join(choice) for choice in choices)
         raise ValueError(
             f"data set for {method} must have the columns {expected}, got {source} with {', '.join(columns)}"
         )
     pair = ("prompt", "chosen", "rejected") if "prompt" in columns else ("chosen", "rejected")
     return {
-        ("input_ids",): (None, found),
-        ("prompt", "completion"): (shapes.prompt_completion, found),
-        ("prompt", "completion", "label"): (shapes.unpaired, found),
-        ("messages",): (shapes.conversation, found),
-        ("conversations",): (shapes.conversation, found),
-        (text_field,): (shapes.text, found),
+        ("input_ids",): (None, present),
+        ("prompt", "completion"): (shapes.prompt_completion, present),
+        ("prompt", "completion", "label"): (shapes.unpaired, present),
+        ("messages",): (shapes.conversation, present),
+        ("conversations",): (shapes.conversation, present),
+        (text_field,): (shapes.text, present),
         ("chosen",): (shapes.chosen_side, tuple(name for name in pair if name != "rejected")),
         ("chosen", "rejected"): (shapes.preference, pair),
-    }[found]
+    }[present]
 
 
 def _converted(
@@ -133,10 +133,10 @@ def _length(dataset: Any) -> int | None:
 
 
 def _is_sound(dataset: Any, name: str) -> bool:
-    """Whether a column is text in all rows, as its type and its count of nulls tell without a look at the rows."""
+    """Whether a column is text (the label: bool) in all rows, by its type and count of nulls."""
     dtype = getattr(dataset.features[name], "dtype", None)
-    wanted = ("bool",) if name == "label" else ("string", "large_string")
-    return dtype in wanted and dataset.data.column(name).null_count == 0
+    dtypes = ("bool",) if name == "label" else ("string", "large_string")
+    return dtype in dtypes and dataset.data.column(name).null_count == 0
 
 
 def _rows(dataset: Any) -> Iterator[shapes.Row]:

@@ -1,7 +1,7 @@
 """Digests of what log-probabilities depend on: weights, configuration, adapter, tokenizer, chat template.
 
-They are the same on every device and in every process, and whatever runs the weights: fused heads, Liger's kernels,
-`torch.compile` and wrappers leave them as they are.
+They are equal on every device and in every process. Fused heads, Liger's kernels, `torch.compile` and wrappers do not
+change them.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ import torch
 from accelerate.utils import is_peft_model
 from torch import Tensor, nn
 
-#: Bytes of a tensor that are on the CPU at a time, for each thread.
+#: Bytes of a tensor copied to the CPU at a time, for each thread.
 _CHUNK = 64 << 20
 _THREADS = 8
 
-#: Fields of a model's configuration without influence on its log-probabilities, given its weights, in eval mode. Others
-#: count, also those of future versions: one too many costs a new scoring, one too few gives wrong numbers in silence.
+#: Fields of a model's configuration that do not change its log-probabilities in eval mode, given its weights. Others
+#: count, also of future versions: a field too many costs a new scoring, a field too few gives wrong numbers silently.
 _CONFIG_WITHOUT_INFLUENCE = (
     "transformers_version", "dtype", "torch_dtype", "architectures", "use_cache", "pad_token_id", "bos_token_id",
     "eos_token_id", "id2label", "label2id", "problem_type", "output_attentions", "output_hidden_states",
@@ -30,23 +30,24 @@ _CONFIG_WITHOUT_INFLUENCE = (
     "initializer_range", "auto_map",
 )  # fmt: skip
 _DROPOUT = ("drop", "dropout", "dropout_rate", "dropout_prob")
-#: Fields of an adapter's configuration without influence, given the names and values of its tensors.
+#: Fields of an adapter's configuration that change nothing, given the names and values of its tensors.
 _ADAPTER_WITHOUT_INFLUENCE = (
     "base_model_name_or_path", "revision", "peft_version", "task_type", "inference_mode", "auto_mapping",
     "target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern",
     "init_lora_weights", "lora_dropout", "runtime_config", "loftq_config", "corda_config", "eva_config",
     "lora_ga_config", "init_weights",
 )  # fmt: skip
-#: What PEFT and `torch.compile` put into the names of a model's own tensors.
+#: Parts that PEFT and `torch.compile` add to the names of a model's own tensors.
 _WRAPPERS = frozenset({"base_layer", "original_module", "_orig_mod"})
 
 
 def digest(*parts: Any) -> str:
-    """The digest of what JSON can write; sets in order, anything else as its text."""
-    return hashlib.blake2b(json.dumps(parts, default=_plain, sort_keys=True).encode(), digest_size=16).hexdigest()
+    """The digest of JSON values; sets in order, other objects as their text."""
+    return hashlib.blake2b(json.dumps(parts, default=plain, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
-def _plain(x: Any) -> Any:
+def plain(x: Any) -> Any:
+    """For `json.dumps`: sets in order, other objects as their text; a text with an address never matches again."""
     return sorted(map(repr, x)) if isinstance(x, set | frozenset) else repr(x)
 
 
@@ -54,10 +55,10 @@ def weights_digest(model: nn.Module) -> str:
     """The digest of a model's parameters and saved buffers: name, dtype, shape and bytes of each.
 
     Args:
-        model: of transformers; of a `PeftModel` the active adapter counts too, unless it is new and changes nothing.
+        model: of transformers; the active adapter of a `PeftModel` counts too, unless it is new and changes nothing.
 
     Raises:
-        ValueError: weights that are offloaded or in no plain tensors.
+        ValueError: weights that are offloaded or not in plain tensors.
     """
     tensors, adapter = _weights(model)
     names = sorted(tensors)
@@ -68,7 +69,7 @@ def weights_digest(model: nn.Module) -> str:
 
 
 def _weights(model: Any) -> tuple[dict[str, Tensor], Any]:
-    """The tensors by name, and the configuration of the adapter that is active, if there is one."""
+    """The tensors by name, and the configuration of the active adapter, if there is one."""
     if not is_peft_model(model):
         return _own_tensors(model, ()), None
     tensors = _own_tensors(model.get_base_model(), model.peft_config)
@@ -85,24 +86,24 @@ def _weights(model: Any) -> tuple[dict[str, Tensor], Any]:
 
 
 def _own_tensors(model: nn.Module, adapters: Any) -> dict[str, Tensor]:
-    """A model's tensors by their names without PEFT, those of the adapters left out."""
+    """A model's tensors without those of adapters, by the names that they have without PEFT."""
     state = {name: x for name, x in model.state_dict().items() if isinstance(x, Tensor)}
     children: dict[str, set[str]] = {}
     for name in state:
         parts = name.split(".")
         for i, part in enumerate(parts):
             children.setdefault(".".join(parts[:i]), set()).add(part)
-    of_adapters = {above for above, names in children.items() if names <= set(adapters)}  # PEFT's ModuleDicts
+    adapter_modules = {parent for parent, names in children.items() if names <= set(adapters)}  # PEFT's ModuleDicts
     tensors = {}
     for name, tensor in state.items():
         parts = name.split(".")
-        if not any(".".join(parts[:i]) in of_adapters for i in range(len(parts))):
+        if not any(".".join(parts[:i]) in adapter_modules for i in range(len(parts))):
             tensors[".".join(part for part in parts if part not in _WRAPPERS)] = tensor
     return tensors
 
 
 def _changes_nothing(config: Any, adapter: Mapping[str, Tensor]) -> bool:
-    """Whether an adapter is LoRA as it is initialised by default: A random, B zero."""
+    """Whether an adapter is LoRA in its default initialisation: A random, B zero."""
     kind = str(getattr(config.peft_type, "value", config.peft_type))
     if kind != "LORA" or not all(".lora_A." in name or ".lora_B." in name for name in adapter):
         return False
@@ -124,7 +125,7 @@ def _tensor_digest(name: str, tensor: Tensor) -> str:
 
 
 def config_digest(model: Any) -> str:
-    """The digest of a model's configuration, as far as it has an influence on log-probabilities."""
+    """The digest of the fields of a model's configuration that change log-probabilities."""
     return digest(_influential(model.config.to_dict()))
 
 
@@ -137,14 +138,14 @@ def _influential(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def tokenizer_digest(processing_class: Any) -> str:
-    """The digest of how a tokenizer, or that of a processor, makes tokens of text; how it pads has no influence."""
+    """The digest of how a tokenizer, or that of a processor, tokenises text; padding does not count."""
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         facts = {"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab()}
     else:
         facts = json.loads(backend.to_str())
-        for name in ("padding", "truncation"):  # of the latest call
+        for name in ("padding", "truncation"):  # settings of the latest call
             facts.pop(name, None)
     return digest(facts, str(tokenizer.bos_token), str(tokenizer.eos_token))
 

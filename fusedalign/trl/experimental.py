@@ -1,8 +1,8 @@
 """`FusedCPOTrainer` (CPO, SimPO, AlphaPO), `FusedORPOTrainer` and `FusedTPOTrainer`: trainers of `trl.experimental`.
 
-Their stock forms build the logits, in fp32 under mixed precision, more than once. Of CPO and ORPO one method is
-replaced, the forward of a batch; the losses and metrics that follow stay TRL's. TPO has all in one method, so that is
-written anew around `fusedalign.tpo_loss`.
+Their stock forms build the logits, in fp32 under mixed precision, more than once. In CPO and ORPO one method is
+replaced, the forward of a batch; the losses and metrics that follow stay TRL's. TPO computes everything in one method,
+which is rewritten here around `fusedalign.tpo_loss`.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ import torch
 import transformers
 from torch import Tensor
 
-from fusedalign.losses import sft_loss, tpo_loss
+from fusedalign.losses import PreferenceLoss, sft_loss, tpo_loss
 from fusedalign.sequence import completion_labels, sequence_mean, sequence_sum
+from fusedalign.trl import stock
 from fusedalign.trl.kernels import add_liger_kernels
 from fusedalign.trl.layouts import KEY, LayOut, Layouts
 from fusedalign.trl.refusals import base_of
@@ -25,22 +26,24 @@ from fusedalign.trl.shapes import preference
 from fusedalign.trl.tokens import OPTIONS, PairSource, pair_ids, rendered
 from fusedalign.trl.trainers import Fused
 
-with warnings.catch_warnings():  # trl.experimental warns of being that; who asks for these trainers by name knows
+with warnings.catch_warnings():  # trl.experimental's warning: the user asked for these trainers by name
     warnings.simplefilter("ignore")
     from trl.experimental.cpo import CPOTrainer
     from trl.experimental.orpo import ORPOTrainer
     from trl.experimental.tpo import TPOTrainer
 
+__all__ = ["FusedCPOTrainer", "FusedORPOTrainer", "FusedTPOTrainer"]
+
 _logger = logging.getLogger(__name__)
 
 
-class _FusedForward(Fused):
-    """Puts the head on once the trainer is built; mixed precision wraps the model later, when it trains."""
+class _LateHead(Fused):
+    """Adds the head after TRL's constructor; mixed precision wraps the model later, when training starts."""
 
     _trl_has_head = False
-    #: The per-token outputs that the loss and the metrics take.
+    #: The per-token outputs that loss and metrics use, by TRL's names.
     _outputs: tuple[str, ...] = ("log_probs",)
-    #: Positions of which the stock trainer logs the mean logit; None: it takes those of the completions.
+    #: Positions over which the stock trainer averages the logits it logs; None: those of the completions.
     _mean_positions: slice | None = None
 
     def _add_late_head(self) -> None:
@@ -52,18 +55,18 @@ class _FusedForward(Fused):
             _logger.warning("%s is an encoder-decoder: it keeps TRL's own path, with logits", type(model).__name__)
             return
         self._add_head(model, self._outputs, self._mean_positions)
-        if trainer.args.use_liger_kernel:  # which would replace that forward when training starts
+        if trainer.args.use_liger_kernel:  # Liger would replace the forward when training starts
             kernels = trainer.args.liger_kernel_config or {}
             trainer.args.liger_kernel_config = {**kernels, "fused_linear_cross_entropy": False}
 
 
-class _FusedPairs(_FusedForward):
-    """What CPO and ORPO share: their rows, tokenised as DPO's are, and the forward of a batch."""
+class _FusedPairs(_LateHead):
+    """Base of CPO and ORPO: rows tokenised as DPO's, and the forward of a batch."""
 
-    _may_unmask = False  # TRL logs mean logits over padding too, which depend on the mask
+    _may_unmask = False  # TRL logs mean logits over padding too: these depend on the mask
 
     def _adapt(self, arguments: dict[str, Any]) -> None:
-        """The rows as they are for `tokenize_row`; a model for the name of an encoder-decoder."""
+        """Pass rows unchanged to `tokenize_row`, and load an encoder-decoder that is given by name."""
         _load_encoder_decoder(arguments)
         for name in ("train_dataset", "eval_dataset"):
             if hasattr(arguments.get(name), "map"):
@@ -71,22 +74,24 @@ class _FusedPairs(_FusedForward):
                 arguments[name] = PairSource(arguments[name], self, arguments.get("args"), split)
 
     def tokenize_row(self, feature: Any, model: Any = None) -> dict[str, Any]:
-        """The tokens of DPO for a row, the answers cut to max_length as TRL's CPO and ORPO cut them."""
+        """The tokens of a row as DPO has them, the answers cut to max_length as in TRL's CPO and ORPO."""
         trainer: Any = self
         row = preference({n: feature[n] for n in ("prompt", "chosen", "rejected", *OPTIONS) if n in feature})
         tokenizer = trainer.processing_class
         if trainer.is_encoder_decoder:
-            return super().tokenize_row(rendered(row, tokenizer), model)  # type: ignore[misc]
+            parent: Any = super()
+            tokenised: dict[str, Any] = parent.tokenize_row(rendered(row, tokenizer), model)
+            return tokenised
         prompt, *answers = pair_ids(row, tokenizer)
-        made: dict[str, Any] = {"prompt_input_ids": prompt, "prompt_attention_mask": [1] * len(prompt)}
+        encoded: dict[str, Any] = {"prompt_input_ids": prompt, "prompt_attention_mask": [1] * len(prompt)}
         if trainer.generate_during_eval:  # its table shows the prompt
-            made["prompt"] = tokenizer.decode(prompt, skip_special_tokens=True)
+            encoded["prompt"] = tokenizer.decode(prompt, skip_special_tokens=True)
         for side, answer in zip(("chosen", "rejected"), answers, strict=True):
             answer = answer[: max(0, trainer.max_length - len(prompt))]
-            made[f"{side}_input_ids"] = prompt + answer
-            made[f"{side}_attention_mask"] = [1] * len(prompt + answer)
-            made[f"{side}_labels"] = [-100] * len(prompt) + answer
-        return made
+            encoded[f"{side}_input_ids"] = prompt + answer
+            encoded[f"{side}_attention_mask"] = [1] * len(prompt + answer)
+            encoded[f"{side}_labels"] = [-100] * len(prompt) + answer
+        return encoded
 
     def _groups(self) -> int:
         return 2
@@ -97,13 +102,15 @@ class _FusedPairs(_FusedForward):
     @property
     def _padding_value(self) -> int:
         trainer: Any = self
-        padding: int = getattr(trainer, "padding_value", trainer.processing_class.pad_token_id)  # ORPO's own option
+        padding: int = getattr(
+            trainer, "padding_value", trainer.processing_class.pad_token_id
+        )  # ORPO has it as an option
         return padding
 
     def _completion_forward(self, model: Any, batch: Any, *, with_prompt: bool, mean: bool, aux: bool) -> tuple:
-        """What CPO's and ORPO's `concatenated_forward` returns, with mean logits in the place of the logits.
+        """The return value of CPO's and ORPO's `concatenated_forward`, with mean logits in the place of the logits.
 
-        One call of the head serves the NLL of the chosen rows, prompt included or not, and the preference terms.
+        One call of the head computes the preference terms and the NLL of the chosen rows, which may include the prompt.
         """
         trainer: Any = self
         device = trainer.accelerator.device
@@ -120,16 +127,15 @@ class _FusedPairs(_FusedForward):
             **({"output_router_logits": True} if aux else {}),
         )
         mask = labels[:, 1:] != -100
-        # Prompt-learning adapters prepend virtual tokens.
-        per_token = out.log_probs[:, -mask.shape[1] :]
+        per_token = out.log_probs[:, -mask.shape[1] :]  # without the virtual tokens of prompt-learning adapters
         logps = (sequence_mean if mean else sequence_sum)(per_token, mask)
         nll = sft_loss(per_token[:n], nll_labels[:, 1:] != -100)
-        made = (logps[:n], logps[n:], out.row_mean_logits[:n], out.row_mean_logits[n:], nll)
-        return (*made, out.aux_loss) if aux else made
+        values = (logps[:n], logps[n:], out.row_mean_logits[:n], out.row_mean_logits[n:], nll)
+        return (*values, out.aux_loss) if aux else values
 
 
 def _lay_out_pairs(layouts: Layouts, batch: Any, padding_value: int) -> Any:
-    """The layout of a batch of TRL's collator for CPO and ORPO; the trainers join its two halves later."""
+    """The layout of a batch of TRL's collator for CPO and ORPO, whose chosen and rejected rows are joined later."""
     joined = CPOTrainer.concatenated_inputs(batch, padding_value=padding_value)
     return layouts.of({name: joined[f"concatenated_{name}"] for name in ("input_ids", "attention_mask")})
 
@@ -142,103 +148,112 @@ def _load_encoder_decoder(arguments: dict[str, Any]) -> None:
     remote = {"revision": options.get("revision"), "trust_remote_code": options["trust_remote_code"]}
     try:
         config = transformers.AutoConfig.from_pretrained(name, **remote)
-    except (OSError, ValueError):  # adapters; or no model, of which the loader says more
+    except (OSError, ValueError):  # an adapter's folder, or no model: TRL's loader has the better message
         return
     if config.is_encoder_decoder:
         arguments["model"] = transformers.AutoModelForSeq2SeqLM.from_pretrained(name, **options)
-        args.model_init_kwargs = None  # which are for models that TRL loads
+        args.model_init_kwargs = None  # TRL takes them only with a model's name
 
 
 class FusedCPOTrainer(_FusedPairs, CPOTrainer):
     """`trl.experimental.cpo.CPOTrainer` without logits: CPO, SimPO and AlphaPO; see `FusedSFTTrainer`.
 
-    A completion without tokens has an average log-probability of 0, where TRL's is NaN.
+    A completion without tokens has an average log-probability of 0; TRL's is NaN.
     """
 
     _mean_positions = slice(None)
 
     def concatenated_forward(self, model: Any, batch: Any) -> tuple:
-        """As TRL's; [B] mean logits in the place of logits, of which only the mean is logged."""
+        """As TRL's, with mean logits [B] in the place of the logits: only their mean is logged."""
         if self.is_encoder_decoder:
             return super().concatenated_forward(model, batch)
         mean = self.loss_type in ("ipo", "simpo")
-        made = self._completion_forward(model, batch, with_prompt=False, mean=mean, aux=self.aux_loss_enabled)
-        nll = made[4] if self.cpo_alpha else torch.zeros_like(made[4])
-        return (*made[:4], nll, *made[5:])
+        values = self._completion_forward(model, batch, with_prompt=False, mean=mean, aux=self.aux_loss_enabled)
+        *terms, nll = values[:5]
+        return (*terms, nll if self.cpo_alpha else torch.zeros_like(nll), *values[5:])
 
 
 class FusedORPOTrainer(_FusedPairs, ORPOTrainer):
     """`trl.experimental.orpo.ORPOTrainer` without logits; see `FusedSFTTrainer`.
 
-    Average log-probabilities are at most -1.2e-7, also that of a completion without tokens, where TRL's loss is NaN.
+    Average log-probabilities are at most -1.2e-7, also for a completion without tokens, for which TRL's loss is NaN.
     """
 
     _mean_positions = slice(None, -1)
 
     def concatenated_forward(self, model: Any, batch: Any) -> tuple:
-        """As TRL's; [B] mean logits in the place of logits, of which only the mean is logged."""
+        """As TRL's, with mean logits [B] in the place of the logits: only their mean is logged."""
         if self.is_encoder_decoder:
             return super().concatenated_forward(model, batch)
-        made = self._completion_forward(model, batch, with_prompt=True, mean=True, aux=self.aux_loss_enabled)
-        # The odds of a probability of 1, also that of nothing, are infinite.
-        chosen_logps, rejected_logps = (x.clamp(max=-torch.finfo(torch.float32).eps) for x in made[:2])
-        return (chosen_logps, rejected_logps, *made[2:])
+        values = self._completion_forward(model, batch, with_prompt=True, mean=True, aux=self.aux_loss_enabled)
+        # The odds of a probability of 1, also of an empty completion, are infinite.
+        chosen_logps, rejected_logps = (x.clamp(max=-torch.finfo(torch.float32).eps) for x in values[:2])
+        return (chosen_logps, rejected_logps, *values[2:])
 
 
-class FusedTPOTrainer(_FusedForward, TPOTrainer):
+class FusedTPOTrainer(_LateHead, TPOTrainer):
     """`trl.experimental.tpo.TPOTrainer` without logits; see `FusedSFTTrainer`."""
+
+    _outputs = ("log_probs", "entropy", "mean_logits", "is_top1")
 
     def _groups(self) -> int:
         return 3 if self.tpo_alpha else 2
 
-    _outputs = ("log_probs", "entropy", "mean_logits", "is_top1")
-
     def _compute_loss(self, model: Any, inputs: Any, return_outputs: bool) -> Any:
         """Rows are all chosen, then all rejected, then, unless tpo_alpha is 0, all gold completions."""
-        mode = "train" if model.training else "eval"
         model_kwargs = {name: x for name, x in inputs.items() if name != "completion_mask"} | {"use_cache": False}
         labels = completion_labels(inputs["input_ids"], inputs["completion_mask"])
         out = model(**model_kwargs, labels=labels, fused_lm_head=True)
         mask = inputs["completion_mask"][:, 1:].bool()
-        width, parts = mask.shape[1], 3 if self.tpo_alpha else 2
-        per_token, entropy, mean_logits, is_top1 = (  # without the virtual tokens of prompt-learning adapters
-            x[:, -width:] for x in (out.log_probs, out.entropy, out.mean_logits, out.is_top1)
-        )
+        # Without the virtual tokens of prompt-learning adapters.
+        tokens = {name: getattr(out, name)[:, -mask.shape[1] :] for name in self._outputs}
         reduce = sequence_mean if self.loss_type in ("ipo", "tpo-l") else sequence_sum
-        chosen_logps, rejected_logps, *_ = reduce(per_token, mask).chunk(parts)
-        options = {"gamma": self.tpo_l_gamma} if self.loss_type == "tpo-l" else {}
-        if self.loss_type in ("sigmoid", "tpo-l"):  # TRL warns that the others ignore it
-            options["label_smoothing"] = self.label_smoothing
-        losses, chosen_rewards, rejected_rewards = tpo_loss(
-            chosen_logps, rejected_logps, beta=self.beta, loss_type=self.loss_type, **options
-        )
-        loss = losses.mean()
+        chosen_logps, rejected_logps, *_ = reduce(tokens["log_probs"], mask).chunk(self._groups())
+        terms = tpo_loss(chosen_logps, rejected_logps, beta=self.beta, loss_type=self.loss_type, **self._loss_options())
+        loss = terms.losses.mean()
         if self.tpo_alpha:
-            loss = loss + self.tpo_alpha * sft_loss(per_token.chunk(3)[2], mask.chunk(3)[2])
-
-        metrics, gathered = self._metrics[mode], self.accelerator.gather_for_metrics
-
-        def over_tokens(x: Tensor, of: Tensor) -> float:
-            total, count = gathered(x.where(of, 0).sum()).sum(), gathered(of.sum()).sum()
-            return (total / count).item() if count > 0 else 0.0
-
-        metrics["entropy"].append(gathered(entropy.detach()[mask].mean()).mean().item())
-        if mode == "train":
-            self._total_train_tokens += gathered(inputs["attention_mask"].sum()).sum().item() // self._tp_size
-        metrics["num_tokens"] = [self._total_train_tokens]
-        for name, logits, of in zip(("chosen", "rejected"), mean_logits.chunk(parts), mask.chunk(parts), strict=False):
-            metrics[f"logits/{name}"].append(over_tokens(logits, of))
-        metrics["mean_token_accuracy"].append(over_tokens(is_top1.chunk(parts)[0].float(), mask.chunk(parts)[0]))
-        for name, x in {
-            "rewards/chosen": chosen_rewards,
-            "rewards/rejected": rejected_rewards,
-            "rewards/accuracies": (chosen_rewards > rejected_rewards).float(),
-            "rewards/margins": chosen_rewards - rejected_rewards,
-            "logps/chosen": chosen_logps.detach(),
-            "logps/rejected": rejected_logps.detach(),
-        }.items():
-            metrics[name].append(self.accelerator.gather(x).mean().item())
+            loss = loss + self.tpo_alpha * sft_loss(tokens["log_probs"].chunk(3)[2], mask.chunk(3)[2])
+        mode = "train" if model.training else "eval"
+        self._log_tokens(mode, tokens, mask, inputs["attention_mask"])
+        self._log_pairs(mode, terms, chosen_logps.detach(), rejected_logps.detach())
         if not return_outputs:
             return loss
         with torch.no_grad():  # compute_metrics asks for the logits themselves
             return loss, model(**model_kwargs)
+
+    def _loss_options(self) -> dict[str, float]:
+        options = {"gamma": self.tpo_l_gamma} if self.loss_type == "tpo-l" else {}
+        if self.loss_type in ("sigmoid", "tpo-l"):  # TRL warns that the others ignore it
+            options["label_smoothing"] = self.label_smoothing
+        return options
+
+    def _log_tokens(self, mode: str, tokens: dict[str, Tensor], mask: Tensor, attention_mask: Tensor) -> None:
+        """Add TRL's metrics of the tokens [B, T] of a batch, means over all ranks; `mask` is True on completions."""
+        metrics, gather = stock.metrics(self, mode), self.accelerator.gather_for_metrics
+
+        def mean_over_ranks(values: Tensor, valid: Tensor) -> float:
+            total, count = gather(values.where(valid, 0).sum()).sum(), gather(valid.sum()).sum()
+            return (total / count).item() if count > 0 else 0.0
+
+        metrics["entropy"].append(gather(tokens["entropy"].detach()[mask].mean()).mean().item())
+        trained = gather(attention_mask.sum()).sum().item() if mode == "train" else 0
+        metrics["num_tokens"] = [stock.count_train_tokens(self, trained)]
+        pairs = len(mask) // self._groups()
+        chosen, rejected = slice(pairs), slice(pairs, 2 * pairs)
+        for name, rows in (("chosen", chosen), ("rejected", rejected)):
+            metrics[f"logits/{name}"].append(mean_over_ranks(tokens["mean_logits"][rows], mask[rows]))
+        metrics["mean_token_accuracy"].append(mean_over_ranks(tokens["is_top1"][chosen].float(), mask[chosen]))
+
+    def _log_pairs(self, mode: str, terms: PreferenceLoss, chosen_logps: Tensor, rejected_logps: Tensor) -> None:
+        """Add TRL's metrics of the pairs of a batch, means over all ranks."""
+        metrics = stock.metrics(self, mode)
+        chosen, rejected = terms.chosen_rewards, terms.rejected_rewards
+        for name, x in {
+            "rewards/chosen": chosen,
+            "rewards/rejected": rejected,
+            "rewards/accuracies": (chosen > rejected).float(),
+            "rewards/margins": chosen - rejected,
+            "logps/chosen": chosen_logps,
+            "logps/rejected": rejected_logps,
+        }.items():
+            metrics[name].append(self.accelerator.gather(x).mean().item())

@@ -1,4 +1,4 @@
-"""Data sets from files, folders and the Hub, and what is wrong with a file that cannot be read."""
+"""Data sets from files, folders and the Hub, with errors that name the file and line that cannot be read."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from fusedalign.embedded import data_directory
 
-#: Endings of data files, and the readers of `datasets` for them.
+#: Ending of a data file -> the reader of `datasets` for it.
 _READERS = {f".{name}": name for name in ("json", "parquet", "csv", "arrow")} | {".jsonl": "json", ".ndjson": "json"}
 _ENDINGS = ".jsonl, .json, .parquet, .csv or .arrow"
 _NO_ROWS = " must have at least one row, got none"
@@ -20,12 +20,12 @@ def load_named(name: str, /, **options: Any) -> Any:
     """The splits of a data set: a file, a folder of them, or a name of the Hub.
 
     Args:
-        name: as on the command line; the recipes' own data is found from any working directory.
+        name: as on the command line; the recipes' own data are found from any working directory.
         options: of `datasets.load_dataset`.
 
     Raises:
         FileNotFoundError: a file or folder that does not exist.
-        ValueError: what cannot be read, naming the file and the line.
+        ValueError: data that cannot be read, with the file and the line.
     """
     import datasets
 
@@ -37,55 +37,53 @@ def load_named(name: str, /, **options: Any) -> Any:
     if path.is_file() and path.suffix.lower() not in _READERS:
         raise ValueError(f"dataset_name must be a {_ENDINGS} file, got {name}")
     if path.is_dir() and not _data_files(path):
-        inside = ", ".join(sorted(p.name for p in path.iterdir())[:5]) or "nothing"
-        raise FileNotFoundError(f"dataset_name must be a folder with {_ENDINGS} files, got {name} with {inside}")
+        content = ", ".join(sorted(p.name for p in path.iterdir())[:5]) or "nothing"
+        raise FileNotFoundError(f"dataset_name must be a folder with {_ENDINGS} files, got {name} with {content}")
     try:
         if path.is_file():
             splits = datasets.load_dataset(_READERS[path.suffix.lower()], data_files=str(path), **options)
         else:
             splits = datasets.load_dataset(str(path) if path.exists() else name, **options)
         for split in splits.values():
-            next(iter(split), None)  # a stream has not been read before
+            next(iter(split), None)  # a stream is only read now
     except Exception as error:
         raise ValueError(_explanation(name, path, error)) from error
     for file in _data_files(path):
-        # The reader takes any bytes, and a stream is too long to be read before it is trained on.
-        found = _READERS[file.suffix.lower()] == "json" and not options.get("streaming") and _not_utf8(file)
-        if found:
-            raise ValueError(f"{file}{found}")
+        # The reader accepts any bytes; a stream is too long to be checked first.
+        is_checked = _READERS[file.suffix.lower()] == "json" and not options.get("streaming")
+        if is_checked and (reason := _not_utf8(file)):
+            raise ValueError(f"{file}{reason}")
     return splits
 
 
 def _explanation(name: str, path: Path, error: Exception) -> str:
     for file in _data_files(path):
-        found = problem(file)
-        if found:
-            return f"{file}{found}"
-    cause = error
+        if reason := problem(file):
+            return f"{file}{reason}"
+    cause: BaseException = error
     while cause.__cause__ is not None:
-        cause = cause.__cause__  # type: ignore[assignment]
+        cause = cause.__cause__
     reason = " ".join(str(cause).split()) or type(cause).__name__
-    local = "data that can be read"
-    expected = local if path.exists() else "a file, a folder or a data set of the Hub that can be reached"
+    remote = "a file, a folder or a data set of the Hub that can be reached"
+    expected = "data that can be read" if path.exists() else remote
     return f"dataset_name must be {expected}, got {name}: {reason[:200]}"
 
 
 def _data_files(path: Path) -> list[Path]:
-    """The file itself, or those in a folder that `datasets` reads; none of a name of the Hub."""
+    """The file itself, or the files in a folder that `datasets` reads; none for a name of the Hub."""
     files = [path] if path.is_file() else sorted(path.rglob("*")) if path.is_dir() else []
     return [file for file in files if file.is_file() and file.suffix.lower() in _READERS]
 
 
 def problem(file: Path) -> str | None:
-    """What is wrong with a file, to be read after its name; None where nothing is found."""
+    """Why a file cannot be read, as words after its name; None if no reason is found."""
     kind = _READERS[file.suffix.lower()]
     if not file.stat().st_size:
         return _NO_ROWS
     if kind not in ("json", "csv"):
         return None
-    found = _not_utf8(file)
-    if found:
-        return found
+    if reason := _not_utf8(file):
+        return reason
     content = file.read_text(encoding="utf-8-sig")
     return _problem_of_csv(content) if kind == "csv" else _problem_of_json(content, file.suffix.lower() == ".json")
 
@@ -101,15 +99,15 @@ def _not_utf8(file: Path) -> str | None:
 
 
 def _problem_of_json(content: str, may_be_one: bool) -> str | None:
-    """Of a file with one object a line or, if it `may_be_one`, a single list or object over many lines."""
+    """For a file with one object a line or, if it `may_be_one`, a single list or object over many lines."""
     lines = [(i, line) for i, line in enumerate(content.split("\n"), 1) if line.strip()]
     try:
         return None if json.loads(content, object_pairs_hook=_object) else _NO_ROWS
     except ValueError as error:
         if len(lines) < 2 or _is_json(lines[0][1]) or not (may_be_one or content.startswith("[")):
             return _problem_of_lines(lines)
-        where = f", line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
-        return f"{where}: must be JSON, got {error}"
+        line = f", line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
+        return f"{line}: must be JSON, got {error}"
 
 
 def _is_json(content: str) -> bool:
@@ -121,7 +119,7 @@ def _is_json(content: str) -> bool:
 
 
 def _problem_of_lines(lines: Iterable[tuple[int, str]]) -> str | None:
-    empty = True
+    is_empty = True
     for i, line in lines:
         try:
             row = json.loads(line, object_pairs_hook=_object)
@@ -130,16 +128,16 @@ def _problem_of_lines(lines: Iterable[tuple[int, str]]) -> str | None:
             return f", line {i}: must be one JSON object, got {line.strip()[:60]!r}: {reason}"
         if not isinstance(row, dict):
             return f", line {i}: must be one JSON object, got {line.strip()[:60]!r}"
-        empty = False
-    return _NO_ROWS if empty else None
+        is_empty = False
+    return _NO_ROWS if is_empty else None
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) < len(pairs):
+    entries = dict(pairs)
+    if len(entries) < len(pairs):
         names = [name for name, _ in pairs]
         raise ValueError(f"the key {next(n for n in names if names.count(n) > 1)!r} twice")
-    return made
+    return entries
 
 
 def _problem_of_csv(content: str) -> str | None:

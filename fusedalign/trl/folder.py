@@ -1,4 +1,4 @@
-"""The output directory of a run: what it holds already is not lost, and a checkpoint in it can be resumed."""
+"""The output directory of a run: earlier results are not overwritten, and a run can resume from a checkpoint."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fusedalign.trl.lock import Lock, locked
 
 METRICS, PLOT = "metrics.jsonl", "metrics.png"
 _STATE = "trainer_state.json"
-#: What makes a folder that of a model or of an adapter; the weights in one file or several.
+#: Files of a model or an adapter, with the weights in one file or several.
 _MODEL = re.compile(
     r"adapter_config\.json|(model|pytorch_model|adapter_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?"
 )
@@ -23,14 +23,14 @@ _LAST, _NONE = ("last", "true"), ("", "none", "null", "false", "no")
 
 
 class Checkpoint(NamedTuple):
-    """Where a run can be gone on from."""
+    """A checkpoint that a run can resume from."""
 
     path: Path
     step: int
 
 
 def read_checkpoint(path: Path) -> Checkpoint | None:
-    """The checkpoint in a folder; None where it is not whole: the trainer writes its state last."""
+    """The checkpoint in a folder; None if it is incomplete: the trainer writes its state last."""
     try:
         return Checkpoint(path, int(json.loads((path / _STATE).read_text(encoding="utf-8"))["global_step"]))
     except (OSError, ValueError, KeyError, TypeError):
@@ -38,13 +38,13 @@ def read_checkpoint(path: Path) -> Checkpoint | None:
 
 
 def last_checkpoint(output: Path) -> Checkpoint | None:
-    """The latest whole checkpoint of an output directory."""
-    found = [checkpoint for path in _checkpoint_folders(output) if (checkpoint := read_checkpoint(path))]
-    return max(found, key=lambda checkpoint: checkpoint.step, default=None)
+    """The latest complete checkpoint of an output directory."""
+    checkpoints = [checkpoint for path in _checkpoint_folders(output) if (checkpoint := read_checkpoint(path))]
+    return max(checkpoints, key=lambda checkpoint: checkpoint.step, default=None)
 
 
 def find_checkpoint(value: str | bool | None, output: Path) -> Checkpoint | None:
-    """What the field `resume_from_checkpoint` names; None: a run from the start.
+    """The checkpoint that the field `resume_from_checkpoint` names; None: a run from the start.
 
     Args:
         value: a folder; "last" or true for the latest one in the output directory; "false" or "none" for none.
@@ -66,8 +66,8 @@ def find_checkpoint(value: str | bool | None, output: Path) -> Checkpoint | None
         return last
     checkpoint = read_checkpoint(Path(str(value)))
     if checkpoint is None:
-        inside = last_checkpoint(Path(str(value)))
-        hint = f"; the last one in there is {inside.path}" if inside else ""
+        nested = last_checkpoint(Path(str(value)))
+        hint = f"; the last one in there is {nested.path}" if nested else ""
         raise ValueError(
             f"resume_from_checkpoint must be last, or a checkpoint's folder with a {_STATE}, got {value}{hint}"
         )
@@ -78,9 +78,9 @@ class RunFolder:
     """An output directory while a run holds it.
 
     Args:
-        path: of it.
-        checkpoint: what the run goes on from.
-        lock: None in all processes but the first, which alone writes.
+        path: of the directory.
+        checkpoint: that the run resumes from.
+        lock: None in all processes but the first, the only one that writes.
     """
 
     def __init__(self, path: Path, checkpoint: Checkpoint | None = None, lock: Lock | None = None) -> None:
@@ -90,30 +90,30 @@ class RunFolder:
 
     @property
     def continues(self) -> bool:
-        """Whether the run goes on from a checkpoint of this very folder."""
+        """Whether the run resumes from a checkpoint of this directory."""
         return self.checkpoint is not None and self.checkpoint.path.resolve().parent == self.path.resolve()
 
     @property
     def has_metrics(self) -> bool:
-        """Whether anything was logged here."""
+        """Whether an earlier run has logged here."""
         return self.metrics.is_file() and self.metrics.stat().st_size > 0
 
     def superseded(self) -> list[Path]:
-        """What an earlier run has left here and this one replaces: of one that goes on, later checkpoints alone."""
+        """An earlier run's files that this run replaces; when it resumes, only later checkpoints."""
         checkpoints = _checkpoint_folders(self.path)
-        if self.continues:
-            return [path for path in checkpoints if _step(path) > self.checkpoint.step]  # type: ignore[union-attr]
+        if self.checkpoint is not None and self.continues:
+            return [path for path in checkpoints if _step(path) > self.checkpoint.step]
         model = [path for path in sorted(self.path.iterdir()) if _MODEL.fullmatch(path.name)]
         return [*model, *checkpoints, *([self.metrics] if self.has_metrics else [])]
 
     def check(self, overwrite: bool, model: str | None) -> None:
-        """Whether this run may start.
+        """Check that this run may start.
 
         Raises:
-            ValueError: it would replace what it was not told to replace, or the model that it starts from.
+            ValueError: without `overwrite` it would replace files; it would replace the model that it starts from.
         """
         replaced = self.superseded()
-        if self.continues:  # a checkpoint that was not written to its end is of no use
+        if self.continues:  # an incomplete checkpoint is no loss
             replaced = [path for path in replaced if read_checkpoint(path)]
         if replaced and not overwrite:
             names = ", ".join(path.name for path in replaced[:3]) + (", ..." if len(replaced) > 3 else "")
@@ -129,7 +129,7 @@ class RunFolder:
             raise ValueError(f"output_dir must not hold the model that is trained, got {self.path} and {model}")
 
     def begin(self) -> None:
-        """Remove what is superseded, now that nothing but the training is left to do."""
+        """Remove the superseded files, right before the training."""
         if self.lock is None:
             return
         self.lock.check()
@@ -140,17 +140,17 @@ class RunFolder:
             self.plot.unlink(missing_ok=True)
 
     def kept(self, method: str, argv: Sequence[str]) -> str:
-        """After an interruption: what is there, and the command that goes on."""
+        """After an interruption: the saved files, and the command that resumes the run."""
         if not self.begun:
             return f"nothing was trained yet, what was there is unchanged: {self.path}"
         last = last_checkpoint(self.path)
-        kept = [f"{last.path} (step {last.step})"] if last else []
-        kept += [str(self.metrics)] if self.has_metrics else []
-        lines, words = [f"kept: {', '.join(kept) or 'nothing'}"], _without(argv, "--overwrite_output_dir")
+        saved = [f"{last.path} (step {last.step})"] if last else []
+        saved += [str(self.metrics)] if self.has_metrics else []
+        lines, words = [f"kept: {', '.join(saved) or 'nothing'}"], _without(argv, "--overwrite_output_dir")
         if last:
             words = [*_without(words, "--resume_from_checkpoint"), "--resume_from_checkpoint", "last"]
         else:
-            words += ["--overwrite_output_dir"] if kept else []
+            words += ["--overwrite_output_dir"] if saved else []
             lines.append("no checkpoint was saved: --save_strategy steps --save_steps N saves one every N steps")
         return "\n".join([*lines, f"{'go on' if last else 'start anew'}: {shlex.join(['fusedalign', method, *words])}"])
 
@@ -158,8 +158,8 @@ class RunFolder:
 def _checkpoint_folders(output: Path) -> list[Path]:
     if not output.is_dir():
         return []
-    found = [path for path in output.iterdir() if re.fullmatch(r"checkpoint-\d+", path.name) and path.is_dir()]
-    return sorted(found, key=_step)
+    folders = [path for path in output.iterdir() if re.fullmatch(r"checkpoint-\d+", path.name) and path.is_dir()]
+    return sorted(folders, key=_step)
 
 
 def _step(folder: Path) -> int:
@@ -167,8 +167,8 @@ def _step(folder: Path) -> int:
 
 
 def _without(words: Sequence[str], flag: str) -> list[str]:
-    """The words less a flag and its value: `--flag`, `--flag value` or `--flag=value`."""
-    rest: list[str] = []
+    """The words without a flag and its value: `--flag`, `--flag value` or `--flag=value`."""
+    others: list[str] = []
     words = list(words)
     while words:
         word = words.pop(0)
@@ -176,22 +176,22 @@ def _without(words: Sequence[str], flag: str) -> list[str]:
             if words and not words[0].startswith("--"):
                 words.pop(0)
         elif not word.startswith(f"{flag}="):
-            rest.append(word)
-    return rest
+            others.append(word)
+    return others
 
 
 @contextlib.contextmanager
 def claimed(arguments: Any) -> Iterator[RunFolder]:
-    """Hold the output directory of a command's run, before its model and data cost time.
+    """Hold the output directory of a command's run, before model and data are loaded.
 
-    `training.resume_from_checkpoint` becomes the folder that was found, or None. The first process alone holds the lock
-    and looks at what is there; where it refuses, the launcher ends the others.
+    `training.resume_from_checkpoint` becomes the checkpoint's folder, or None. Only the first process takes the lock
+    and checks the directory; if it refuses, the launcher ends the others.
 
     Args:
-        arguments: the command's, as `arguments.parse` returns them.
+        arguments: the command's, from `arguments.parse`.
 
     Raises:
-        ValueError: another run holds it, it holds a run that would be lost, or there is no checkpoint as named.
+        ValueError: another run holds it, it holds a run that would be lost, or the checkpoint does not exist.
     """
     training, output = arguments.training, Path(arguments.training.output_dir)
     checkpoint = find_checkpoint(training.resume_from_checkpoint, output)

@@ -1,4 +1,4 @@
-"""What `fusedalign METHOD --help` prints."""
+"""The text of `fusedalign METHOD --help`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any
 
 import transformers
 
-from fusedalign.trl.arguments import METHODS, FusedArguments, method_parser, trl_class
+from fusedalign.methods import METHODS
+from fusedalign.trl.arguments import FusedArguments, method_parser, trl_class
 
 _USUAL = (
     "model_name_or_path", "dtype", "dataset_name", "dataset_train_split", "dataset_test_split", "output_dir",
@@ -19,28 +20,28 @@ _USUAL = (
     "eval_strategy", "save_strategy", "report_to", "seed", "use_peft", "lora_r", "lora_alpha", "lora_target_modules",
     "load_in_4bit",
 )  # fmt: skip
-#: Where a command takes more than TRL says.
-_WORDS = {"resume_from_checkpoint": "last: go on from the latest checkpoint in output_dir; or a checkpoint's folder"}
+#: Our own help for fields that take more values than TRL documents.
+_HELP = {"resume_from_checkpoint": "last: go on from the latest checkpoint in output_dir; or a checkpoint's folder"}
 
 
 def help_text(method: str, *, everything: bool = False) -> str:
-    """What `fusedalign METHOD --help` prints: the usual flags and the method's own; or all of several hundred."""
-    parser, about = method_parser(method), METHODS[method]
+    """The text of `fusedalign METHOD --help`: the usual flags and the method's own; or all of several hundred."""
+    parser, row = method_parser(method), METHODS[method]
     if everything:
         return parser.format_help()
     actions = {action.dest: action for action in parser._actions}
-    config = trl_class(about.config)
+    config = trl_class(row.config)
     inherited = {f.name for f in fields(transformers.TrainingArguments)} | set(_USUAL)
     own = [f.name for f in fields(config) if f.name not in inherited and f.name in actions]
-    columns = " or ".join("+".join(choice) for choice in about.columns)
+    columns = " or ".join("+".join(choice) for choice in row.columns)
     parts = [
-        f"fusedalign {method}: {about.about}",
+        f"fusedalign {method}: {row.about}",
         f"usage: fusedalign {method} --config recipes/{method}.yaml [--field VALUE ...]",
         textwrap.fill(f"Data with the columns {columns}. Flags win over the file; both have the same names.", 112),
     ]
     groups = {
         "The usual": _USUAL,
-        f"{about.config}'s own": own,
+        f"{row.config}'s own": own,
         "fusedalign's own": [f.name for f in fields(FusedArguments) if f.name not in _USUAL],
     }
     for title, names in groups.items():
@@ -54,7 +55,7 @@ def help_text(method: str, *, everything: bool = False) -> str:
 
 def help_line(action: Any) -> str:
     """A flag with its meaning and default, on lines of 112 characters."""
-    text = re.sub(r"\s+", " ", _WORDS.get(action.dest, action.help) or "").replace("%%", "%").replace("`", "")
+    text = re.sub(r"\s+", " ", _HELP.get(action.dest, action.help) or "").replace("%%", "%").replace("`", "")
     text = re.split(r"(?<=[a-z)\]])\. ", text)[0].rstrip(".")
     default = "" if action.default in (None, "==SUPPRESS==", []) else f" [{action.default}]"
     body = textwrap.shorten(text, 150, placeholder=" ...") + default

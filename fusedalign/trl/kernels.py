@@ -1,7 +1,7 @@
 """Liger Kernel's RMSNorm, RoPE and MLP in the models of a trainer: Liger's own public functions, without its losses.
 
-Liger binds its forwards to the layers of a model, and replaces names in the module of transformers that has the model's
-classes (`modeling_qwen3.apply_rotary_pos_emb`), which every model of that architecture in the process shares.
+Liger binds its forwards to the layers of a model and replaces names in transformers' module of the model's classes
+(`modeling_qwen3.apply_rotary_pos_emb`), which all models of that architecture in the process share.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from fusedalign.impls import adapter
 
 _LOSSES = ("cross_entropy", "fused_linear_cross_entropy")
 
-#: What Liger computes in the place of a layer's activation, by a part of the name of its class.
+#: Part of the name of Liger's class -> the activation that it computes.
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "SwiGLU": F.silu,
     "BlockSparseTop2MLP": F.silu,
@@ -32,7 +32,7 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def _load() -> Mapping[str, Callable[..., None]]:
-    """Model type -> the function that puts Liger's kernels into a model of that type."""
+    """Model type -> Liger's function that puts its kernels into a model of that type."""
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
 
     return MODEL_TYPE_TO_APPLY_LIGER_FN
@@ -42,7 +42,7 @@ _find = adapter.lazy_library("liger_kernel", "pip install 'liger-kernel>=0.8.5'"
 
 
 def check_liger_kernels(wanted: Any, name: str, args: Any) -> None:
-    """Refuse what no model could be given Liger's kernels with.
+    """Refuse settings under which no model can have Liger's kernels.
 
     Args:
         wanted: the keyword `liger_kernels`.
@@ -51,7 +51,7 @@ def check_liger_kernels(wanted: Any, name: str, args: Any) -> None:
 
     Raises:
         TypeError: `wanted` is no bool.
-        ValueError: there is no device that runs Triton, no Liger Kernel, or `use_liger_kernel` is on too.
+        ValueError: no device that runs Triton, no Liger Kernel, or `use_liger_kernel` too.
     """
     if not isinstance(wanted, bool):
         raise TypeError(f"liger_kernels must be True or False, got {wanted!r}")
@@ -89,7 +89,7 @@ def add_liger_kernels(model: Any) -> None:
             f"with model_type {kind!r}: leave it out; there are {', '.join(sorted(functions))}"
         )
     devices = dict.fromkeys(getattr(model, "hf_device_map", {}).values())
-    if len(devices) > 1:  # Liger's forwards would take the place of those that move tensors between them
+    if len(devices) > 1:  # Liger's forwards would replace those that move tensors between devices
         raise ValueError(
             f"liger_kernels=True needs a model on one device, got one on {', '.join(map(str, devices))}: "
             "pass device_map=None in model_init_kwargs, or leave liger_kernels out"
@@ -98,7 +98,7 @@ def add_liger_kernels(model: Any) -> None:
     accepted = inspect.signature(functions[kind]).parameters
     try:
         functions[kind](model=model, **{loss: False for loss in _LOSSES if loss in accepted})
-    except Exception as error:  # with a version of transformers that Liger does not know it can be any
+    except Exception as error:  # of any type, with a version of transformers that Liger does not know
         text = " ".join(str(error).split())
         raise ValueError(
             f"liger_kernels=True needs a model that Liger Kernel can change, got {type(model).__name__} and "
@@ -110,25 +110,25 @@ def add_liger_kernels(model: Any) -> None:
 
 
 def liger_parts(model: nn.Module) -> list[str]:
-    """Names of what a model runs of Liger Kernel: in its layers, and in the modules that have their classes."""
+    """Names of Liger's functions and classes in a model's layers and in the modules of their classes."""
     layers = list(model.modules())
-    found: list[Any] = [x for layer in layers for x in (vars(layer).get("forward"), type(layer))]
+    objects: list[Any] = [x for layer in layers for x in (vars(layer).get("forward"), type(layer))]
     for name in {type(layer).__module__ for layer in layers}:
         if name.startswith("transformers."):
-            found += vars(sys.modules[name]).values()
-    names = {f"{getattr(x, '__module__', '')}.{getattr(x, '__qualname__', type(x).__qualname__)}" for x in found}
+            objects += vars(sys.modules[name]).values()
+    names = {f"{getattr(x, '__module__', '')}.{getattr(x, '__qualname__', type(x).__qualname__)}" for x in objects}
     return sorted(name for name in names if name.startswith("liger_kernel."))
 
 
 def _activations(model: nn.Module) -> list[tuple[str, Any]]:
-    """Each layer's name and activation, of layers that have one."""
-    found = ((name, vars(layer).get("_modules", {}) | vars(layer)) for name, layer in model.named_modules())
-    pairs = ((name, parts.get("act_fn", parts.get("activation_fn"))) for name, parts in found)
+    """The name and activation of each layer that has one."""
+    layers = ((name, vars(layer).get("_modules", {}) | vars(layer)) for name, layer in model.named_modules())
+    pairs = ((name, parts.get("act_fn", parts.get("activation_fn"))) for name, parts in layers)
     return [(name, activation) for name, activation in pairs if callable(activation)]
 
 
 def _check_activations(model: nn.Module, before: Mapping[str, Any]) -> None:
-    """Raises ValueError where a layer's activation is not the one that Liger computes, which Liger does not check."""
+    """Raise ValueError if a layer's activation is not the one that Liger computes; Liger does not check."""
     x = torch.linspace(-6, 6, 49, device="cpu")
     after = dict(_activations(model))
     for name, activation in before.items():

@@ -13,27 +13,28 @@ from fusedalign.trl.arguments import Parser, read_words
 
 
 def launched_elsewhere(command: str, parser: Parser, argv: Sequence[str]) -> bool:
-    """Whether the words ask for `accelerate launch`, and the command has now been run by it.
+    """Run the command through `accelerate launch` if the words ask for it, and return whether they did.
 
-    They do with `accelerate_config`, or with a flag that only the launcher has, such as `--num_processes`: passed on.
+    They do with `accelerate_config`, or with a flag that only the launcher has, such as `--num_processes`; that flag is
+    passed on.
 
     Raises:
-        ValueError: no such configuration; a word that is a field of neither.
-        RuntimeError: the command failed there, which has said why.
+        ValueError: no such configuration; a word that neither the command nor the launcher knows.
+        RuntimeError: the launched command failed; it has printed why.
     """
     words = read_words(parser, argv)
-    if "ACCELERATE_MIXED_PRECISION" in os.environ:  # this is what was launched
-        late = [word for word in words.launch if word.startswith("--") and word in argv]
-        if late:
-            raise ValueError(f"{late[0]} must come before `-m fusedalign`: accelerate launch has started already")
+    if "ACCELERATE_MIXED_PRECISION" in os.environ:  # this process has been launched
+        misplaced = [word for word in words.launch if word.startswith("--") and word in argv]
+        if misplaced:
+            raise ValueError(f"{misplaced[0]} must come before `-m fusedalign`: accelerate launch has started already")
         return False
     name = words.values.accelerate_config
     if name is None and not words.launch:
         return False
     config = [] if name is None else ["--config_file", _config_file(str(name))]
-    started = [sys.executable, "-m", "accelerate.commands.launch", *config, *words.launch]
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", *config, *words.launch]
     os.environ.update(words.env)
-    status = subprocess.run([*started, "-m", "fusedalign", command, *words.fields]).returncode
+    status = subprocess.run([*launcher, "-m", "fusedalign", command, *words.fields]).returncode
     if status:
         raise RuntimeError(f"accelerate launch ended with status {status}")
     return True

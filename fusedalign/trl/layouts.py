@@ -1,8 +1,8 @@
 """How a trainer's rows are laid out for its models: packed, right-padded without a mask, or as TRL pads and masks them.
 
-`decide(trainer, packed)` settles it when a trainer is built, once its models are where they train. From then on
-`LayoutCollator` lays out each batch on the CPU, where lengths are known without a wait for the GPU. What TRL gives to
-the model and what it reads from it stays padded.
+`decide(trainer, packed)` decides when a trainer is built, once its models are on their device. From then on
+`LayoutCollator` lays out each batch on the CPU, where lengths are known without a GPU synchronisation. The tensors that
+TRL passes to the model and reads from it stay padded.
 """
 
 from __future__ import annotations
@@ -36,28 +36,27 @@ _logger = logging.getLogger(__name__)
 
 PACKED, UNMASKED, MASKED = "packed", "right-padded without a mask", "padded with a mask"
 
-#: What the Fused trainers do where `packed` is not given.
+#: Default of `packed` in the Fused trainers.
 PACKED_DEFAULT = "auto"
 
-#: What a batch's layout is called, also as an argument of the model's forward.
+#: Name of the layout in a batch, and of the argument of the model's forward.
 KEY = "layout"
 
-
-#: A layout of batches that a packing trainer must leave padded.
+#: Layout of a batch that a packing trainer must leave padded.
 UNPACKABLE = "padded"
 
 #: Arguments of a model's forward that its layout replaces, or that do not depend on it.
-_UNDERSTOOD = frozenset(
+_LAYOUT_ARGUMENTS = frozenset(
     [
         *("input_ids", "attention_mask", "position_ids", "use_cache", "output_router_logits", "return_dict", "labels"),
-        *("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"),  # of TRL's padding_free
+        *("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"),  # from TRL's padding_free
     ]
 )
 
 
 @dataclass
 class Layouts:
-    """What has been decided for a trainer; its models' forwards and its collator hold the same record."""
+    """The decision for a trainer; its models' forwards and its collator share this record."""
 
     groups: int = 1
     """answers to a prompt: rows i, i + B/groups, ... of a batch of B begin alike"""
@@ -71,18 +70,18 @@ class Layouts:
         return f"batches: {self.kind} ({self.reason})"
 
     def of(self, batch: Mapping[str, Any]) -> Any:
-        """The layout of a model's padded arguments on any device; None: the mask says it all.
+        """The layout of a model's padded arguments on any device; None: the model runs them with their mask.
 
         Args:
-            batch: `input_ids` [B, L] with `attention_mask`, or with the `position_ids` of documents that are packed;
-                perhaps `labels` [B, L], unshifted.
+            batch: `input_ids` [B, L] with `attention_mask`, or with the `position_ids` of packed documents; optional
+                `labels` [B, L], unshifted.
 
         Returns:
             `UNPACKABLE` where the batch cannot be packed and that is no error.
 
         Raises:
-            ValueError: as `pack_padded`, padding that predicts a label, or other positions than those in each row, and
-                `must_pack`.
+            ValueError: with `must_pack`: as `pack_padded`, padding that predicts a label, or position_ids that do not
+                count the tokens of each row.
         """
         mask, positions = batch.get("attention_mask"), batch.get("position_ids")
         if self.kind == PACKED:
@@ -104,39 +103,39 @@ class Layouts:
 
     @torch.compiler.disable
     def for_call(self, model: Any, layout: Any, arguments: Mapping[str, Any]) -> Layout | None:
-        """The layout with which a model's forward is to run, given what came with the batch and its padded arguments.
+        """The layout for one forward of a model, from the layout in the batch and the padded arguments.
 
-        Where packed rows come without one, it is made here, which waits for the GPU. A model with another attention
-        function than a layout needs, because it has been set since, gets ours around it.
+        Rows without a layout that are to be packed are packed here, which synchronises with the GPU. If the model's
+        attention function has been changed since, ours is installed around it.
 
         Raises:
-            ValueError: arguments that packed rows have no way for, and `must_pack`.
+            ValueError: with `must_pack`: arguments that packed rows do not support.
         """
         if self.kind == MASKED:
             return None
         ids = arguments.get("input_ids")
-        foreign = sorted(name for name, x in arguments.items() if x is not None and name not in _UNDERSTOOD)
+        foreign = sorted(name for name, x in arguments.items() if x is not None and name not in _LAYOUT_ARGUMENTS)
         if ids is None or foreign:
             if self.kind == PACKED and self.must_pack:
                 names = ", ".join(foreign) or "no input_ids"
                 raise ValueError(f"packed=True needs batches of text, whose model takes input_ids alone, got {names}")
             return None
         if isinstance(layout, PackedBatch) and layout.token_index.shape != ids.shape:
-            layout = None  # of other rows
+            layout = None  # it belongs to other rows
         if layout is None and self.kind == PACKED:
             layout = self.of(arguments)
         if layout is None or layout == UNPACKABLE:
             return None
         if not installed(model):
             install(model)
-        return layout  # type: ignore[no-any-return]
+        return layout
 
     def _groups(self, mask: Tensor) -> int:
         return self.groups if len(mask) % self.groups == 0 else 1
 
 
 def _check_labels(labels: Tensor | None, attention_mask: Tensor) -> None:
-    """Raises ValueError where a token has a label and padding before it, which packed rows have not."""
+    """Raise ValueError where the token before a label is padding, which packed rows leave out."""
     if labels is None or labels.shape != attention_mask.shape:
         return
     if ((labels[:, 1:] != -100) & (attention_mask[:, :-1] == 0)).any():
@@ -144,16 +143,16 @@ def _check_labels(labels: Tensor | None, attention_mask: Tensor) -> None:
 
 
 def _check_positions(position_ids: Tensor | None, packed: PackedBatch) -> None:
-    """Raises ValueError where tokens have other positions than those that packed rows give them."""
+    """Raise ValueError where position_ids are not the positions of packed rows."""
     if position_ids is None:
         return
-    own = packed.position_ids[0][packed.token_index]
-    if (position_ids.cpu().expand_as(own) != own)[packed.valid].any():
+    expected = packed.position_ids[0][packed.token_index]
+    if (position_ids.cpu().expand_as(expected) != expected)[packed.valid].any():
         raise ValueError("packed rows count positions from their first token, got other position_ids")
 
 
 def backbone_output(model: Any, layout: Layout | None, arguments: Mapping[str, Any]) -> Any:
-    """The output record of a model's backbone for padded arguments, run as `layout` says."""
+    """The output record of a model's backbone for padded arguments, run in `layout`."""
     if isinstance(layout, PackedBatch):
         router = {name: x for name, x in arguments.items() if name == "output_router_logits"}
         on_cuda = arguments["input_ids"].is_cuda
@@ -161,7 +160,7 @@ def backbone_output(model: Any, layout: Layout | None, arguments: Mapping[str, A
     return model.base_model(**{**arguments, **_unmasked(arguments, layout), "use_cache": False})
 
 
-#: Elsewhere attention goes from segment to segment, so that a graph would be made anew for every batch.
+#: Off CUDA attention loops over segments, so every batch would need a new graph.
 _packed_output_without_graph = torch.compiler.disable(packed_output)
 
 
@@ -170,20 +169,20 @@ def _unmasked(arguments: Mapping[str, Any], layout: RightPadded | None) -> dict[
 
 
 def wrap_backbone(model: Any, layouts: Layouts, active: Callable[[], bool]) -> Callable[[], None]:
-    """Let a model's backbone run as its rows are laid out, and return hidden states in the padded layout.
+    """Let a model's backbone run in the layout of its rows and return padded hidden states and router logits.
 
-    For a forward above it that is not ours. Router logits come back padded too.
+    For models with a forward that is not ours.
 
     Args:
         model: a causal LM of transformers.
-        layouts: what has been decided.
-        active: whether to, asked at each call; else the backbone is as it was.
+        layouts: the trainer's decision.
+        active: called at each forward; where it returns False the backbone's original forward runs.
 
     Returns:
-        What takes it back.
+        A function that restores the backbone's forward.
     """
     backbone = model.base_model
-    original, own = backbone.forward, vars(backbone).get("forward")
+    original, instance_forward = backbone.forward, vars(backbone).get("forward")
 
     @functools.wraps(original)
     def forward(*args: Any, layout: Layout | None = None, **kwargs: Any) -> Any:
@@ -204,24 +203,24 @@ def wrap_backbone(model: Any, layouts: Layouts, active: Callable[[], bool]) -> C
     def restore() -> None:
         if vars(backbone).get("forward") is forward:  # else another library has wrapped it since
             del backbone.forward
-            if own is not None:
-                backbone.forward = own
+            if instance_forward is not None:
+                backbone.forward = instance_forward
 
     backbone.forward = forward
     return restore
 
 
 class LayoutCollator:
-    """A trainer's collator, which adds to each batch how it is laid out.
+    """A trainer's collator that adds its layout to each batch.
 
-    `lay_out(layouts, batch)` makes the layout; it must not hold the trainer, for data loaders pickle their collators.
+    `lay_out(layouts, batch)` makes the layout; it must not hold the trainer, since data loaders pickle their collators.
     """
 
     def __init__(self, collator: Any, layouts: Layouts, lay_out: LayOut) -> None:
         self.collator, self.layouts, self.lay_out = collator, layouts, lay_out
 
     def __call__(self, examples: list[Any]) -> Any:
-        """A batch."""
+        """The collator's batch with its layout under `KEY`."""
         batch = self.collator(examples)
         layout = self.lay_out(self.layouts, batch)
         if layout is not None:
@@ -229,36 +228,36 @@ class LayoutCollator:
         return batch
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or "collator" not in vars(self):  # of a copy that is not filled yet
+        if name.startswith("__") or "collator" not in vars(self):  # while a copy is made
             raise AttributeError(name)
         return getattr(self.collator, name)
 
 
-#: From what has been decided and a batch of the collator to what the batch is to carry under `KEY`.
+#: A function of a trainer's decision and a batch of its collator that returns the batch's entry under `KEY`.
 LayOut = Callable[[Layouts, Mapping[str, Any]], Any]
 
 
 def check_packed(packed: Any) -> None:
-    """Raises ValueError where `packed` is none of its three values."""
+    """Raise ValueError where `packed` is none of its three values."""
     if packed != "auto" and not isinstance(packed, bool):
         raise ValueError(f"packed must be 'auto', True or False, got {packed!r}")
 
 
 def lay_out_nothing(layouts: Layouts, batch: Mapping[str, Any]) -> None:
-    """For collators of batches that hold the arguments of several calls: each call's layout is made when it comes."""
+    """For batches with the arguments of several calls: each call makes its own layout."""
 
 
 def decide(
     trainer: Any, layouts: Layouts, packed: bool | str, lay_out: LayOut = Layouts.of, *, may_unmask: bool = True
 ) -> None:
-    """Settle how a built trainer's batches are laid out, and log it in one line.
+    """Decide how a built trainer's batches are laid out, and log it in one line.
 
     Args:
         trainer: its models are on the device on which they train.
-        layouts: is filled in.
+        layouts: the record to fill in.
         packed: "auto" packs on CUDA where that is proven to be right; True packs or raises; False does not pack.
-        lay_out: for a trainer whose collator gives something other than a model's padded arguments.
-        may_unmask: whether padded rows may do without their mask.
+        lay_out: for trainers with batches that are not a model's padded arguments.
+        may_unmask: whether padded rows may run without their mask.
 
     Raises:
         ValueError: packed=True, and this trainer cannot pack.
@@ -278,7 +277,7 @@ def decide(
 
 
 def models_of(trainer: Any) -> list[Any]:
-    """Policy and, if there is one, reference, without what is wrapped around them."""
+    """The unwrapped policy and, if there is one, reference."""
     models = (trainer.model, getattr(trainer, "ref_model", None))
     return [unwrapped(trainer, model) for model in models if isinstance(model, nn.Module)]
 
@@ -315,7 +314,7 @@ def _unpacked(trainer: Any, models: list[Any], reason: str) -> tuple[str, str]:
 
 
 def _trainer_refusal(trainer: Any) -> str | None:
-    """What about the trainer, not its model, rules out both layouts."""
+    """Why the trainer, not its model, rules out both layouts; None: it does not."""
     for adapter in _adapters(trainer):
         if adapter.is_prompt_learning:
             return f"{adapter.peft_type.value} puts virtual tokens before each row"
@@ -332,7 +331,7 @@ def _trainer_refusal(trainer: Any) -> str | None:
 
 
 def _rows_refusal(trainer: Any) -> str | None:
-    """What about the trainer goes by padded rows, where packed ones have no such thing."""
+    """Why the trainer needs padded rows; None: it does not."""
     if trainer.args.neftune_noise_alpha is not None:
         return "NEFTune scales its noise by the length of the padded rows"
     if any(getattr(adapter, "alora_invocation_tokens", None) for adapter in _adapters(trainer)):
@@ -345,14 +344,13 @@ def _adapters(trainer: Any) -> list[Any]:
 
 
 def _dispatches(trainer: Any) -> bool:
-    """Whether one process makes the batches of all that the trainer was given, also those of evaluation."""
-    datasets = [trainer.train_dataset]
-    evaluated = getattr(trainer, "eval_dataset", None)
-    datasets += evaluated.values() if isinstance(evaluated, dict) else [evaluated]
-    return any(dispatches(trainer, x) for x in datasets)
+    """Whether one process makes the batches of the training data or of any evaluation data for all processes."""
+    eval_dataset = getattr(trainer, "eval_dataset", None)
+    eval_datasets = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
+    return any(dispatches(trainer, x) for x in (trainer.train_dataset, *eval_datasets))
 
 
 def dispatches(trainer: Any, dataset: Any) -> bool:
-    """Whether one process makes the batches of all and sends them their parts, which it does with tensors alone."""
+    """Whether one process makes the batches of this data set and sends the others their slices, tensors only."""
     setting = trainer.accelerator.dispatch_batches
     return bool(setting) or (setting is None and isinstance(dataset, IterableDataset))

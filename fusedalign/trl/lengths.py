@@ -1,4 +1,4 @@
-"""What truncation leaves to train on: nothing is an error before the first step, less than all rows a warning."""
+"""Checks of what truncation leaves to train on: no token in any row is an error, in some rows a warning."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ import pyarrow.compute as pc
 
 _logger = logging.getLogger(__name__)
 
-#: Rows of a stream that are looked at, because it cannot be counted.
+#: Number of first rows of a stream to check, since it has no length.
 STREAM_ROWS = 64
 
 
 def check_lengths(prepared: Any, args: Any, name: str, rows: int | None = None, max_length: int | None = None) -> Any:
-    """Returns a tokenised data set of which truncation leaves a token to train on; warns of rows that keep none.
+    """Return a tokenised data set if truncation leaves a token to train on; warn of rows without one.
 
     Args:
-        prepared: as a trainer has tokenised it: a `datasets.Dataset`, or an `IterableDataset`, of which only the first
-            `STREAM_ROWS` rows are looked at.
+        prepared: as a trainer has tokenised it: a `datasets.Dataset`, or an `IterableDataset`, with only its first
+            `STREAM_ROWS` rows checked.
         args: the trainer's configuration.
-        name: of the split: "train", "eval", or a name of its own.
-        rows: how many there were before the trainer dropped those that keep nothing; default: none was dropped.
-        max_length: tokens; default: that of `args`.
+        name: of the split: "train", "eval", or another name.
+        rows: their number before the trainer dropped rows without a token to train on; default: none was dropped.
+        max_length: in tokens; default: of `args`.
 
     Raises:
-        ValueError: no row keeps a token that is trained on.
+        ValueError: no row has a token to train on.
     """
     max_length = max_length or getattr(args, "max_length", None)
     split = {"train": "training", "eval": "evaluation"}.get(name, name)
@@ -36,12 +36,12 @@ def check_lengths(prepared: Any, args: Any, name: str, rows: int | None = None, 
     if not hasattr(prepared, "__len__"):
         first = list(itertools.islice(prepared, STREAM_ROWS))
         columns = first[0] if first else ()
-        if not _kept(columns, lambda c: np.array([len(row[c]) for row in first]), first, args, max_length).any():
-            which = f"the first {len(first)}" if first else "any of the"
-            raise ValueError(f"{message} {which} {split} rows: raise max_length")
+        if not _has_target(columns, lambda c: np.array([len(row[c]) for row in first]), first, args, max_length).any():
+            count = f"the first {len(first)}" if first else "any of the"
+            raise ValueError(f"{message} {count} {split} rows: raise max_length")
         return prepared
     table = prepared.with_format("arrow")
-    kept = _kept(
+    has_target = _has_target(
         prepared.column_names,
         lambda c: pc.list_value_length(table.select_columns(c)[:][c]).to_numpy(),
         prepared,
@@ -49,31 +49,30 @@ def check_lengths(prepared: Any, args: Any, name: str, rows: int | None = None, 
         max_length,
     )
     rows = len(prepared) if rows is None else rows
-    if not kept.any():
+    if not has_target.any():
         raise ValueError(f"{message} any of the {rows} {split} rows: raise max_length")
-    lost = max(rows - len(prepared), 0) + int((~kept).sum())
+    lost = max(rows - len(prepared), 0) + int((~has_target).sum())
     if lost and "seq_lengths" not in prepared.column_names and args.process_index == 0:  # packed rows hold several
         _logger.warning("%s %d of the %d %s rows: raise max_length to train on them too", message, lost, rows, split)
     return prepared
 
 
-def _kept(
+def _has_target(
     columns: Iterable[str],
     lengths: Callable[[str], np.ndarray],
     rows: Iterable[dict[str, Any]],
     args: Any,
     max_length: int | None,
 ) -> np.ndarray:
-    """[rows] bool: whether a token is left that is trained on. The first token of a sequence is never one.
+    """[rows] bool: whether a token is left to train on. The first token of a sequence is never a target.
 
-    Lengths tell, but for SFT, whose rows are masked and cut already: there one row that keeps a token speaks for all.
+    Computed from lengths. SFT's rows are masked and truncated already: for them a single bool, [1], tells of any row.
     """
     columns = list(columns)
-    if "prompt_ids" in columns:  # cut later, batch by batch
+    if "prompt_ids" in columns:  # truncated later, batch by batch
         prompt, answers = lengths("prompt_ids"), [name for name in columns if name in _ANSWERS]
-        kept = [_tokens_kept(prompt, lengths(name), args, max_length) for name in answers]
-        return np.any(kept, axis=0)
-    if "prompt_input_ids" in columns and "chosen_input_ids" in columns:  # CPO and ORPO cut the answers alone
+        return np.any([_answer_has_target(prompt, lengths(name), args, max_length) for name in answers], axis=0)
+    if "prompt_input_ids" in columns and "chosen_input_ids" in columns:  # CPO and ORPO truncate only the answers
         prompt = np.maximum(lengths("prompt_input_ids"), 1)
         return (lengths("chosen_input_ids") > prompt) | (lengths("rejected_input_ids") > prompt)
     if "labels" in columns:
@@ -84,8 +83,8 @@ def _kept(
 _ANSWERS = ("chosen_ids", "rejected_ids", "reference_ids", "completion_ids")
 
 
-def _tokens_kept(prompt: np.ndarray, answer: np.ndarray, args: Any, max_length: int | None) -> np.ndarray:
-    kept = prompt + answer if max_length is None else np.minimum(prompt + answer, max_length)
+def _answer_has_target(prompt: np.ndarray, answer: np.ndarray, args: Any, max_length: int | None) -> np.ndarray:
+    length = prompt + answer if max_length is None else np.minimum(prompt + answer, max_length)
     if getattr(args, "truncation_mode", "keep_start") == "keep_end":
-        prompt = kept - np.minimum(answer, kept)
-    return kept > np.maximum(np.minimum(prompt, kept), 1)
+        prompt = length - np.minimum(answer, length)
+    return length > np.maximum(np.minimum(prompt, length), 1)

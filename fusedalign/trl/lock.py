@@ -1,4 +1,4 @@
-"""One run at a time writes into a folder: a file there names the process that does."""
+"""A lock file in a folder, so that only one run at a time writes into it."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ LOCK = "run.lock"
 
 
 class Owner(NamedTuple):
-    """The process that writes into a folder."""
+    """The process that holds a lock."""
 
     pid: int
     host: str
     started: float
-    """seconds since the epoch: a process that has the number of one that died started later"""
+    """seconds since the epoch, which tells it from a later process with the same pid"""
 
     @property
     def is_over(self) -> bool:
-        """Whether it is known to have ended; that of another host is not known."""
+        """Whether it is known to have ended; never known of another host."""
         if self.host != socket.gethostname():
             return False
         try:
@@ -51,7 +51,7 @@ class Lock(NamedTuple):
     owner: Owner
 
     def check(self) -> None:
-        """Raise ValueError where another run has taken it since: two that found the lock of a dead one at once."""
+        """Raise ValueError if another run holds it: two runs may take over the lock of an ended one at once."""
         owner = _owner(self.path)
         if owner != self.owner:
             raise ValueError(_held(self.path, owner))
@@ -59,7 +59,7 @@ class Lock(NamedTuple):
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[Lock]:
-    """Hold the lock of a folder, which is made when missing. That of a process which has ended is taken over.
+    """Hold the lock of a folder, which is created if missing. The lock of an ended process is taken over.
 
     Raises:
         ValueError: another run holds it, or the folder cannot be written to.

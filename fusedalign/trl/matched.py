@@ -1,7 +1,7 @@
-"""KTO's matched and mismatched rows: how each is laid out, and one forward for both where that is less work.
+"""KTO's matched and mismatched rows: their layouts, and one forward for both where that is less work.
 
-For its KL term KTO gives each prompt a second time, with another row's completion. TRL runs these rows by themselves.
-Packed together the prompts stand once.
+For its KL term KTO scores each prompt a second time, with another row's completion. TRL runs these rows in a second
+forward. Packed together, each prompt is computed once.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from fusedalign.packing.attention import Layout
 from fusedalign.sequence import completion_labels
 from fusedalign.trl.layouts import PACKED, UNPACKABLE, Layouts
 
-#: What a token with a gradient costs, in forwards: one, one more under gradient checkpointing, and a backward of two.
+#: Cost of a token with a gradient, in forwards: one, another under gradient checkpointing, and two for the backward.
 _COST_WITH_GRADIENT = 4
 
 
@@ -42,17 +42,17 @@ class KTOLayouts:
         return self._moved(lambda x: x.pin_memory() if isinstance(x, PackedBatch) else x)
 
     def _moved(self, move: Callable[[Any], Any]) -> KTOLayouts:
-        parts = (self.matched, self.mismatched, self.both)
-        return KTOLayouts(*(None if part is None else move(part) for part in parts))
+        layouts = (self.matched, self.mismatched, self.both)
+        return KTOLayouts(*(None if layout is None else move(layout) for layout in layouts))
 
     def joined(self, with_gradient: bool) -> PackedBatch | None:
-        """`both`, where one forward over it is less work than two."""
+        """`both` where one forward over it is less work than two, else None."""
         if not isinstance(self.matched, PackedBatch) or not isinstance(self.mismatched, PackedBatch):
             return None
         cost = _COST_WITH_GRADIENT if with_gradient else 1
         assert self.both is not None
-        more = self.both.tokens - self.matched.tokens
-        return self.both if cost * more < self.mismatched.tokens else None
+        added_tokens = self.both.tokens - self.matched.tokens
+        return self.both if cost * added_tokens < self.mismatched.tokens else None
 
 
 def lay_out_kto(layouts: Layouts, batch: Mapping[str, Any]) -> KTOLayouts | None:
@@ -80,9 +80,9 @@ def _stacked(batch: Mapping[str, Any], *names: str) -> list[Tensor]:
 
 
 class MatchedModel:
-    """A model that TRL calls for the matched and for the mismatched rows of a batch, in any order, and its layouts.
+    """Stands for a model in TRL's two calls for a batch, its matched and mismatched rows, in any order.
 
-    Where one forward serves both, the first call runs it and the second takes what is left.
+    Where one forward computes both, the first call runs it and the second returns its part of the output.
     """
 
     def __init__(self, model: Any, batch: Mapping[str, Any], layouts: KTOLayouts, *, may_join: bool = True) -> None:
@@ -92,7 +92,7 @@ class MatchedModel:
         self.output: Any = None
 
     def __call__(self, **arguments: Any) -> Any:
-        """The model's output for one of the two."""
+        """The model's output for the matched or the mismatched rows."""
         ids, batch = arguments.get("input_ids"), self.batch
         is_mismatched = ids is batch.get("KL_input_ids")
         if ids is None or not arguments.get("fused_lm_head") or not (is_mismatched or ids is batch["input_ids"]):
@@ -104,13 +104,13 @@ class MatchedModel:
             self.output = self._run_both()
         count, width = len(batch["input_ids"]), ids.shape[1] - 1
         part = slice(count, None) if is_mismatched else slice(count)
-        fields = {name: getattr(self.output, name) for name in (f.name for f in dataclasses.fields(self.output))}
-        cut = {name: x[part, :width] for name, x in fields.items() if isinstance(x, Tensor) and x.ndim == 2}
-        return dataclasses.replace(self.output, **cut)
+        fields = {field.name: getattr(self.output, field.name) for field in dataclasses.fields(self.output)}
+        per_token = {name: x[part, :width] for name, x in fields.items() if isinstance(x, Tensor) and x.ndim == 2}
+        return dataclasses.replace(self.output, **per_token)
 
     def _run_both(self) -> Any:
         ids, attention_mask, completion_mask = _stacked(self.batch, "input_ids", "attention_mask", "completion_mask")
-        with torch.set_grad_enabled(self.with_gradient):  # TRL calls for the mismatched rows without
+        with torch.set_grad_enabled(self.with_gradient):  # TRL disables gradients for mismatched rows
             return self.model(
                 input_ids=ids,
                 attention_mask=attention_mask,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,49 +36,47 @@ def model_path(name: str | None, training: Any) -> str:
 
 
 def check_folder(name: str, what: str, *, adapter: bool = False) -> None:
-    """Raises FileNotFoundError for a local folder that does not exist or holds no model; a Hub model's name passes.
+    """Raise FileNotFoundError for a local folder that does not exist or holds no model; a Hub model's name passes.
 
-    Where `adapter` is true an adapter will do.
+    With `adapter` a folder with an adapter passes too.
     """
-    folder, wanted = Path(name), ["config.json", *([ADAPTER_CONFIG] if adapter else [])]
-    if folder.is_dir() and not any((folder / file).is_file() for file in wanted):
+    folder, configs = Path(name), ["config.json", *([ADAPTER_CONFIG] if adapter else [])]
+    if folder.is_dir() and not any((folder / file).is_file() for file in configs):
         names = sorted(p.name for p in folder.iterdir())
         checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: (len(path.name), path.name))
         hint = f"; the last checkpoint in it is {checkpoints[-1]}" if checkpoints else ""
         raise FileNotFoundError(
-            f"{what} must be a folder with a {' or '.join(wanted)}, got {name} "
+            f"{what} must be a folder with a {' or '.join(configs)}, got {name} "
             f"with {', '.join(names[:5]) or 'nothing'}{hint}"
         )
     if folder.is_file():
         raise FileNotFoundError(f"{what} must name a folder, got the file {name}")
     if not folder.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
-        raise FileNotFoundError(f"{what} must name a folder that exists, got {name}{_trained_first(what, name)}")
+        raise FileNotFoundError(f"{what} must name a folder that exists, got {name}{_train_first(what, name)}")
 
 
-def _trained_first(what: str, name: str) -> str:
+def _train_first(what: str, name: str) -> str:
     if what != "model_name_or_path":
         return ""
     return f"; if a training is to write it, run that first: fusedalign sft ... --output_dir {name}"
 
 
 def check_has_head(path: str, what: str, *, revision: str | None = None, trust_remote_code: bool = False) -> None:
-    """Raises unless there is a model whose configuration names a causal LM.
-
-    TRL would build whatever class is named and fail later, elsewhere.
+    """Raise unless the model's configuration names a causal LM. TRL would build another class too and fail later.
 
     Raises:
         ValueError: another model.
         FileNotFoundError: no model of that name, here or on the Hub.
     """
-    remote: Any = {"revision": revision, "trust_remote_code": trust_remote_code}
+    options: Any = {"revision": revision, "trust_remote_code": trust_remote_code}
     try:
-        config = transformers.AutoConfig.from_pretrained(path, **remote)
+        config = transformers.AutoConfig.from_pretrained(path, **options)
     except (OSError, ValueError) as error:
         if Path(path).exists() or isinstance(error.__cause__, GatedRepoError):
             raise
         raise FileNotFoundError(
             f"{what} must name a model, got {path}: there is no such folder here, and the Hub has no such model "
-            f"or cannot be reached{_trained_first(what, path)}"
+            f"or cannot be reached{_train_first(what, path)}"
         ) from error
     names = config.architectures or ["no architecture in its config"]
     architecture = getattr(transformers, names[0], None)
@@ -87,20 +86,20 @@ def check_has_head(path: str, what: str, *, revision: str | None = None, trust_r
         raise ValueError(f"{what} must name a causal LM with an LM head, got {path} with {names[0]}")
 
 
-#: What a tokenizer's files are called, of whatever family.
+#: Patterns of the files of tokenizers of all families.
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "*.model", "*.tiktoken", "tekken.json")
 
 
 def load_processing_class(path: str, *, auto: Any = transformers.AutoProcessor, **options: Any) -> Any:
-    """The processor of a model, or the tokenizer where it has none, as TRL loads it.
+    """The processor of a model, or its tokenizer where it has no processor, loaded as in TRL.
 
     Args:
         path: folder or Hub name.
-        auto: transformers' class that loads it.
+        auto: the class of transformers that loads it.
         options: of `from_pretrained`.
 
     Raises:
-        ValueError: a folder without a tokenizer, of which transformers can make one that knows no word.
+        ValueError: a folder without a tokenizer; transformers may build an empty tokenizer from it.
     """
     folder = Path(path)
     if folder.is_dir() and not any(file for pattern in _TOKENIZER_FILES for file in folder.glob(pattern)):
@@ -109,12 +108,12 @@ def load_processing_class(path: str, *, auto: Any = transformers.AutoProcessor, 
 
 
 def check_ends(processing_class: Any, path: str, *, pads: bool, ends: bool) -> None:
-    """Raises ValueError for a tokenizer without a token that the training needs.
+    """Raise ValueError for a tokenizer without a token that the training needs.
 
     Args:
         processing_class: the tokenizer, or a processor that holds one.
-        path: what it was loaded from.
-        pads: a padding token is needed, or an EOS token that can stand for it.
+        path: folder or Hub name that it was loaded from.
+        pads: a padding token is needed, or an EOS token to pad with.
         ends: an EOS token is needed.
     """
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
@@ -127,7 +126,7 @@ def check_ends(processing_class: Any, path: str, *, pads: bool, ends: bool) -> N
 
 
 def check_has_template(processing_class: Any, path: str) -> None:
-    """Raises ValueError for a tokenizer or processor, loaded from `path`, that cannot write a conversation."""
+    """Raise ValueError for a tokenizer or processor, loaded from `path`, without a chat template."""
     if not getattr(processing_class, "chat_template", None):
         raise ValueError(
             f"the tokenizer of {path} must have a chat template for data with messages, got none: save one with it "
@@ -135,20 +134,21 @@ def check_has_template(processing_class: Any, path: str) -> None:
         )
 
 
-def refused_row(processing_class: Any, dataset: Any) -> int | None:
-    """The number, from 1, of the first row whose conversation the chat template refuses; None if there is none."""
-    for number, row in enumerate(dataset, 1):
-        options = {"tools": row.get("tools"), **(row.get("chat_template_kwargs") or {})}
-        for answer in filter(None, map(row.get, ("messages", "completion", "chosen", "rejected"))):
-            try:
-                processing_class.apply_chat_template([*row.get("prompt", ()), *answer], tokenize=False, **options)
-            except TemplateError:
-                return number
-    return None
+def refused_row(processing_class: Any, splits: Mapping[str, Any]) -> str:
+    """Split and number, from 1, of the first row with a conversation that the chat template refuses, as words."""
+    for split, dataset in splits.items():
+        for number, row in enumerate(dataset or (), 1):
+            options = {"tools": row.get("tools"), **(row.get("chat_template_kwargs") or {})}
+            for answer in filter(None, map(row.get, ("messages", "completion", "chosen", "rejected"))):
+                try:
+                    processing_class.apply_chat_template([*row.get("prompt", ()), *answer], tokenize=False, **options)
+                except TemplateError:
+                    return f"split {split!r}, row {number}"
+    return "a row"
 
 
 def check_template(path: str | None) -> None:
-    """Raises FileNotFoundError for a chat template that TRL would find neither here nor on the Hub."""
+    """Raise FileNotFoundError for a chat template that is neither here nor on the Hub."""
     if path is not None and not Path(path).is_file() and not has_file(path, "tokenizer_config.json"):
         raise FileNotFoundError(f"chat_template_path must name a .jinja file or a tokenizer's folder, got {path}")
 
@@ -157,7 +157,7 @@ def has_file(path: str, file: str, revision: str | None = None) -> bool:
     """Whether a folder or Hub repository holds a file."""
     if Path(path).is_dir():
         return (Path(path) / file).is_file()
-    quiet: Any = dict.fromkeys(
+    options: Any = dict.fromkeys(
         (
             "_raise_exceptions_for_gated_repo",
             "_raise_exceptions_for_missing_entries",
@@ -166,6 +166,6 @@ def has_file(path: str, file: str, revision: str | None = None) -> bool:
         False,
     )
     try:
-        return cached_file(path, file, revision=revision, **quiet) is not None
+        return cached_file(path, file, revision=revision, **options) is not None
     except OSError:  # no such repository
         return False

@@ -1,4 +1,4 @@
-"""What a user may say about the head of a trainer: the one place of these names and their defaults."""
+"""The user's options of a trainer's head: the one place of their names and defaults."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fusedalign.problem import MemoryOptions, Problem, as_head
 
 
 class HeadOptions(NamedTuple):
-    """As in `fusedalign.linear_logps`."""
+    """Options of `fusedalign.linear_logps`."""
 
     impl: str = "auto"
     filter_eps: float | None = None
@@ -22,21 +22,21 @@ class HeadOptions(NamedTuple):
 
     @classmethod
     def of(cls, options: dict[str, Any]) -> HeadOptions:
-        """From keywords, those that are no option left out of it and an unknown impl refused."""
-        made = cls(**{name: options[name] for name in cls._fields if name in options})
-        check_name(made.impl)
-        return made
+        """The options among some keywords. ValueError for an unknown impl."""
+        head_options = cls(**{name: options[name] for name in cls._fields if name in options})
+        check_name(head_options.impl)
+        return head_options
 
     def check(
         self, head: LMHead, outputs: Iterable[str] = (), *, mixed: torch.dtype | None = None, device: Any = None
     ) -> None:
-        """Raises ValueError where no impl does what the options ask for.
+        """Raise ValueError if no impl supports the options.
 
         Args:
             head: of the model.
-            outputs: names of `linear_logps`, as far as they are known.
+            outputs: names of `linear_logps`.
             mixed: the dtype of mixed precision; None: operands have the head's.
-            device: where the head will be; default: where it is.
+            device: of the head when it is used; default: its device now.
         """
         parts = head.weight if isinstance(head.weight, tuple) else (head.weight,)
         dtype = mixed if mixed and parts[0].dtype != torch.float64 else parts[0].dtype
@@ -59,11 +59,11 @@ class HeadOptions(NamedTuple):
     def prepare(
         self, head: LMHead, outputs: Iterable[str] = (), *, mixed: torch.dtype | None = None, trains: bool = True
     ) -> None:
-        """Let the impl compile, in the background, what it will launch for a head that is where it will be.
+        """Let the impl compile its kernels for a head in the background; the head must be on its final device.
 
         Args:
             head, outputs, mixed: as in `check`.
-            trains: whether there will be calls with gradients, and not only such without.
+            trains: whether any call will need gradients.
         """
         parts = head.weight if isinstance(head.weight, tuple) else (head.weight,)
         bias = head.bias
@@ -87,7 +87,7 @@ class HeadOptions(NamedTuple):
 
 
 def mixed_precision(args: Any) -> torch.dtype | None:
-    """That of a trainer's arguments, None where they have none."""
+    """The dtype of mixed precision in a trainer's arguments; None: full precision."""
     if getattr(args, "bf16", False):
         return torch.bfloat16
     return torch.float16 if getattr(args, "fp16", False) else None

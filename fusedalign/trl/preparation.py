@@ -1,4 +1,4 @@
-"""Rows of every shape, tokenised by TRL's own trainers: before, the shape; after, what truncation has left."""
+"""TRL's preparation of a data set, for rows of every shape and with a check of what truncation leaves."""
 
 from __future__ import annotations
 
@@ -11,30 +11,30 @@ from fusedalign.trl.tokens import one_end
 
 
 def prepared(
-    stock: Callable[..., Any], dataset: Any, processing_class: Any, args: Any, *rest: Any, **named: Any
+    prepare: Callable[..., Any], dataset: Any, processing_class: Any, args: Any, *rest: Any, **options: Any
 ) -> Any:
-    """What TRL's `_prepare_dataset` gives, with one end after each answer.
+    """The data set as TRL's `_prepare_dataset`, here `prepare`, returns it, with one EOS after each answer.
 
     Raises:
         ValueError: no token is left to train on; a first row in none of the shapes.
     """
-    if not any(callable(x) for x in (*rest, *named.values())):  # SFT's formatting_func makes text of any row
+    if not any(callable(x) for x in (*rest, *options.values())):  # SFT's formatting_func accepts rows of any shape
         dataset = reshaped(dataset)
-    tokenised = stock(dataset, one_end(processing_class), args, *rest, **named)
+    tokenised = prepare(dataset, one_end(processing_class), args, *rest, **options)
     rows = len(dataset) if hasattr(dataset, "__len__") else None
     if rows is not None and {"chosen", "completion_ids"} <= {*dataset.column_names, *tokenised.column_names}:
-        rows = 2 * rows  # KTO takes pairs apart
-    return check_lengths(tokenised, args, named.get("dataset_name", rest[-1] if rest else "train"), rows)
+        rows = 2 * rows  # KTO splits pairs
+    return check_lengths(tokenised, args, options.get("dataset_name", rest[-1] if rest else "train"), rows)
 
 
 def reshaped(dataset: Any) -> Any:
-    """Pairs, and prompts with completions, as TRL's trainers take them, if the first row is not so already."""
+    """The data set with pairs, and prompts with completions, in TRL's shape, unless the first row has it already."""
     first = next(iter(dataset), None)
     if first is None:
         raise ValueError("expected a data set with at least one row, got none")
     for names, shape in _SHAPES.items():
         present = {name: first[name] for name in (*names, "prompt") if name in first}
-        tokenised = {"input_ids", "reference"} & set(first)  # or TPO's, of three answers
+        tokenised = {"input_ids", "reference"} & set(first)  # or TPO's rows, with three answers
         if set(names) <= set(first) and not tokenised and shape(present) != present:
             return dataset.map(
                 _apply, fn_kwargs={"shape": shape, "names": tuple(present)}, remove_columns=list(present)

@@ -1,4 +1,4 @@
-"""What a run leaves behind in addition to its model: metrics and a plot."""
+"""The files that a run writes in addition to its model: metrics and a plot."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from fusedalign.reports import replace_text, to_json, warn
 
 
 class Written(NamedTuple):
-    """What a run leaves behind."""
+    """The files that a run has written."""
 
     model: Path
     metrics: Path | None
-    """None where it could not be written to its end"""
+    """None if it is incomplete"""
     plot: Path | None
-    """None where there is none"""
+    """None if there is none"""
     warnings: tuple[str, ...] = ()
-    """why something is missing"""
+    """the reasons for missing files or lines"""
 
     def __str__(self) -> str:
         return "  ".join(f"{name}: {path}" for name, path in zip(self._fields, self[:3], strict=False) if path)
 
 
 class MetricsFile(transformers.TrainerCallback):
-    """Every logged step as one line of JSON, written as it comes.
+    """Every logged step as one line of JSON, written at once.
 
-    The trainer's own log says which lines there are. A run that goes on from a checkpoint starts with the lines logged
-    up to there: what came after them is trained again. Lines that do not fit on the disk are written with a later one.
+    A run that resumes from a checkpoint starts with the checkpoint's log: later steps are trained again. Lines that do
+    not fit on the disk are written together with a later line.
 
     Args:
         path: of the file.
@@ -39,10 +39,10 @@ class MetricsFile(transformers.TrainerCallback):
     def __init__(self, path: Path) -> None:
         self.path = path
         self.complete = True
-        self._told = False
+        self._has_warned = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Start with what the checkpoint has logged; without one, with nothing."""
+        """Start with the checkpoint's log, which is empty without a checkpoint."""
         if state.is_world_process_zero:
             self._write(self._replace, state.log_history)
 
@@ -55,20 +55,20 @@ class MetricsFile(transformers.TrainerCallback):
                 self._write(self._replace, state.log_history)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Try once more where lines are missing."""
+        """Try again if lines are missing."""
         if state.is_world_process_zero and not self.complete:
             self._write(self._replace, state.log_history)
 
-    def _write(self, how: Callable[[str], None], rows: Sequence[dict]) -> None:
+    def _write(self, write: Callable[[str], None], rows: Sequence[dict]) -> None:
         try:
-            how("".join(_line(row) for row in rows))
+            write("".join(_line(row) for row in rows))
             self.complete = True
-        except OSError as error:  # the record is not worth the training
+        except OSError as error:  # metrics must not stop the training
             self.complete = False
-            if not self._told:
+            if not self._has_warned:
                 reason = error.strerror or error
                 warn(f"{self.path} cannot be written to, the training goes on without these lines: {reason}")
-                self._told = True
+                self._has_warned = True
 
     def _append(self, lines: str) -> None:
         with self.path.open("a", encoding="utf-8") as file:
@@ -79,7 +79,7 @@ class MetricsFile(transformers.TrainerCallback):
 
 
 def _line(row: dict) -> str:
-    """The step, then the rest by name: the same text from a log and from the checkpoint that has saved it."""
+    """The step, then the other values by name: the same text from a log and from a checkpoint's copy of it."""
     return to_json({"step": row["step"], **dict(sorted(row.items()))}) + "\n"
 
 

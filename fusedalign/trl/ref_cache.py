@@ -1,8 +1,8 @@
-"""The reference cache: a file with a reference model's log-probabilities, which says what they were made with.
+"""The reference cache: a file with the log-probabilities of a reference model and a record of how they were computed.
 
 A Parquet file with the columns `key`, a digest of one sequence's tokens, and `logps`, the sum over its completion in
-nats. A record in the file's metadata, `About`, names weights, tokenizer, template and truncation, and holds a checksum.
-A trainer that differs in any of them is refused, and so is one with a row that the file does not have.
+nats. A record in the file's metadata, `About`, has digests of weights, tokenizer and template, the truncation, and a
+checksum. A trainer that differs in any of them is refused, or that has a row which the file lacks.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from fusedalign.reports import replacement
 from fusedalign.trl.digests import config_digest, template_digest, tokenizer_digest, weights_digest
 from fusedalign.trl.reference import package_versions
 
-#: Of what is in the file, and of how its keys and digests are made.
+#: Version of the file's contents and of the functions that make its keys and digests.
 FORMAT = 1
 _METADATA = b"fusedalign.ref_cache"
 _AGAIN = "score these data again with fusedalign score --ref_cache"
@@ -34,12 +34,12 @@ _AGAIN = "score these data again with fusedalign score --ref_cache"
 
 @dataclass(frozen=True)
 class About:
-    """What a cache was made with. All but the last two must be those of the trainer that it serves."""
+    """The record of a cache. All fields but the last two must match those of the trainer that reads it."""
 
     max_length: int | None
     truncation_mode: str
     kl_batch_size: int | None
-    """rows among which KTO exchanges completions for its KL term; None where there is no such term"""
+    """rows among which KTO exchanges completions for its KL term; None without that term"""
     tokenizer: str
     chat_template: str
     dtype: str
@@ -52,7 +52,7 @@ class About:
     """versions, for information"""
 
 
-#: In the order in which they are compared: the field of `About`, what the cache must be made with, what to do.
+#: In the order of comparison: a field of `About` -> words for what is expected, what the cache has, and the remedy.
 _MISMATCHES = {
     "max_length": ("max_length={ours}", "max_length={theirs}", "set max_length={theirs}, or "),
     "truncation_mode": (
@@ -82,7 +82,7 @@ _MISMATCHES = {
 
 
 def settings(processing_class: Any, args: Any) -> dict[str, Any]:
-    """The fields of `About` that a tokenizer and the configuration of a DPO or KTO trainer decide."""
+    """The fields of `About` that depend on the tokenizer and the configuration of a DPO or KTO trainer."""
     return {
         "max_length": args.max_length,
         "truncation_mode": getattr(args, "truncation_mode", "keep_start"),
@@ -93,7 +93,7 @@ def settings(processing_class: Any, args: Any) -> dict[str, Any]:
 
 
 def model_facts(model: Any) -> dict[str, Any]:
-    """The fields of `About` that the reference decides: a model, or a `PeftModel` with its active adapter."""
+    """The fields of `About` that depend on the reference: a model, or a `PeftModel` with its active adapter."""
     return {
         "dtype": str(model.dtype).removeprefix("torch."),
         "config": config_digest(model),
@@ -102,11 +102,7 @@ def model_facts(model: Any) -> dict[str, Any]:
 
 
 def check_arguments(arguments: Mapping[str, Any]) -> None:
-    """Raises ValueError for constructor arguments of a trainer that a cache cannot serve.
-
-    Args:
-        arguments: of a DPO or KTO trainer that is given `ref_logps`.
-    """
+    """Raise ValueError for constructor arguments of a DPO or KTO trainer that exclude `ref_logps`."""
     args = arguments.get("args")
     if arguments.get("ref_model") is not None:
         raise ValueError("ref_logps takes the place of ref_model, got both: leave one of them out")
@@ -125,12 +121,12 @@ def check_arguments(arguments: Mapping[str, Any]) -> None:
 
 
 def has_kl(args: Any) -> bool:
-    """Whether a trainer with this configuration scores mismatched completions too, as TRL's KTO decides it."""
+    """Whether a trainer with this configuration has a KL term and scores mismatched completions, as TRL decides it."""
     return isinstance(args, trl.KTOConfig) and args.loss_type != "apo_zero_unpaired"
 
 
 def about(model: Any, processing_class: Any, args: Any, name: str) -> About:
-    """The record of a cache that `model` is scored for.
+    """The record of a cache of `model`'s log-probabilities.
 
     Args:
         model: the reference: of transformers, or a `PeftModel` with its active adapter.
@@ -139,7 +135,7 @@ def about(model: Any, processing_class: Any, args: Any, name: str) -> About:
         name: folder or Hub name of the model, for messages.
 
     Raises:
-        ValueError: weights that are offloaded or in no plain tensors.
+        ValueError: weights that are offloaded or not in plain tensors.
     """
     return About(**settings(processing_class, args), **model_facts(model), model=name, packages=package_versions())
 
@@ -149,10 +145,10 @@ def row_key(input_ids: Sequence[int] | np.ndarray, labels: Sequence[int] | np.nd
 
     Args:
         input_ids: [L] its tokens, after truncation and without padding.
-        labels: [L] the same, unshifted, and -100 where a token is context alone.
+        labels: [L] the same, unshifted, and -100 on context tokens.
     """
-    both = np.stack([np.asarray(input_ids), np.asarray(labels)]).astype("<i8")
-    return hashlib.blake2b(both.tobytes(), digest_size=16).hexdigest()
+    stacked = np.stack([np.asarray(input_ids), np.asarray(labels)]).astype("<i8")
+    return hashlib.blake2b(stacked.tobytes(), digest_size=16).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -164,7 +160,7 @@ class RefCache:
     logps: Mapping[str, float]
 
     def check(self, facts: Mapping[str, Any]) -> None:
-        """Raises ValueError where the cache was made with anything else, naming it and what to do.
+        """Raise ValueError where the cache does not match, with the field and the remedy.
 
         Args:
             facts: of the training, from `settings` or `model_facts`.
@@ -172,38 +168,38 @@ class RefCache:
         for name, (expected, got, remedy) in _MISMATCHES.items():
             if name not in facts or facts[name] == getattr(self.about, name):
                 continue
-            if name == "kl_batch_size" and facts[name] is None:  # what a cache has more is not looked at
+            if name == "kl_batch_size" and facts[name] is None:  # without a KL term its rows are not read
                 continue
             if name == "kl_batch_size" and self.about.kl_batch_size is None:
                 raise ValueError(
                     f"ref_logps must be a cache made for KTO with its KL term, got {self.path} made without it: "
                     f"{_AGAIN} --method kto"
                 )
-            words = {"ours": facts[name], "theirs": getattr(self.about, name), "model": self.about.model}
+            values = {"ours": facts[name], "theirs": getattr(self.about, name), "model": self.about.model}
             raise ValueError(
-                f"ref_logps must be a cache made with {expected.format(**words)}, got {self.path} made with "
-                f"{got.format(**words)}: {remedy.format(**words)}{_AGAIN}"
+                f"ref_logps must be a cache made with {expected.format(**values)}, got {self.path} made with "
+                f"{got.format(**values)}: {remedy.format(**values)}{_AGAIN}"
             )
 
 
 def check_target(path: Path, option: str) -> None:
-    """Raises ValueError for what a cache must not replace: a folder, or a file that is none.
+    """Raise ValueError if a cache written to `path` would replace a folder, or a file that is no cache.
 
     Args:
-        path: of the cache to write; a cache there passes, which is compared once the weights are loaded.
-        option: that gave it, for the message.
+        path: of the cache to write; an existing cache is compared later, once the weights are loaded.
+        option: the flag that gave it, for the message.
     """
     if path.is_dir():
-        what = "a folder"
+        kind = "a folder"
     elif not path.exists() or _may_be_cache(path):
         return
     else:
-        what = "another file than a reference cache"
-    raise ValueError(f"{option} must name the file to write, got {path}, which is {what}: give another name")
+        kind = "another file than a reference cache"
+    raise ValueError(f"{option} must name the file to write, got {path}, which is {kind}: give another name")
 
 
 def _may_be_cache(path: Path) -> bool:
-    """Whether a file is a cache, or so damaged a Parquet file that this cannot be told."""
+    """Whether a file is a cache, or a Parquet file too damaged to tell."""
     with path.open("rb") as file:
         if file.read(4) not in (b"PAR1", b""):
             return False
@@ -214,12 +210,12 @@ def _may_be_cache(path: Path) -> bool:
 
 
 def write_cache(path: str | os.PathLike[str], about: About, keys: Iterable[str], logps: Iterable[float]) -> None:
-    """Write a cache at once: a full disk, or a process that ends here, leaves an earlier file as it was.
+    """Write a cache atomically: a full disk or an interrupted process leaves an earlier file as it was.
 
     Args:
         path: of the file.
-        about: what the log-probabilities were made with.
-        keys: of the sequences, from `row_key`; the first of several alike counts.
+        about: how the log-probabilities were computed.
+        keys: of the sequences, from `row_key`; of equal keys the first counts.
         logps: the sum over each sequence's completion, nats.
 
     Raises:
@@ -235,8 +231,8 @@ def write_cache(path: str | os.PathLike[str], about: About, keys: Iterable[str],
     record = {"format": FORMAT, "about": dataclasses.asdict(about)}
     record["checksum"] = _checksum(record, table)
     table = table.replace_schema_metadata({_METADATA: json.dumps(record).encode()})
-    with replacement(Path(path)) as whole:
-        pq.write_table(table, whole)
+    with replacement(Path(path)) as temporary:
+        pq.write_table(table, temporary)
 
 
 def read_cache(path: str | os.PathLike[str]) -> RefCache:
@@ -251,9 +247,9 @@ def read_cache(path: str | os.PathLike[str]) -> RefCache:
         raise TypeError(f"ref_logps must be the path of a file, got {type(path).__name__}")
     name = os.fspath(path)
     if not Path(name).is_file():
-        what = "a folder" if name and Path(name).is_dir() else "no such file"
+        kind = "a folder" if name and Path(name).is_dir() else "no such file"
         raise FileNotFoundError(
-            f"ref_logps must name a file of fusedalign score --ref_cache, got {name or 'an empty name'} ({what})"
+            f"ref_logps must name a file of fusedalign score --ref_cache, got {name or 'an empty name'} ({kind})"
         )
     try:
         table = pq.ParquetFile(name).read()
@@ -269,12 +265,12 @@ def read_cache(path: str | os.PathLike[str]) -> RefCache:
             raise ValueError(
                 f"ref_logps must be a cache of format {FORMAT}, got {name} of format {record['format']}: {_AGAIN}"
             )
-        known = About(**record["about"])
+        made_with = About(**record["about"])
     except (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise _unreadable(name, "is damaged", error) from error
     if checksum != _checksum(record, table):
         raise _unreadable(name, "is damaged: its checksum is another one")
-    return RefCache(name, known, dict(zip(table["key"].to_pylist(), table["logps"].to_pylist(), strict=True)))
+    return RefCache(name, made_with, dict(zip(table["key"].to_pylist(), table["logps"].to_pylist(), strict=True)))
 
 
 def _checksum(record: Mapping[str, Any], table: pa.Table) -> str:
@@ -284,9 +280,9 @@ def _checksum(record: Mapping[str, Any], table: pa.Table) -> str:
     return content.hexdigest()
 
 
-def _unreadable(name: str, what: str, error: Exception | None = None) -> ValueError:
+def _unreadable(name: str, problem: str, error: Exception | None = None) -> ValueError:
     reason = "" if error is None else f" ({' '.join(str(error).split())[:120]})"
     return ValueError(
-        f"ref_logps must be a file that fusedalign score --ref_cache has written, got {name}, which {what}{reason}: "
+        f"ref_logps must be a file that fusedalign score --ref_cache has written, got {name}, which {problem}{reason}: "
         f"{_AGAIN}"
     )

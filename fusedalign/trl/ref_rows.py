@@ -1,7 +1,4 @@
-"""The rows of a reference cache: the sequences that DPO and KTO trainers score, by their keys, and their values put in.
-
-All that the scoring needs of TRL's private names is here: what `_prepare_dataset` reads of a trainer.
-"""
+"""The rows of a reference cache: the sequences that DPO and KTO trainers score, and the columns made from the cache."""
 
 from __future__ import annotations
 
@@ -10,20 +7,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from datasets import Dataset, Features, IterableDataset, Value, concatenate_datasets
-from trl.trainer.dpo_trainer import DataCollatorForPreference
-from trl.trainer.kto_trainer import DataCollatorForUnpairedPreference
 
-from fusedalign.trl.arguments import WITH_REFERENCE
+from fusedalign.methods import WITH_REFERENCE
 from fusedalign.trl.ref_cache import RefCache, has_kl, row_key
+from fusedalign.trl.stock import DataCollatorForPreference, DataCollatorForUnpairedPreference, trainer_without_model
 
-#: Rows that are collated together.
+#: Rows collated together.
 _BATCH = 64
 _IGNORED = -100
 
-#: What a data set's column is called where its rows are pairs, else KTO's single answers; in the collator's order.
+#: Columns of a precomputed reference, for pairs and for KTO's single answers, in the collator's order.
 _PAIR = ("ref_chosen_logps", "ref_rejected_logps")
 _SINGLE = ("ref_logps", "ref_KL_logps")
-#: Whose log-probabilities a column has.
+#: The sequence that each column's log-probabilities belong to, for messages.
 _SIDES = {
     "ref_chosen_logps": "the chosen answer",
     "ref_rejected_logps": "the rejected answer",
@@ -40,21 +36,21 @@ class Sequence(NamedTuple):
     input_ids: list[int]
     """[L] after truncation"""
     labels: list[int]
-    """[L] unshifted; -100 where a token is context alone"""
+    """[L] unshifted; -100 on context tokens"""
 
 
 def reference_examples(
     method: str, dataset: Any, processing_class: Any, args: Any, name: str = "train"
 ) -> list[Sequence]:
-    """The sequences of a data set that a reference model scores, each once, as the Fused trainer cuts them.
+    """The distinct sequences of a data set that a reference model scores, truncated as in the Fused trainer.
 
-    A sequence without a completion token after the cut is left out: its sum is 0.
+    A sequence without a completion token after truncation is left out: its sum is 0.
 
     Args:
         method: "dpo" or "kto".
         dataset: a `datasets.Dataset` as the trainer takes it.
         processing_class: the tokenizer, or a processor that holds one.
-        args: `DPOConfig` or `KTOConfig` of the training; truncation and, for KTO, the batch size count.
+        args: `DPOConfig` or `KTOConfig` of the training; truncation and, for KTO, the batch size are used.
         name: of the split: "train", "eval", or a name of its own.
 
     Raises:
@@ -65,27 +61,26 @@ def reference_examples(
             f"a reference cache needs a method with a reference model, {' or '.join(WITH_REFERENCE)}, got {method}"
         )
     check_data(dataset, name)
-    cut: dict[str, Any] = {"pad_token_id": 0, "max_length": args.max_length}
+    options: dict[str, Any] = {"pad_token_id": 0, "max_length": args.max_length}
     if method == "dpo":
-        collator: Any = DataCollatorForPreference(**cut, truncation_mode=args.truncation_mode)
+        collator: Any = DataCollatorForPreference(**options, truncation_mode=args.truncation_mode)
     else:
-        collator = DataCollatorForUnpairedPreference(**cut)
+        collator = DataCollatorForUnpairedPreference(**options)
     prepared = _prepare(method, dataset, processing_class, args, name)
-    found: dict[str, Sequence] = {}
+    sequences: dict[str, Sequence] = {}
     for _, _, input_ids, labels in _sequences(prepared, collator):
         if _counts(labels):
             key = row_key(input_ids, labels)
-            found.setdefault(key, Sequence(key, input_ids.tolist(), labels.tolist()))
-    return list(found.values())
+            sequences.setdefault(key, Sequence(key, input_ids.tolist(), labels.tolist()))
+    return list(sequences.values())
 
 
 def _prepare(method: str, dataset: Any, processing_class: Any, args: Any, name: str) -> Any:
-    """The data set as the trainer tokenises it, by the trainer's own method, without a model."""
+    """The data set tokenised by the trainer's own method, without a model."""
     from fusedalign.trl.trainers import FusedDPOTrainer, FusedKTOTrainer
 
-    trainer: Any = object.__new__(FusedDPOTrainer if method == "dpo" else FusedKTOTrainer)
+    trainer = trainer_without_model(FusedDPOTrainer if method == "dpo" else FusedKTOTrainer, processing_class)
     trainer._ref_cache = None
-    trainer._tokenizer = getattr(processing_class, "tokenizer", processing_class)
     if method == "kto":
         trainer.calculate_KL = has_kl(args)
         trainer.desirable_weight, trainer.undesirable_weight = args.desirable_weight, args.undesirable_weight
@@ -93,7 +88,7 @@ def _prepare(method: str, dataset: Any, processing_class: Any, args: Any, name: 
 
 
 def check_data(dataset: Any, name: str) -> None:
-    """Raises ValueError for data that no cache can be made for."""
+    """Raise ValueError for data that a cache does not support."""
     if isinstance(dataset, IterableDataset):
         raise ValueError(
             f"ref_logps needs data sets with a length, got a stream as the {name} data set: leave ref_logps out, "
@@ -110,9 +105,9 @@ def with_reference(dataset: Any, cache: RefCache, collator: Any, name: str) -> A
     """A tokenised data set with the columns of a precomputed reference, as TRL's own precomputation adds them.
 
     Args:
-        dataset: as `_prepare_dataset` of a DPO or KTO trainer makes it.
+        dataset: from `_prepare_dataset` of a DPO or KTO trainer.
         cache: has passed its checks.
-        collator: the trainer's, which cuts the rows.
+        collator: the trainer's, which truncates the rows.
         name: of the split, for messages.
 
     Raises:
@@ -131,33 +126,33 @@ def with_reference(dataset: Any, cache: RefCache, collator: Any, name: str) -> A
     if missing:
         raise _missing(missing, cache, name, len(dataset))
     features = Features({column: Value("float32") for column in columns})
-    kept = dataset.remove_columns([column for column in columns if column in dataset.column_names])
-    return concatenate_datasets([kept, Dataset.from_dict(columns, features=features)], axis=1)
+    others = dataset.remove_columns([column for column in columns if column in dataset.column_names])
+    return concatenate_datasets([others, Dataset.from_dict(columns, features=features)], axis=1)
 
 
 def _missing(missing: list[tuple[int, str]], cache: RefCache, name: str, rows: int) -> ValueError:
     row, column = min(missing)
-    more = f" (and {len(missing) - 1} more sequences)" if len(missing) > 1 else ""
+    others = f" (and {len(missing) - 1} more sequences)" if len(missing) > 1 else ""
     return ValueError(
         f"ref_logps must have every row of the {name} data set, got {cache.path} without {_SIDES[column]} of row "
-        f"{row + 1} of {rows} after tokenisation{more}: score these data with fusedalign score --ref_cache"
+        f"{row + 1} of {rows} after tokenisation{others}: score these data with fusedalign score --ref_cache"
     )
 
 
 def _counts(labels: np.ndarray) -> bool:
-    """Whether a token has a log-probability that counts; the first one has none."""
+    """Whether any token counts; the first one has no log-probability."""
     return bool((labels[1:] != _IGNORED).any())
 
 
 def _sequences(dataset: Any, collator: Any) -> Iterator[tuple[int, str, np.ndarray, np.ndarray]]:
-    """Row, column of a precomputed reference, tokens and labels: each sequence of a data set, cut by the collator.
+    """Yield row, column of a precomputed reference, tokens and labels of each sequence, truncated by the collator.
 
     Args:
-        dataset: as `_prepare_dataset` makes it.
-        collator: gives batches padded on any side.
+        dataset: from `_prepare_dataset`.
+        collator: returns batches padded on any side.
 
     Raises:
-        ValueError: a collator of another kind.
+        ValueError: its batches lack a tensor.
     """
     names = ("prompt_ids", "chosen_ids", "rejected_ids", "completion_ids", "KL_completion_ids", "label")
     table = dataset.select_columns([name for name in names if name in dataset.column_names])
@@ -170,20 +165,20 @@ def _sequences(dataset: Any, collator: Any) -> Iterator[tuple[int, str, np.ndarr
 
 
 def _answers(batch: Any, columns: tuple[str, ...]) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-    """Column, tokens and labels of each sequence of a batch: all of the first column, then those of the second."""
-    pairs = columns == _PAIR
-    for prefix in ("",) if pairs else ("", "KL_")[: len(columns)]:
+    """Yield column, tokens and labels of each sequence of a batch, in the order of the columns."""
+    is_paired = columns == _PAIR
+    for prefix in ("",) if is_paired else ("", "KL_")[: len(columns)]:
         try:
-            parts = [batch[f"{prefix}{name}"].numpy() for name in ("input_ids", "attention_mask", "completion_mask")]
+            arrays = [batch[f"{prefix}{name}"].numpy() for name in ("input_ids", "attention_mask", "completion_mask")]
         except KeyError as error:
             raise ValueError(
                 f"ref_logps needs a collator whose batches have input_ids, attention_mask and completion_mask, got one "
                 f"without {error.args[0]}"
             ) from None
-        for number, (ids, valid, completion) in enumerate(zip(*parts, strict=True)):
-            kept = valid.astype(bool)
-            column = columns[2 * number // len(parts[0])] if pairs else columns[prefix == "KL_"]
-            yield column, ids[kept], np.where(completion[kept], ids[kept], _IGNORED)
+        for number, (ids, attention_mask, completion_mask) in enumerate(zip(*arrays, strict=True)):
+            valid = attention_mask.astype(bool)
+            column = columns[2 * number // len(arrays[0])] if is_paired else columns[prefix == "KL_"]
+            yield column, ids[valid], np.where(completion_mask[valid], ids[valid], _IGNORED)
 
 
 def columns_of(dataset: Any) -> tuple[str, ...]:

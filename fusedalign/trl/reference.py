@@ -1,8 +1,8 @@
-"""The reference of DPO and KTO: a copy of the model as it was given, and a precomputed one that is never stale.
+"""The reference of DPO and KTO: a copy of the model as it was given, or a precomputed one with a complete cache key.
 
-TRL loads the reference of a model that is passed as an instance again from the name in its configuration, which gives
-another model if the instance has been changed since. It copies an adapter only where it is called "default", and of it
-not every parameter. It caches a precomputed reference under a hash of data and weights alone.
+For a model that is passed as an instance TRL loads the reference from the name in its configuration, which differs if
+the instance has been changed. It copies an adapter only if it is called "default", and not all of its parameters. It
+caches a precomputed reference under a hash of data and weights only.
 """
 
 from __future__ import annotations
@@ -20,13 +20,15 @@ from accelerate.utils import is_peft_model
 from datasets.fingerprint import Hasher, generate_random_fingerprint
 from torch import nn
 
+from fusedalign.trl import stock
+from fusedalign.trl.digests import plain
 from fusedalign.trl.forward import fused_by
 from fusedalign.trl.kernels import liger_parts
 from fusedalign.trl.refusals import unwrapped
 
 
 def needs_copy(arguments: dict[str, Any]) -> bool:
-    """Whether TRL would load a reference by name for these constructor arguments with an instance as the model."""
+    """Whether TRL would load the reference by name although these constructor arguments have an instance as model."""
     model, precomputed = arguments["model"], getattr(arguments.get("args"), "precompute_ref_log_probs", False)
     if not isinstance(model, nn.Module) or is_peft_model(model) or precomputed:
         return False
@@ -37,7 +39,7 @@ def reference_copy(model: nn.Module) -> nn.Module:
     """A copy of `model` on the same device, frozen and in eval mode, without the fused heads of earlier trainers.
 
     Raises:
-        ValueError: the model cannot be copied, or its copy would run the modules of the model itself.
+        ValueError: the model cannot be copied, or its copy would run modules of the original.
     """
     instead = "pass another instance of it as ref_model"
     if any(parameter.is_meta for parameter in model.parameters()):
@@ -53,9 +55,9 @@ def reference_copy(model: nn.Module) -> nn.Module:
         raise ValueError(
             f"expected a model that can be copied, got {type(model).__name__} ({reason}): {instead}"
         ) from error
-    if fused_by(reference) in ("trl", "fusedalign"):  # of an earlier trainer, bound to that trainer's model
+    if fused_by(reference) in ("trl", "fusedalign"):  # an earlier trainer's, bound to that trainer's model
         del reference.forward
-        vars(reference).pop("_original_forward", None)  # accelerate's, of mixed precision
+        vars(reference).pop("_original_forward", None)  # accelerate's, under mixed precision
     originals = {id(module) for module in model.modules()}
     for name, module in reference.named_modules():
         if _refers_to(vars(module).get("forward"), originals):
@@ -65,37 +67,35 @@ def reference_copy(model: nn.Module) -> nn.Module:
 
 
 def _refers_to(function: Any, modules: set[int]) -> bool:
-    """Whether a function holds one of these modules, by its closure, by `functools` or as the bound instance."""
-    waiting: list[Any] = [function]
+    """Whether a function refers to one of these modules (ids): by its closure, `functools` or as its bound instance."""
+    queue: list[Any] = [function]
     seen: set[int] = set()
-    while waiting:
-        x = waiting.pop()
+    while queue:
+        x = queue.pop()
         if id(x) in modules:
             return True
         if not callable(x) or id(x) in seen or isinstance(x, nn.Module):
             continue
         seen.add(id(x))
-        waiting += [getattr(x, name, None) for name in ("__self__", "__func__", "__wrapped__")]
+        queue += [getattr(x, name, None) for name in ("__self__", "__func__", "__wrapped__")]
         if isinstance(x, functools.partial):
-            waiting += [x.func, *x.args, *x.keywords.values()]
+            queue += [x.func, *x.args, *x.keywords.values()]
         for cell in getattr(x, "__closure__", None) or ():
-            with contextlib.suppress(ValueError):  # of an empty cell
-                waiting.append(cell.cell_contents)
+            with contextlib.suppress(ValueError):  # an empty cell
+                queue.append(cell.cell_contents)
     return False
 
 
-# ------------------------------------------------------------------------------------------------------------ adapters
-
-#: Ways to initialise LoRA, by how their names begin, that change the weights of the model itself.
+#: Prefixes of `init_lora_weights` that change the weights of the model itself.
 _CHANGING_THE_MODEL = ("pissa", "corda", "olora", "loftq", "lora_ga")
 
 
 def check_adapters(arguments: dict[str, Any]) -> None:
-    """Raises ValueError for adapters from which TRL would take another reference than the model as it was given."""
+    """Raise ValueError for adapters with which TRL's reference would not be the model as it was given."""
     model, config = arguments["model"], arguments.get("peft_config")
     if arguments.get("ref_model") is not None:
         return
-    if not isinstance(model, str) and is_peft_model(model):  # which fails on a name
+    if not isinstance(model, str) and is_peft_model(model):  # `is_peft_model` fails on a name
         names, active = ", ".join(model.peft_config), _active_adapters(model)
         if "ref" in model.peft_config:
             raise ValueError(
@@ -109,11 +109,11 @@ def check_adapters(arguments: dict[str, Any]) -> None:
                 "PeftModel.from_pretrained(model, folder, is_trainable=True)"
             )
         config = model.peft_config["default"]
-    how = getattr(config, "init_lora_weights", None)
-    if isinstance(how, str) and how.lower().startswith(_CHANGING_THE_MODEL):
+    initialisation = getattr(config, "init_lora_weights", None)
+    if isinstance(initialisation, str) and initialisation.lower().startswith(_CHANGING_THE_MODEL):
         raise ValueError(
             "expected adapters that leave the model's weights, which are the reference, got "
-            f"init_lora_weights={how!r}, which changes them: pass ref_model, merge the adapter "
+            f"init_lora_weights={initialisation!r}, which changes them: pass ref_model, merge the adapter "
             "first (fusedalign merge), or use another initialisation"
         )
 
@@ -121,14 +121,14 @@ def check_adapters(arguments: dict[str, Any]) -> None:
 def _active_adapters(model: Any) -> list[str]:
     from peft.tuners.tuners_utils import BaseTuner
 
-    tuner = model.base_model  # of prompt learning: the model of transformers itself
+    tuner = model.base_model  # with prompt learning: the model of transformers itself
     return list(tuner.active_adapters) if isinstance(tuner, BaseTuner) else [model.active_adapter]
 
 
 def complete_reference_adapter(model: nn.Module) -> None:
-    """Copy all of the adapter "default" to "ref", which TRL has made of it.
+    """Copy every tensor of the adapter "default" to TRL's copy of it, "ref".
 
-    TRL itself leaves out the tensors with names that end in the adapter's: LoRA's of an embedding, all of IA3 and VeRA.
+    TRL leaves out tensors with names that end in the adapter's name: LoRA's of an embedding, all of IA3 and VeRA.
     """
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     for name, tensor in tensors.items():
@@ -138,10 +138,8 @@ def complete_reference_adapter(model: nn.Module) -> None:
             tensor.data.copy_(tensors[source].data)
 
 
-# --------------------------------------------------------------------------------------------------------- precomputed
-
-#: Fields of the configurations without influence on the log-probabilities of a frozen model. All others, also those of
-#: future versions, are in the key: one too many costs a recomputation, one too few gives wrong numbers in silence.
+#: Fields of the configurations that do not change the log-probabilities of a frozen model. All others, also of future
+#: versions, are in the key: a field too many costs a recomputation, a field too few gives wrong numbers silently.
 WITHOUT_INFLUENCE = (
     "output_dir", "run_name", "project", "report_to", "disable_tqdm", "log_level", "log_level_replica",
     "log_on_each_node", "logging_strategy", "logging_steps", "logging_first_step", "logging_nan_inf_filter",
@@ -161,29 +159,29 @@ _PACKAGES = ("fusedalign", "trl", "transformers", "torch", "accelerate", "peft",
 
 
 class KeyedReference:
-    """A DPO or KTO trainer of TRL that keys its precomputed reference by all that a log-probability depends on."""
+    """A DPO or KTO trainer of TRL whose cache of a precomputed reference also depends on `reference_key`."""
 
     def _precompute_ref_logps(self, *args: Any, **kwargs: Any) -> Any:
         trainer: Any = self
-        weights, training = trainer._precompute_model_hash, trainer.model.training
-        trainer._precompute_model_hash = f"{weights}-{reference_key(trainer)}"
-        trainer.model.eval()  # TRL computes it in the mode in which the model was given, with dropout if so
+        stock_trainer: Any = super()
+        key, training = reference_key(trainer), trainer.model.training
+        trainer.model.eval()  # TRL keeps the mode in which the model was passed: dropout may be on
         try:
-            return super()._precompute_ref_logps(*args, **kwargs)  # type: ignore[misc]
+            with stock.extended_reference_key(trainer, key):
+                return stock_trainer._precompute_ref_logps(*args, **kwargs)
         finally:
-            trainer._precompute_model_hash = weights
             trainer.model.train(training)
 
 
 def keyed(cls: Any) -> Any:
-    """`cls`, one of TRL's trainers, with `KeyedReference` if it precomputes one."""
+    """`cls`, one of TRL's trainers, with `KeyedReference` if it can precompute a reference."""
     if not hasattr(cls, "_precompute_ref_logps"):
         return cls
     return type(cls.__name__, (KeyedReference, cls), {"__doc__": cls.__doc__})
 
 
 def reference_key(trainer: Any) -> str:
-    """A hash of all but the weights and the data that the log-probabilities of a trainer's reference depend on."""
+    """A hash of everything but weights and data that the log-probabilities of a trainer's reference depend on."""
     settings = trainer.args.to_dict()
     model = unwrapped(trainer, trainer.ref_model or trainer.model)
     adapters = getattr(trainer.model, "peft_config", {})
@@ -202,23 +200,18 @@ def reference_key(trainer: Any) -> str:
         "device": trainer.accelerator.device.type,
         "packages": package_versions(),
     }
-    return hashlib.sha256(json.dumps(parts, default=_plain).encode()).hexdigest()
-
-
-def _plain(x: Any) -> Any:
-    """What JSON has no form for; an object whose text has its address gives another key each time."""
-    return sorted(map(repr, x)) if isinstance(x, set | frozenset) else repr(x)
+    return hashlib.sha256(json.dumps(parts, default=plain).encode()).hexdigest()
 
 
 def _hash_of_object(x: Any) -> str:
     try:
         return str(Hasher.hash(x))
-    except Exception:  # as `datasets` does with what cannot be pickled: never taken for the same
+    except Exception:  # it cannot be pickled: a random hash, as in `datasets`, never matches
         return str(generate_random_fingerprint())
 
 
 def package_versions() -> dict[str, str | None]:
-    """The versions of what computes log-probabilities; None: not installed."""
+    """The versions of the packages that compute log-probabilities; None: not installed."""
     return {name: _version(name) for name in _PACKAGES}
 
 

@@ -1,4 +1,4 @@
-"""What would build the logits after all, or go wrong in silence: refused before the first step, with what to do."""
+"""Refusals, before the first step, of settings that would build the logits or give wrong results silently."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from accelerate.utils import is_peft_model
 from fusedalign.checks import check_finite, check_nonnegative, check_positive, check_share
 from fusedalign.losses.common import check_label_smoothing
 
-#: The numbers of TRL's configurations that enter a loss, where a configuration has them and they are not None.
+#: Numbers of TRL's configurations that enter a loss -> their check, made where they are present and not None.
 _NUMBERS: dict[str, Callable[..., None]] = {
-    "max_length": check_nonnegative,  # SFT would cut as many tokens off the end of each row
+    "max_length": check_nonnegative,  # with a negative one SFT would cut tokens off the end of each row
     "beta": check_positive,
     "ld_alpha": check_share,
     "f_alpha_divergence_coef": check_finite,
@@ -29,14 +29,14 @@ _NUMBERS: dict[str, Callable[..., None]] = {
     "ref_model_mixup_alpha": check_share,
     "router_aux_loss_coef": check_finite,
 }
-#: Configurations in which a beta of 0 leaves a term out, and something else trains.
+#: Configurations that still have a loss with beta=0.
 _BETA_MAY_BE_ZERO = {"ORPOConfig", "GRPOConfig", "RLOOConfig"}
 
 
 def refuse_arguments(name: str, arguments: Mapping[str, Any], loss_type: Any = None) -> None:
-    """Raises ValueError for a trainer's constructor arguments that ask for the logits.
+    """Raise ValueError for a trainer's constructor arguments that need the logits.
 
-    `loss_type` is that of plain `TrainingArguments`, of which TRL makes its own.
+    `loss_type` is the one that TRL uses with plain `TrainingArguments`.
     """
     args: Any = arguments.get("args")
     if getattr(args, "label_smoothing_factor", 0.0) and getattr(args, "loss_type", loss_type) == "nll":
@@ -49,12 +49,12 @@ def refuse_arguments(name: str, arguments: Mapping[str, Any], loss_type: Any = N
             f"{name} needs liger_kernel_config without fused_linear_cross_entropy, got True: it replaces "
             "the forward; leave it out, Liger's other kernels stay"
         )
-    for argument, instead in (
+    for argument, remedy in (
         ("compute_loss_func", "it is given the logits; override compute_loss of a subclass instead"),
         ("model_init", "each of its models would come without the fused head; pass the model"),
     ):
         if arguments.get(argument) is not None:
-            raise ValueError(f"{name} needs {argument}=None, got a function: {instead}")
+            raise ValueError(f"{name} needs {argument}=None, got a function: {remedy}")
     for argument in ("train_dataset", "eval_dataset"):
         dataset: Any = arguments.get(argument)
         if hasattr(dataset, "__len__") and not isinstance(dataset, dict) and len(dataset) == 0:
@@ -62,9 +62,9 @@ def refuse_arguments(name: str, arguments: Mapping[str, Any], loss_type: Any = N
 
 
 def refuse_numbers(args: Any) -> None:
-    """Raises ValueError for a number of a trainer's configuration with which no loss can train, NaN above all.
+    """Raise ValueError for a number of a trainer's configuration with which no loss can train, such as NaN.
 
-    TypeError where it is no number. What the loss type in use does not look at is checked too.
+    TypeError if it is no number. Numbers that the loss type in use ignores are checked too.
     """
     checks = dict(_NUMBERS)
     if _BETA_MAY_BE_ZERO & {cls.__name__ for cls in type(args).__mro__}:
@@ -75,12 +75,12 @@ def refuse_numbers(args: Any) -> None:
             check(**{name: value})
     check_finite(**{f"loss_weights[{i}]": x for i, x in enumerate(getattr(args, "loss_weights", None) or [])})
     if hasattr(args, "label_smoothing"):
-        robust = "robust" in args.loss_type
-        check_label_smoothing(args.label_smoothing, below=0.5 if robust else 1.0, loss_type=args.loss_type)
+        limit = 0.5 if "robust" in args.loss_type else 1.0
+        check_label_smoothing(args.label_smoothing, below=limit, loss_type=args.loss_type)
 
 
 def refuse_adapters(trainer: Any) -> None:
-    """Raises ValueError for adapters of PEFT that keep the model's forward from before, or ask for its logits."""
+    """Raise ValueError for PEFT's adapters that hold the model's original forward, or need its logits."""
     for adapter in getattr(trainer.model, "peft_config", {}).values():
         kind = str(getattr(adapter.peft_type, "value", adapter.peft_type))
         if kind in ("ADAPTION_PROMPT", "CPT"):
@@ -90,10 +90,10 @@ def refuse_adapters(trainer: Any) -> None:
             )
 
 
-def refuse_experts(trainer: Any, names: Iterable[str], instead: str) -> None:
-    """Raises ValueError where the experts of a mixture are to be balanced, but not by Mixtral's loss.
+def refuse_experts(trainer: Any, names: Iterable[str], remedy: str) -> None:
+    """Raise ValueError if the experts of a mixture are balanced by another loss than Mixtral's.
 
-    `names` are what may hold the number of experts in a configuration.
+    `names` are the fields of a configuration that may hold the number of experts.
     """
     from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
@@ -102,27 +102,27 @@ def refuse_experts(trainer: Any, names: Iterable[str], instead: str) -> None:
     model = unwrapped(trainer, trainer.model)
     config = model.config.get_text_config()
     own = getattr(sys.modules[type(model).__module__], "load_balancing_loss_func", load_balancing_loss_func)
-    alike = inspect.signature(own).parameters.keys() == inspect.signature(load_balancing_loss_func).parameters.keys()
-    counted = any(getattr(config, name, None) is not None for name in names)
-    if not (alike and counted and hasattr(config, "num_experts_per_tok")):
+    is_mixtrals = {*inspect.signature(own).parameters} == {*inspect.signature(load_balancing_loss_func).parameters}
+    has_count = any(getattr(config, name, None) is not None for name in names)
+    if not (is_mixtrals and has_count and hasattr(config, "num_experts_per_tok")):
         raise ValueError(
             f"{type(trainer).__name__} needs experts that are balanced as Mixtral's are, with one of "
-            f"{', '.join(names)} in the configuration, got {type(model).__name__}: {instead}"
+            f"{', '.join(names)} in the configuration, got {type(model).__name__}: {remedy}"
         )
 
 
 def unwrapped(trainer: Any, model: Any) -> Any:
-    """A model of a trainer without what PEFT, `torch.compile` or a parallel scheme has put around it."""
+    """A trainer's model without the wrappers of PEFT, `torch.compile` and parallel schemes."""
     return base_of(trainer.accelerator.unwrap_model(model, keep_torch_compile=False))
 
 
 def base_of(model: Any) -> Any:
-    """A model without the `PeftModel` around it, if there is one; its adapters stay."""
+    """The model inside of a `PeftModel`, with its adapters; another model unchanged."""
     return model.get_base_model() if is_peft_model(model) else model
 
 
 def refuse_sharded(trainer: Any) -> None:
-    """Raises ValueError for a Fused trainer whose head will not be whole on each rank."""
+    """Raise ValueError for a Fused trainer with a head that is sharded over ranks."""
     if trainer.is_fsdp_enabled:
         raise ValueError(
             f"{type(trainer).__name__} needs a head that is whole on each rank, got FSDP: "
@@ -132,7 +132,7 @@ def refuse_sharded(trainer: Any) -> None:
 
 
 def refuse_zero3(trainer: Any) -> None:
-    """Raises ValueError under ZeRO-3, whose parameters are gone by the backward."""
+    """Raise ValueError under ZeRO-3, which frees gathered parameters before the backward."""
     plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
     if trainer.is_deepspeed_enabled and plugin is not None and plugin.zero_stage == 3:
         raise ValueError("expected a head that is whole on each rank, got DeepSpeed ZeRO-3: use stage 2 or stock TRL")

@@ -1,8 +1,8 @@
-"""Rows of a data set in the shapes in which they are published, turned into the one that TRL's trainers take.
+"""Rows of a data set in the shapes in which they are published, converted to the shape that TRL's trainers take.
 
 A prompt or an answer is text or a conversation, a list of messages with `role` and `content`. TRL's trainers need both
-of one kind, and the answer without the prompt. Each function here takes a row and returns one, and raises ValueError
-with the name of the field. Sources: TRL's "Dataset formats and types"; UltraFeedback (prompt a string, answers whole
+of one kind, and the answer without the prompt. Each function here takes and returns a row, and raises ValueError with
+the name of the field. Sources: TRL's "Dataset formats and types"; UltraFeedback (prompt a string, answers whole
 conversations); ShareGPT (`from` and `value`).
 """
 
@@ -14,7 +14,7 @@ from typing import Any
 Row = dict[str, Any]
 Messages = list[dict[str, Any]]
 
-#: The columns that hold text or conversations; of these a method keeps only what it trains on.
+#: The columns with text or conversations; a method keeps only those that it trains on.
 TEXTS = ("prompt", "completion", "chosen", "rejected", "messages", "conversations", "text")
 
 #: ShareGPT's names of the speakers.
@@ -25,7 +25,7 @@ _LABELS = {"true": True, "false": False, "yes": True, "no": False, "1": True, "0
 def preference(row: Row) -> Row:
     """A pair with an explicit prompt: prompt, chosen and rejected all text or all conversations.
 
-    Without a prompt, or with a string beside whole conversations, the prompt is what both answers begin with.
+    Without a prompt, or with a text prompt and whole conversations, the prompt is the common beginning of both answers.
     """
     chosen, rejected = value(row, "chosen"), value(row, "rejected")
     if isinstance(chosen, str) != isinstance(rejected, str):
@@ -61,12 +61,12 @@ def prompt_completion(row: Row) -> Row:
 
 
 def chosen_side(row: Row) -> Row:
-    """A pair as what SFT learns from: prompt and chosen answer, or, without a prompt, all of the chosen side."""
-    chosen, rest = row["chosen"], {name: x for name, x in row.items() if name not in ("chosen", "rejected")}
+    """A pair as a row for SFT: prompt and chosen answer, or, without a prompt, the whole chosen side."""
+    chosen, others = row["chosen"], {name: x for name, x in row.items() if name not in ("chosen", "rejected")}
     if "prompt" in row:
-        return prompt_completion({**rest, "completion": chosen})
+        return prompt_completion({**others, "completion": chosen})
     chosen = value(row, "chosen")
-    return {**rest, "text" if isinstance(chosen, str) else "messages": chosen}
+    return {**others, "text" if isinstance(chosen, str) else "messages": chosen}
 
 
 def conversation(row: Row) -> Row:
@@ -80,9 +80,9 @@ def conversation(row: Row) -> Row:
 
 def text(row: Row) -> Row:
     """Text in every field."""
-    for field, found in row.items():
-        if not isinstance(found, str):
-            raise ValueError(f"{field} must be text, got {_short(found)}")
+    for field, content in row.items():
+        if not isinstance(content, str):
+            raise ValueError(f"{field} must be text, got {_short(content)}")
     return row
 
 
@@ -92,36 +92,36 @@ def value(row: Row, field: str) -> Any:
     Raises:
         ValueError: neither, naming the field or the message in it.
     """
-    found = row[field]
-    if isinstance(found, str):
-        return found
-    if not isinstance(found, list) or not found:
-        raise ValueError(f"{field} must be text or a list of messages, got {_short(found)}")
-    return [_message(message, f"{field}[{i}]") for i, message in enumerate(found)]
+    content = row[field]
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list) or not content:
+        raise ValueError(f"{field} must be text or a list of messages, got {_short(content)}")
+    return [_message(message, f"{field}[{i}]") for i, message in enumerate(content)]
 
 
-def _message(message: Any, where: str) -> dict[str, Any]:
+def _message(message: Any, name: str) -> dict[str, Any]:
     if not isinstance(message, dict):
-        raise ValueError(f"{where} must be a message with role and content, got {_short(message)}")
+        raise ValueError(f"{name} must be a message with role and content, got {_short(message)}")
     if message.get("role") is None and message.get("from") is not None:
-        rest = {name: x for name, x in message.items() if name not in ("from", "value", "role", "content")}
+        others = {key: x for key, x in message.items() if key not in ("from", "value", "role", "content")}
         role = message["from"]
-        message = {"role": _ROLES.get(role, role), "content": message.get("value"), **rest}
+        message = {"role": _ROLES.get(role, role), "content": message.get("value"), **others}
     if not isinstance(message.get("role"), str):
-        raise ValueError(f"{where}.role must be text, got {_short(message.get('role'))}")
+        raise ValueError(f"{name}.role must be text, got {_short(message.get('role'))}")
     content = message.get("content")
     if not isinstance(content, (str, list)) and not (content is None and message.get("tool_calls")):
-        raise ValueError(f"{where}.content must be text, got {_short(content)}")
+        raise ValueError(f"{name}.content must be text, got {_short(content)}")
     return message
 
 
 def _explicit(prompt: Any, answers: list[Any], n: int) -> tuple[Any, list[Any]]:
-    """Prompt and answers of one kind, the prompt not repeated in them; a whole conversation is cut after n messages."""
+    """Prompt and answers of one kind, the prompt not repeated in them; whole conversations are split at n messages."""
     if isinstance(prompt, str) and isinstance(answers[0], str):
         return prompt, answers
     if isinstance(prompt, str):
         opening = answers[0][:n]
-        if not any(message["role"] == "user" for message in opening):  # answers alone, without what was asked
+        if not any(message["role"] == "user" for message in opening):  # the answers do not contain the question
             opening = [*opening, {"role": "user", "content": prompt}]
         return opening, [answer[n:] for answer in answers]
     if isinstance(answers[0], str):
@@ -132,7 +132,7 @@ def _explicit(prompt: Any, answers: list[Any], n: int) -> tuple[Any, list[Any]]:
 
 
 def _shared(chosen: Sequence[Any], rejected: Sequence[Any]) -> int:
-    """How many messages or characters both begin with, as TRL's `extract_prompt` counts: each keeps one at least."""
+    """The number of common first messages or characters, as in TRL's `extract_prompt`: each side keeps at least one."""
     shortest = min(len(chosen), len(rejected))
     n = next((i for i in range(shortest) if chosen[i] != rejected[i]), None)
     if n is None:
@@ -140,10 +140,10 @@ def _shared(chosen: Sequence[Any], rejected: Sequence[Any]) -> int:
     return n - 1 if n and chosen[n - 1] == " " else n  # the space belongs to the answer
 
 
-def _kind(found: Any) -> str:
-    return "text" if isinstance(found, str) else "messages"
+def _kind(content: Any) -> str:
+    return "text" if isinstance(content, str) else "messages"
 
 
-def _short(found: Any) -> str:
-    shown = repr(found)
-    return shown if len(shown) <= 80 else shown[:77] + "..."
+def _short(content: Any) -> str:
+    text = repr(content)
+    return text if len(text) <= 80 else text[:77] + "..."

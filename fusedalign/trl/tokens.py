@@ -1,8 +1,7 @@
-"""The tokens of a preference pair as TRL's DPO makes them, and each answer with one end.
+"""The tokens of a preference pair as in TRL's DPO, and each answer with one EOS.
 
-TRL's CPO and ORPO put an EOS after what a chat template has closed already, since the template's `<|im_end|>\\n` does
-not end in the EOS, and a BOS before prompts to which the tokenizer adds none. Then methods are trained on different
-tokens.
+TRL's CPO and ORPO append an EOS to answers that a chat template has closed already (the template's `<|im_end|>\\n` does
+not end in the EOS) and add a BOS to prompts where the tokenizer adds none, so methods would train on different tokens.
 """
 
 from __future__ import annotations
@@ -15,22 +14,21 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from transformers import ProcessorMixin
-from trl.data_utils import maybe_apply_chat_template, maybe_extract_prompt
 
 from fusedalign.trl.lengths import check_lengths
+from fusedalign.trl.stock import maybe_apply_chat_template, maybe_extract_prompt
 
 _logger = logging.getLogger(__name__)
-
 
 #: The columns of a row that change how its chat template is rendered.
 OPTIONS = ("tools", "chat_template_kwargs")
 
 
 class OneEnd:
-    """A tokenizer whose texts have one EOS at their end at most, where a trainer adds one to what has an end already.
+    """A tokenizer that leaves at most one EOS at the end of a text, since trainers append one to text that has it.
 
-    The EOS that a tokenizer adds by itself is left out, since trainers add it to the text, and so is one that follows
-    another with nothing but white space between. All else is the tokenizer's.
+    It drops the EOS that the tokenizer adds by itself, and an EOS that follows another with only white space between.
+    Everything else is the tokenizer's.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -45,7 +43,7 @@ class OneEnd:
         return getattr(self.tokenizer, name)
 
     def __call__(self, text: str, **options: Any) -> dict[str, list[int]]:
-        """As the tokenizer's, of one text."""
+        """The tokenizer's encoding of one text."""
         if self._twice is not None:
             text = self._twice.sub(r"\1", text)
         encoded = self.tokenizer(text, **options)
@@ -53,20 +51,20 @@ class OneEnd:
 
 
 def one_end(processing_class: Any) -> Any:
-    """`OneEnd` of a tokenizer; a processor as it is."""
+    """`OneEnd` of a tokenizer; a processor unchanged."""
     return processing_class if isinstance(processing_class, (ProcessorMixin, OneEnd)) else OneEnd(processing_class)
 
 
 def pair_ids(row: Mapping[str, Any], processing_class: Any) -> tuple[list[int], list[int], list[int]]:
-    """The tokens of prompt, chosen and rejected, as TRL's DPO has them.
+    """The tokens of prompt, chosen and rejected, as in TRL's DPO.
 
     Args:
         row: prompt, chosen, rejected, all text or all messages; tools and chat_template_kwargs as TRL takes them.
         processing_class: the tokenizer.
 
     Returns:
-        Prompt, chosen and rejected answer; the answers begin where they differ from the prompt by itself, and end with
-        what the chat template ends a turn with, or, text, with an EOS.
+        Prompt, chosen and rejected answer. An answer begins where the tokens of prompt and answer differ from those of
+        the prompt, and ends as the chat template ends a turn; text ends with an EOS.
     """
     prompt, answers = row["prompt"], [row["chosen"], row["rejected"]]
     if isinstance(prompt, str):
@@ -91,7 +89,8 @@ def pair_ids(row: Mapping[str, Any], processing_class: Any) -> tuple[list[int], 
                 processing_class.eos_token,
             )
     n = min(_shared(prompt_ids, ids) for ids in both)
-    return (prompt_ids[:n], *(ids[n:] for ids in both))  # type: ignore[return-value]
+    chosen_ids, rejected_ids = (ids[n:] for ids in both)
+    return prompt_ids[:n], chosen_ids, rejected_ids
 
 
 @functools.cache
@@ -104,30 +103,30 @@ def _shared(ids: list[int], others: list[int]) -> int:
 
 
 class PairSource:
-    """A data set as CPO's and ORPO's constructors take it, which call nothing of it but `map`.
+    """A data set for CPO's and ORPO's constructors, which only call its `map`.
 
-    They would write the prompt out and apply the chat template first, and then no longer know text from conversations.
-    Here the rows reach `tokenize_row` as they are. Streams, whose `map` has no processes, are served too.
+    They would first extract the prompt and apply the chat template, after which text and conversations look alike. Here
+    the rows reach `tokenize_row` unchanged. Streams, with a `map` that takes no processes, work too.
     """
 
     def __init__(self, dataset: Any, trainer: Any, args: Any, name: str) -> None:
         self.dataset, self.trainer, self.args, self.name = dataset, trainer, args, name
 
     def map(self, function: Callable[..., Any], num_proc: int | None = None, **options: Any) -> Any:
-        """The tokenised data set, once the function is the one that tokenises; until then the source itself."""
+        """The tokenised data set if the function is the one that tokenises, else this object."""
         if function in (maybe_extract_prompt, maybe_apply_chat_template):
             return self
         unused = self.dataset.column_names or list(next(iter(self.dataset), {}))
         if hasattr(self.dataset, "__len__"):
             options["num_proc"] = num_proc
-            # Of a stream's batches accelerate asks the length of the first entry, which text does not have.
+            # A stream drops all other columns too: accelerate takes the length of the first entry of its batches.
             unused = [name for name in ("prompt", "chosen", "rejected", *OPTIONS) if name in unused]
         tokenised = self.dataset.map(function, remove_columns=unused, **options)
         return check_lengths(tokenised, self.args, self.name, max_length=self.trainer.max_length)
 
 
 def rendered(row: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:
-    """A row as text, for encoder-decoders, without the template's end where the tokenizer adds one by itself."""
+    """A row as text, for encoder-decoders, without the template's EOS where the tokenizer adds one by itself."""
     tools = row.get("tools")
     row = maybe_apply_chat_template(dict(row), tokenizer, json.loads(tools) if isinstance(tools, str) else tools)
     if OneEnd(tokenizer).adds_end:

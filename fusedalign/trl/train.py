@@ -1,4 +1,4 @@
-"""What `fusedalign sft`, `dpo`, `kto`, `cpo`, `simpo`, `orpo` do: build the Fused trainer, train, save."""
+"""The training commands: build the Fused trainer, train, save."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ import trl
 from jinja2 import TemplateError
 
 import fusedalign.trl
+from fusedalign.methods import METHODS
 from fusedalign.reports import plot_failure
 from fusedalign.trl.adapters import Adapter, find_adapter, load_adapter, merge
-from fusedalign.trl.arguments import METHODS, Arguments, parse, trl_class
+from fusedalign.trl.arguments import Arguments, FusedArguments, is_experimental, parse, trl_class
 from fusedalign.trl.attachment import attach
 from fusedalign.trl.data import load_data
 from fusedalign.trl.folder import RunFolder, claimed
@@ -43,34 +44,26 @@ def build(method: str, arguments: Arguments, *, fused: bool = True) -> Any:
         FileNotFoundError: a folder without a model.
     """
     script, training, model, *_ = arguments
-    if arguments.fused.liger_kernels and not fused:
-        raise ValueError(
-            "liger_kernels must be false where the trainer is TRL's own, as under FSDP, got true: use DDP, or "
-            "TRL's use_liger_kernel, which changes the layers of the policy alone"
-        )
-    if arguments.fused.ref_logps is not None:
-        if not fused:
-            raise ValueError(
-                "ref_logps must be left out where the trainer is TRL's own, as under FSDP, got "
-                f"{arguments.fused.ref_logps}: use DDP, or precompute_ref_log_probs"
-            )
-        read_cache(arguments.fused.ref_logps)  # raises, before data and model take their time
+    if not fused:
+        _check_stock(arguments.fused)
+    elif arguments.fused.ref_logps is not None:
+        read_cache(arguments.fused.ref_logps)  # fails before data and model are loaded
     train_dataset, eval_dataset = load_data(method, arguments)
     _check_evaluated(script, training, eval_dataset)
     path, adapter, training.model_init_kwargs, processing_class = find_model(method, arguments)
-    name, experimental = METHODS[method].trainer, METHODS[method].experimental
-    more: dict[str, Any] = {"quantization_config": trl.get_quantization_config(model)}
-    if experimental:
-        # There these trainers leave all to the model's arguments, and would spread it over devices.
-        training.model_init_kwargs |= {"device_map": None, **more}
-        more = {}
+    options: dict[str, Any] = {"quantization_config": trl.get_quantization_config(model)}
+    if is_experimental(method):
+        # These trainers load the model with model_init_kwargs only, and by default spread it over devices.
+        training.model_init_kwargs |= {"device_map": None, **options}
+        options = {}
     _check_tokens(method, training, processing_class, path, train_dataset)
-    if experimental:  # these pad with what the tokenizer pads with before they have seen to it that it does
+    if is_experimental(method):  # these trainers read `pad_token` before setting it
         processing_class.pad_token = processing_class.pad_token or processing_class.eos_token
     instance: Any = path
     if adapter is not None:
-        instance = load_adapter(adapter, {**training.model_init_kwargs, **more})
-        training.model_init_kwargs, more = None, {}
+        instance = load_adapter(adapter, {**training.model_init_kwargs, **options})
+        training.model_init_kwargs, options = None, {}
+    name = METHODS[method].trainer
     cls = getattr(fusedalign.trl, f"Fused{name}") if fused else keyed(trl_class(name))
     try:
         trainer = cls(
@@ -80,25 +73,37 @@ def build(method: str, arguments: Arguments, *, fused: bool = True) -> Any:
             eval_dataset=eval_dataset,
             processing_class=processing_class,
             peft_config=trl.get_peft_config(model),
-            **more,
+            **options,
             **(arguments.fused.trainer_options if fused else {}),
         )
     except TemplateError as error:
         splits = {script.dataset_train_split: train_dataset, script.dataset_test_split: eval_dataset}
-        rows = {split: refused_row(processing_class, dataset or ()) for split, dataset in splits.items()}
-        where = next((f"split {split!r}, row {row}" for split, row in rows.items() if row), "a row")
         raise ValueError(
             f"expected conversations that the chat template of {path} accepts, got "
-            f"{script.dataset_name or 'datasets'}, {where}: {error}"
+            f"{script.dataset_name or 'datasets'}, {refused_row(processing_class, splits)}: {error}"
         ) from error
-    if not fused:  # the Fused ones have looked by themselves
-        for name, dataset in (("train", trainer.train_dataset), ("eval", trainer.eval_dataset)):
+    if not fused:  # the Fused trainers check lengths themselves
+        for split, dataset in (("train", trainer.train_dataset), ("eval", trainer.eval_dataset)):
             if dataset is not None:
-                check_lengths(dataset, training, name)
+                check_lengths(dataset, training, split)
     if script.ignore_bias_buffers:  # DDP cannot broadcast boolean buffers
         buffers = [name for name, buffer in trainer.model.named_buffers() if buffer.dtype == torch.bool]
         trainer.model._ddp_params_and_buffers_to_ignore = buffers
     return trainer
+
+
+def _check_stock(fused: FusedArguments) -> None:
+    """Raise ValueError for our own flags that TRL's own trainer does not support."""
+    if fused.liger_kernels:
+        raise ValueError(
+            "liger_kernels must be false where the trainer is TRL's own, as under FSDP, got true: use DDP, or "
+            "TRL's use_liger_kernel, which changes the layers of the policy alone"
+        )
+    if fused.ref_logps is not None:
+        raise ValueError(
+            "ref_logps must be left out where the trainer is TRL's own, as under FSDP, got "
+            f"{fused.ref_logps}: use DDP, or precompute_ref_log_probs"
+        )
 
 
 class FoundModel(NamedTuple):
@@ -107,15 +112,15 @@ class FoundModel(NamedTuple):
     path: str
     """folder or Hub name"""
     adapter: Adapter | None
-    """in it, to be trained further"""
+    """the adapter that `path` holds, to be trained further"""
     options: dict[str, Any]
     """of `from_pretrained`"""
     processing_class: Any
-    """its processor, or tokenizer"""
+    """processor, or tokenizer"""
 
 
 def find_model(method: str, arguments: Arguments) -> FoundModel:
-    """The model that the words of a training name, and its tokenizer.
+    """The model that a training's arguments name, and its tokenizer.
 
     Raises:
         ValueError: no model named, or one without an LM head or a tokenizer.
@@ -134,21 +139,22 @@ def find_model(method: str, arguments: Arguments) -> FoundModel:
         **(training.model_init_kwargs or {}),
     }
     load = functools.partial(load_processing_class, path) if adapter is None else adapter.processing_class
-    auto = transformers.AutoTokenizer if METHODS[method].experimental else transformers.AutoProcessor
+    auto = transformers.AutoTokenizer if is_experimental(method) else transformers.AutoProcessor
     return FoundModel(path, adapter, options, load(auto=auto, revision=revision, trust_remote_code=trust))
 
 
 def _find_path(arguments: Arguments, trust_remote_code: bool) -> tuple[str, Adapter | None]:
     """The folder or Hub name, and the adapter in it if that is to be trained further.
 
-    One that is to be merged is, into `OUTPUT_DIR/merged-model`, to which a new adapter's configuration then refers.
+    With merge_adapter, or for a new adapter on top, the adapter is merged into `OUTPUT_DIR/merged-model` first; a new
+    adapter's configuration names that folder.
     """
-    training, model, wanted = arguments.training, arguments.model, arguments.fused.merge_adapter
+    training, model, merges = arguments.training, arguments.model, arguments.fused.merge_adapter
     path = model_path(model.model_name_or_path, training)
     adapter = find_adapter(path, model.model_revision, trust_remote_code=trust_remote_code)
-    if adapter is None and wanted:
+    if adapter is None and merges:
         raise ValueError(f"merge_adapter must be false where model_name_or_path is no adapter, got true with {path}")
-    if adapter is None or not (wanted or model.use_peft):
+    if adapter is None or not (merges or model.use_peft):
         return path, adapter
     folder = Path(training.output_dir) / "merged-model"
     with training.main_process_first(desc="merging the adapter"):
@@ -158,29 +164,29 @@ def _find_path(arguments: Arguments, trust_remote_code: bool) -> tuple[str, Adap
 
 
 def _check_tokens(method: str, training: Any, processing_class: Any, path: str, train_dataset: Any) -> None:
-    """Raises where the tokenizer, or the chat template in its place, lacks what the training on these data needs."""
+    """Raise where the tokenizer or chat template lacks what these training data need."""
     template = getattr(training, "chat_template_path", None)
     check_template(template)
     example: dict[str, Any] = next(iter(train_dataset), {})
     if template is None and trl.is_conversational(example):
         check_has_template(processing_class, path)
-    if getattr(training, "eos_token", None) is not None:  # which TRL puts in
+    if getattr(training, "eos_token", None) is not None:  # TRL sets it
         return
-    # TRL gives an answer in plain text its end; a conversation ends as its template says.
-    plain = not (trl.is_conversational(example) or "input_ids" in example)
+    # TRL appends an EOS to answers in plain text; the template ends a conversation.
+    is_plain = not (trl.is_conversational(example) or "input_ids" in example)
     pads = getattr(training, "pad_token", None) is None
-    check_ends(processing_class, path, pads=pads, ends=plain or METHODS[method].experimental)
+    check_ends(processing_class, path, pads=pads, ends=is_plain or is_experimental(method))
 
 
 def _check_evaluated(script: Any, training: Any, eval_dataset: Any) -> None:
-    """Raises ValueError for what needs an evaluation where the data have no split for it."""
+    """Raise ValueError for settings that need an evaluation where the data have no split for it."""
     if eval_dataset is not None:
         return
-    for name, wants in (
+    for name, needs_evaluation in (
         ("load_best_model_at_end", training.load_best_model_at_end),
         ("lr_scheduler_type", training.lr_scheduler_type == "reduce_lr_on_plateau"),
     ):
-        if wants:
+        if needs_evaluation:
             raise ValueError(
                 f"{name}={getattr(training, name)} needs an evaluation, got data without a split for it: "
                 f"add the split {script.dataset_test_split}, or leave {name} out"
@@ -206,15 +212,15 @@ def run(trainer: Any, folder: RunFolder) -> Written:
 
 
 def train(method: str, argv: Sequence[str]) -> tuple[Any, Written]:
-    """The whole command: parse, claim the output directory, build, run. Returns the trainer and what was written.
+    """The whole command: parse, claim the output directory, build, run. Returns the trainer and the written files.
 
     Raises:
-        KeyboardInterrupt: with what is kept and the command that goes on as its text.
+        KeyboardInterrupt: its text names the saved files and the command that resumes the run.
     """
     arguments = parse(method, argv)
     with claimed(arguments) as folder:
         try:
-            if _sharded(arguments.training) and not METHODS[method].experimental:  # TRL's own forward gathers the head
+            if _sharded(arguments.training) and not is_experimental(method):  # TRL's forward gathers the head
                 stock, fused = build(method, arguments, fused=False), arguments.fused
                 trainer = attach(stock, packed=fused.packed, **fused.head)
             else:
@@ -223,8 +229,8 @@ def train(method: str, argv: Sequence[str]) -> tuple[Any, Written]:
                     print(trainer.layouts, flush=True)
             return trainer, run(trainer, folder)
         except KeyboardInterrupt:
-            first = arguments.training.process_index == 0
-            raise KeyboardInterrupt(folder.kept(method, argv) if first else "") from None
+            is_main = arguments.training.process_index == 0
+            raise KeyboardInterrupt(folder.kept(method, argv) if is_main else "") from None
 
 
 def _sharded(training: Any) -> bool:

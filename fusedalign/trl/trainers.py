@@ -18,6 +18,7 @@ import torch
 import trl
 
 from fusedalign.head import lm_head
+from fusedalign.trl import stock
 from fusedalign.trl.construction import replaced
 from fusedalign.trl.forward import EXPERTS, add_lm_head, our_names
 from fusedalign.trl.kernels import add_liger_kernels, check_liger_kernels
@@ -52,13 +53,15 @@ from fusedalign.trl.refusals import (
     refuse_sharded,
 )
 
+__all__ = ["FusedDPOTrainer", "FusedKTOTrainer", "FusedSFTTrainer"]
+
 
 class Fused:
     """What the Fused trainers share; comes before TRL's class among the bases."""
 
-    #: Whether TRL's constructor puts a fused head on, which is then replaced.
+    #: Whether TRL's constructor adds a fused head, which this package's then replaces.
     _trl_has_head = True
-    #: Whether padded rows may do without their mask.
+    #: Whether padded rows may run without their mask.
     _may_unmask = True
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -69,20 +72,20 @@ class Fused:
         check_packed(packed)
         self._packed, self.layouts = packed, Layouts()
         self._heads: list[tuple[Any, tuple[str, ...]]] = []
-        given = inspect.signature(super().__init__).bind(*args, **kwargs)
+        bound = inspect.signature(super().__init__).bind(*args, **kwargs)
         default = trl.SFTConfig.loss_type if isinstance(self, trl.SFTTrainer) else None
-        refuse_arguments(type(self).__name__, given.arguments, default)
-        refuse_numbers(given.arguments.get("args"))
-        check_liger_kernels(self.liger_kernels, type(self).__name__, given.arguments.get("args"))
-        self._adapt(given.arguments)
+        refuse_arguments(type(self).__name__, bound.arguments, default)
+        refuse_numbers(bound.arguments.get("args"))
+        check_liger_kernels(self.liger_kernels, type(self).__name__, bound.arguments.get("args"))
+        self._adapt(bound.arguments)
         self._has_head = False
-        stock = next(cls for cls in type(self).__mro__ if cls.__module__.startswith("trl."))
-        with replaced(sys.modules[stock.__module__], **self._replacements()):
-            super().__init__(*given.args, **given.kwargs)
+        trl_class = next(cls for cls in type(self).__mro__ if cls.__module__.startswith("trl."))
+        with replaced(sys.modules[trl_class.__module__], **self._replacements()):
+            super().__init__(*bound.args, **bound.kwargs)
         if self._trl_has_head and not self._has_head:
             raise RuntimeError(
-                f"expected {stock.__module__}.add_fused_lm_head to be called while {type(self).__name__} is built, got "
-                f"TRL {trl.__version__} without that call: undo what has replaced {stock.__name__}.__init__"
+                f"expected {trl_class.__module__}.add_fused_lm_head to be called while {type(self).__name__} is built, "
+                f"got TRL {trl.__version__} without that call: undo what has replaced {trl_class.__name__}.__init__"
             )
         refuse_adapters(self)
         refuse_experts(self, EXPERTS, "set its router_aux_loss_coef to 0")
@@ -91,15 +94,14 @@ class Fused:
         self._settle()
 
     def _replacements(self) -> dict[str, Any]:
-        """What TRL's module calls instead while this trainer is built, see `replaced`."""
-        # TRL asks whether the head is a layer with an adapter, in order to refuse it: here none is.
-        return {"add_fused_lm_head": self._add_own_head, "BaseTunerLayer": lambda original, layer: False}
+        """What the module of TRL's class calls while this trainer is built, see `replaced`."""
+        return stock.head_replacements(self._add_own_head)
 
     def _add_late_head(self) -> None:
-        """Put the head on, where TRL's constructor puts none on."""
+        """Add the head, where TRL's constructor adds none."""
 
     def _settle(self) -> None:
-        """Decide how batches are laid out and let the heads compile, once; the models must be where they train."""
+        """Decide the layout of batches and start to compile for the heads, once; the models must be on their device."""
         if self._packed is None:
             return
         packed, self._packed = self._packed, None
@@ -111,32 +113,35 @@ class Fused:
             self.head_options.prepare(lm_head(model), our_names(outputs), mixed=self._mixed, trains=trains)
 
     def _groups(self) -> int:
-        """Answers to one prompt in a batch, all first ones first."""
+        """Answers to each prompt in a batch: all first answers, then all second ones."""
         return 1
 
     def _lay_out(self) -> LayOut:
-        """What makes the layout of a batch of the collator."""
+        """The function that makes the layout of a batch of the collator."""
         return Layouts.of
 
-    def _get_dataloader(self, dataset: Any, *rest: Any, **named: Any) -> Any:
-        """The Trainer's; without layouts for a stream that `evaluate` is given, whose batches go to other processes."""
+    def _get_dataloader(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's; without layouts for a stream given to `evaluate`: its batches are sent to other processes."""
         trainer: Any = self
         collator = trainer.data_collator
-        stock: Any = super()
+        parent: Any = super()
         if isinstance(collator, LayoutCollator) and dispatches(trainer, dataset):
             trainer.data_collator = collator.collator
         try:
-            return stock._get_dataloader(dataset, *rest, **named)
+            return parent._get_dataloader(dataset, *args, **kwargs)
         finally:
             trainer.data_collator = collator
 
     def _adapt(self, arguments: dict[str, Any]) -> None:
-        """Change the constructor's arguments, where TRL's class does not take what it is given, or takes it wrongly."""
+        """Change the constructor's arguments in place where TRL's class would refuse or misread them."""
 
-    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, *rest: Any, **named: Any) -> Any:
-        """TRL's of SFT, DPO, KTO and TPO, for rows of every shape; with one end, and something left to train on."""
-        stock: Any = super()
-        return prepared(stock._prepare_dataset, dataset, processing_class, args, *rest, **named)
+    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, *rest: Any, **options: Any) -> Any:
+        """TRL's of SFT, DPO, KTO and TPO, for rows of every shape; answers have one EOS, and a token is left to train.
+
+        `rest` and `options` are TRL's, which differ between trainers.
+        """
+        parent: Any = super()
+        return prepared(parent._prepare_dataset, dataset, processing_class, args, *rest, **options)
 
     def _add_own_head(self, original: Any, model: Any, *args: Any, **kwargs: Any) -> None:
         """Called instead of TRL's `add_fused_lm_head`, which `original` is."""
@@ -144,13 +149,13 @@ class Fused:
         if model is base_of(trainer.model) or model is getattr(trainer, "ref_model", None):
             self._add_head(model, *args, **kwargs)
             self._has_head = True
-        else:  # of another trainer, which a callback builds while this one is under construction
+        else:  # the model of another trainer, which a callback builds while this one is constructed
             original(model, *args, **kwargs)
 
     def _add_head(
         self, model: Any, outputs: tuple[str, ...] = ("log_probs",), mean_positions: slice | None = None
     ) -> None:
-        """Put this package's head on a model of this trainer, and Liger's kernels into it if they are wanted."""
+        """Add this package's head, and Liger's kernels where wanted, to a model of this trainer."""
         if self.liger_kernels:
             add_liger_kernels(model)
         add_lm_head(
@@ -178,10 +183,10 @@ class FusedWithReference(KeyedReference, Fused):
         super().__init__(*args, **kwargs)
 
     def _adapt(self, arguments: dict[str, Any]) -> None:
-        """A reference that is the model as it was given.
+        """Make the reference the model as it was given.
 
         Raises:
-            ValueError: that cannot be had.
+            ValueError: no such reference can be made.
         """
         check_adapters(arguments)
         if self._ref_cache is not None:
@@ -195,21 +200,14 @@ class FusedWithReference(KeyedReference, Fused):
             arguments["ref_model"] = reference_copy(arguments["model"])
 
     def _replacements(self) -> dict[str, Any]:
-        """With a cache TRL takes the way of a precomputed reference, but its digest of the weights is not needed."""
+        """With a cache TRL reads a precomputed reference, but its digest of the weights is not needed."""
         names = super()._replacements()
         if self._ref_cache is not None:
-            trainer: Any = self
-            names |= {
-                "create_model_from_path": self._load_reference,
-                "hash_module": lambda original, module: None,
-                f"{trainer._name}Config": lambda original, *args, **kwargs: _with_precomputed(
-                    original(*args, **kwargs)
-                ),
-            }
+            names |= stock.reference_replacements(self, self._load_reference, _precomputed_config)
         return names
 
     def _load_reference(self, original: Any, *args: Any, **kwargs: Any) -> Any:
-        """Called instead of TRL's `create_model_from_path`, which `original` is: the policy is the reference as yet."""
+        """Called instead of TRL's `create_model_from_path`, `original`; the first model is policy and reference."""
         model = original(*args, **kwargs)
         if not self._is_ref_checked:
             self._check_reference(model)
@@ -220,15 +218,15 @@ class FusedWithReference(KeyedReference, Fused):
         self._ref_cache.check(model_facts(model))
         self._is_ref_checked = True
 
-    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, *rest: Any, **named: Any) -> Any:
+    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, *rest: Any, **options: Any) -> Any:
         if self._ref_cache is not None:
             self._ref_cache.check(settings(processing_class, args))
-        return super()._prepare_dataset(dataset, processing_class, args, *rest, **named)
+        return super()._prepare_dataset(dataset, processing_class, args, *rest, **options)
 
     def _add_head(self, model: Any, *args: Any, **kwargs: Any) -> None:
         trainer: Any = self
         if self._ref_cache is not None:
-            if "ref" in getattr(trainer.model, "peft_config", {}):  # TRL's copy of the adapter
+            if "ref" in getattr(trainer.model, "peft_config", {}):  # TRL's copy of the adapter, not needed
                 trainer.model.delete_adapter("ref")
         elif trainer.ref_model is None:
             complete_reference_adapter(model)
@@ -243,30 +241,35 @@ class FusedWithReference(KeyedReference, Fused):
         return super()._precompute_ref_logps(dataset, name, *args, **kwargs)
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
-        """TRL's; a cache serves other data after a step too, where TRL has no reference model any more."""
+        """TRL's; with a cache data that the trainer was not given can be evaluated after a step too."""
         trainer: Any = self
-        stock: Any = super()
+        parent: Any = super()
         if self._ref_cache is None or eval_dataset is None or isinstance(eval_dataset, str):
-            return stock.evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+            return parent.evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         if isinstance(eval_dataset, dict):
-            parts = (self.evaluate(x, ignore_keys, f"{metric_key_prefix}_{name}") for name, x in eval_dataset.items())
-            return {name: value for metrics in parts for name, value in metrics.items()}
+            by_name = (self.evaluate(x, ignore_keys, f"{metric_key_prefix}_{name}") for name, x in eval_dataset.items())
+            return {name: value for metrics in by_name for name, value in metrics.items()}
         dataset = self._prepare_dataset(eval_dataset, trainer.processing_class, trainer.args, "eval")
         dataset = self._precompute_ref_logps(dataset, "eval")
-        own: Any = next(cls for cls in type(self).__mro__ if cls.__module__.startswith("trl."))
-        trainer_of_transformers: Any = super(own, self)
-        return trainer_of_transformers.evaluate(dataset, ignore_keys, metric_key_prefix)
+        trl_class: Any = next(cls for cls in type(self).__mro__ if cls.__module__.startswith("trl."))
+        transformers_trainer: Any = super(trl_class, self)
+        return transformers_trainer.evaluate(dataset, ignore_keys, metric_key_prefix)
+
+
+def _precomputed_config(original: Any, *args: Any, **kwargs: Any) -> Any:
+    """Called instead of the configuration's class, which `original` is."""
+    return _with_precomputed(original(*args, **kwargs))
 
 
 def _with_precomputed(args: Any) -> Any:
-    """A copy of a trainer's configuration with which TRL loads no reference model and reads columns of the data set."""
+    """A copy of a trainer's configuration that lets TRL read the reference from the data set, without its model."""
     args = copy.copy(args)
     args.precompute_ref_log_probs = True
     return args
 
 
 def loss_hint(cls: type, args: Any) -> str | None:
-    """The `loss_hint` for a trainer of this class: its loss, where that is TRL's own of SFT."""
+    """The `loss_hint` for a trainer of this class: the name of TRL's SFT loss, None for another loss."""
     if not issubclass(cls, trl.SFTTrainer) or cls.compute_loss is not trl.SFTTrainer.compute_loss:
         return None
     return getattr(args, "loss_type", trl.SFTConfig.loss_type)
@@ -289,13 +292,13 @@ class FusedSFTTrainer(Fused, trl.SFTTrainer):
 class FusedDPOTrainer(FusedWithReference, trl.DPOTrainer):
     """`trl.DPOTrainer` without logits, reference and precomputed reference included; see `FusedSFTTrainer`.
 
-    The reference of a model that is passed as an instance is a copy of that instance, where TRL loads the model of its
-    name; that of a `PeftModel` is a copy of its adapter "default". `ref_logps=PATH`, a keyword, is a reference cache of
-    `fusedalign score --ref_cache`: no reference model is loaded or copied, see docs/trl.md.
+    The reference of a model that is passed as an instance is a copy of that instance (TRL loads the model of its name
+    again); that of a `PeftModel` is a copy of its adapter "default". `ref_logps=PATH`, a keyword, is a reference cache
+    of `fusedalign score --ref_cache`: no reference model is loaded or copied, see docs/trl.md.
 
     Raises:
-        ValueError: also an instance that cannot be copied, or adapters whose copy TRL would not take; both name what
-            to pass instead. A cache that is damaged, made with anything else, or without a row.
+        ValueError: also an instance that cannot be copied, or adapters that TRL would not copy; both name what to pass
+            instead. A cache that is damaged, of another model, tokenizer or configuration, or without a row.
         FileNotFoundError: no such cache.
     """
 
@@ -310,12 +313,12 @@ class FusedKTOTrainer(FusedWithReference, trl.KTOTrainer):
         return lay_out_kto
 
     def _compute_loss(self, model: Any, inputs: Any, return_outputs: bool) -> Any:
-        """TRL's; a live reference is computed as a precomputed one is."""
+        """TRL's; the log-probabilities of a live reference are computed first, as those of a precomputed one."""
         layouts = inputs.pop(KEY, None)
         if layouts is None:
             return super()._compute_loss(model, inputs, return_outputs)
-        live = not self.precompute_ref_logps
-        if live:
+        is_live = not self.precompute_ref_logps
+        if is_live:
             reference = self.model if self.ref_model is None else self.ref_model
             names = ("ref_logps", "ref_KL_logps")
             logps = self.compute_ref_log_probs(reference, {**inputs, KEY: layouts})
@@ -325,7 +328,7 @@ class FusedKTOTrainer(FusedWithReference, trl.KTOTrainer):
         try:
             return super()._compute_loss(kto_model, inputs, return_outputs)
         finally:
-            self.precompute_ref_logps = not live
+            self.precompute_ref_logps = not is_live
 
     def compute_ref_log_probs(self, model: Any, inputs: Any) -> Any:
         """TRL's; matched and mismatched rows share their prompts where they are packed."""

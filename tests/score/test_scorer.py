@@ -7,7 +7,8 @@ import transformers
 
 from fusedalign.score import scorer as scorer_module
 from fusedalign.score.records import Answer, Example, Window
-from fusedalign.score.scorer import PER_TOKEN, Scorer, batches
+from fusedalign.score.scorer import PER_TOKEN, Scorer
+from fusedalign.score.units import batches, make_units, packed_tokens
 
 
 @pytest.mark.parametrize("packed", [False, "auto"])
@@ -38,15 +39,15 @@ def test_bf16_scores_are_within_bf16_rounding():
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_batches_keep_to_the_budget(packed):
-    units = list(Scorer(models.build(), packed=packed)._units(enumerate(models.pairs(30) + models.texts(5))))
+    units = list(make_units(enumerate(models.pairs(30) + models.texts(5)), packed=packed))
     found = list(batches(units, 90, packed=packed))
-    assert sorted(place for batch in found for unit in batch for place in unit.places) == sorted(
-        place for unit in units for place in unit.places
+    assert sorted(key for batch in found for unit in batch for key in unit.keys) == sorted(
+        key for unit in units for key in unit.keys
     )
     for batch in found:
         assert len({len(unit.windows) for unit in batch}) == 1
         if packed:
-            taken = sum(map(scorer_module._packed_tokens, batch))
+            taken = sum(map(packed_tokens, batch))
         else:
             taken = len(batch) * max(len(unit.windows[0].input_ids) for unit in batch)
         assert taken <= 90 or len(batch) == 1

@@ -1,4 +1,4 @@
-"""The command `fusedalign bench trl`: its words, and the loop over what they name."""
+"""`fusedalign bench trl`: its arguments, and the loop over the trainings that they name."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from itertools import groupby, product
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
@@ -29,6 +29,7 @@ from fusedalign.bench.training.table import (
     line,
     notes,
 )
+from fusedalign.commandline import CommandParser
 from fusedalign.impls import check_name
 from fusedalign.reports import NO_MATPLOTLIB, check_writable, plot_failure, replace_text, to_json, warn
 
@@ -37,34 +38,32 @@ DEFAULT_TRAINING, DEFAULT_CUDA, DEFAULT_CPU = "dpo", "0.6b", "tiny"
 
 
 def trainings(argv: list[str]) -> None:
-    """Run `fusedalign bench trl` with the words that follow it.
+    """Run `fusedalign bench trl`.
 
     Raises:
-        ValueError: a word that does not fit, or after all tables the rows that failed; one line.
+        ValueError: an invalid argument or, after all tables, the rows that failed; one line.
     """
-    parser = _parser()
-    options = parser.parse_args(argv)
-    if options.help:
-        print(parser.format_help(), end="")
+    options = _parser().parse(argv)
+    if options is None:
         return
     if importlib.util.find_spec("trl") is None:
         raise ValueError("bench trl needs TRL: pip install 'fusedalign[trl]', on Python 3.11 or later")
-    todo = jobs(options)
+    planned = jobs(options)
     if options.out is not None:
         check_writable(options.out, "--out")
         if importlib.util.find_spec("matplotlib") is None:
             warn(NO_MATPLOTLIB)
-    results = _run(todo, options.out)
+    results = _run(planned, options.out)
     failed = failures(results)
     if failed:
         raise ValueError(f"bench {WORD}: {'; '.join(failed)}")
 
 
 def jobs(options: argparse.Namespace) -> list[Job]:
-    """What the words name, table by table.
+    """The trainings to measure, table by table.
 
     Raises:
-        ValueError: a name that does not exist, or a row that nothing here can have.
+        ValueError: an unknown name, or rows that none of the trainings has.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if options.steps < 1:
@@ -76,44 +75,45 @@ def jobs(options: argparse.Namespace) -> list[Job]:
     if options.equal and options.mixes is not None:
         raise ValueError(f"--equal takes the place of --mixes, got both (--mixes {options.mixes})")
     mixes = [EQUAL] if options.equal else _names("--mixes", options.mixes or ",".join(MIXES), MIXES)
-    chosen = _names("a training", ",".join(options.trainings or [DEFAULT_TRAINING]), TRAININGS)
-    found = [
+    training_names = _names("a training", ",".join(options.trainings or [DEFAULT_TRAINING]), TRAININGS)
+    planned = [
         Job(training, size, mix, side, options.steps, options.impl, device, options.batch)
-        for size, training, mix, side in product(sizes, chosen, mixes, _sides(options.rows, device))
+        for size, training, mix, side in product(sizes, training_names, mixes, _sides(options.rows, device))
         if SIDES[side].serves(TRAININGS[training])
     ]
-    if not found:
-        raise ValueError(f"--rows must name a row that {', '.join(chosen)} has, got {options.rows}: see --help")
-    return found
+    if not planned:
+        raise ValueError(f"--rows must name a row that {', '.join(training_names)} has, got {options.rows}: see --help")
+    return planned
 
 
 def _sides(words: str | None, device: str) -> list[str]:
-    """The rows that are named, else all that can run here; stock TRL, which others are compared with, first."""
-    there = importlib.util.find_spec("liger_kernel") is not None
-    missing = "a GPU" if device != "cuda" else "" if there else "liger-kernel (pip install liger-kernel)"
+    """The named rows, by default all that can run here; stock TRL, the baseline, comes first."""
+    has_liger = importlib.util.find_spec("liger_kernel") is not None
+    missing = "a GPU" if device != "cuda" else "" if has_liger else "liger-kernel (pip install liger-kernel)"
     names = _names("--rows", words or ",".join(SIDES), SIDES)
-    needing = [name for name in names if SIDES[name].liger]
-    if missing and needing:
+    with_liger = [name for name in names if SIDES[name].liger]
+    if missing and with_liger:
         if words is not None:
-            raise ValueError(f"the rows {', '.join(needing)} need {missing}")
-        warn(f"the rows {', '.join(needing)} are left out: they need {missing}")
+            raise ValueError(f"the rows {', '.join(with_liger)} need {missing}")
+        warn(f"the rows {', '.join(with_liger)} are left out: they need {missing}")
     return [name for name in SIDES if name in names and not (missing and SIDES[name].liger)]
 
 
-def _names(what: str, words: str, known: Iterable[str]) -> list[str]:
+def _names(option: str, words: str, known: Iterable[str]) -> list[str]:
+    """Split a comma-separated list and check that every name is known."""
     names = list(dict.fromkeys(word.strip() for word in words.split(",")))
     for name in names:
         if name not in known:
-            raise ValueError(f"{what} must be one of {', '.join(known)}, got {name!r}")
+            raise ValueError(f"{option} must be one of {', '.join(known)}, got {name!r}")
     return names
 
 
-def _run(todo: Sequence[Job], out: Path | None) -> list[Result]:
-    """Measure all jobs; print, and write into a folder, each row when it is there."""
-    print(header(todo), flush=True)
+def _run(planned: Sequence[Job], out: Path | None) -> list[Result]:
+    """Measure all jobs; print each row when it is measured, and write the results so far into `out`."""
+    print(header(planned), flush=True)
     results: list[Result] = []
     try:
-        for _, group in groupby(todo, group_title):
+        for _, group in groupby(planned, group_title):
             rows: list[Result] = []
             for job in group:
                 if not rows:
@@ -124,10 +124,10 @@ def _run(todo: Sequence[Job], out: Path | None) -> list[Result]:
                 rows.append(result)
                 results.append(result)
                 if out is not None:
-                    _write(todo, results, out)
+                    _write(planned, results, out)
             if notes(rows):
                 print(f"\n{notes(rows)}", flush=True)
-    finally:  # Ctrl-C too leaves what was measured
+    finally:  # plot the rows measured so far after Ctrl-C too
         if out is not None and results:
             reason = plot_failure(lambda path: draw(results, path), out / f"{WORD}.png")
             if reason not in (None, NO_MATPLOTLIB):
@@ -135,18 +135,18 @@ def _run(todo: Sequence[Job], out: Path | None) -> list[Result]:
     return results
 
 
-def _write(todo: Sequence[Job], results: Sequence[Result], out: Path) -> None:
-    """The text and all figures of these results."""
-    report: dict[str, Any] = {"machine": machine(todo[0].device)}
-    report["mixes"] = {job.mix: dataclasses.asdict(ALL_MIXES[job.mix]) for job in todo}
+def _write(planned: Sequence[Job], results: Sequence[Result], out: Path) -> None:
+    """Write the text and the figures of the results."""
+    report: dict[str, Any] = {"machine": machine(planned[0].device)}
+    report["mixes"] = {job.mix: dataclasses.asdict(ALL_MIXES[job.mix]) for job in planned}
     report["rows"] = [dataclasses.asdict(job) | dataclasses.asdict(measured) for job, measured in results]
-    replace_text(out / f"{WORD}.md", _text(todo, results) + "\n")
+    replace_text(out / f"{WORD}.md", _text(planned, results) + "\n")
     replace_text(out / f"{WORD}.json", to_json(report, indent=1) + "\n")
 
 
-def _text(todo: Sequence[Job], results: Sequence[Result]) -> str:
-    """What is printed of these results."""
-    parts = [header(todo)]
+def _text(planned: Sequence[Job], results: Sequence[Result]) -> str:
+    """The printed text of the results."""
+    parts = [header(planned)]
     for _, group in groupby(results, lambda result: group_title(result.job)):
         rows = list(group)
         table = [head(rows[0].job), *(line(row, rows[:i]) for i, row in enumerate(rows))]
@@ -154,13 +154,7 @@ def _text(todo: Sequence[Job], results: Sequence[Result]) -> str:
     return "\n\n".join(parts)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """One line and no usage, like every other command."""
-        raise ValueError(f"bench {WORD}: {message}")
-
-
-def _parser() -> _Parser:
+def _parser() -> CommandParser:
     def listed(entries: dict[str, str]) -> str:
         width = max(map(len, entries))
         return "\n".join(f"  {name:<{width}}  {about}" for name, about in entries.items())
@@ -171,25 +165,21 @@ def _parser() -> _Parser:
         "rows": listed({name: side.about for name, side in SIDES.items()}),
         "columns": listed(COLUMNS),
     }
-    parser = _Parser(
-        prog=f"fusedalign bench {WORD}",
-        description="Training steps on rows of uneven length, new lengths at every step: stock TRL and the Fused\n"
-        "trainers, each in a process of its own that has compiled nothing yet.\n\n"
+    parser = CommandParser(
+        f"fusedalign bench {WORD}",
+        "Training steps on rows of uneven length, new lengths at every step: stock TRL and the Fused\n"
+        "trainers, each in a new process without compiled kernels.\n\n"
         + "\n\n".join(f"{title}\n{text}" for title, text in sections.items()),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        add_help=False,
-        allow_abbrev=False,
     )
     add, all_of = parser.add_argument, "names with commas between; default: all"
     add("trainings", nargs="*", metavar="TRAINING", help=f"default: {DEFAULT_TRAINING}")
-    add("-h", "--help", action="store_true", help="show this text")
     size_help = f"{', '.join(SIZES)}; with commas between; default: {DEFAULT_CUDA} on a GPU, {DEFAULT_CPU} on a CPU"
     add("--sizes", metavar="NAMES", help=size_help)
     add("--mixes", metavar="NAMES", help=all_of)
     add("--equal", action="store_true", help="rows of 2048 tokens, half of them prompt, 8 a step, instead of the mixes")
     add("--rows", metavar="NAMES", help=f"{all_of} that can run here")
-    add("--batch", type=int, metavar="ROWS", help="a step, half as many pairs; default: 16, with --equal 8")
-    add("--steps", type=int, default=STEPS, help=f"that are measured after the first; default: {STEPS}")
+    add("--batch", type=int, metavar="ROWS", help="rows per step, half as many pairs; default: 16, with --equal 8")
+    add("--steps", type=int, default=STEPS, help=f"measured steps, after the first; default: {STEPS}")
     add("--impl", default="auto", help="of the Fused trainers; default: auto")
     add("--out", type=Path, metavar="DIR", help=f"also write {WORD}.md, {WORD}.json and {WORD}.png there")
     return parser

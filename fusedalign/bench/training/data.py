@@ -1,4 +1,4 @@
-"""Rows of random words, with the lengths of a mix, and the tokenizer that makes each word a token."""
+"""Rows of random words with the lengths of a mix, and a tokenizer that maps each word to one token."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ _SPECIAL = ("<pad>", "<unk>", "</s>")
 
 
 def examples(job: Job) -> tuple[list[dict[str, Any]], list[int]]:
-    """The rows of all steps, and the tokens of each step.
+    """The rows of all steps, and the number of tokens of each step.
 
-    A prompt counts once for each of its answers, an answer with its end: the tokens that a user's rows have.
+    A prompt counts once per answer, and an answer includes its EOS token.
     """
     training, mix, size = TRAININGS[job.training], ALL_MIXES[job.mix], SIZES[job.size]
     generator, vocab = random.Random(0), size.config["vocab_size"]
@@ -38,7 +38,7 @@ def examples(job: Job) -> tuple[list[dict[str, Any]], list[int]]:
 
 
 def tokenizer(job: Job) -> Any:
-    """Words w3, w4, ... as tokens 3, 4, ..."""
+    """A tokenizer that maps the words w3, w4, ... to the tokens 3, 4, ..."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

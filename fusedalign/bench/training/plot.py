@@ -1,4 +1,4 @@
-"""Bars of step times and memory: a column of panels for each model and mix, a group of bars for each training."""
+"""Bars of step times and memory: a column of panels per model and mix, a group of bars per training."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fusedalign.bench.training.worker import Measured
 
 
 def draw(results: Sequence[Result], path: Path) -> None:
-    """Save the bars as a PNG: medians of a step's time, and on a GPU the memory of the passes."""
+    """Save the bars as a PNG: median step times and, on a GPU, the memory of forward and backward."""
     from matplotlib.figure import Figure
 
     columns = list(dict.fromkeys((result.job.size, result.job.mix) for result in results))
@@ -27,8 +27,8 @@ def draw(results: Sequence[Result], path: Path) -> None:
     drawn: dict[str, Any] = {}
     for (label, value), row in zip(lines, panels, strict=True):
         for column, panel in zip(columns, row, strict=True):
-            theirs = [result for result in results if (result.job.size, result.job.mix) == column]
-            drawn |= _bars(panel, theirs, sides, value)
+            group = [result for result in results if (result.job.size, result.job.mix) == column]
+            drawn |= _bars(panel, group, sides, value)
             panel.set_title(f"{SIZES[column[0]].about}, {column[1]}", fontsize=9)
             panel.grid(alpha=0.3, axis="y")
         row[0].set_ylabel(label)
@@ -40,14 +40,14 @@ def draw(results: Sequence[Result], path: Path) -> None:
 def _bars(
     panel: Any, results: Sequence[Result], sides: Sequence[str], value: Callable[[Measured], float | None]
 ) -> dict[str, Any]:
-    """One panel; the bars of each side."""
+    """Draw one panel; returns the bars of each side."""
     trainings, width = list(dict.fromkeys(result.job.training for result in results)), 0.8 / len(sides)
     drawn = {}
     for k, side in enumerate(sides):
         heights = {result.job.training: value(result.measured) for result in results if result.job.side == side}
-        places = {trainings.index(name) + k * width: x for name, x in heights.items() if x is not None}
-        if places:
-            drawn[side] = panel.bar(list(places), list(places.values()), width, align="edge", color=f"C{k}")
+        bars = {trainings.index(name) + k * width: x for name, x in heights.items() if x is not None}
+        if bars:
+            drawn[side] = panel.bar(list(bars), list(bars.values()), width, align="edge", color=f"C{k}")
     middle = [i + 0.4 for i in range(len(trainings))]
     panel.set_xticks(middle, [TRAININGS[name].about.replace(", ", ",\n") for name in trainings], fontsize=8)
     return drawn

@@ -1,4 +1,4 @@
-"""A job in a process of its own: one with no compiled kernels, no cuDNN plans and no memory of the job before it."""
+"""Runs each job in a new process, without compiled kernels, cuDNN plans or memory of the previous job."""
 
 from __future__ import annotations
 
@@ -19,25 +19,30 @@ PROGRAM = "fusedalign.bench.training"
 
 
 def measure_alone(job: Job) -> Measured:
-    """Measure a job in a new process; one that ends without a result has the reason instead of figures."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "measured.json"
-        caches = {name: str(Path(folder) / name) for name in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")}
-        command = [sys.executable, "-m", PROGRAM, json.dumps(dataclasses.asdict(job)), str(path)]
-        done = subprocess.run(command, env=os.environ | caches, capture_output=True, text=True, errors="replace")
-        if not path.exists():
-            return Measured(reason=_why(done.returncode, done.stderr))
-        return read(path)
+    """Measure a job in a new process; if that ends without a result, only the reason is set."""
+    return measured(run_program(PROGRAM, dataclasses.asdict(job)))
 
 
-def read(path: Path) -> Measured:
-    """What the program has written."""
-    figures: dict[str, Any] = json.loads(path.read_text())
+def measured(figures: dict[str, Any]) -> Measured:
+    """The record of figures that were read from JSON."""
     lists = {name: tuple(x) for name, x in figures.items() if isinstance(x, list)}
     return Measured(**{**figures, **lists})
 
 
-def _why(status: int, output: str) -> str:
+def run_program(program: str, job: Any) -> dict[str, Any]:
+    """Run `python -m PROGRAM JOB FILE` with empty kernel caches; returns the JSON of FILE, or the `reason` for none."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "measured.json"
+        caches = {name: str(Path(folder) / name) for name in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")}
+        command = [sys.executable, "-m", program, json.dumps(job), str(path)]
+        process = subprocess.run(command, env=os.environ | caches, capture_output=True, text=True, errors="replace")
+        if not path.exists():
+            return {"reason": _exit_reason(process.returncode, process.stderr)}
+        figures: dict[str, Any] = json.loads(path.read_text())
+        return figures
+
+
+def _exit_reason(status: int, output: str) -> str:
     """Why a process has no result, in one line of at most 160 characters."""
     if status < 0:
         return f"the process was ended by signal {-status} ({signal.strsignal(-status)})"

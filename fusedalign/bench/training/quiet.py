@@ -1,4 +1,4 @@
-"""Trainers without their own output."""
+"""Silences trainers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without the trainers' own lines and bars."""
+    """Suppress log lines, warnings, standard output and progress bars of the trainers."""
     from datasets.utils import logging as datasets_logging
     from transformers.utils import logging as transformers_logging
 

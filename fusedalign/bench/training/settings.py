@@ -1,4 +1,4 @@
-"""What `fusedalign bench trl` can measure: trainings, models, mixes of lengths, and the rows of a table."""
+"""The choices of `fusedalign bench trl`: trainings, models, mixes of lengths, and the rows of a table."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import random
 from dataclasses import dataclass, field
 from typing import Any
 
-#: No mix has longer rows, so nothing is truncated.
+#: No mix has longer rows, so no row is truncated.
 MAX_LENGTH = 4096
 STEPS = 12
 SHORTEST = 4
@@ -15,19 +15,19 @@ SHORTEST = 4
 
 @dataclass(frozen=True)
 class Training:
-    """A trainer and how it trains."""
+    """A trainer and its configuration."""
 
     trainer: str
-    """without "Trainer" """
+    """the name of TRL's class without its ending "Trainer" """
     about: str
     pairs: bool = True
-    """whether an example is two answers to a prompt"""
+    """whether an example has two answers to a prompt"""
     lora: bool = False
     config: dict[str, Any] = field(default_factory=dict)
 
     @property
     def has_reference(self) -> bool:
-        """Whether the loss compares with a reference, which can be precomputed."""
+        """Whether the loss uses a reference model, which can be precomputed."""
         return self.trainer in ("DPO", "KTO")
 
 
@@ -44,12 +44,12 @@ TRAININGS = {
 
 @dataclass(frozen=True)
 class Size:
-    """A model with random weights, after Qwen3."""
+    """A Qwen3 model with random weights."""
 
     about: str
     config: dict[str, Any]
     shrink: int = 1
-    """what the lengths of a mix are divided by"""
+    """divisor of the lengths of a mix"""
 
 
 _QWEN3 = {
@@ -86,11 +86,11 @@ class LogNormal:
 
     median: int
     sigma: float
-    """of the logarithm; 0: all lengths are equal"""
+    """standard deviation of the logarithm; 0: all lengths are equal"""
     cap: int
 
     def draw(self, generator: random.Random, shrink: int = 1) -> int:
-        """A length, all divided by `shrink`."""
+        """Draw a length, divided by `shrink`."""
         length = self.median * generator.lognormvariate(0.0, self.sigma)
         return max(SHORTEST, int(min(self.cap, length) / shrink))
 
@@ -100,15 +100,15 @@ class LogNormal:
 
 @dataclass(frozen=True)
 class Mix:
-    """How long prompts and answers are, and how many rows a step has."""
+    """The lengths of prompts and answers, and the number of rows of a step."""
 
     about: str
     prompt: LogNormal
     chosen: LogNormal
-    """without the end of the sequence, like the next"""
+    """without the EOS token, like `rejected`"""
     rejected: LogNormal
     rows: int = 16
-    """of prompt and answer a step: half as many pairs"""
+    """prompts with an answer per step: half as many pairs"""
 
 
 _CHOSEN, _REJECTED = LogNormal(280, 0.8, 1024), LogNormal(240, 0.8, 1024)
@@ -123,7 +123,7 @@ ALL_MIXES = MIXES | {EQUAL: Mix("2048 a row, half of them prompt", LogNormal(102
 
 @dataclass(frozen=True)
 class Side:
-    """A row of a table: who trains, and with what switched on."""
+    """A row of a table: a trainer class and its options."""
 
     title: str
     about: str
@@ -134,7 +134,7 @@ class Side:
     precomputed: bool = False
 
     def serves(self, training: Training) -> bool:
-        """Whether the training has such a row."""
+        """Whether the training has this row."""
         return training.has_reference or not self.precomputed
 
 
@@ -157,26 +157,26 @@ SIDES = {
 
 @dataclass(frozen=True)
 class Job:
-    """One training to be measured, by names in the tables above."""
+    """One training to measure, by the names in the dictionaries above."""
 
     training: str
     size: str
     mix: str
     side: str
     steps: int = STEPS
-    """that are measured after the first"""
+    """measured steps, after the first"""
     impl: str = "auto"
     device: str = "cpu"
     step_rows: int | None = None
-    """of prompt and answer a step; None: as many as the mix says"""
+    """prompts with an answer per step; None: as the mix says"""
 
     @property
     def all_steps(self) -> int:
-        """The first step, those that are measured, and one that is profiled."""
+        """The first step, the measured ones, and one that is profiled."""
         return self.steps + 2
 
     @property
     def batch(self) -> int:
-        """Examples a step: rows, or pairs."""
+        """Examples per step: rows, or pairs."""
         rows = self.step_rows or ALL_MIXES[self.mix].rows
         return rows // 2 if TRAININGS[self.training].pairs else rows

@@ -1,4 +1,4 @@
-"""What `fusedalign bench trl` prints: a header, a table for each training, model and mix, notes below it."""
+"""The text of `fusedalign bench trl`: a header, a table for each training, model and mix, and notes below it."""
 
 from __future__ import annotations
 
@@ -6,20 +6,21 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from fusedalign.bench.runner import OUT_OF_MEMORY, machine
+from fusedalign.bench.runner import OUT_OF_MEMORY, describe_machine, machine
 from fusedalign.bench.training.settings import ALL_MIXES, SIDES, SIZES, STOCK, STOCK_LIGER, TRAININGS, Job
 from fusedalign.bench.training.worker import Measured
+from fusedalign.reports import markdown_row, markdown_table
 
 #: Title and meaning of each column after the row's name.
 COLUMNS = {
     "first": "ms of the first step, in which kernels compile",
-    "median": "ms of a later step, with the making of its batch",
+    "median": "ms of a later step, data loading included",
     "slowest": "ms of the slowest later step",
-    "GPU": "ms that the GPU worked in one more step, a profiled one; the rest of it the GPU waits for the CPU",
-    "tokens/s": "of the later steps, without padding, a prompt counted for each of its answers",
-    "slots": "token positions a step that went through a model, with padding; the reference's count too",
+    "GPU": "ms that the GPU was busy in one more, profiled step; for the rest of it the GPU waits for the CPU",
+    "tokens/s": "of the later steps, without padding; a prompt counts once per answer",
+    "slots": "token positions per step that a model computed, with padding and those of the reference",
     "peak": "GiB of a later step, model and optimizer included",
-    "passes": "GiB of forward and backward over what is held between steps",
+    "passes": "GiB of forward and backward beyond what is held between steps",
     "x TRL": "how many times as fast as TRL, by the medians",
     "x +Liger": "how many times as fast as TRL + Liger",
     "loss": "the largest relative difference of a step's loss from the first row's",
@@ -29,21 +30,20 @@ _WIDTHS = [max(len(side.title) for side in SIDES.values()), *(max(5, len(title))
 
 
 class Result(NamedTuple):
-    """A job and what came of it."""
+    """A job and its figures."""
 
     job: Job
     measured: Measured
 
     @property
     def name(self) -> str:
-        """All that tells it from the others."""
+        """The title of its table and its row."""
         return f"{group_title(self.job)}, {SIDES[self.job.side].title}"
 
 
 def header(jobs: Sequence[Job]) -> str:
-    """What it runs on, what is measured, and the meaning of rows and columns."""
+    """Device, versions, the settings of the trainings, and the meaning of rows and columns."""
     job = jobs[0]
-    where = ", ".join(x if name == "device" else f"{name} {x}" for name, x in machine(job.device).items())
     precision = "bf16 weights, mixed precision" if job.device == "cuda" else "fp32"
     mixes, sides = dict.fromkeys(job.mix for job in jobs), dict.fromkeys(job.side for job in jobs)
     shrunk = {SIZES[job.size].about: SIZES[job.size].shrink for job in jobs if SIZES[job.size].shrink > 1}
@@ -52,7 +52,7 @@ def header(jobs: Sequence[Job]) -> str:
     lines = [
         "# fusedalign bench trl",
         "",
-        where,
+        describe_machine(machine(job.device)),
         "",
         f"Random weights, {precision}, gradient checkpointing, AdamW, impl {job.impl}; {batch};",
         f"{job.steps} steps after the first. Each row is a process of its own, without compiled kernels.",
@@ -75,35 +75,34 @@ def header(jobs: Sequence[Job]) -> str:
 
 
 def describe_mix(name: str) -> str:
-    """A mix with its parameters in one line."""
+    """A mix and its parameters in one line."""
     mix = ALL_MIXES[name]
     parts = ", ".join(f"{part} {getattr(mix, part)}" for part in ("prompt", "chosen", "rejected"))
     return f"{name}: {parts} ({mix.about})"
 
 
 def group_title(job: Job) -> str:
-    """What the rows of a table have in common."""
+    """The title of a table: training, model and mix."""
     return f"{TRAININGS[job.training].about}: {SIZES[job.size].about}, {job.mix}"
 
 
 def head(job: Job) -> str:
     """The title of a table and its first two lines."""
-    titles = _line(["", *COLUMNS])
-    return f"## {group_title(job)}\n\n{titles}\n|" + "|".join("-" * (width + 2) for width in _WIDTHS) + "|"
+    return "\n".join([f"## {group_title(job)}", "", *markdown_table([["", *COLUMNS]], _WIDTHS)])
 
 
-def line(result: Result, before: Sequence[Result]) -> str:
+def line(result: Result, earlier: Sequence[Result]) -> str:
     """A row of a table.
 
     Args:
-        result: what it shows.
-        before: the rows above it, which have what it is compared with.
+        result: of the row.
+        earlier: the rows above it, among them the baselines.
     """
     measured, title = result.measured, SIDES[result.job.side].title
     if measured.reason:
-        return _line([title, *["-"] * (len(COLUMNS) - 1), _short(measured.reason)])
-    medians = {other.job.side: other.measured.median_ms for other in [*before, result]}
-    first_losses = next((other.measured.losses for other in before if other.measured.losses), None)
+        return markdown_row([title, *["-"] * (len(COLUMNS) - 1), _short(measured.reason)], _WIDTHS)
+    medians = {other.job.side: other.measured.median_ms for other in [*earlier, result]}
+    first_losses = next((other.measured.losses for other in earlier if other.measured.losses), None)
     gib = 2.0**30
     cells = [
         _number(measured.first_ms),
@@ -118,27 +117,27 @@ def line(result: Result, before: Sequence[Result]) -> str:
         _ratio(medians.get(STOCK_LIGER), measured.median_ms),
         "-" if first_losses is None else f"{difference(first_losses, measured.losses):.0e}",
     ]
-    return _line([title, *cells])
+    return markdown_row([title, *cells], _WIDTHS)
 
 
 def notes(results: Sequence[Result]) -> str:
-    """What a table has no column for: why a row failed, how long the reference took. May be empty."""
-    found = [f"{SIDES[job.side].title}: {measured.reason}" for job, measured in results if measured.reason]
+    """Why rows failed, and the time of precomputed references; may be empty."""
+    lines = [f"{SIDES[job.side].title}: {measured.reason}" for job, measured in results if measured.reason]
     for job, measured in results:
         if measured.precompute_seconds is not None:
-            took = f"{measured.precompute_seconds:.3g} s for the {job.all_steps * job.batch} rows of all steps"
-            found.append(f"{SIDES[job.side].title}: the reference took {took}, before the first one")
-    return "\n".join(f"* {note}" for note in found)
+            seconds = f"{measured.precompute_seconds:.3g} s for the {job.all_steps * job.batch} rows of all steps"
+            lines.append(f"{SIDES[job.side].title}: the reference took {seconds}, before the first one")
+    return "\n".join(f"* {text}" for text in lines)
 
 
 def failures(results: Sequence[Result]) -> list[str]:
-    """Which rows failed, and why; to run out of memory is a result and no failure."""
+    """The rows that failed, with their reasons; running out of memory is a result, not a failure."""
     broken = [result for result in results if result.measured.reason not in ("", OUT_OF_MEMORY)]
     return [f"{result.name} failed: {result.measured.reason}" for result in broken]
 
 
 def difference(losses: Sequence[float], others: Sequence[float]) -> float:
-    """The largest relative difference of two runs' losses; one NaN is the largest of all."""
+    """The largest relative difference between the losses of two runs; NaN is the largest of all."""
     differences = [abs(a - b) / abs(a) for a, b in zip(losses, others, strict=False) if a]
     return max(differences, key=lambda x: (math.isnan(x), x), default=0.0)
 
@@ -148,13 +147,9 @@ def _short(reason: str) -> str:
 
 
 def _number(x: float | None, unit: float = 1.0) -> str:
-    """Four digits, and no exponent."""
+    """Four digits without an exponent."""
     return "-" if x is None else f"{x / unit:.4g}" if abs(x / unit) < 1000 else f"{x / unit:.0f}"
 
 
 def _ratio(stock: float | None, other: float | None) -> str:
     return "-" if stock is None or other is None else f"{stock / other:.2f}"
-
-
-def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(f"{cell:<{width}}" for cell, width in zip(cells, _WIDTHS, strict=True)) + " |"

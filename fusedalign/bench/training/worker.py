@@ -1,4 +1,4 @@
-"""One training in this process, measured."""
+"""Builds, runs and measures one training in this process."""
 
 from __future__ import annotations
 
@@ -21,30 +21,30 @@ from fusedalign.bench.training.settings import MAX_LENGTH, SIDES, SIZES, TRAININ
 
 @dataclass(frozen=True)
 class Measured:
-    """What one training took, or why there is nothing."""
+    """The figures of one training, or the reason why there are none."""
 
     ms: tuple[float, ...] = ()
-    """of each step, the first included, from the end of the step before to its own: with the making of its batch"""
+    """of each step, the first included, from the end of the previous step: data loading counts"""
     tokens: tuple[int, ...] = ()
-    """of the rows of each step, as a user has them: without padding, a prompt for each of its answers"""
+    """of the rows of each step, without padding; a prompt counts once per answer"""
     slots: tuple[int, ...] = ()
-    """token positions that went through a model in each step, with padding, the reference's and KTO's third forward"""
+    """token positions that a model computed in each step, with padding, the reference and KTO's third forward"""
     losses: tuple[float, ...] = ()
     """of each step, the profiled one included"""
     gpu_ms: float | None = None
-    """of one more step, while the GPU did something: the rest it waited. None on a CPU, like the next two"""
+    """time that the GPU was busy in one more step; None on a CPU, like the next two"""
     peak_bytes: int | None = None
     """of the device in a step after the first, model and optimizer included"""
     pass_bytes: int | None = None
-    """the peak of forward and backward over what is held between steps, gradients included"""
+    """peak of forward and backward beyond what is held between steps, gradients included"""
     precompute_seconds: float | None = None
-    """of all reference log-probabilities, before the first step; None where they are not precomputed"""
+    """of all reference log-probabilities, before the first step; None if they are not precomputed"""
     reason: str = ""
-    """why there is nothing else"""
+    """why there are no figures"""
 
     @property
     def first_ms(self) -> float | None:
-        """Of the first step, in which kernels compile."""
+        """Of the first step, which includes compilation."""
         return self.ms[0] if self.ms else None
 
     @property
@@ -69,24 +69,24 @@ class Measured:
 
 
 def measure(job: Job) -> Measured:
-    """Train as the job says; whatever fails becomes the reason why there are no figures."""
+    """Run the training of a job; an exception becomes the reason why there are no figures."""
     with tempfile.TemporaryDirectory() as folder, quiet():
         try:
             trainer, tokens = build(job, folder)
             stopwatch = _stopwatch(job, _embeddings(trainer))
             trainer.add_callback(stopwatch)
             trainer.train()
-        except Exception as error:  # the other rows must go on
+        except Exception as error:  # continue with the other rows
             return Measured(reason=in_short(error))
     losses = tuple(row["loss"] for row in trainer.state.log_history if "loss" in row)
     seconds = getattr(trainer, "precompute_seconds", None)
     steps = len(stopwatch.ms)
-    more = stopwatch.of_the_gpu | {"precompute_seconds": seconds}
-    return Measured(tuple(stopwatch.ms), tuple(tokens[:steps]), tuple(stopwatch.slots), losses, **more)
+    figures = stopwatch.gpu_figures | {"precompute_seconds": seconds}
+    return Measured(tuple(stopwatch.ms), tuple(tokens[:steps]), tuple(stopwatch.slots), losses, **figures)
 
 
 def build(job: Job, folder: str) -> tuple[Any, list[int]]:
-    """The trainer of a job, which would write into `folder`, and the tokens of each step."""
+    """The trainer of a job, with `folder` as its output directory, and the number of tokens of each step."""
     import datasets
 
     from fusedalign.trl.arguments import trl_class
@@ -97,7 +97,7 @@ def build(job: Job, folder: str) -> tuple[Any, list[int]]:
         output_dir=folder,
         max_steps=job.all_steps,
         per_device_train_batch_size=job.batch,
-        train_sampling_strategy="sequential",  # so that it is known which rows a step has
+        train_sampling_strategy="sequential",  # so that the rows of each step are known
         max_length=MAX_LENGTH,
         gradient_checkpointing=True,
         learning_rate=1e-6,
@@ -122,12 +122,12 @@ def build(job: Job, folder: str) -> tuple[Any, list[int]]:
 
 
 def _keywords(side: Side, impl: str) -> dict[str, Any]:
-    """What a Fused trainer is given for a side."""
+    """The keywords of a Fused trainer for a side."""
     return {"impl": impl, "packed": side.packed} | ({"liger_kernels": True} if side.liger else {})
 
 
 def _models(job: Job) -> dict[str, Any]:
-    """The model, and its adapter or its reference, as the keywords of a trainer."""
+    """The model and its adapter or reference, as keywords of a trainer."""
     import transformers
 
     training, side = TRAININGS[job.training], SIDES[job.side]
@@ -140,8 +140,8 @@ def _models(job: Job) -> dict[str, Any]:
     if training.has_reference and not training.lora and not side.precomputed:
         models["ref_model"] = copy.deepcopy(model)
     if side.liger and not side.fused:
-        for each in models.values():  # use_liger_kernel of TRL's configurations leaves the reference as it is
-            _apply_liger(each)
+        for module in models.values():  # use_liger_kernel of TRL's configurations does not change the reference
+            _apply_liger(module)
     if training.lora:
         import peft
 
@@ -150,7 +150,7 @@ def _models(job: Job) -> dict[str, Any]:
 
 
 def _apply_liger(model: Any) -> None:
-    """Liger's kernels for one model, by its public function, without its loss."""
+    """Replace layers of one model by Liger's kernels, through its public function, but not the loss."""
     from liger_kernel.transformers import apply_liger_kernel_to_qwen3
 
     on, off = ("rope", "rms_norm", "swiglu"), ("cross_entropy", "fused_linear_cross_entropy")
@@ -158,7 +158,7 @@ def _apply_liger(model: Any) -> None:
 
 
 def _trainer_class(name: str, side: Side) -> Any:
-    """TRL's class or ours; of a side with a precomputed reference one that times it."""
+    """TRL's class or ours; for a precomputed reference a subclass that measures its time."""
     import fusedalign.trl
     from fusedalign.trl.arguments import trl_class
 
@@ -177,7 +177,7 @@ def _trainer_class(name: str, side: Side) -> Any:
 
 
 def _embeddings(trainer: Any) -> list[Any]:
-    """Those of the model and of its reference: every token position of a forward goes through them."""
+    """The input embeddings of the model and of its reference, which see every token position of a forward."""
     models = [trainer.model, getattr(trainer, "ref_model", None)]
     return [trainer.accelerator.unwrap_model(model).get_input_embeddings() for model in models if model is not None]
 
@@ -186,50 +186,50 @@ def _stopwatch(job: Job, embeddings: list[Any]) -> Any:
     import transformers
 
     class Stopwatch(transformers.TrainerCallback):
-        """Times and slots of the steps, peaks of memory after the first one, and a profile of the last."""
+        """Records time and slots of each step, peak memory after the first, and a profile of the last."""
 
         def __init__(self) -> None:
             self.ms: list[float] = []
             self.slots: list[int] = []
-            self.of_the_gpu: dict[str, Any] = {}
-            self.peak = self.passes = self.held = self.seen = 0
+            self.gpu_figures: dict[str, Any] = {}
+            self.peak = self.pass_peak = self.allocated = self.step_slots = 0
             self.profiler: profile | None = None
             for embedding in embeddings:
                 embedding.register_forward_pre_hook(self.count)
 
         def count(self, module: Any, args: tuple[Any, ...]) -> None:
-            self.seen += args[0].numel()
+            self.step_slots += args[0].numel()
 
         def on_train_begin(self, *_: Any, **__: Any) -> None:
             self.start_of_step()
 
         def start_of_step(self) -> None:
             synchronize(job.device)
-            self.seen, self.start = 0, time.perf_counter()
+            self.step_slots, self.start = 0, time.perf_counter()
 
         def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             if job.device == "cuda":
                 torch.cuda.reset_peak_memory_stats()
-                self.held = torch.cuda.memory_allocated()
+                self.allocated = torch.cuda.memory_allocated()
                 if state.global_step == job.all_steps - 1:
                     self.profiler = profile(activities=[ProfilerActivity.CUDA])
                     self.profiler.start()
 
         def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             if job.device == "cuda" and state.global_step:
-                self.passes = max(self.passes, torch.cuda.max_memory_allocated() - self.held)
+                self.pass_peak = max(self.pass_peak, torch.cuda.max_memory_allocated() - self.allocated)
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             synchronize(job.device)
             if state.global_step < job.all_steps:
                 self.ms.append((time.perf_counter() - self.start) * 1e3)
-                self.slots.append(self.seen)
+                self.slots.append(self.step_slots)
             if job.device == "cuda" and state.global_step > 1:
                 self.peak = max(self.peak, torch.cuda.max_memory_allocated())
             if self.profiler is not None:
                 self.profiler.stop()
                 busy = covered(spans(self.profiler, job.device)) / 1e3
-                self.of_the_gpu = {"gpu_ms": busy, "peak_bytes": self.peak, "pass_bytes": self.passes}
+                self.gpu_figures = {"gpu_ms": busy, "peak_bytes": self.peak, "pass_bytes": self.pass_peak}
             self.start_of_step()
 
     return Stopwatch()
