@@ -21,12 +21,13 @@ LOG2E = tl.constexpr(1.4426950408889634)
 KEPT_ONE = tl.constexpr(32768.0)
 #: Stands in for -inf in a difference whose exp() must be 0 and whose product with 0 must be 0.
 LOG_ZERO = tl.constexpr(-1e4)
-#: Vectors of one number a token, and of one a token and block: slices that begin anywhere, read under a mask.
-OF_TOKENS = [
-    *("targets", "target_logit", "reference", "kept_max", "of_e", "of_target", "of_total", "scale"),
-    *("block_max", "block_e", "block_e_log_e", "block_e_sq", "block_logit", "block_top"),
-    *("row_max", "row_e", "row_e_log_e", "row_e_sq", "row_logit", "row_top", "row_log_e", "row_entropy"),
-    *("d_logps", "d_lse", "d_entropy"),
+#: The fields of `SoftmaxStats` that the kernels compute, each with the flag that asks for it ("": always).
+STATS = {"max": "", "e": "", "e_log_e": "ENTROPY", "e_sq": "SQUARES", "logit": "MEAN", "top": "TOP"}
+#: Vectors of one number per token, or per token and block: slices that start anywhere, read under a mask.
+TOKEN_VECTORS = [
+    *("targets", "target_logit", "reference", "kept_max", "e_scale", "d_target", "total_scale", "scale"),
+    *(f"{prefix}_{name}" for prefix in ("block", "row") for name in STATS),
+    *("row_log_e", "row_entropy", "d_logps", "d_lse", "d_entropy"),
 ]
 #: Integers that follow the number of tokens, or how a vocabulary is cut for that number.
 SIZES = ["n", "v", "v_start", "weight_start", "blocks", "kept_tile", "kept_stride", "count"]
@@ -36,7 +37,7 @@ NO_COLUMN = tl.constexpr(2**31 - 1)
 
 def _kernel(function):
     """A kernel that is compiled for none of the arguments above."""
-    return triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=OF_TOKENS)(function)
+    return triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=TOKEN_VECTORS)(function)
 
 
 @triton.jit
@@ -117,21 +118,30 @@ def _raw_logits(
 
 @triton.jit
 def _final_logits(
-    z, bias, v_start, cols, v, before, after, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, EXACT: tl.constexpr
+    z,
+    bias,
+    v_start,
+    cols,
+    v,
+    in_scale,
+    out_scale,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    EXACT: tl.constexpr,
 ):
-    """after * tanh(before * (raw + bias)), or before * (raw + bias) without softcap."""
+    """out_scale * tanh(in_scale * (raw + bias)), or in_scale * (raw + bias) without softcap."""
     if HAS_BIAS:
         z += tl.load(bias + v_start + cols, mask=cols < v, other=0.0).to(tl.float32)[None, :]
-    z *= before
+    z *= in_scale
     if HAS_SOFTCAP:
-        z = after * _tanh(z, EXACT)
+        z = out_scale * _tanh(z, EXACT)
     return z
 
 
 @triton.jit
-def _slope(z, after):
+def _slope(z, out_scale):
     """1 - tanh**2, from final logits."""
-    t = z * (1.0 / after)
+    t = z * (1.0 / out_scale)
     return 1.0 - t * t
 
 
@@ -188,7 +198,7 @@ def _keep(
     span,
     tile_stride,
     stride,
-    after,
+    out_scale,
     HAS_SOFTCAP: tl.constexpr,
     KEEP: tl.constexpr,
     HEIGHT: tl.constexpr,
@@ -204,7 +214,7 @@ def _keep(
     else:
         e *= KEPT_ONE
     if HAS_SOFTCAP:
-        e *= _slope(z, after)
+        e *= _slope(z, out_scale)
     e = tl.where(cols[None, :] == target[:, None], 0.0, e)
     tile = col // span
     inner = col - tile * span
@@ -241,8 +251,8 @@ def sums_kernel(
     kept_span,
     kept_tile: tl.int64,
     kept_stride,
-    before,
-    after,
+    in_scale,
+    out_scale,
     PROGRAMS: tl.constexpr,
     SOURCE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -298,7 +308,7 @@ def sums_kernel(
         target = (tl.load(targets + rows, mask=in_n, other=-1) - v_start).to(tl.int32)
         r = tl.load(reference + rows, mask=in_n, other=0.0) if KEEP == "reference" else 0.0
 
-        z0 = _final_logits(z0, bias, v_start, cols0, v, before, after, HAS_BIAS, HAS_SOFTCAP, EXACT_TANH)
+        z0 = _final_logits(z0, bias, v_start, cols0, v, in_scale, out_scale, HAS_BIAS, HAS_SOFTCAP, EXACT_TANH)
         e0, m0, total0, e_log_e0, e_sq0, logit0, top0, of_target0 = _half_sums(
             z0, cols0, v, target, ENTROPY, SQUARES, MEAN, TOP
         )
@@ -318,14 +328,14 @@ def sums_kernel(
                 kept_span,
                 kept_tile,
                 kept_stride,
-                after,
+                out_scale,
                 HAS_SOFTCAP,
                 KEEP,
                 BLOCK_N,
                 HALF,
                 KEPT_DESCRIPTOR,
             )
-        z1 = _final_logits(z1, bias, v_start, cols1, v, before, after, HAS_BIAS, HAS_SOFTCAP, EXACT_TANH)
+        z1 = _final_logits(z1, bias, v_start, cols1, v, in_scale, out_scale, HAS_BIAS, HAS_SOFTCAP, EXACT_TANH)
         e1, m1, total1, e_log_e1, e_sq1, logit1, top1, of_target1 = _half_sums(
             z1, cols1, v, target, ENTROPY, SQUARES, MEAN, TOP
         )
@@ -346,7 +356,7 @@ def sums_kernel(
                 kept_span,
                 kept_tile,
                 kept_stride,
-                after,
+                out_scale,
                 HAS_SOFTCAP,
                 KEEP,
                 BLOCK_N,
@@ -490,8 +500,8 @@ def grads_kernel(
     hidden_stride,
     weight_stride,
     grad_stride,
-    before,
-    after,
+    in_scale,
+    out_scale,
     factor,
     PROGRAMS: tl.constexpr,
     SOURCE: tl.constexpr,
@@ -553,15 +563,15 @@ def grads_kernel(
         if not HAS_SOFTCAP:
             of_p, of_target, of_entropy = of_p * factor, of_target * factor, of_entropy * factor
 
-        z0 = _final_logits(z0, bias, v_start, cols0, v, before, after, HAS_BIAS, HAS_SOFTCAP, EXACT_TANH)
+        z0 = _final_logits(z0, bias, v_start, cols0, v, in_scale, out_scale, HAS_BIAS, HAS_SOFTCAP, EXACT_TANH)
         g0 = _logit_grads(z0, cols0, target, m, log_e, of_p, of_target, of_entropy, ENTROPY)
         if HAS_SOFTCAP:
-            g0 *= _slope(z0, after) * factor
+            g0 *= _slope(z0, out_scale) * factor
         _store(grad, g0, row, col, n, v, grad_stride, BLOCK_N, HALF, GRAD_DESCRIPTOR)
-        z1 = _final_logits(z1, bias, v_start, cols1, v, before, after, HAS_BIAS, HAS_SOFTCAP, EXACT_TANH)
+        z1 = _final_logits(z1, bias, v_start, cols1, v, in_scale, out_scale, HAS_BIAS, HAS_SOFTCAP, EXACT_TANH)
         g1 = _logit_grads(z1, cols1, target, m, log_e, of_p, of_target, of_entropy, ENTROPY)
         if HAS_SOFTCAP:
-            g1 *= _slope(z1, after) * factor
+            g1 *= _slope(z1, out_scale) * factor
         _store(grad, g1, row, col + HALF, n, v, grad_stride, BLOCK_N, HALF, GRAD_DESCRIPTOR)
         if D_BIAS:  # rows beyond the end hold anything
             at = block_d_bias + block_n.to(tl.int64) * v
@@ -572,9 +582,9 @@ def grads_kernel(
 @_kernel
 def kept_grads_kernel(
     kept,
-    of_e,
+    e_scale,
     targets,
-    of_target,
+    d_target,
     grad,
     block_d_bias,
     n,
@@ -590,8 +600,8 @@ def kept_grads_kernel(
 ):
     """What `grads_kernel` gives, from the e that `sums_kernel` kept for this tile, [n, v] with rows kept_stride apart.
 
-    of_e [blocks of kept_width columns, n] multiplies e, of_target [n] is added at the targets. A block here lies in one
-    block of there. v and kept_stride come in units of UNIT.
+    e_scale [blocks of kept_width columns, n] multiplies e, d_target [n] is added at the targets. Each block of this
+    kernel is within one of kept_width columns. v and kept_stride come in units of UNIT.
     """
     v, kept_stride = v * UNIT, kept_stride * UNIT
     across = tl.cdiv(v, BLOCK_V)
@@ -602,11 +612,11 @@ def kept_grads_kernel(
     first = kept + row.to(tl.int64) * kept_stride + col
     inner = tl.arange(0, BLOCK_N)[:, None] * kept_stride + tl.arange(0, BLOCK_V)[None, :]
     e = tl.load(first + inner, mask=in_n[:, None] & inside[None, :], other=0.0).to(tl.float32)
-    by = tl.load(of_e + (col // kept_width).to(tl.int64) * n + rows, mask=in_n, other=0.0)
-    at_target = tl.load(of_target + rows, mask=in_n, other=0.0)
+    scale = tl.load(e_scale + (col // kept_width).to(tl.int64) * n + rows, mask=in_n, other=0.0)
+    target_grad = tl.load(d_target + rows, mask=in_n, other=0.0)
     target = (tl.load(targets + rows, mask=in_n, other=-1) - v_start).to(tl.int32)
-    g = e * by[:, None]
-    g = tl.where(cols[None, :] == target[:, None], g + at_target[:, None], g)
+    g = e * scale[:, None]
+    g = tl.where(cols[None, :] == target[:, None], g + target_grad[:, None], g)
     if D_BIAS:
         tl.store(block_d_bias + block_n.to(tl.int64) * v + cols, tl.sum(g, 0), mask=inside)
     _store(grad, g, row, col, n, v, grad_stride, BLOCK_N, BLOCK_V, DESCRIPTOR=False)
@@ -659,23 +669,23 @@ def far_rows_kernel(
     weight_stride,
     weight_step,
     total_stride,
-    before,
-    after,
-    least_logp,
+    in_scale,
+    out_scale,
+    min_logp,
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     OPERAND: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """total = sum of e * slope * weight over all other columns, reference = row_max, if |log p(target)| > -least_logp.
+    """total = sum of e * slope * weight over all other columns, reference = row_max, if |log p(target)| > -min_logp.
 
     One program a row; almost always it exits at once. `reference` is the target's logit before. It exceeds row_max by
     rounding alone, by much where logits are as large as 1e9: their last place is 64.
     """
     row = tl.program_id(0).to(tl.int64)
     m = tl.load(row_max + row)
-    if tl.abs(tl.load(reference + row) - m - tl.log(tl.load(row_e + row))) > -least_logp:
+    if tl.abs(tl.load(reference + row) - m - tl.log(tl.load(row_e + row))) > -min_logp:
         tl.store(reference + row, m)
         target = tl.load(targets + row)
         hidden += row * hidden_stride
@@ -683,13 +693,13 @@ def far_rows_kernel(
         ks = tl.arange(0, BLOCK_D)
         for k in range(0, d, BLOCK_D):
             tl.store(total + k + ks, tl.zeros((BLOCK_D,), tl.float32), mask=k + ks < d)
-        # The largest of these very logits, which are rounded in other token_index than those of row_max.
+        # The largest of these very logits, which are rounded in another order than those of row_max.
         largest = -float("inf")
         for start in range(0, v, BLOCK_V):
             cols = start + tl.arange(0, BLOCK_V)
             at = cols.to(tl.int64)[:, None] * weight_stride
             z = _row_logits(hidden, weight + at, weight_step, cols, v, d, OPERAND, BLOCK_V, BLOCK_D)
-            z = _final_logits(z[None, :], bias, 0, cols, v, before, after, HAS_BIAS, HAS_SOFTCAP, True)
+            z = _final_logits(z[None, :], bias, 0, cols, v, in_scale, out_scale, HAS_BIAS, HAS_SOFTCAP, True)
             largest = tl.maximum(largest, tl.max(tl.where((cols < v)[None, :], z, -float("inf"))))
         sum_e = 0.0
         for start in range(0, v, BLOCK_V):
@@ -697,11 +707,11 @@ def far_rows_kernel(
             cols = start + tl.arange(0, BLOCK_V)
             at = cols.to(tl.int64)[:, None] * weight_stride
             z = _row_logits(hidden, weight + at, weight_step, cols, v, d, OPERAND, BLOCK_V, BLOCK_D)
-            z = _final_logits(z[None, :], bias, 0, cols, v, before, after, HAS_BIAS, HAS_SOFTCAP, True)
+            z = _final_logits(z[None, :], bias, 0, cols, v, in_scale, out_scale, HAS_BIAS, HAS_SOFTCAP, True)
             e = _exp(z - largest)
             sum_e += tl.sum(tl.where((cols < v)[None, :], e, 0.0))
             if HAS_SOFTCAP:
-                e *= _slope(z, after)
+                e *= _slope(z, out_scale)
             e = tl.reshape(tl.where(((cols < v) & (cols != target))[None, :], e, 0.0), (BLOCK_V, 1))
             for k in range(0, d, BLOCK_D):
                 mask = (cols < v)[:, None] & (k + ks < d)[None, :]
@@ -721,8 +731,8 @@ def target_rows_kernel(
     total,
     weight,
     targets,
-    of_target,
-    of_total,
+    d_target,
+    total_scale,
     out,
     scale,
     d,
@@ -734,7 +744,7 @@ def target_rows_kernel(
     SCALED: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """of_target * weight[target] + of_total * total, [n, D] into the dtype of `out`; the factors are [n].
+    """d_target * weight[target] + total_scale * total, [n, D] into the dtype of `out`; the factors are [n].
 
     SCALED: each row divided by a power of 2, stored in `scale`, so that its largest element is about 2**10.
     """
@@ -743,7 +753,7 @@ def target_rows_kernel(
     at = tl.arange(0, BLOCK_D)
     w = tl.load(weight + target * weight_stride + at * weight_step, mask=at < d, other=0.0).to(OPERAND)
     sums = tl.load(total + row * total_stride + at, mask=at < d, other=0.0)
-    x = tl.load(of_target + row) * w.to(tl.float32) + tl.load(of_total + row) * sums
+    x = tl.load(d_target + row) * w.to(tl.float32) + tl.load(total_scale + row) * sums
     if SCALED:
         power = tl.floor(tl.log2(tl.max(tl.abs(x), 0))) - 10.0
         power = tl.minimum(tl.maximum(power, -100.0), 100.0)  # a row of zeros has none
