@@ -87,7 +87,6 @@ class HeadArgs(NamedTuple):
     """applied to raw logits and bias, within the tanh of a softcap"""
     out_scale: float
     """applied to the tanh"""
-    HAS_BIAS: bool
     HAS_SOFTCAP: bool
 
     @classmethod
@@ -95,8 +94,8 @@ class HeadArgs(NamedTuple):
         """The arguments for a problem."""
         p, bias = problem, None if problem.bias is None else problem.bias.contiguous()
         if p.softcap is None:
-            return cls(bias, p.scale / p.temperature, 1.0, bias is not None, False)
-        return cls(bias, p.scale / p.softcap, p.softcap / p.temperature, bias is not None, True)
+            return cls(bias, p.scale / p.temperature, 1.0, False)
+        return cls(bias, p.scale / p.softcap, p.softcap / p.temperature, True)
 
 
 class TokenBatch:
@@ -265,9 +264,6 @@ class BlockStats:
         """The running statistics that the kernels compute, by name; None where no output needs them."""
         return {name: getattr(self.stats, name) for name in kernels.STATS}
 
-    def _flags(self) -> dict[str, bool]:
-        return {flag: self.buffers[name] is not None for name, flag in kernels.STATS.items() if flag}
-
     def add(self, tile: Tile, *, start: int = 0, keep: ExpTiles | None = None) -> None:
         """Compute the statistics of a tile that begins at column `start` of these, and the targets' logits in it."""
         block = block_shape(tile.weight.device)
@@ -278,7 +274,6 @@ class BlockStats:
             programs,
             **args,
             **{f"block_{name}": None if x is None else x[first_block:] for name, x in self.buffers.items()},
-            **self._flags(),
             target_logit=self.stats.target[tile.batch.tokens],
             **(_KEEP_NOTHING if keep is None else keep.args(block, tile.unit)),
         )
@@ -293,7 +288,6 @@ class BlockStats:
             **{f"block_{name}": x for name, x in self.buffers.items()},
             n=self.n,
             blocks=self.count,
-            **self._flags(),
             BLOCK_N=block_n,
             BLOCK_B=32,
         )
@@ -329,9 +323,6 @@ def logit_grads(tile: Tile, grads: TokenGrads, out: Tensor, *, d_bias: bool) -> 
         block_d_bias=partials,
         grad_stride=out.stride(0),
         factor=problem.scale / problem.temperature,
-        LSE=grads.lse is not None,
-        ENTROPY=grads.entropy is not None,
-        D_BIAS=d_bias,
         GRAD_DESCRIPTOR=described,
     )
     return None if partials is None else partials.sum(0)
@@ -359,7 +350,6 @@ def kept_logit_grads(
         kept_width=block_v,
         kept_stride=exps.stride(0) // tile.unit,
         grad_stride=out.stride(0),
-        D_BIAS=d_bias,
         UNIT=tile.unit,
         BLOCK_N=block_n,
         BLOCK_V=block_v,
@@ -444,7 +434,6 @@ def target_rows(
         weight_step=weight.stride(1),
         out_stride=out.stride(0),
         OPERAND=_TRITON_DTYPES[operand_dtype],
-        SCALED=scale is not None,
         BLOCK_D=triton.next_power_of_2(total.shape[1]),
         num_warps=8,
     )
