@@ -134,7 +134,8 @@ def test_auto_never_takes_the_interpreter(device):
 def recomputed(monkeypatch):
     """Grows by one whenever the logits are made a second time."""
     calls, original = [], impl.paths.two_pass_grads
-    monkeypatch.setattr(impl.paths, "two_pass_grads", lambda *a, **options: calls.append(1) or original(*a, **options))
+    for owner in (impl.paths, impl.IMPL):
+        monkeypatch.setattr(owner, "two_pass_grads", lambda *a, **options: calls.append(1) or original(*a, **options))
     return calls
 
 
@@ -458,13 +459,14 @@ def test_block_shapes_of_other_gpus(monkeypatch, dtype, path, name):
 
 
 @pytest.mark.parametrize("programs", [None, 132])
-def test_the_number_of_tokens_is_no_constant_of_a_kernel(programs):
+def test_the_number_of_tokens_is_no_constant_of_a_kernel(monkeypatch, programs):
     """Else every batch of another size would wait for a compiler."""
     block, constants = launch.BlockShape(16, 32, 16, warps=4, stages=2, programs=programs), []
+    monkeypatch.setattr(launch, "block_shape", lambda device: block)
     for n in (20, 3000):
         case = make_case((n,), 16, 136, dtype=torch.bfloat16, ignored=0.0)
         batch = launch.TokenBatch(problem_of(case), slice(0, n), case.hidden)
-        args, _ = batch.launch_args(launch.Tile(batch, case.weight, slice(0, 136)), block)
+        args, _ = batch.launch_args(launch.Tile(batch, case.weight, slice(0, 136)))
         constants.append({k: x for k, x in args.items() if k.isupper()})
     assert constants[0] == constants[1]
 

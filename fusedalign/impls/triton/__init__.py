@@ -25,12 +25,10 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fusedalign.impls.autograd import Grads, Jacobian, KeepMode, KeptExps, OwnGradients
-from fusedalign.impls.head_grads import Accumulators
-from fusedalign.impls.softmax import SoftmaxStats, TokenGrads
+from fusedalign.impls.autograd import OwnGradients
 from fusedalign.impls.triton import launch, paths
 from fusedalign.impls.triton.launch import INTERPRETED
-from fusedalign.problem import NeedsGrad, Problem, TokenLogps, TokenLoss
+from fusedalign.problem import Problem, TokenLogps, TokenLoss
 
 
 def _on_device(problem: Problem) -> torch.cuda.device:
@@ -43,6 +41,9 @@ class Triton(OwnGradients):
 
     about = "our Triton kernels, exact; NVIDIA GPUs from Ampere on"
     interpreted = INTERPRETED
+    sweep = staticmethod(paths.sweep)
+    two_pass_grads = staticmethod(paths.two_pass_grads)
+    one_pass = staticmethod(paths.one_pass)
 
     def unavailable(self) -> str | None:
         """Why this impl cannot run on this machine, or None."""
@@ -81,28 +82,6 @@ class Triton(OwnGradients):
                 paths.prepare_sweep(
                     problem, "jacobian" if needs.hidden_alone else "exps" if needs.weight else "nothing"
                 )
-
-    def sweep(self, problem: Problem, keep: KeepMode) -> tuple[SoftmaxStats, Jacobian | KeptExps | None]:
-        """The softmax statistics of all tokens, and what is kept for the backward."""
-        return paths.sweep(problem, keep)
-
-    def two_pass_grads(
-        self,
-        problem: Problem,
-        grads: TokenGrads,
-        needs: NeedsGrad,
-        *,
-        kept: KeptExps | None = None,
-        accumulators: Accumulators = (),
-    ) -> Grads:
-        """Gradients of hidden, weight, bias (None where not needed); `kept` is overwritten."""
-        return paths.two_pass_grads(problem, grads, needs, kept=kept, accumulators=accumulators)
-
-    def one_pass(
-        self, problem: Problem, token_loss: TokenLoss, needs: NeedsGrad
-    ) -> tuple[SoftmaxStats, Tensor, Grads] | None:
-        """The softmax statistics, the summed loss, and its gradients by hidden, weight and bias."""
-        return paths.one_pass(problem, token_loss, needs)
 
     def token_logps(self, problem: Problem, loss_hint: TokenLoss | None = None) -> TokenLogps:
         """`TokenLogps` of [N] tokens; the hint is not used.

@@ -135,12 +135,10 @@ def _slope(z, out_scale):
 @triton.jit
 def _store(out, stride, x, row, col, n, v, DESCRIPTOR: tl.constexpr):
     """A block `x` into its place in [n, v], rows `stride` apart."""
-    HEIGHT: tl.constexpr = x.shape[0]
-    WIDTH: tl.constexpr = x.shape[1]
     if DESCRIPTOR:
         out.store([row, col], x.to(out.dtype))
     else:
-        rows, cols = tl.arange(0, HEIGHT), tl.arange(0, WIDTH)
+        rows, cols = tl.arange(0, x.shape[0]), tl.arange(0, x.shape[1])
         block = out + row.to(tl.int64) * stride + col
         mask = (rows < n - row)[:, None] & (cols < v - col)[None, :]
         tl.store(block + rows[:, None] * stride + cols[None, :], x.to(out.dtype.element_ty), mask=mask)
@@ -168,11 +166,11 @@ def _sum_half(
     head,
     dest,
     partials,
-    target,
-    reference,
+    token,
     cols,
     row,
     col,
+    START: tl.constexpr,
     n,
     v,
     HAS_SOFTCAP: tl.constexpr,
@@ -182,10 +180,12 @@ def _sum_half(
 ):
     """Softmax statistics of half a block, one number a row, from its raw logits; keeps e as `sums_kernel` says.
 
-    partials = (e_log_e, e_sq, logit, top), None where not needed.
+    The half begins START columns into the block. partials = (e_log_e, e_sq, logit, top), None where not needed, token =
+    (target, reference), [BLOCK_N] each.
 
     Returns the largest z, the sums of e, e log e, e * e and z, the column of the largest z, and z at the target.
     """
+    target, reference = token
     block_e_log_e, block_e_sq, block_logit, block_top = partials
     z = _final_logits(z, head, cols, v, HAS_SOFTCAP, EXACT_TANH)
     final = z
@@ -209,6 +209,7 @@ def _sum_half(
     if block_e_sq is not None:
         e_sq = tl.sum(e * e, 1)
     if KEEP != "no":
+        col += START
         e *= _exp(m - reference)[:, None] if KEEP == "reference" else KEPT_ONE
         if HAS_SOFTCAP:
             e *= _slope(final, head[3])
@@ -260,11 +261,10 @@ def sums_kernel(
 ):
     """Softmax statistics of each row of each block, [blocks of columns, n], and the targets' logits, [n].
 
-    KEEP "half": also e * slope * KEPT_ONE into `kept`, tiles of kept_span columns, 16 * kept_tile apart, each [n,
-    kept_span] with rows kept_stride apart, in its dtype, and the largest z by which e is into kept_max, [halves of
-    blocks, n]. KEEP "reference": also exp(z - reference) * slope into `kept`. Either way 0 at the targets.
+    KEEP "half": also e * slope * KEPT_ONE into `kept`, see `_keep_exps`, and the largest z of each half block into
+    kept_max, [half blocks, n]. KEEP "reference": also exp(z - reference) * slope into `kept`. Both: 0 at the targets.
 
-    v and kept_stride come in units of UNIT.
+    v and kept_stride are in units of UNIT columns.
     """
     HALF: tl.constexpr = BLOCK_V // 2
     v, kept_stride = v * UNIT, kept_stride * UNIT
@@ -283,25 +283,12 @@ def sums_kernel(
         in_n = rows < n
         target = (tl.load(targets + rows, mask=in_n, other=-1) - v_start).to(tl.int32)  # [BLOCK_N]
         ref = tl.load(reference + rows, mask=in_n, other=0.0) if KEEP == "reference" else 0.0  # [BLOCK_N]
+        token = (target, ref)
         m0, total0, e_log_e0, e_sq0, logit0, top0, target_logit0 = _sum_half(
-            z0, head, dest, partials, target, ref, cols0, row, col, n, v, HAS_SOFTCAP, EXACT_TANH, KEEP, KEPT_DESCRIPTOR
+            z0, head, dest, partials, token, cols0, row, col, 0, n, v, HAS_SOFTCAP, EXACT_TANH, KEEP, KEPT_DESCRIPTOR
         )
         m1, total1, e_log_e1, e_sq1, logit1, top1, target_logit1 = _sum_half(
-            z1,
-            head,
-            dest,
-            partials,
-            target,
-            ref,
-            cols1,
-            row,
-            col + HALF,
-            n,
-            v,
-            HAS_SOFTCAP,
-            EXACT_TANH,
-            KEEP,
-            KEPT_DESCRIPTOR,
+            z1, head, dest, partials, token, cols1, row, col, HALF, n, v, HAS_SOFTCAP, EXACT_TANH, KEEP, KEPT_DESCRIPTOR
         )
         if KEEP == "half":
             offsets = 2 * block_v.to(tl.int64) * n + rows
@@ -411,6 +398,7 @@ def _grad_half(
     cols,
     row,
     col,
+    START: tl.constexpr,
     n,
     v,
     factor,
@@ -419,9 +407,9 @@ def _grad_half(
     ENTROPY: tl.constexpr,
     DESCRIPTOR: tl.constexpr,
 ):
-    """d loss / d raw logits of half a block, from these; stored into out = (grad, stride), and returned.
+    """d loss / d raw logits of half a block, START columns into the block: stored into out = (grad, stride), returned.
 
-    token = (target, largest z, log sum e, and the upstream gradients p_scale, d_target, entropy_scale), [BLOCK_N] each.
+    token = (target, max z, log sum e, and the upstream gradients p_scale, d_target, entropy_scale), [BLOCK_N] each.
     """
     grad, stride = out
     target, m, log_e, p_scale, d_target, entropy_scale = token
@@ -435,7 +423,7 @@ def _grad_half(
     g = tl.where(cols[None, :] == target[:, None], g + d_target[:, None], g)
     if HAS_SOFTCAP:
         g *= _slope(z, head[3]) * factor
-    _store(grad, stride, g, row, col, n, v, DESCRIPTOR)
+    _store(grad, stride, g, row, col + START, n, v, DESCRIPTOR)
     return g
 
 
@@ -478,7 +466,7 @@ def grads_kernel(
 ):
     """d loss / d raw logits of a tile, [n, v] in the dtype of `grad`, and its sums over the rows of each block.
 
-    v comes in units of UNIT.
+    v is in units of UNIT columns.
     """
     HALF: tl.constexpr = BLOCK_V // 2
     ENTROPY: tl.constexpr = d_entropy is not None
@@ -510,23 +498,10 @@ def grads_kernel(
             p_scale, d_target, entropy_scale = p_scale * factor, d_target * factor, entropy_scale * factor
         token = (target, m, log_e, p_scale, d_target, entropy_scale)
         g0 = _grad_half(
-            z0, head, out, token, cols0, row, col, n, v, factor, HAS_SOFTCAP, EXACT_TANH, ENTROPY, GRAD_DESCRIPTOR
+            z0, head, out, token, cols0, row, col, 0, n, v, factor, HAS_SOFTCAP, EXACT_TANH, ENTROPY, GRAD_DESCRIPTOR
         )
         g1 = _grad_half(
-            z1,
-            head,
-            out,
-            token,
-            cols1,
-            row,
-            col + HALF,
-            n,
-            v,
-            factor,
-            HAS_SOFTCAP,
-            EXACT_TANH,
-            ENTROPY,
-            GRAD_DESCRIPTOR,
+            z1, head, out, token, cols1, row, col, HALF, n, v, factor, HAS_SOFTCAP, EXACT_TANH, ENTROPY, GRAD_DESCRIPTOR
         )
         if block_d_bias is not None:  # rows beyond n are undefined
             sums = block_d_bias + block_n.to(tl.int64) * v
@@ -552,10 +527,10 @@ def kept_grads_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """What `grads_kernel` gives, from the e that `sums_kernel` kept for this tile, [n, v] with rows kept_stride apart.
+    """As `grads_kernel`, from the e that `sums_kernel` kept for this tile, [n, v] with rows kept_stride apart.
 
     e_scale [blocks of kept_width columns, n] multiplies e, d_target [n] is added at the targets. Each block of this
-    kernel is within one of kept_width columns. v and kept_stride come in units of UNIT.
+    kernel is within one of kept_width columns. v and kept_stride are in units of UNIT columns.
     """
     v, kept_stride = v * UNIT, kept_stride * UNIT
     blocks_v = tl.cdiv(v, BLOCK_V)
@@ -631,10 +606,10 @@ def far_rows_kernel(
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """total = sum of e * slope * weight over all other columns, reference = row_max, if |log p(target)| > -min_logp.
+    """Where |log p(target)| > -min_logp: total = sum of e * slope * weight over other columns, reference = row_max.
 
-    One program a row; almost always it exits at once. `reference` is the target's logit before. It exceeds row_max by
-    rounding alone, by much where logits are as large as 1e9: their last place is 64.
+    One program per row; almost always it exits at once. On entry `reference` is the target's logit. It can exceed
+    row_max by rounding only, which is much for logits as large as 1e9: their last place is 64.
     """
     head = (bias, 0, in_scale, out_scale)
     row = tl.program_id(0).to(tl.int64)
@@ -699,7 +674,7 @@ def target_rows_kernel(
 ):
     """d_target * weight[target] + total_scale * total, [n, D] into the dtype of `out`; the factors are [n].
 
-    SCALED: each row divided by a power of 2, stored in `scale`, so that its largest element is about 2**10.
+    With `scale`, each row is divided by a power of 2, stored there, so that its largest element is about 2**10.
     """
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(targets + row)
@@ -709,7 +684,7 @@ def target_rows_kernel(
     x = tl.load(d_target + row) * w.to(tl.float32) + tl.load(total_scale + row) * sums
     if scale is not None:
         power = tl.floor(tl.log2(tl.max(tl.abs(x), 0))) - 10.0
-        power = tl.minimum(tl.maximum(power, -100.0), 100.0)  # a row of zeros has none
+        power = tl.minimum(tl.maximum(power, -100.0), 100.0)  # a row of zeros has -inf
         tl.store(scale + row, tl.exp2(power))
         x *= tl.exp2(-power)
     tl.store(out + row * out_stride + offsets, x.to(out.dtype.element_ty), mask=offsets < d)
@@ -717,7 +692,7 @@ def target_rows_kernel(
 
 @_kernel
 def scale_kernel(x, factor, count: tl.int64, UNIT: tl.constexpr, BLOCK: tl.constexpr):
-    """x *= factor, in place; nothing where the factor is 1. `count` elements come in units of UNIT."""
+    """x *= factor, in place; skipped where the factor is 1. `count` is in units of UNIT elements."""
     scale = tl.load(factor).to(tl.float32)
     if scale != 1.0:
         offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)

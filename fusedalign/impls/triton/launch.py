@@ -105,19 +105,15 @@ class TokenBatch:
         """`hidden` [n, D]: the hidden states of the tokens, in the operand dtype, rows contiguous."""
         self.problem, self.tokens, self.hidden = problem, tokens, hidden
         self.targets, self.head = problem.targets[tokens], HeadArgs.of(problem)
-        self._args: dict[BlockShape, dict[str, Any]] = {}
+        self.block = block_shape(hidden.device)
 
     def __len__(self) -> int:
         return self.hidden.shape[0]
 
-    def args(self, block: BlockShape) -> dict[str, Any]:
+    @functools.cached_property
+    def args(self) -> dict[str, Any]:
         """Kernel arguments of every launch for these tokens; `weight` is missing where the head is copied by tiles."""
-        if block not in self._args:
-            self._args[block] = self._new_args(block)
-        return self._args[block]
-
-    def _new_args(self, block: BlockShape) -> dict[str, Any]:
-        p, hidden = self.problem, self.hidden
+        p, hidden, block = self.problem, self.hidden, self.block
         args: dict[str, Any] = {
             **self.head._asdict(),
             "targets": self.targets,
@@ -150,9 +146,9 @@ class TokenBatch:
             args |= {"hidden": hidden, "hidden_stride": stride, "SOURCE": "pointer"}
         return args if weight is None else args | _weight_args(weight, args["SOURCE"], block)
 
-    def launch_args(self, tile: Tile, block: BlockShape) -> tuple[dict[str, Any], int]:
+    def launch_args(self, tile: Tile) -> tuple[dict[str, Any], int]:
         """Arguments that `sums_kernel` and `grads_kernel` share, and the number of programs."""
-        args, weight = self.args(block), tile.weight
+        args, block, weight = self.args, self.block, tile.weight
         tile_args: dict[str, Any] = {"v": tile.v // tile.unit, "UNIT": tile.unit, "v_start": tile.vocab.start}
         if args["SOURCE"] == "memory":  # the library's fp32 product: tensor cores have none
             tile_args |= {"hidden": torch.mm(self.hidden, weight.t()), "weight": None}
@@ -266,8 +262,7 @@ class BlockStats:
 
     def add(self, tile: Tile, *, start: int = 0, keep: ExpTiles | None = None) -> None:
         """Compute the statistics of a tile that begins at column `start` of these, and the targets' logits in it."""
-        block = block_shape(tile.weight.device)
-        args, programs = tile.batch.launch_args(tile, block)
+        args, programs = tile.batch.launch_args(tile)
         first_block = start // self.block_v
         ahead.launch(
             kernels.sums_kernel,
@@ -275,7 +270,7 @@ class BlockStats:
             **args,
             **{f"block_{name}": None if x is None else x[first_block:] for name, x in self.buffers.items()},
             target_logit=self.stats.target[tile.batch.tokens],
-            **(_KEEP_NOTHING if keep is None else keep.args(block, tile.unit)),
+            **(_KEEP_NOTHING if keep is None else keep.args(tile.batch.block, tile.unit)),
         )
 
     def fold(self, tokens: slice) -> None:
@@ -304,8 +299,8 @@ def logit_grads(tile: Tile, grads: TokenGrads, out: Tensor, *, d_bias: bool) -> 
     Returns:
         Their sums over the tokens, [v] fp32, if `d_bias`.
     """
-    block, problem = block_shape(out.device), tile.batch.problem
-    args, programs = tile.batch.launch_args(tile, block)
+    block, problem = tile.batch.block, tile.batch.problem
+    args, programs = tile.batch.launch_args(tile)
     d_entropy, entropy = grads.entropy or (None, None)
     partials = _d_bias_partials(tile, block.n) if d_bias else None
     described = block.descriptor and _describable(out)
