@@ -15,13 +15,13 @@ from triton.runtime import jit
 
 from fusedalign.impls import autograd
 from fusedalign.impls import triton as impl
-from fusedalign.impls.triton import ahead, launch
+from fusedalign.impls.triton import ahead, kept, launch, plan
 from fusedalign.impls.triton.dry import tokens_of_dry_runs
-from fusedalign.problem import OUTPUTS, MemoryOptions, Problem, as_head
+from fusedalign.problem import OUTPUTS, MemoryOptions, NeedsGrad, Problem, Upstream, as_head
 
 GPUS = {
-    "H100": launch.Blocks(128, 256, 64, warps=8, stages=3, programs=132, descriptor=True, flatten=True),
-    "A100": launch.Blocks(128, 256, 32, warps=8, stages=3),
+    "H100": launch.BlockShape(128, 256, 64, warps=8, stages=3, programs=132, descriptor=True, flatten=True),
+    "A100": launch.BlockShape(128, 256, 32, warps=8, stages=3),
 }
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 #: name -> (D of each part, V, dtype of hidden, of the head and of operands, bias, softcap).
@@ -73,13 +73,13 @@ def no_grad(p, needs):
 
 
 def logps(p, needs):
-    out, state = autograd.forward(impl.IMPL, p, needs)
-    autograd.backward(impl.IMPL, p, state, needs, out.logps)
+    out, saved = autograd.forward(impl.IMPL, p, needs)
+    autograd.backward(impl.IMPL, p, saved, needs, Upstream(out.logps))
 
 
 def entropy(p, needs):
-    out, state = autograd.forward(impl.IMPL, p, needs)
-    autograd.backward(impl.IMPL, p, state, needs, out.logps, out.entropy, out.lse)
+    out, saved = autograd.forward(impl.IMPL, p, needs)
+    autograd.backward(impl.IMPL, p, saved, needs, Upstream(out.logps, out.entropy, out.lse))
 
 
 def one_pass(p, needs):
@@ -93,7 +93,7 @@ def variants(path, head, trained, outputs, numbers):
     signatures.clear()
     for n in numbers:
         p = problem(head, n, trained, outputs)
-        needs = (True, trained, trained and p.bias is not None)
+        needs = NeedsGrad(True, trained, trained and p.bias is not None)
         with torch.no_grad(), ahead.NoArithmetic():
             path(p, needs)
     return set(signatures)
@@ -114,14 +114,14 @@ def cases():
 
 def main(gpu):
     jit.JITFunction.run = note
-    for module in (launch, impl):
-        module.blocks_for = lambda device: GPUS[gpu]
+    for module in (launch, plan, kept):
+        module.block_shape = lambda device: GPUS[gpu]
     draw = random.Random(0)
     table = []
     for path, head, trained, outputs in cases():
         p = problem(head, 0, trained, outputs)
         first = variants(path, head, trained, outputs, tokens_of_dry_runs(p))
-        if len(table) < 3:  # a head as most have it, trained or not: not even what the compiler is made of
+        if len(table) < 3:  # common heads, trained and not: not even parts of the compiler
             assert "torch.fx.experimental.symbolic_shapes" not in sys.modules, path
         random_sizes = 45 if head == "Qwen3" else 5
         numbers = [1, 15, 16, 17, 4096, *(draw.randint(1, 4 * p.hidden.shape[1] + 3000) for _ in range(random_sizes))]

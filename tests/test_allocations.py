@@ -198,16 +198,16 @@ def _as_on_a_gpu(monkeypatch):
         return
     from fusedalign.impls.triton import launch
 
-    original = launch.Rows.launch
+    original = launch.TokenBatch.launch_args
 
-    def launched(rows, *args):
+    def launch_args(batch, *args):
         gc.collect()
-        if rows.problem.operand_dtype == torch.float32:
-            return original(rows, *args)
+        if batch.problem.operand_dtype == torch.float32:
+            return original(batch, *args)
         with _disable_current_modes():
-            return original(rows, *args)
+            return original(batch, *args)
 
-    monkeypatch.setattr(launch.Rows, "launch", launched)
+    monkeypatch.setattr(launch.TokenBatch, "launch_args", launch_args)
     gc.collect()
     gc.freeze()
     yield

@@ -36,7 +36,7 @@ from fusedalign.problem import OUTPUTS, MemoryOptions, Problem
 pytest.importorskip("triton", reason="triton is not installed: none of its kernels is tested")
 
 from fusedalign.impls import triton as impl
-from fusedalign.impls.triton import launch
+from fusedalign.impls.triton import kept, launch, plan
 
 HALF = [torch.bfloat16, torch.float16]
 DTYPES = [torch.float32, *HALF]
@@ -133,10 +133,9 @@ def test_auto_never_selects_the_interpreter(device):
 @pytest.fixture
 def recomputed(monkeypatch):
     """Grows by one whenever the logits are made a second time."""
-    calls, original = [], impl.IMPL.two_pass_grads
-    monkeypatch.setattr(
-        impl.IMPL, "two_pass_grads", lambda *args, **options: calls.append(1) or original(*args, **options)
-    )
+    calls, original = [], impl.paths.two_pass_grads
+    for owner in (impl.paths, impl.IMPL):
+        monkeypatch.setattr(owner, "two_pass_grads", lambda *a, **options: calls.append(1) or original(*a, **options))
     return calls
 
 
@@ -261,33 +260,33 @@ def test_the_gradient_of_a_confident_target_is_exact(device, kind, path):
 
 
 @pytest.fixture
-def stores(monkeypatch):
+def slots(monkeypatch):
     """Where the last one-pass call keeps its tokens, as {place: number of tokens}."""
-    made, original = {}, impl._exp_slots
+    sizes, original = {}, kept.exp_slots
 
     def record(problem, d_weight, *, workspace):
-        out = original(problem, d_weight, workspace=workspace)
-        made.clear()
-        for store in out:
+        slots = original(problem, d_weight, workspace=workspace)
+        sizes.clear()
+        for slot in slots:
             place = "nowhere"
-            if store.memory is not None:
-                place = "dW" if store.memory.data_ptr() == d_weight.data_ptr() else "workspace"
-            made[place] = len(store.rows)
-        return out
+            if slot.memory is not None:
+                place = "dW" if slot.memory.data_ptr() == d_weight.data_ptr() else "workspace"
+            sizes[place] = len(slot.batch)
+        return slots
 
-    monkeypatch.setattr(impl, "_exp_slots", record)
-    return made
+    monkeypatch.setattr(impl.paths, "exp_slots", record)
+    return sizes
 
 
-def workspace_with_all_stores(case: Case, stores, operand_dtype=None) -> int:
+def workspace_with_all_slots(case: Case, slots, operand_dtype=None) -> int:
     """The smallest, nearly, with which tokens are kept in the memory of dW, in the workspace, and nowhere."""
     for step in range(300):
         workspace = int(1000 * 1.05**step)
         problem = problem_of(case, operand_dtype, memory=MemoryOptions(workspace=workspace))
-        impl._exp_slots(problem, torch.empty_like(case.weight), workspace=True)
-        if len(stores) == 3:
+        impl.paths.exp_slots(problem, torch.empty_like(case.weight), workspace=True)
+        if len(slots) == 3:
             return workspace
-    raise AssertionError("no workspace makes all three kinds of stores")
+    raise AssertionError("no workspace makes all three kinds of slots")
 
 
 ONE_PASS = {
@@ -306,27 +305,27 @@ def many_tokens(device, dtype, head, seed=0) -> Case:
 @devices
 @early_dtypes
 @pytest.mark.parametrize("name", ONE_PASS)
-def test_one_pass_with_tokens_kept_in_every_place(stores, device, dtype, name):
+def test_one_pass_with_tokens_kept_in_every_place(slots, device, dtype, name):
     options = dict(ONE_PASS[name])
     loss = {k: options.pop(k) for k in ("z_loss", "loss_type") if k in options}
     case = many_tokens(device, dtype, options)
-    workspace = workspace_with_all_stores(case, stores)
+    workspace = workspace_with_all_slots(case, slots)
     got = run_loss(case, impl="triton", workspace=workspace, num_items=1, **loss)
-    assert set(stores) == {"dW", "workspace", "nowhere"}
-    assert sum(stores.values()) == case.valid.sum()
+    assert set(slots) == {"dW", "workspace", "nowhere"}
+    assert sum(slots.values()) == case.valid.sum()
     assert_loss_within_budget(case, got, num_items=1, **loss)
 
 
 @devices
 @dtypes
 @pytest.mark.parametrize("name", ONE_PASS)
-def test_any_loss_with_tokens_kept_in_the_gradients_memory(stores, device, dtype, name):
+def test_any_loss_with_tokens_kept_in_the_gradients_memory(slots, device, dtype, name):
     """Those that find no room there are computed again; upstream gradients differ by token."""
     options = {k: x for k, x in ONE_PASS[name].items() if k not in ("z_loss", "loss_type")}
     case = many_tokens(device, dtype, options)
     got = run(case, ("logps", "lse"), impl="triton", outputs=("lse",))
-    assert set(stores) == {"dW", "nowhere"}
-    assert sum(stores.values()) == case.valid.sum()
+    assert set(slots) == {"dW", "nowhere"}
+    assert sum(slots.values()) == case.valid.sum()
     assert_within_budget(case, got, ("logps", "lse"))
 
 
@@ -348,14 +347,14 @@ def test_repeated_backwards_are_exact_after_the_store_is_used_up(device, dtype):
 
 @devices
 @early_dtypes
-def test_where_tokens_are_kept_does_not_matter(stores, device, dtype):
+def test_where_tokens_are_kept_does_not_matter(slots, device, dtype):
     """To the gradients' error: each place is as near to fp64 as the others, up to a tenth."""
     case = many_tokens(device, dtype, {"softcap": 6.0})
     want = run_loss_exact(case, z_loss=0.01)
     errors, places = {}, []
-    for workspace in (1000, workspace_with_all_stores(case, stores), 2**28):
+    for workspace in (1000, workspace_with_all_slots(case, slots), 2**28):
         got = run_loss(case, impl="triton", workspace=workspace, z_loss=0.01)
-        places.append(set(stores))
+        places.append(set(slots))
         for k in got:
             errors.setdefault(k, []).append((got[k].double() - want[k]).norm() / want[k].norm())
     assert places == [{"dW", "nowhere"}, {"dW", "workspace", "nowhere"}, {"dW", "workspace"}]
@@ -426,15 +425,15 @@ def assert_path_within_budget(path: str, case: Case, got: dict[str, torch.Tensor
 @pytest.mark.parametrize("d", [7, 16, 24, 40])
 def test_both_ways_of_reading_operands(monkeypatch, device, dtype, path, d):
     """Tensor descriptors take rows whose length in bytes is a multiple of 16; the others are read by pointers."""
-    sources, original = set(), launch.Rows.launch
+    sources, original = set(), launch.TokenBatch.launch_args
     record = lambda *args: (out := original(*args), sources.add(out[0]["SOURCE"]))[0]  # noqa: E731
-    monkeypatch.setattr(launch.Rows, "launch", record)
+    monkeypatch.setattr(launch.TokenBatch, "launch_args", record)
     case = make_case((2, 19), d, 135, dtype=dtype, device=device, softcap=5.0)
     assert_path_within_budget(path, case, PATHS[path](case))
     if dtype == torch.float32:
         assert sources == {"memory"}
     else:
-        described = d % 8 == 0 and launch.blocks_for(case.hidden.device).descriptor
+        described = d % 8 == 0 and launch.block_shape(case.hidden.device).descriptor
         assert sources == {"descriptor" if described else "pointer"}
 
 
@@ -450,22 +449,25 @@ BLOCKS = {
 @paths
 @pytest.mark.parametrize("name", BLOCKS)
 def test_block_shapes_of_other_gpus(monkeypatch, dtype, path, name):
-    chosen = launch.Blocks(16, 32, 16, **{"warps": 4, "stages": 2, "programs": 3, "descriptor": True} | BLOCKS[name])
-    for module in (launch, impl):
-        monkeypatch.setattr(module, "blocks_for", lambda device, **_: chosen)
+    chosen = launch.BlockShape(
+        16, 32, 16, **{"warps": 4, "stages": 2, "programs": 3, "descriptor": True} | BLOCKS[name]
+    )
+    for module in (launch, plan, kept):
+        monkeypatch.setattr(module, "block_shape", lambda device, **_: chosen)
     case = make_case((2, 19), 16, 136, dtype=dtype, softcap=5.0)
     assert_path_within_budget(path, case, PATHS[path](case, vocab_chunk=70))
 
 
 @pytest.mark.parametrize("programs", [None, 132])
-def test_the_number_of_tokens_is_no_constant_of_a_kernel(programs):
+def test_the_number_of_tokens_is_no_constant_of_a_kernel(monkeypatch, programs):
     """Else every batch of another size would wait for a compiler."""
-    blocks, constants = launch.Blocks(16, 32, 16, warps=4, stages=2, programs=programs), []
+    block, constants = launch.BlockShape(16, 32, 16, warps=4, stages=2, programs=programs), []
+    monkeypatch.setattr(launch, "block_shape", lambda device: block)
     for n in (20, 3000):
         case = make_case((n,), 16, 136, dtype=torch.bfloat16, ignored=0.0)
-        rows = launch.Rows(problem_of(case), slice(0, n), case.hidden)
-        options, _ = rows.launch(launch.Tile(rows, case.weight, slice(0, 136)), blocks)
-        constants.append({k: x for k, x in options.items() if k.isupper()})
+        batch = launch.TokenBatch(problem_of(case), slice(0, n), case.hidden)
+        args, _ = batch.launch_args(launch.Tile(batch, case.weight, slice(0, 136)))
+        constants.append({k: x for k, x in args.items() if k.isupper()})
     assert constants[0] == constants[1]
 
 

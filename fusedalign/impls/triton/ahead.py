@@ -1,8 +1,8 @@
-"""Launches kernels, and compiles them before their first launch: all that a path needs, side by side.
+"""Launches kernels, and compiles all kernels of a path in parallel before their first launch.
 
-Triton compiles a kernel where it is first launched, one to three seconds each, one after another. A dry run of a path
-over tensors without memory (`device="meta"`) tells which kernels it launches. These are compiled by as many threads as
-there are processors, and the next launch waits for them.
+Triton compiles a kernel at its first launch, one to three seconds each, one after another. A dry run of a path over
+tensors without memory (`device="meta"`) records which kernels it launches. These are compiled by one thread per
+processor, and the next launch waits for them.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 _log = logging.getLogger("fusedalign")
 
-#: Launches of a dry run: what a kernel is compiled for -> the kernel and its arguments.
+#: Launches of a dry run: signature -> the kernel and its arguments.
 _Launches = dict[Hashable, tuple[Any, tuple, dict[str, Any]]]
 _dry_run: ContextVar[_Launches | None] = ContextVar("fusedalign_dry_run", default=None)
-#: Elementwise operations with results of truth.
-_TESTS = {f"aten::{name}" for name in ("eq", "ne", "lt", "le", "gt", "ge", "isnan")}
-#: What needs no second dry run, and what no second compilation.
+#: Elementwise operations with boolean results.
+_COMPARISONS = {f"aten::{name}" for name in ("eq", "ne", "lt", "le", "gt", "ge", "isnan")}
+#: Keys of paths that had their dry run, and signatures that have been submitted for compilation.
 _prepared: set[Hashable] = set()
 _submitted: set[Hashable] = set()
 _compiling: list[Future] = []
@@ -36,7 +36,7 @@ _lock = threading.Lock()
 
 
 def launch(kernel: Any, programs: int, *args: Any, **kwargs: Any) -> None:
-    """Run `programs` of a kernel, once all that is being compiled is there; in a dry run only take note of it."""
+    """Run `programs` of a kernel after pending compilations; in a dry run only record the launch."""
     launches = _dry_run.get()
     if launches is not None:
         launches.setdefault(_signature(kernel, args, kwargs), (kernel, args, kwargs))
@@ -47,16 +47,16 @@ def launch(kernel: Any, programs: int, *args: Any, **kwargs: Any) -> None:
 
 
 def prepare(key: Hashable, device: torch.device, dry_run: Callable[[], object]) -> None:
-    """Start to compile every kernel that `dry_run` launches on `device`, where nothing with this `key` was before.
+    """Start to compile every kernel that `dry_run` launches on `device`, once per `key`.
 
-    What fails to compile raises where it is launched.
+    A kernel that fails to compile raises at its launch.
     """
     if key in _prepared or _dry_run.get() is not None:
         return
     _prepared.add(key)
     try:
         launches = launches_of(dry_run)
-    except Exception as error:  # of a PyTorch that does not know one of the operations without memory
+    except Exception as error:  # a PyTorch version may lack a meta kernel
         _log.info("kernels will be compiled when they are launched: their dry run failed (%s)", error)
         return
     with _lock:
@@ -67,7 +67,7 @@ def prepare(key: Hashable, device: torch.device, dry_run: Callable[[], object]) 
 
 
 def launches_of(dry_run: Callable[[], object]) -> _Launches:
-    """The launches of `dry_run`, of which none takes place."""
+    """Record the launches of `dry_run`; no kernel runs."""
     launches: _Launches = {}
     token = _dry_run.set(launches)
     try:
@@ -79,14 +79,14 @@ def launches_of(dry_run: Callable[[], object]) -> _Launches:
 
 
 class NoArithmetic(TorchDispatchMode):
-    """Gives results of elementwise and in-place operations, and a few others, their shape without asking PyTorch.
+    """Infers the shapes of elementwise, in-place and a few other operations itself.
 
-    For tensors without memory PyTorch loads parts of its compiler to tell, which takes seconds.
+    For meta tensors PyTorch would load parts of its compiler to infer them, which takes seconds.
     """
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """False: PyTorch would load the compiler in order to keep it out."""
+        """False: to skip it, PyTorch would load the compiler."""
         return False
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -104,25 +104,21 @@ class NoArithmetic(TorchDispatchMode):
             return torch.empty((), dtype=torch.bool, device=args[0].device)
         if torch.Tag.pointwise in function.tags:
             largest = max((x for x in args if isinstance(x, Tensor)), key=Tensor.numel)
-            dtype = torch.bool if name in _TESTS else largest.dtype
+            dtype = torch.bool if name in _COMPARISONS else largest.dtype
             return torch.empty(largest.shape, dtype=dtype, device=largest.device)
         return function(*args, **kwargs)
 
 
 def _signature(kernel: Any, args: tuple, kwargs: dict[str, Any]) -> Hashable:
-    """What Triton compiles a kernel for."""
-    given = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
+    """The key by which Triton tells compiled variants of a kernel apart."""
+    values = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
     return kernel.__name__, tuple(
-        (p.name, _constant(given[p.name]) if p.is_constexpr else _type(given[p.name], p)) for p in kernel.params
+        (p.name, (type(x), x) if p.is_constexpr else _type(x, p)) for p in kernel.params for x in (values[p.name],)
     )
 
 
-def _constant(x: Any) -> tuple:
-    return type(x), x
-
-
 def _type(x: Any, parameter: Any) -> Hashable:
-    """Of an argument that is no constant, with what Triton's specialisation looks at."""
+    """The type of a non-constant argument, with the properties that Triton specialises on."""
     if isinstance(x, TensorDescriptor):
         return x.base.dtype, tuple(x.block_shape)
     if isinstance(x, Tensor):
@@ -133,10 +129,10 @@ def _type(x: Any, parameter: Any) -> Hashable:
 
 
 def _compile_all(device: torch.device, launches: _Launches) -> list[Future]:
-    """Compile and load kernels in threads; older Tritons, which know nothing of threads, in one."""
+    """Compile and load kernels in threads; in a single one with older versions of Triton."""
     with torch.cuda.device(device):
         for kernel, *_ in launches.values():
-            kernel.device_caches[torch.cuda.current_device()]  # made where it is missing, and by one thread alone
+            kernel.device_caches[torch.cuda.current_device()]  # creates the cache, before other threads use it
     workers = os.cpu_count() if hasattr(triton, "AsyncCompileMode") else 1
     pool = ThreadPoolExecutor(workers, thread_name_prefix="fusedalign-compile")
     try:
@@ -148,11 +144,11 @@ def _compile_all(device: torch.device, launches: _Launches) -> list[Future]:
 def _compile(device: torch.device, kernel: Any, args: tuple, kwargs: dict[str, Any]) -> None:
     with torch.cuda.device(device):
         compiled = kernel.warmup(*args, grid=(1,), **kwargs)
-        getattr(compiled, "run", None)  # loads it, for which some Tritons compile a launcher in C
+        getattr(compiled, "run", None)  # loads it; some versions of Triton compile a C launcher here
 
 
 def wait_for_all() -> None:
-    """For all that is being compiled."""
+    """Wait for all pending compilations."""
     with _lock:
         futures = list(_compiling)
     wait(futures)

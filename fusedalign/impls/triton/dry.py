@@ -1,4 +1,4 @@
-"""Problems without memory, over which a path runs dry: what that launches is compiled ahead of the path itself."""
+"""Dry runs of paths over problems without memory: what they launch is compiled before the paths themselves run."""
 
 from __future__ import annotations
 
@@ -10,14 +10,12 @@ from torch import Tensor
 
 from fusedalign.impls.triton import ahead
 from fusedalign.impls.triton.launch import INTERPRETED, is_operand
+from fusedalign.impls.triton.plan import TOKENS_AT_ONCE
 from fusedalign.problem import DEFAULT_WORKSPACE, Problem, as_head
-
-#: Of a tile that is added to its tokens' fp32 sums: with fewer the head is read more often, with more the sums are.
-TOKENS_AT_ONCE = 4096
 
 
 def prepare_path(problem: Problem, path: Hashable, run: Callable[[Problem], object]) -> None:
-    """Compile what `run` of problems like this one launches, whatever the number of tokens, if that is still to do."""
+    """Compile what `run` launches for problems like this one, whatever the number of tokens, once per `path`."""
     if INTERPRETED or problem.hidden.is_meta:
         return
     tensors = [*(x for _, x in problem.head), *([] if problem.bias is None else [problem.bias])]
@@ -34,19 +32,19 @@ def prepare_path(problem: Problem, path: Hashable, run: Callable[[Problem], obje
 
 
 def tokens_of_dry_runs(problem: Problem) -> tuple[int, int]:
-    """Two numbers of tokens that between them take every branch: all tokens in one tile, and more than can be kept."""
+    """Two numbers of tokens that together reach every branch: all tokens in one tile, and more than can be kept."""
     v, d = problem.weight.shape
     return 2, 8 * TOKENS_AT_ONCE + 4 * d + (problem.memory.workspace or DEFAULT_WORKSPACE) // v
 
 
 def _without_memory(problem: Problem, n: int) -> Problem:
-    """`problem` as it would be with `n` tokens, on the device "meta"."""
+    """`problem` with `n` tokens, on the device "meta"."""
 
     def like(x: Tensor) -> Tensor:
-        start = x.data_ptr() % 16 // x.itemsize
-        size = start + 1 + sum((length - 1) * step for length, step in zip(x.shape, x.stride(), strict=True))
+        offset = x.data_ptr() % 16 // x.itemsize
+        size = offset + 1 + sum((length - 1) * step for length, step in zip(x.shape, x.stride(), strict=True))
         memory = torch.empty(size, dtype=x.dtype, device="meta")
-        return memory.as_strided(x.shape, x.stride(), start).requires_grad_(x.requires_grad)
+        return memory.as_strided(x.shape, x.stride(), offset).requires_grad_(x.requires_grad)
 
     d, weight = problem.hidden.shape[1], problem.weight
     hidden = torch.empty_strided((n, d), (_row_stride(problem), 1), dtype=problem.hidden.dtype, device="meta")
@@ -60,6 +58,6 @@ def _without_memory(problem: Problem, n: int) -> Problem:
 
 
 def _row_stride(problem: Problem) -> int:
-    """Of the hidden states, if they are read as they are."""
+    """The row stride of the kernels' operand: that of the hidden states, or of a contiguous copy."""
     hidden = problem.hidden
     return hidden.stride(0) if len(hidden) > 1 and is_operand(hidden, problem) else hidden.shape[1]
