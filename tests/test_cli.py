@@ -69,8 +69,8 @@ def test_a_closed_pipe_prints_no_error(capsys, monkeypatch, argv):
     assert capsys.readouterr().err == ""
 
 
-def test_a_reader_that_goes_in_the_middle(capsys, monkeypatch):
-    """More than fits the buffer: the command itself meets the closed pipe."""
+def test_a_pipe_closed_halfway_prints_no_error(capsys, monkeypatch):
+    """The output exceeds the buffer, so the command itself writes to the closed pipe."""
     monkeypatch.setitem(COMMANDS, "env", Command(lambda argv: [print("one line more") for _ in range(1000)], ""))
     with closed_pipe(monkeypatch):
         assert main(["env"]) == 141

@@ -86,7 +86,9 @@ def test_mm_calls_have_valid_shapes_and_dtypes_on_meta_tensors(monkeypatch, dtyp
         grads = TokenGrads(sums.max, sums.log_e(), sums.e, sums.e, (sums.e, sums.e))
         two_pass = pytorch.IMPL.two_pass_grads(problem, grads, NeedsGrad(True, True, True))
         _, loss, one_pass = pytorch.IMPL.one_pass(
-            problem, lambda logps, lse: (lse - logps, -torch.ones_like(logps), torch.ones_like(lse)), NeedsGrad(True, True, True)
+            problem,
+            lambda logps, lse: (lse - logps, -torch.ones_like(logps), torch.ones_like(lse)),
+            NeedsGrad(True, True, True),
         )
     assert {x.dtype for x in [loss, *sums.results(problem)[:3]]} == {torch.float32}
     for (d_hidden, (d_weight,), d_bias), hidden_dtype in ((two_pass, dtype), (one_pass, early_dtype(dtype))):

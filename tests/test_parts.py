@@ -47,7 +47,7 @@ class PartsCase(Case):
         return other_grads | {f"weight{i}": x.grad for i, x in enumerate(self.weight)}
 
     def as_tensor(self, dtype):
-        """The same with one tensor."""
+        """The case with the concatenated weight."""
         return Case(self.hidden, torch.cat([x.to(dtype) for x in self.weight], 1), self.targets, self.bias, self.head)
 
 

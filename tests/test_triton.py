@@ -132,7 +132,7 @@ def test_auto_never_selects_the_interpreter(device):
 
 @pytest.fixture
 def recomputed(monkeypatch):
-    """Grows by one whenever the logits are made a second time."""
+    """A list with one entry per recomputation of the logits."""
     calls, original = [], impl.paths.two_pass_grads
     for owner in (impl.paths, impl.IMPL):
         monkeypatch.setattr(owner, "two_pass_grads", lambda *a, **options: calls.append(1) or original(*a, **options))
@@ -261,7 +261,7 @@ def test_the_gradient_of_a_confident_target_is_exact(device, kind, path):
 
 @pytest.fixture
 def slots(monkeypatch):
-    """Where the last one-pass call keeps its tokens, as {place: number of tokens}."""
+    """Where the last one-pass call stores its tokens: {kind of store: number of tokens}."""
     sizes, original = {}, kept.exp_slots
 
     def record(problem, d_weight, *, workspace):
@@ -279,7 +279,7 @@ def slots(monkeypatch):
 
 
 def workspace_with_all_slots(case: Case, slots, operand_dtype=None) -> int:
-    """The smallest, nearly, with which tokens are kept in the memory of dW, in the workspace, and nowhere."""
+    """Nearly the smallest workspace with tokens stored in the memory of dW, in the workspace, and not at all."""
     for step in range(300):
         workspace = int(1000 * 1.05**step)
         problem = problem_of(case, operand_dtype, memory=MemoryOptions(workspace=workspace))
@@ -305,7 +305,7 @@ def many_tokens(device, dtype, head, seed=0) -> Case:
 @devices
 @early_dtypes
 @pytest.mark.parametrize("name", ONE_PASS)
-def test_one_pass_with_tokens_kept_in_every_place(slots, device, dtype, name):
+def test_one_pass_is_exact_with_every_kind_of_token_store(slots, device, dtype, name):
     options = dict(ONE_PASS[name])
     loss = {k: options.pop(k) for k in ("z_loss", "loss_type") if k in options}
     case = many_tokens(device, dtype, options)
@@ -319,8 +319,8 @@ def test_one_pass_with_tokens_kept_in_every_place(slots, device, dtype, name):
 @devices
 @dtypes
 @pytest.mark.parametrize("name", ONE_PASS)
-def test_any_loss_with_tokens_kept_in_the_gradients_memory(slots, device, dtype, name):
-    """Those that find no room there are computed again; upstream gradients differ by token."""
+def test_any_loss_is_exact_with_tokens_stored_in_gradient_memory(slots, device, dtype, name):
+    """Tokens without room are recomputed; upstream gradients differ by token."""
     options = {k: x for k, x in ONE_PASS[name].items() if k not in ("z_loss", "loss_type")}
     case = many_tokens(device, dtype, options)
     got = run(case, ("logps", "lse"), impl="triton", outputs=("lse",))
@@ -347,8 +347,8 @@ def test_repeated_backwards_are_exact_after_the_store_is_used_up(device, dtype):
 
 @devices
 @early_dtypes
-def test_where_tokens_are_kept_does_not_matter(slots, device, dtype):
-    """To the gradients' error: each place is as near to fp64 as the others, up to a tenth."""
+def test_the_token_store_does_not_change_the_error(slots, device, dtype):
+    """Each kind of store gives the same error against fp64, up to a tenth."""
     case = many_tokens(device, dtype, {"softcap": 6.0})
     want = run_loss_exact(case, z_loss=0.01)
     errors, places = {}, []
@@ -423,8 +423,8 @@ def assert_path_within_budget(path: str, case: Case, got: dict[str, torch.Tensor
 @dtypes
 @paths
 @pytest.mark.parametrize("d", [7, 16, 24, 40])
-def test_both_ways_of_reading_operands(monkeypatch, device, dtype, path, d):
-    """Tensor descriptors take rows whose length in bytes is a multiple of 16; the others are read by pointers."""
+def test_descriptors_and_pointers_read_the_same_operands(monkeypatch, device, dtype, path, d):
+    """Tensor descriptors need rows of a multiple of 16 bytes; other rows are read by pointers."""
     sources, original = set(), launch.TokenBatch.launch_args
     record = lambda *args: (out := original(*args), sources.add(out[0]["SOURCE"]))[0]  # noqa: E731
     monkeypatch.setattr(launch.TokenBatch, "launch_args", record)
@@ -448,7 +448,7 @@ BLOCKS = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @paths
 @pytest.mark.parametrize("name", BLOCKS)
-def test_block_shapes_of_other_gpus(monkeypatch, dtype, path, name):
+def test_block_shapes_of_other_gpus_give_the_same_result(monkeypatch, dtype, path, name):
     chosen = launch.BlockShape(
         16, 32, 16, **{"warps": 4, "stages": 2, "programs": 3, "descriptor": True} | BLOCKS[name]
     )
@@ -459,8 +459,8 @@ def test_block_shapes_of_other_gpus(monkeypatch, dtype, path, name):
 
 
 @pytest.mark.parametrize("programs", [None, 132])
-def test_the_number_of_tokens_is_no_constant_of_a_kernel(monkeypatch, programs):
-    """Else every batch of another size would wait for a compiler."""
+def test_the_number_of_tokens_is_not_a_kernel_constant(monkeypatch, programs):
+    """Otherwise every new batch size would wait for a compiler."""
     block, constants = launch.BlockShape(16, 32, 16, warps=4, stages=2, programs=programs), []
     monkeypatch.setattr(launch, "block_shape", lambda device: block)
     for n in (20, 3000):

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from fusedalign.bench import microbatches, scoring
+from fusedalign.bench import microbatches, scoring, sharded
 from fusedalign.bench.cases import CASES, DEFAULT_CPU, DEFAULT_CUDA, parse_cases
 from fusedalign.bench.data import KINDS
 from fusedalign.bench.peers import Implementation, choose, implementations
@@ -36,6 +36,7 @@ class SubCommand(NamedTuple):
 SUBCOMMANDS = {
     microbatches.WORD: SubCommand(microbatches.microbatches, "a pipeline's last stage, with many forwards in flight"),
     training.WORD: SubCommand(training.trainings, "whole training steps, stock TRL against the Fused trainers"),
+    sharded.WORD: SubCommand(sharded.sharded, "a head sharded over the GPUs of this machine, against one GPU"),
     scoring.WORD: SubCommand(scoring.scoring, "log-probabilities of preference pairs, against other ways to score"),
 }
 

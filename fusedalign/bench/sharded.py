@@ -168,8 +168,8 @@ def _measure(
 def _parser() -> CommandParser:
     parser = CommandParser(
         f"fusedalign bench {WORD}",
-        "A head with its rows sharded over the GPUs of this machine (on a CPU: over processes), against one GPU: time of\n"
-        "forward and backward, memory with head and gradients, and errors against fp32.",
+        "A head with its rows sharded over the GPUs of this machine (on a CPU: over processes), against one GPU: time\n"
+        "of forward and backward, memory with head and gradients, and errors against fp32.",
     )
     parser.add_argument("--case", help=f"as --cases of bench; default: {DEFAULT_CUDA} on GPUs, {DEFAULT_CPU} on a CPU")
     parser.add_argument("--ranks", type=int, help="default: all GPUs, on a CPU 2")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -39,22 +38,8 @@ class HeadOptions(NamedTuple):
             device: of the head when it is used; default: its device now.
         """
         parts = head.weight if isinstance(head.weight, tuple) else (head.weight,)
-        dtype = mixed if mixed and parts[0].dtype != torch.float64 else parts[0].dtype
         empty = tuple(x.new_empty((0, x.shape[-1]), device=device or x.device) for x in parts)
-        hidden = torch.cat(empty, 1)
-        problem = Problem(
-            hidden,
-            as_head(empty, dtype),
-            hidden.new_empty(0, dtype=torch.int64),
-            dtype,
-            bias=head.bias,
-            scale=head.scale,
-            softcap=head.softcap,
-            outputs=frozenset(outputs),
-            filter_eps=self.filter_eps,
-            memory=MemoryOptions(workspace=self.workspace),
-        )
-        resolve(self.impl, problem)
+        resolve(self.impl, self._problem(head._replace(weight=empty), outputs, mixed))
 
     def prepare(
         self, head: LMHead, outputs: Iterable[str] = (), *, mixed: torch.dtype | None = None, trains: bool = True
@@ -65,25 +50,32 @@ class HeadOptions(NamedTuple):
             head, outputs, mixed: as in `check`.
             trains: whether any call will need gradients.
         """
-        parts = head.weight if isinstance(head.weight, tuple) else (head.weight,)
-        bias = head.bias
         if not trains:
-            parts, bias = tuple(x.detach() for x in parts), None if bias is None else bias.detach()
-        dtype = mixed or parts[0].dtype
+            parts = head.weight if isinstance(head.weight, tuple) else (head.weight,)
+            bias = None if head.bias is None else head.bias.detach()
+            head = head._replace(weight=tuple(x.detach() for x in parts), bias=bias)
+        problem = self._problem(head, outputs, mixed, trains)
+        resolve(self.impl, problem).prepare(problem)
+
+    def _problem(
+        self, head: LMHead, outputs: Iterable[str], mixed: torch.dtype | None, trains: bool = False
+    ) -> Problem:
+        """A problem without tokens."""
+        parts = head.weight if isinstance(head.weight, tuple) else (head.weight,)
+        dtype = mixed if mixed and parts[0].dtype != torch.float64 else parts[0].dtype
         hidden = parts[0].new_empty((0, sum(x.shape[1] for x in parts)), dtype=dtype).requires_grad_(trains)
-        targets = hidden.new_empty(0, dtype=torch.int64)
-        problem = Problem(
+        return Problem(
             hidden,
             as_head(parts, dtype),
-            targets,
+            hidden.new_empty(0, dtype=torch.int64),
             dtype,
-            bias,
+            head.bias,
             scale=head.scale,
             softcap=head.softcap,
             outputs=frozenset(outputs),
+            filter_eps=self.filter_eps,
             memory=MemoryOptions(workspace=self.workspace),
         )
-        resolve(self.impl, replace(problem, filter_eps=self.filter_eps)).prepare(problem)
 
 
 def mixed_precision(args: Any) -> torch.dtype | None:

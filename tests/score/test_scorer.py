@@ -38,7 +38,7 @@ def test_bf16_scores_are_within_bf16_rounding():
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_batches_keep_to_the_budget(packed):
+def test_batches_fit_the_budget(packed):
     units = list(make_units(enumerate(models.pairs(30) + models.texts(5)), packed=packed))
     found = list(batches(units, 90, packed=packed))
     assert sorted(key for batch in found for unit in batch for key in unit.keys) == sorted(

@@ -227,7 +227,7 @@ def test_experts_of_a_nested_text_configuration_are_found():
 # Origin of the forward
 
 
-def test_whose_forward_it_is():
+def test_fused_by_names_the_library_of_the_forward():
     """Forwards of ours are known one by one, also below the wrappers of mixed precision; a name proves nothing."""
     model = fused()
     assert fused_by(model) == "fusedalign"
