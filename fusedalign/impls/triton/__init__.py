@@ -12,7 +12,7 @@ product of all hidden states with the head:
     two passes,   hidden, head --grads--> d_logits [N, v] --mm--> dH [N, D] fp32, and v rows of dW, written once
     4U
     trained head, hidden, head --sums "half"--> e = exp(z - block_max) of some tokens, kept until the gradients
-    3U to 4U      e --kept_grads--> d_logits [N, v] --mm--> as in two passes, whose `grads` serves the other tokens
+    3U to 4U      e --kept_grads--> d_logits [N, v] --mm--> as in two passes; the other tokens through `grads`
 
 e is kept in the memory of dW, each tile where its rows of dW will be written, and for `token_loss_sum` in the workspace
 too. Logits and their sums are fp32, d_logits and p / p_target have the operand dtype, e is fp16. With fp32 operands the

@@ -48,11 +48,6 @@ class ExpSlot:
     d_target: Tensor | None = None
     """[n]: d loss / d raw logit of the targets"""
 
-    @property
-    def tokens(self) -> slice:
-        """The tokens' place in the problem."""
-        return self.batch.tokens
-
     def sweep(self, problem: Problem, stats: SoftmaxStats) -> None:
         """Complete these tokens' statistics, and keep their exponentials."""
         n, v = len(self.batch), problem.weight.shape[0]
@@ -66,7 +61,7 @@ class ExpSlot:
                 if self.memory is not None and self.block_max is not None:
                     keep = ExpTiles(self._tiles(self.memory, vocab), self.block_max[self._half_blocks(vocab) :])
                 partials.add(tile, start=vocab.start - group.start, keep=keep)
-            partials.fold(self.tokens)
+            partials.fold(self.batch.tokens)
 
     def _launches(self, problem: Problem, group: slice) -> Iterator[slice]:
         """Full tiles of a group of columns in one launch, then the last one; one by one where a launch copies them."""
@@ -93,10 +88,10 @@ class ExpSlot:
         """Compute `e_scale` and `d_target`; `target` [N] are final logits. Kept tiles are 0 at the targets."""
         if self.block_max is None or target is None:
             return
-        grads, factor = grads[self.tokens], problem.scale / problem.temperature
+        grads, factor = grads[self.batch.tokens], problem.scale / problem.temperature
         log_p_max = self.block_max.sub_(grads.max).sub_(grads.log_e)
         self.e_scale = log_p_max.exp_().mul_(grads.p_scale() * (factor / KEPT_ONE))
-        target = target[self.tokens]
+        target = target[self.batch.tokens]
         d_target = grads.d_target(target - grads.max - grads.log_e) * factor
         cap_slope = slope(problem, target)
         self.d_target = d_target if cap_slope is None else d_target * cap_slope
@@ -107,7 +102,7 @@ class ExpSlot:
         The memory of the tile's exponentials may be overwritten afterwards.
         """
         if self.memory is None or self.e_scale is None or self.d_target is None:
-            return logit_grads(tile, grads[self.tokens], out, d_bias=d_bias)
+            return logit_grads(tile, grads[self.batch.tokens], out, d_bias=d_bias)
         exps, e_scale = self._tiles(self.memory, tile.vocab)[0], self.e_scale[self._half_blocks(tile.vocab) :]
         return kept_logit_grads(tile, exps, e_scale, self.d_target, out, d_bias=d_bias)
 
@@ -188,7 +183,7 @@ def grads_of_slots(
         d_bias = weight.new_zeros(len(weight), dtype=torch.float32) if needs.bias else None
         for slot in slots:
             tile = Tile(slot.batch, weight, vocab)
-            slot_d_bias = slot.logit_grads(tile, grads, d_logits[slot.tokens], d_bias=needs.bias)
+            slot_d_bias = slot.logit_grads(tile, grads, d_logits[slot.batch.tokens], d_bias=needs.bias)
             if d_bias is not None and slot_d_bias is not None:
                 d_bias += slot_d_bias
         sums.add(vocab, d_logits, hidden, weight, d_bias)

@@ -611,11 +611,11 @@ def far_rows_kernel(
     One program per row; almost always it exits at once. On entry `reference` is the target's logit. It can exceed
     row_max by rounding only, which is much for logits as large as 1e9: their last place is 64.
     """
-    head = (bias, 0, in_scale, out_scale)
     row = tl.program_id(0).to(tl.int64)
     m = tl.load(row_max + row)
     if tl.abs(tl.load(reference + row) - m - tl.log(tl.load(row_e + row))) > -min_logp:
         tl.store(reference + row, m)
+        head = (bias, 0, in_scale, out_scale)
         target = tl.load(targets + row)
         hidden += row * hidden_stride
         total += row * total_stride

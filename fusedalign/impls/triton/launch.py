@@ -183,11 +183,6 @@ class Tile:
     vocab: slice
 
     @property
-    def n(self) -> int:
-        """Tokens."""
-        return len(self.batch)
-
-    @property
     def v(self) -> int:
         """Columns."""
         return self.weight.shape[0]
@@ -251,10 +246,11 @@ class BlockStats:
         self.stats, self.n = stats, n
         self.block_v = block_shape(stats.max.device).v
         self.count = _cdiv(columns, self.block_v)
-        self.buffers = {
-            name: None if x is None else x.new_empty((self.count, n), dtype=_buffer_dtype(x))
-            for name, x in self._fields().items()
-        }
+        self.buffers: dict[str, Tensor | None] = dict.fromkeys(kernels.STATS)
+        for name, x in self._fields().items():
+            if x is not None:  # columns fit into int32
+                dtype = torch.float32 if x.is_floating_point() else torch.int32
+                self.buffers[name] = x.new_empty((self.count, n), dtype=dtype)
 
     def _fields(self) -> dict[str, Tensor | None]:
         """The running statistics that the kernels compute, by name; None where no output needs them."""
@@ -286,11 +282,6 @@ class BlockStats:
             BLOCK_N=block_n,
             BLOCK_B=32,
         )
-
-
-def _buffer_dtype(x: Tensor) -> torch.dtype:
-    """The dtype of a statistic within a block: columns fit into int32."""
-    return torch.float32 if x.is_floating_point() else torch.int32
 
 
 def logit_grads(tile: Tile, grads: TokenGrads, out: Tensor, *, d_bias: bool) -> Tensor | None:
@@ -332,14 +323,14 @@ def kept_logit_grads(
     partials = _d_bias_partials(tile, block_n) if d_bias else None
     ahead.launch(
         kernels.kept_grads_kernel,
-        _cdiv(tile.v, block_v) * _cdiv(tile.n, block_n),
+        _cdiv(tile.v, block_v) * _cdiv(len(tile.batch), block_n),
         kept=exps,
         e_scale=e_scale,
         targets=tile.batch.targets,
         d_target=d_target,
         grad=out,
         block_d_bias=partials,
-        n=tile.n,
+        n=len(tile.batch),
         v=tile.v // tile.unit,
         v_start=tile.vocab.start,
         kept_width=block_v,
@@ -354,7 +345,7 @@ def kept_logit_grads(
 
 
 def _d_bias_partials(tile: Tile, block_n: int) -> Tensor:
-    return tile.weight.new_empty((_cdiv(tile.n, block_n), tile.v), dtype=torch.float32)
+    return tile.weight.new_empty((_cdiv(len(tile.batch), block_n), tile.v), dtype=torch.float32)
 
 
 def target_logits(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:

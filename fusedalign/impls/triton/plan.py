@@ -46,7 +46,7 @@ def plan_tiles(
     column_bytes: int = 0,
     logit_bytes: int = 0,
 ) -> WorkspacePlan:
-    """Choose tile sizes for a workspace of which `fixed` bytes are taken; the other bytes are per item of a tile.
+    """Choose tile sizes for a workspace with `fixed` bytes taken; the other bytes are per item of a tile.
 
     Without `cut_tokens` a tile has all tokens, whatever `token_chunk` is: only columns are cut.
 
