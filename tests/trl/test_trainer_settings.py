@@ -285,7 +285,7 @@ def test_attach_checks_its_options(build):
 def test_the_workspace_reaches_the_head(build, monkeypatch):
     workspaces = []
     plan = pytorch._plan
-    monkeypatch.setattr(pytorch, "_plan", lambda p: workspaces.append(p.tiling.workspace) or plan(p))
+    monkeypatch.setattr(pytorch, "_plan", lambda p: workspaces.append(p.memory.workspace) or plan(p))
     for variant in ("attach", "fused"):
         build("dpo", variant, max_steps=1, head=[("workspace", 77_777)]).train()
     assert set(workspaces) == {77_777}
