@@ -7,13 +7,13 @@ checked with meta tensors.
 
 import pytest
 import torch
-from helpers import HEADS, Case, assert_within_budget, make_case, run
+from helpers import HEADS, OURS, Case, assert_within_budget, make_case, run
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fusedalign import linear_cross_entropy
-from fusedalign.impls import pytorch
-from fusedalign.impls.autograd import early_dtype
-from fusedalign.impls.softmax import TokenGrads
+from fusedalign.impls import pytorch, resolve
+from fusedalign.impls.autograd import KeptExps, early_dtype
+from fusedalign.impls.softmax import TokenGrads, ones_upstream
 from fusedalign.problem import NeedsGrad, Problem
 
 HALF = [torch.bfloat16, torch.float16]
@@ -103,3 +103,21 @@ def test_cuda_tensors_use_half_products():
         hidden, targets = torch.empty(4, 8, device="cuda"), torch.empty(4, dtype=torch.int64, device="cuda")
         for dtype, expected in ((torch.bfloat16, True), (torch.float16, True), (torch.float32, False)):
             assert pytorch._half_products(Problem(hidden, hidden, targets, dtype)) is expected
+
+
+@pytest.mark.parametrize("impl", [name for name in OURS if name != "reference"])
+@pytest.mark.parametrize("keep", ["nothing", "exps"])
+def test_the_gradient_of_hidden_is_rounded_only_if_asked(impl, keep):
+    case = make_case((6,), 16, 101, dtype=torch.bfloat16, ignored=0.0).leaves()
+    problem = Problem(case.hidden, case.weight, case.targets, torch.bfloat16, case.bias)
+    impl = resolve(impl, problem)
+    with torch.no_grad():
+        d_hidden = []
+        for round_hidden in (True, False):
+            stats, kept = impl.sweep(problem, keep)
+            grads = ones_upstream(stats)
+            kept = kept if isinstance(kept, KeptExps) else None
+            needs = problem.requires_grad
+            d_hidden.append(impl.two_pass_grads(problem, grads, needs, kept=kept, round_hidden=round_hidden)[0])
+    assert [x.dtype for x in d_hidden] == [torch.bfloat16, torch.float32]
+    torch.testing.assert_close(d_hidden[1].bfloat16(), d_hidden[0])

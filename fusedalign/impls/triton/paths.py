@@ -102,7 +102,7 @@ def two_pass_grads(
     slots = exp_slots(problem, kept.d_weight, workspace=False)
     slots[0].block_max = kept.block_max
     targets = _weight_targets(problem, needs, kept.d_weight)
-    return grads_of_slots(problem, slots, grads, needs, targets, target=kept.target)
+    return grads_of_slots(problem, slots, grads, needs, targets, target=kept.target, round_hidden=round_hidden)
 
 
 def _prepare_two_pass(
