@@ -190,7 +190,8 @@ def _linear(head: Any, where: str) -> _Linear:
         return _with_lora(layer, where)
     if _computes_as(layer, "peft.tuners.trainable_tokens.layer", "TrainableTokensLayer"):
         return _with_tokens(layer, where)
-    own_forward = "forward" in vars(head) and not hasattr(head, "_hf_hook")  # accelerate's hooks only move tensors
+    wrapped = hasattr(head, "_hf_hook") or _is_tensor_parallel(head)  # accelerate's hooks only move tensors
+    own_forward = "forward" in vars(head) and not wrapped
     if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward or own_forward:
         got = f"{type(head).__module__}.{_name(head)}" + (" with a forward of its own" if own_forward else "")
         use = f"; {_USE_INSTEAD}" if got.startswith("peft.") else ""
@@ -199,6 +200,12 @@ def _linear(head: Any, where: str) -> _Linear:
     if head.bias is not None:
         _check_tensor(head.bias, f"bias of {where}")
     return (head.weight,), head.bias, ()
+
+
+def _is_tensor_parallel(head: Any) -> bool:
+    """Whether transformers has sharded the rows of a layer (`tp_plan`), whose forward it then wraps."""
+    module = getattr(vars(head).get("forward"), "__module__", None) or ""
+    return module.startswith("transformers.distributed.") and is_row_sharded(head.weight)
 
 
 def _check_tensor(tensor: Tensor, what: str) -> None:

@@ -6,6 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from fusedalign.impls.softmax import SoftmaxStats
+from fusedalign.problem import DEFINITIONS, OUTPUTS, Problem, TokenLogps
 
 PACKAGE = Path(__file__).parents[1] / "fusedalign"
 #: Packages from the bottom up: a module may import from its own package and from earlier ones.
@@ -127,3 +131,19 @@ def test_importing_the_package_loads_no_optional_package():
     modules = f"[m for m in {OPTIONAL!r} if m in sys.modules and m != 'triton']"
     script = f"import sys, fusedalign, fusedalign.bench; print({modules})"
     assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+def test_a_per_token_output_is_named_in_the_files_that_contributing_lists():
+    """The declaration and the statistic; `ops` names outputs in a docstring, and a kernel has names of its own."""
+    primitive = [p for p in FILES if room(p) in ("problem", "impls", "compaction", "sharding", "graphs", "ops")]
+    for output in ("mean_logit", "log_sum_sq_probs"):
+        files = {str(p.relative_to(PACKAGE)) for p in primitive if output in p.read_text()}
+        assert files == {"problem.py", "impls/softmax.py", "ops.py"}, output
+
+
+def test_every_output_has_a_definition_and_every_statistic_of_the_kernels_a_field():
+    STATS = pytest.importorskip("fusedalign.impls.triton.kernels", reason="needs triton").STATS
+    assert tuple(DEFINITIONS) == OUTPUTS == TokenLogps._fields[1:]
+    hidden, targets = torch.zeros(1, 1), torch.zeros(1, dtype=torch.int64)
+    stats = SoftmaxStats(Problem(hidden, hidden, targets, torch.float32, outputs=frozenset(OUTPUTS)))
+    assert all(isinstance(getattr(stats, name), torch.Tensor) for name in STATS)

@@ -5,6 +5,7 @@ The ranks of a world run all cases one after another, since a process takes seco
 
 import itertools
 import os
+import tempfile
 import time
 import traceback
 from dataclasses import replace
@@ -18,9 +19,10 @@ import torch.multiprocessing as mp
 from helpers import HEADS, OURS, assert_loss_within_budget, assert_within_budget, make_case, run, run_loss
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from fusedalign import LinearCrossEntropyLoss, linear_cross_entropy, linear_logps
+from fusedalign.head import lm_head
 from fusedalign.problem import OUTPUTS
 
 SECONDS = 150  # for all checks
@@ -120,6 +122,31 @@ def check_module():
     torch.testing.assert_close(layer.weight.grad.full_tensor(), exact["dweight"])
 
 
+def check_tensor_parallel():
+    """The head of a model that transformers has sharded over the ranks; gradients are those of the whole model."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"vocab_size": 121, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 4, "tie_word_embeddings": False}
+    folder = [tempfile.mkdtemp()]
+    dist.broadcast_object_list(folder)
+    if dist.get_rank() == 0:
+        torch.manual_seed(0)
+        transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**sizes, **heads)).save_pretrained(folder[0])
+    dist.barrier()
+    load = partial(transformers.Qwen3ForCausalLM.from_pretrained, folder[0], dtype=torch.float32)
+    whole_model, model = load(), load(tp_plan="auto")
+    ids = torch.randint(0, 121, (2, 7), generator=torch.Generator().manual_seed(1))
+    logps = []
+    for x in (whole_model, model):
+        head, hidden = lm_head(x), x.model(input_ids=ids).last_hidden_state
+        logps.append(linear_logps(hidden, head.weight, ids.roll(-1, 1)).logps)
+        logps[-1].sin().sum().backward()
+    torch.testing.assert_close(logps[1], logps[0])
+    for (name, x), y in zip(model.named_parameters(), whole_model.parameters(), strict=True):
+        grad = x.grad.full_tensor() if isinstance(x.grad, DTensor) else x.grad
+        torch.testing.assert_close(grad, y.grad, rtol=1e-4, atol=1e-5, msg=name)
+
+
 def check_split_head():
     """A split head: a thin column block of which each rank has its rows too."""
     case = make_case((3, 17), 33, 507).to(torch.float64)
@@ -189,6 +216,7 @@ CHECKS = {
     "masked rows": check_masked_rows,
     "DTensors": check_dtensors,
     "module": check_module,
+    "tensor parallel": check_tensor_parallel,
     "split head": check_split_head,
     "no tokens": check_no_tokens,
     "errors": check_errors,
@@ -202,6 +230,7 @@ if "triton" in OURS:
 
 def rank_main(rank, ranks, folder):
     torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}  # for transformers
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks, timeout=WAIT)
     failures = {}
     for name, check in CHECKS.items():
