@@ -89,6 +89,6 @@ def empty_result(problem: Problem) -> TokenLogps:
 
 
 def to_logps(nll: Tensor, problem: Problem) -> Tensor:
-    """logps from a library's losses. A loss that rounding has made negative becomes 0, with its gradient."""
+    """logps from a library's losses. A loss below 0 by rounding becomes 0, with its gradient."""
     nll = nll.to(problem.result_dtype)
     return -(nll + (nll.detach().clamp(min=0) - nll.detach()))

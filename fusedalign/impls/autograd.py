@@ -38,7 +38,7 @@ class Jacobian(NamedTuple):
     """d logps / d hidden of N tokens: `rows` [N, D], times `scale` [N] fp32 where there is one.
 
     With half-precision operands rows are fp16 divided by a power of 2, whichever half the operands are: rounded to bf16
-    they would add as much error again as the rounding of the gradient that is made of them.
+    they would add as much error again as the rounding of the gradient computed from them.
     """
 
     rows: Tensor
@@ -193,9 +193,9 @@ def early_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def holds_early(problem: Problem) -> bool:
-    """Whether the gradients of head and bias may be made before the factor of the loss is known: not fp16 ones.
+    """Whether the gradients of head and bias may be computed before the factor of the loss is known: not fp16 ones.
 
-    They are made in their final dtype, since a wider one would take too much memory for the head; see `early_dtype`.
+    They have their final dtype, since a wider one would take too much memory for the head; see `early_dtype`.
     """
     _, *parameters = _inputs(problem)
     return not any(x is not None and x.requires_grad and x.dtype == torch.float16 for x in parameters)
@@ -415,7 +415,7 @@ class _TokenLogps(torch.autograd.Function):
                 d_hidden = ctx.impl.jacobian_grad(saved.jacobian, upstream.logps, ctx.hidden_dtype)
             return None, d_hidden, *(None for _ in ctx.needs_input_grad[2:])
         problem = _problem(ctx.spec, inputs)
-        if private.graph_is_kept():  # one backward uses up what is kept: for more, the logits are made again
+        if private.graph_is_kept():  # one backward uses up what is kept: for more, the logits are computed again
             saved = saved._replace(kept=None)
         weight = [x for _, x in problem.head]
         accumulators = () if problem.memory.keep_head else tuple(map(_accumulator, weight))
@@ -439,7 +439,7 @@ class _HintedLogps(torch.autograd.Function):
     """`TokenLogps` as a tuple, with the gradients of the loss that is expected of them.
 
     The backward compares the upstream gradient with that loss's: one wait for the device. If it is a multiple, the
-    gradients are scaled; if not, the logits are made again.
+    gradients are scaled; if not, the logits are computed again.
     """
 
     @staticmethod
@@ -544,7 +544,7 @@ def _scaled(
 
 
 def _may_use_hint(problem: Problem, needs: NeedsGrad) -> bool:
-    """Whether gradients may be made before the loss is known: of a trained head, at once and not in fp16.
+    """Whether gradients may be computed before the loss is known: of a trained head, at once and not in fp16.
 
     A frozen head has a path of 2 products for any loss.
     """

@@ -38,7 +38,7 @@ class Impl(ABC):
     def token_logps(self, problem: Problem, loss_hint: TokenLoss | None = None) -> TokenLogps:
         """`TokenLogps` of [N] tokens: `logps`, and the outputs that `problem.outputs` names.
 
-        `loss_hint` is the loss likely to be made of logps alone, times any number; it changes no result beyond
+        `loss_hint` is the likely loss, of logps alone, times any number; it changes no result beyond
         rounding, and an impl may ignore it.
         """
 

@@ -3,7 +3,7 @@
 * `LigerFusedLinearScaledCrossEntropyFunction`: the NLL of each token, and the entropy. On Hopper with
   `nvidia-cutlass-dsl` a CuTe kernel; elsewhere chunks of 512 tokens in plain PyTorch, on any device.
 * `LigerFusedLinearCrossEntropyFunction`: chunks of logits and Triton; knows bias and softcap. Per token its gradients
-  are made in the backward; for the NLL summed with one weight for all tokens already in the forward.
+  are computed in the backward; for the NLL summed with one weight for all tokens already in the forward.
 
 Source: Hsu et al. 2024 (Liger Kernel), arXiv:2410.10989.
 """
@@ -153,7 +153,7 @@ class Liger(Impl):
         return autograd.first_order(_token_logps, problem)
 
     def token_loss_sum(self, problem: Problem, token_loss: TokenLoss) -> Tensor:
-        """Sum over [N] tokens of `token_loss(logps, lse)`; a plain NLL has its gradients made in the forward."""
+        """Sum over [N] tokens of `token_loss(logps, lse)`; a plain NLL has its gradients computed in the forward."""
         nll_weight = getattr(token_loss, "nll_weight", None)
         trains_head = problem.weight.requires_grad
         # Liger's function looks at hidden alone to decide whether gradients are needed.
