@@ -199,14 +199,14 @@ def linear_cross_entropy(
         >>> round(loss.exp().item())
         50
     """
-    if reduction not in ("mean", "sum"):
-        raise ValueError(f"reduction must be 'mean' or 'sum' (per-token values: linear_logps), got {reduction!r}")
-    if reduction == "sum" and num_items is not None:
-        raise ValueError(f"num_items must be None with reduction='sum', which divides by nothing, got {num_items}")
-    check_nonnegative(z_loss=z_loss)
-    num_items = None if num_items is None else check_num_items(num_items)
     weight, bias, group = local_part(weight, bias, process_group)
     with shared_failures(group):
+        if reduction not in ("mean", "sum"):
+            raise ValueError(f"reduction must be 'mean' or 'sum' (per-token values: linear_logps), got {reduction!r}")
+        if reduction == "sum" and num_items is not None:
+            raise ValueError(f"num_items must be None with reduction='sum', which divides by nothing, got {num_items}")
+        check_nonnegative(z_loss=z_loss)
+        num_items = None if num_items is None else check_num_items(num_items)
         head, call = _check(
             hidden,
             weight,
@@ -226,7 +226,7 @@ def linear_cross_entropy(
         tensors, loss = (hidden, head, targets.to(hidden.device), bias), (loss_type, z_loss, reduction, num_items)
         return graphs.linear_cross_entropy(*tensors, call, *loss)
     with torch.autocast(hidden.device.type, enabled=False):
-        problem, _, chosen = _problem(hidden, head, targets, bias, call, group)
+        problem, _, chosen = _problem(hidden, head, targets, bias, call, group, (loss_type, z_loss, reduction))
         items = len(problem.targets) if num_items is None else num_items
         token_loss = SFTTokenLoss(loss_type, z_loss, reduction, items)
         return _outside_of_graphs(lambda: chosen.token_loss_sum(problem, token_loss))
@@ -239,11 +239,12 @@ def _problem(
     bias: Tensor | None,
     call: graphs.Call,
     group: ProcessGroup | None,
+    loss: tuple[str, float, str] | None = None,
 ) -> tuple[Problem, TokenIndex, Impl]:
     """The problem of the tokens that are not ignored, and the impl that serves it."""
     tensors = hidden, head, targets, bias, call.spec, call.ignore_index
     if group is not None:
-        return parallel_problem(*tensors, impl=call.impl, needs=call.needs, group=group)
+        return parallel_problem(*tensors, impl=call.impl, needs=call.needs, group=group, loss=loss)
     problem, token_index = compact(*tensors)
     return problem, token_index, resolve(call.impl, problem)
 

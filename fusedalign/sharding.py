@@ -22,6 +22,8 @@ from fusedalign.impls import impl_names, resolve
 from fusedalign.impls.autograd import OwnGradients
 from fusedalign.impls.parallel import VocabParallel, VocabShard
 from fusedalign.impls.pytorch import IMPL as PYTORCH
+from fusedalign.losses.common import check_loss_type
+from fusedalign.losses.sft import LOSS_TYPES
 from fusedalign.problem import MemoryOptions, NeedsGrad, Problem, Spec, SplitHead
 
 Weight = Tensor | tuple[Tensor, ...]
@@ -50,34 +52,39 @@ def local_part(
         TypeError: a DTensor that is not sharded by rows on a mesh of one dimension, or sharded and plain tensors.
         ValueError: another process group than that of a DTensor.
     """
-    parts = weight if isinstance(weight, tuple) else (weight,)
-    names = ["weight"] if isinstance(weight, Tensor) else [f"weight[{i}]" for i in range(len(parts))]
-    sharded: dict[str, Any] = {
-        name: x for name, x in zip([*names, "bias"], [*parts, bias], strict=True) if is_dtensor(x)
-    }
-    if not sharded:
-        return weight, bias, group
-    for name, x in sharded.items():
-        if not is_row_sharded(x):
+    with shared_failures(group):
+        parts = weight if isinstance(weight, tuple) else (weight,)
+        names = ["weight"] if isinstance(weight, Tensor) else [f"weight[{i}]" for i in range(len(parts))]
+        sharded: dict[str, Any] = {
+            name: x for name, x in zip([*names, "bias"], [*parts, bias], strict=True) if is_dtensor(x)
+        }
+        if not sharded:
+            return weight, bias, group
+        for name, x in sharded.items():
+            if not is_row_sharded(x):
+                raise TypeError(
+                    f"{name} must be a plain tensor, or a DTensor sharded on dimension 0 over a mesh of one dimension, "
+                    f"got a DTensor with placements {tuple(x.placements)}: pass {name}.full_tensor() where all ranks "
+                    f"hold the same tokens, {name}.full_tensor(grad_placements=[Partial()]) where each holds its own"
+                )
+        plain = [
+            name
+            for name, x in zip([*names, "bias"], [*parts, bias], strict=True)
+            if x is not None and name not in sharded
+        ]
+        if plain:
             raise TypeError(
-                f"{name} must be a plain tensor, or a DTensor sharded on dimension 0 over a mesh of one dimension, got "
-                f"a DTensor with placements {tuple(x.placements)}: pass {name}.full_tensor() where all ranks hold the "
-                f"same tokens, {name}.full_tensor(grad_placements=[Partial()]) where each holds its own"
+                f"{plain[0]} must be a DTensor sharded on dimension 0, like {next(iter(sharded))}, got a plain tensor: "
+                "shard it over the same mesh, or pass each rank's rows of all of them with process_group"
             )
-    plain = [
-        name for name, x in zip([*names, "bias"], [*parts, bias], strict=True) if x is not None and name not in sharded
-    ]
-    if plain:
-        raise TypeError(
-            f"{plain[0]} must be a DTensor sharded on dimension 0, like {next(iter(sharded))}, got a plain tensor: "
-            "shard it over the same mesh, or pass each rank's rows of all of them with process_group"
-        )
-    mesh_groups = {x.device_mesh.get_group() for x in sharded.values()}
-    if len(mesh_groups | ({group} if group is not None else set())) > 1:
-        raise ValueError("process_group must be that of the DTensors, and the same for all of them, got several groups")
-    local = tuple(sharded[name].to_local() if name in sharded else x for name, x in zip(names, parts, strict=True))
-    bias = sharded["bias"].to_local() if "bias" in sharded else bias
-    return local[0] if isinstance(weight, Tensor) else local, bias, mesh_groups.pop()
+        mesh_groups = {x.device_mesh.get_group() for x in sharded.values()}
+        if len(mesh_groups | ({group} if group is not None else set())) > 1:
+            raise ValueError(
+                "process_group must be that of the DTensors, and the same for all of them, got several groups"
+            )
+        local = tuple(sharded[name].to_local() if name in sharded else x for name, x in zip(names, parts, strict=True))
+        bias = sharded["bias"].to_local() if "bias" in sharded else bias
+        return local[0] if isinstance(weight, Tensor) else local, bias, mesh_groups.pop()
 
 
 @contextlib.contextmanager
@@ -102,6 +109,7 @@ def parallel_problem(
     impl: str,
     needs: NeedsGrad,
     group: dist.ProcessGroup,
+    loss: tuple[str, float, str] | None = None,
 ) -> tuple[Problem, TokenIndex, OwnGradients]:
     """This rank's part of a problem, and the impl that exchanges what the ranks need of one another.
 
@@ -116,9 +124,11 @@ def parallel_problem(
             raise ValueError(
                 f"impl={impl!r} cannot do this: a head sharded over ranks; impls that can: {', '.join(names)}"
             )
+        if loss is not None:
+            check_loss_type(loss[0], LOSS_TYPES)
         flat = targets.reshape(-1).cpu()
         shared = replace(spec, memory=MemoryOptions(), outputs=frozenset())
-        options = repr((shared, sorted(spec.outputs), ignore_index, needs))
+        options = repr((shared, sorted(spec.outputs), hidden.dtype, ignore_index, needs, loss))
         status = _Status(1, weight.shape[0], len(flat), _hash(flat), zlib.crc32(options.encode()))
     statuses = _exchange(group, status)
     _check_agreement(statuses)
@@ -152,8 +162,8 @@ def _check_agreement(statuses: list[_Status]) -> None:
             )
         if status.options != first.options:
             raise ValueError(
-                "scale, softcap, temperature, ignore_index, outputs, dtypes and requires_grad must be the same on all "
-                f"ranks that share a head, got others on rank {rank} than on rank 0"
+                "scale, softcap, temperature, ignore_index, outputs, the loss, dtypes and requires_grad must be the "
+                f"same on all ranks that share a head, got others on rank {rank} than on rank 0"
             )
 
 

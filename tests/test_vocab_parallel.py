@@ -192,10 +192,14 @@ def check_errors():
     if rank != 0:
         outside = own.targets
     expect(ValueError, "targets must be", outside)
-    expect(ValueError, "outputs, dtypes and requires_grad must be the same", temperature=1.0 + rank)
+    expect(ValueError, "outputs, the loss, dtypes and requires_grad must be the same", temperature=1.0 + rank)
     wrong = {} if rank else {"softcap": -1.0}
     expect(RuntimeError if rank else ValueError, "rank 0 refused" if rank else "softcap must be > 0", **wrong)
     expect(ValueError, "a head sharded over ranks; impls that can: auto, ", impl="reference")
+    for wrong in ({"reduction": "max"}, {"loss_type": "mse"}, {"z_loss": -1.0}, {"num_items": -1}):
+        options = {"process_group": dist.group.WORLD, **({} if rank else wrong)}
+        with pytest.raises(RuntimeError if rank else ValueError, match="rank 0 refused" if rank else next(iter(wrong))):
+            linear_cross_entropy(own.hidden, own.weight, own.targets, bias=own.bias, **options)
     shorter = own.targets if rank else own.targets.roll(1)
     expect(ValueError, "must be the same on all ranks", shorter)
     assert run(own, process_group=dist.group.WORLD)["logps"].isfinite().all()
