@@ -38,7 +38,7 @@ def summary(table: dict[str, list[Any]] | pyarrow.Table, about: Mapping[str, Any
             as a line above the table.
     """
     refused = _reasons(about.get("refused", ()))
-    lines = [text_row([name, value], [_LABEL, 0], "") for name, value in about.items() if name != "refused"]
+    lines = [text_row([name, str(value)], [_LABEL, 0], "") for name, value in about.items() if name != "refused"]
     lines += _row_counts(len(_column(table, "row")), refused)
     answers = _answers(table)
     if answers and len(_column(table, "row")):

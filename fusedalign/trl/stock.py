@@ -123,8 +123,9 @@ def row_replacements(logger: Any) -> dict[str, Any]:
 def trainer_without_model(cls: Any, processing_class: Any) -> Any:
     """An instance of a trainer that has not been constructed and can only prepare data sets."""
     trainer = object.__new__(cls)
-    trainer._tokenizer = getattr(processing_class, "tokenizer", processing_class)
     trainer._is_vlm = isinstance(processing_class, ProcessorMixin)
+    # Some tokenizers have an attribute `tokenizer` too, such as transformers' for mistral-common.
+    trainer._tokenizer = processing_class.tokenizer if trainer._is_vlm else processing_class
     return trainer
 
 
