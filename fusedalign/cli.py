@@ -99,10 +99,11 @@ def _usage() -> str:
     brief = [name for name, method in METHODS.items() if not method.example]
     rows = [
         (f"{name:<5} {command.about}", f"fusedalign {name} {command.example}" if command.example else "")
-        for name, command in COMMANDS.items()
         if name not in brief
+        else (", ".join(brief), "the same, each with a recipe of its name")
+        for name, command in COMMANDS.items()
+        if name not in brief[1:]
     ]
-    rows.insert(len(METHODS) - len(brief), (", ".join(brief), "the same, each with a recipe of its name"))
     lines = "\n".join(f"  {left:<39}  {right}".rstrip() for left, right in rows)
     return f"""\
 usage: fusedalign COMMAND [--debug] [...]

@@ -38,8 +38,8 @@ class LinearCrossEntropyLoss(nn.Module):
         reduction: "mean" or "sum" over the labels that are not ignored, or "none".
         shift: 0 where `labels` are aligned with `hidden_states`; 1 for the causal shift, in which the hidden state at t
             predicts the label at t + 1; k for the k-th token after. Labels are shifted, hidden states not copied.
-        ignore_index, scale, softcap, temperature, filter_eps, workspace, keep_head: as in `linear_logps`; a pipeline's
-            last stage wants keep_head=False.
+        ignore_index, scale, softcap, temperature, filter_eps, workspace, keep_head, process_group: as in
+            `linear_logps`; a pipeline's last stage wants keep_head=False.
         loss_type, z_loss: as in `linear_cross_entropy`; 0 and "nll" with reduction="none".
 
     Raises:
