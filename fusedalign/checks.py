@@ -135,8 +135,11 @@ def is_dtensor(x: Any) -> bool:
 
 
 def is_row_sharded(x: Any) -> bool:
-    """Whether `x` is a DTensor with some of its rows on each rank of a mesh of one dimension."""
-    return is_dtensor(x) and x.device_mesh.ndim == 1 and x.placements[0].is_shard(0)
+    """Whether `x` is a DTensor with some of its rows on each rank of a mesh of one dimension, in the ranks' order."""
+    if not is_dtensor(x) or x.device_mesh.ndim != 1 or not x.placements[0].is_shard(0):
+        return False
+    ranks = x.device_mesh.mesh.tolist()
+    return bool(ranks == sorted(ranks))
 
 
 def is_ordinary(x: Tensor) -> bool:

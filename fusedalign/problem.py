@@ -207,7 +207,7 @@ class Problem(Spec):
 
     Args:
         hidden, weight, targets, bias: below.
-        operand_dtype, options: the fields of `Spec`.
+        operand_dtype, args, options: the fields of `Spec`, in their order or by name.
     """
 
     hidden: Tensor
@@ -226,9 +226,11 @@ class Problem(Spec):
         targets: Tensor,
         operand_dtype: torch.dtype,
         bias: Tensor | None = None,
+        *args: Any,
         **options: Any,
     ) -> None:
-        super().__init__(operand_dtype, **options)
+        _, *names = Spec.__dataclass_fields__
+        super().__init__(operand_dtype, **dict(zip(names, args, strict=False)), **options)
         vars(self).update(hidden=hidden, weight=weight, targets=targets, bias=bias)
 
     @property

@@ -24,7 +24,7 @@ from fusedalign.impls.parallel import VocabParallel, VocabShard
 from fusedalign.impls.pytorch import IMPL as PYTORCH
 from fusedalign.losses.common import check_loss_type
 from fusedalign.losses.sft import LOSS_TYPES
-from fusedalign.problem import MemoryOptions, NeedsGrad, Problem, Spec, SplitHead
+from fusedalign.problem import NeedsGrad, Problem, Spec, SplitHead, with_tensors
 
 Weight = Tensor | tuple[Tensor, ...]
 
@@ -127,8 +127,13 @@ def parallel_problem(
         if loss is not None:
             check_loss_type(loss[0], LOSS_TYPES)
         flat = targets.reshape(-1).cpu()
-        shared = replace(spec, memory=MemoryOptions(), outputs=frozenset())
-        options = repr((shared, sorted(spec.outputs), hidden.dtype, ignore_index, needs, loss))
+        empty = with_tensors(spec, hidden.reshape(-1, hidden.shape[-1])[:0], weight, flat[:0].to(hidden.device), bias)
+        chosen = resolve(impl, empty)
+        numbers = [
+            None if x is None else float(x) for x in (spec.scale, spec.softcap, spec.temperature, spec.filter_eps)
+        ]
+        tensors = hidden.shape[-1], hidden.dtype, spec.operand_dtype, bias is None, needs
+        options = repr((impl, numbers, sorted(spec.outputs), int(ignore_index), tensors, loss))
         status = _Status(1, weight.shape[0], len(flat), _hash(flat), zlib.crc32(options.encode()))
     statuses = _exchange(group, status)
     _check_agreement(statuses)
@@ -136,7 +141,6 @@ def parallel_problem(
     shard = VocabShard(group, sum(sizes[:rank]), sum(sizes))
     problem, token_index = compact(hidden, weight, targets, bias, spec, ignore_index, vocab_size=shard.vocab_size)
     problem = replace(problem, targets=problem.targets - shard.start)
-    chosen = resolve(impl, problem)
     return problem, token_index, VocabParallel(chosen if isinstance(chosen, OwnGradients) else PYTORCH, shard)
 
 
@@ -162,8 +166,8 @@ def _check_agreement(statuses: list[_Status]) -> None:
             )
         if status.options != first.options:
             raise ValueError(
-                "scale, softcap, temperature, ignore_index, outputs, the loss, dtypes and requires_grad must be the "
-                f"same on all ranks that share a head, got others on rank {rank} than on rank 0"
+                "impl, scale, softcap, temperature, ignore_index, outputs, the loss, dtypes and requires_grad must be "
+                f"the same on all ranks that share a head, got others on rank {rank} than on rank 0"
             )
 
 

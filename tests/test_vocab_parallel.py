@@ -18,7 +18,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from helpers import HEADS, OURS, assert_loss_within_budget, assert_within_budget, make_case, run, run_loss
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from fusedalign import LinearCrossEntropyLoss, linear_cross_entropy, linear_logps
@@ -105,6 +105,10 @@ def check_dtensors():
         (out.logps.sin().sum() if call is linear_logps else out).backward()
         for x, name in zip(got, ("hidden", "weight", "bias"), strict=True):
             torch.testing.assert_close(x, getattr(case, name).grad, msg=name)
+    if dist.get_world_size() == 2:  # rows in another order than the ranks
+        reverse = DeviceMesh("cpu", [1, 0])
+        with pytest.raises(TypeError, match="weight must be a plain tensor, or a DTensor"):
+            linear_logps(case.hidden, distribute_tensor(case.weight.detach(), reverse, [Shard(0)]), case.targets)
     for placements in ([Shard(1)], [Replicate()]):
         with pytest.raises(TypeError, match=r"weight must be .* sharded on dimension 0 .*full_tensor"):
             linear_logps(case.hidden, distribute_tensor(case.weight.detach(), mesh, placements), case.targets)
@@ -184,7 +188,7 @@ def check_errors():
     def expect(error, match, targets=own.targets, **options):
         options = {"process_group": dist.group.WORLD, **options}
         with pytest.raises(error, match=match):
-            linear_logps(own.hidden, own.weight, targets, bias=own.bias, **options)
+            linear_logps(own.hidden, own.weight, targets, **{"bias": own.bias, **options})
 
     outside = own.targets.clone()
     outside[0, 0] = 507
@@ -193,6 +197,7 @@ def check_errors():
         outside = own.targets
     expect(ValueError, "targets must be", outside)
     expect(ValueError, "outputs, the loss, dtypes and requires_grad must be the same", temperature=1.0 + rank)
+    expect(ValueError, "must be the same on all ranks", bias=None if rank else own.bias)
     wrong = {} if rank else {"softcap": -1.0}
     expect(RuntimeError if rank else ValueError, "rank 0 refused" if rank else "softcap must be > 0", **wrong)
     expect(ValueError, "a head sharded over ranks; impls that can: auto, ", impl="reference")
