@@ -230,6 +230,8 @@ class Problem(Spec):
         **options: Any,
     ) -> None:
         _, *names = Spec.__dataclass_fields__
+        if len(args) > len(names):
+            raise TypeError(f"Problem takes at most {5 + len(names)} positional arguments, got {5 + len(args)}")
         super().__init__(operand_dtype, **dict(zip(names, args, strict=False)), **options)
         vars(self).update(hidden=hidden, weight=weight, targets=targets, bias=bias)
 

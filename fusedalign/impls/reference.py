@@ -25,8 +25,8 @@ class Reference(Impl):
         """`TokenLogps` of [N] tokens from the [N, V] logits."""
         logits = _logits(problem)
         full = FullLogits(logits, logits.log_softmax(-1), problem.targets)
-        outputs = {name: DEFINITIONS[name](full) for name in DEFINITIONS if name in problem.outputs}
-        results = {"logps": full.target_logps(), **outputs}
+        results = {"logps": full.target_logps()}
+        results |= {name: DEFINITIONS[name](full) for name in DEFINITIONS if name in problem.outputs}
         return TokenLogps(**{k: x.to(problem.result_dtype) if x.is_floating_point() else x for k, x in results.items()})
 
 
