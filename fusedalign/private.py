@@ -6,6 +6,7 @@
   `Tensor._backward_hooks`, `Tensor._post_accumulate_grad_hooks`: the backward that is running.
 * `torch._dynamo` in `sys.modules`: whether the compiler is loaded.
 * `torch._subclasses`: the module of FakeTensor.
+* `FSDPModule._get_fsdp_state()._modules`: the modules that FSDP2 gathers together.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import sys
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def transform_names() -> list[str]:
@@ -69,3 +70,10 @@ def only_accumulates(x: Tensor) -> bool:
         return torch._C._will_engine_execute_node(torch.autograd.graph.get_gradient_edge(x).node)
     except (AttributeError, RuntimeError):  # a PyTorch without it; torch.autograd.grad, which asks for the gradient
         return False
+
+
+def fsdp_unit(module: nn.Module) -> tuple[nn.Module, ...]:
+    """The modules with parameters that FSDP2 gathers together with those of `module`, itself included."""
+    state = getattr(module, "_get_fsdp_state", lambda: None)()
+    modules: tuple[nn.Module, ...] = getattr(state, "_modules", (module,))
+    return modules

@@ -7,7 +7,7 @@ For causal language models of transformers, without TRL. `pack_answers` or `pack
 from fusedalign.packing.attention import LayoutError, LayoutMismatchError
 from fusedalign.packing.batch import PackedBatch, RightPadded, pack_answers, pack_documents, pack_padded, pack_rows
 from fusedalign.packing.model import packed_hidden, packed_logps
-from fusedalign.packing.proof import Proof, enable, enable_unmasked
+from fusedalign.packing.proof import Proof, enable, enable_sharded, enable_unmasked
 
 __all__ = [
     "LayoutError",
@@ -16,6 +16,7 @@ __all__ = [
     "Proof",
     "RightPadded",
     "enable",
+    "enable_sharded",
     "enable_unmasked",
     "pack_answers",
     "pack_documents",

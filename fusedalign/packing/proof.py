@@ -9,6 +9,7 @@ error.
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -35,6 +36,9 @@ from fusedalign.packing.batch import PackedBatch, RightPadded, pack_padded
 #: twice that change in small models of 13 families on a CPU.
 _ALLOWANCE = 4.0
 _GRADIENT_ALLOWANCE = 8.0
+
+#: Largest vocabulary of a twin.
+_TWIN_TOKENS = 128
 
 
 class Proof(NamedTuple):
@@ -77,6 +81,49 @@ def enable_unmasked(model: Any) -> Proof:
     if reason is None and not str(model.config._attn_implementation).endswith("sdpa"):
         reason = f"{model.config._attn_implementation} attention has its own way with masks"
     return _enable(model, reason, prove_unmasked)
+
+
+def enable_sharded(model: Any, device: torch.device, *, unmasked: bool = False) -> Proof:
+    """As `enable` or `enable_unmasked`, for a model with weights that are not whole on this rank.
+
+    The proof runs on `twin(model, device)`.
+    """
+    small = twin(model, device)
+    proof = (enable_unmasked if unmasked else enable)(small)
+    if not installed(model):
+        install(model)
+    return proof
+
+
+def twin(model: Any, device: torch.device) -> Any:
+    """A small model of the same class and dtype with random weights on `device`.
+
+    It has the first layers of the configuration, at least two and one of each kind, and few tokens.
+
+    Raises:
+        LayoutError: the class cannot be built from such a configuration.
+    """
+    config = copy.deepcopy(model.config)
+    text = config.get_text_config()
+    depth = text.num_hidden_layers
+    kinds = getattr(text, "layer_types", None) or [None] * depth
+    count = next((n for n in range(2, depth) if set(kinds[:n]) == set(kinds)), depth)
+    for name, value in list(vars(text).items()):
+        if isinstance(value, (list, tuple)) and len(value) == depth:  # one value for each layer
+            setattr(text, name, value[:count])
+    text.num_hidden_layers = count
+    text.vocab_size = min(text.vocab_size, _TWIN_TOKENS)
+    text.pad_token_id = None  # could be beyond the vocabulary
+    parameters = list(model.parameters())
+    trains = any(parameter.requires_grad for parameter in parameters)
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(0)
+            small = type(model)(config).to(device, parameters[0].dtype).requires_grad_(trains)
+    except Exception as error:
+        reason = str(error).split("\n")[0]
+        raise LayoutError(f"no small {type(model).__name__} can be built for the proof: {reason}") from error
+    return small
 
 
 def _enable(model: Any, reason: str | None, prove: Callable[[Any], Proof]) -> Proof:

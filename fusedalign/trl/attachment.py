@@ -3,8 +3,8 @@
 TRL gives every model of these trainers a forward that runs the backbone and passes the last hidden states to one
 autograd function, `stock.fused_head()`. Attaching replaces it by a switch. The switch calls `linear_logps` while an
 attached trainer takes a step and one of its models runs its forward, and TRL's own function otherwise: other trainers
-in the process keep TRL's head, even with the same model. The gathers of sharded heads, the shift, the masks,
-mixture-of-experts terms and the metrics remain TRL's.
+in the process keep TRL's head, even with the same model. The shift, the masks, mixture-of-experts terms and the
+metrics remain TRL's. Where FSDP2 or ZeRO-3 shards the head, its layer gathers it, not TRL's forward.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ import trl
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from fusedalign.checks import is_dtensor
+from fusedalign.engines import call_gathered, gathered, sharded_layers
 from fusedalign.head import LMHead
 from fusedalign.ops import linear_logps
 from fusedalign.trl import stock
@@ -29,11 +31,11 @@ from fusedalign.trl.forward import OUTPUT_NAMES, fused_by, our_names
 from fusedalign.trl.layouts import MASKED, Layouts, check_packed, decide, lay_out_nothing, models_of, wrap_backbone
 from fusedalign.trl.options import HeadOptions, mixed_precision
 from fusedalign.trl.refusals import (
+    base_of,
     refuse_adapters,
     refuse_arguments,
     refuse_experts,
     refuse_numbers,
-    refuse_zero3,
     unwrapped,
 )
 from fusedalign.trl.trainers import Fused, loss_hint
@@ -48,6 +50,8 @@ class _Attachment:
 
     options: HeadOptions
     loss_hint: str | None
+    device: torch.device
+    """on which the models run"""
     handles: list[RemovableHandle] = field(default_factory=list)
     """of the hooks that mark the models' forwards"""
     collator: Any = None
@@ -108,13 +112,12 @@ def attach(trainer: Any, *, packed: bool | str = False, **options: Any) -> Any:
     if unknown := options.keys() - set(HeadOptions._fields):
         raise TypeError(f"options must be among {', '.join(HeadOptions._fields)}, got {', '.join(sorted(unknown))}")
     check_packed(packed)
-    attachment = _Attachment(HeadOptions.of(options), loss_hint(type(trainer), trainer.args))
+    attachment = _Attachment(HeadOptions.of(options), loss_hint(type(trainer), trainer.args), trainer.args.device)
     if isinstance(trainer, Fused):
         raise TypeError(f"expected a trainer with TRL's head, got {type(trainer).__name__}: give it the options itself")
     if isinstance(trainer, trl.SFTTrainer):
         refuse_arguments("attach()", {"args": trainer.args, "compute_loss_func": trainer.compute_loss_func})
     refuse_numbers(trainer.args)
-    refuse_zero3(trainer)
     refuse_adapters(trainer)
     refuse_experts(trainer, ("num_experts",), f"use Fused{type(trainer).__name__}")
     models = [model for model in (trainer.model, getattr(trainer, "ref_model", None)) if isinstance(model, nn.Module)]
@@ -160,8 +163,9 @@ def _check_head(model: nn.Module, options: HeadOptions, trainer: Any) -> None:
     if not hasattr(head, "bias"):  # PEFT's trainable_token_indices
         name = f"Fused{type(trainer).__name__}"
         raise TypeError(f"expected a head that TRL reads, got {type(head).__name__}: use {name} instead of attach()")
-    weight = LMHead(head.weight, head.bias)
-    options.check(weight, mixed=mixed_precision(trainer.args), device=trainer.args.device)
+    with gathered(head):
+        weight = head.weight.to_local() if is_dtensor(head.weight) else head.weight
+        options.check(LMHead(weight, head.bias), mixed=mixed_precision(trainer.args), device=trainer.args.device)
 
 
 def detach(trainer: Any) -> Any:
@@ -210,16 +214,40 @@ class _Mark:
     def __reduce__(self) -> tuple:
         return _Mark, (None,)  # copies of the model (pickle, deepcopy) are not attached
 
-    def enter(self, *_: Any) -> None:
+    def enter(self, model: Any, *_: Any) -> None:
         """Pre-hook of the forward."""
-        is_active = self.attachment is not None and _stepping.get() is self.attachment
-        _forwards.set((*_forwards.get(), (self, self.attachment if is_active else _active())))
+        stepping = _stepping.get()
+        attachment = stepping if stepping is self.attachment else None
+        _forwards.set((*_forwards.get(), (self, attachment or _active())))
+        model = base_of(model)
+        if attachment is not None and sharded_layers(layer := model.get_output_embeddings()):
+            model.get_output_embeddings = functools.partial(_ShardedHead, layer, attachment.device)
 
-    def leave(self, *_: Any) -> None:
+    def leave(self, model: Any, *_: Any) -> None:
         """Hook of the forward, called also if that raises."""
+        vars(base_of(model)).pop("get_output_embeddings", None)
         forwards = _forwards.get()
         if forwards and forwards[-1][0] is self:  # `leave` can run without `enter` if an earlier hook raised
             _forwards.set(forwards[:-1])
+
+
+class _ShardedHead:
+    """Takes the place of a head with sharded parameters in TRL's forward, which would gather them outside of autograd.
+
+    TRL passes its weight on to `_Switch.apply`, which calls the layer.
+    """
+
+    bias = None
+
+    def __init__(self, layer: nn.Module, device: torch.device) -> None:
+        self.weight = _LayerWeight(torch.empty(0, device=device))
+        self.weight.layer = layer
+
+
+class _LayerWeight(Tensor):
+    """An empty tensor with the layer that it belongs to."""
+
+    layer: Any
 
 
 class _Switch:
@@ -249,19 +277,29 @@ class _Switch:
             )
         if attachment is None:
             return self.original.apply(hidden, weight, bias, targets, temperature, chunk_size, softcap, scale, outputs)
-        out = linear_logps(
-            hidden,
-            weight,
-            targets.long(),
-            bias=bias,
-            scale=scale,
-            softcap=softcap,
-            temperature=temperature,
-            outputs=our_names(outputs),
-            loss_hint=attachment.loss_hint,
-            **attachment.options._asdict(),
-        )
-        return (out.logps, *(getattr(out, ours) for ours in OUTPUT_NAMES.values()))
+        names = our_names(outputs)
+
+        def score(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
+            out = linear_logps(
+                hidden,
+                weight,
+                targets.long(),
+                bias=bias,
+                scale=scale,
+                softcap=softcap,
+                temperature=temperature,
+                outputs=names,
+                loss_hint=attachment.loss_hint,
+                **attachment.options._asdict(),
+            )
+            return {name: getattr(out, name) for name in ("logps", *names)}
+
+        if isinstance(weight, _LayerWeight):
+            layer = weight.layer
+            fields = call_gathered(sharded_layers(layer), lambda x: score(x, layer.weight, layer.bias), hidden)
+        else:
+            fields = score(hidden, weight, bias)
+        return (fields["logps"], *(fields.get(ours) for ours in OUTPUT_NAMES.values()))
 
     def project_valid_tokens_only(self, device: torch.device) -> bool:
         """Replaces TRL's `use_triton`: whether to leave out ignored tokens before the head, for ours always."""

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from fusedalign.engines import call_gathered, gathered, sharded_layers
 from fusedalign.head import LMHead, lm_head
 from fusedalign.packing import PackedBatch
 from fusedalign.packing.attention import Layout
@@ -83,7 +84,8 @@ def add_lm_head(
         TypeError, ValueError: the head cannot be read, see `lm_head`, the model's backbone cannot be told, or no impl
             does what the options ask for.
     """
-    options.check(lm_head(model), our_names(outputs), mixed=mixed)
+    with gathered(model.get_output_embeddings()):
+        options.check(lm_head(model), our_names(outputs), mixed=mixed)
     if model.base_model is model:
         raise TypeError(f"expected a model whose base_model is its backbone, got {type(model).__name__}")
     layouts = Layouts() if layouts is None else layouts
@@ -115,8 +117,16 @@ def add_lm_head(
         backbone = backbone_output(self, layout, kwargs)
         if copied is not None:  # the copy was queued before the backbone: this does not wait for the hidden states
             copied.synchronize()
-        score = _score_packed if isinstance(layout, PackedBatch) else _score
-        fields = score(_read(self), backbone.last_hidden_state, host_targets, scoring, layout)
+        score = functools.partial(
+            _score_packed if isinstance(layout, PackedBatch) else _score,
+            targets=host_targets,
+            scoring=scoring,
+            layout=layout,
+        )
+        if layers := _sharded_layers(self):
+            fields = call_gathered(layers, lambda hidden: score(_read(self), hidden), backbone.last_hidden_state)
+        else:
+            fields = score(_read(self), backbone.last_hidden_state)
         fields["label_mask"] = (targets != -100).to(fields["log_probs"].device)
         if shift_labels is None:  # TRL's fields leave out the last position
             fields = {name: x if x.ndim < 2 else x[:, :-1] for name, x in fields.items()}
@@ -161,6 +171,11 @@ def _copied_to_host(x: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
 @torch.compiler.disable  # reading the head inspects Python objects
 def _read(model: Any) -> LMHead:
     return lm_head(model)
+
+
+@torch.compiler.disable
+def _sharded_layers(model: Any) -> list[nn.Module]:
+    return sharded_layers(model.get_output_embeddings())
 
 
 def _first_weight(head: LMHead) -> Tensor:

@@ -21,8 +21,10 @@ from fusedalign.packing import (
     LayoutError,
     LayoutMismatchError,
     PackedBatch,
+    Proof,
     RightPadded,
     enable,
+    enable_sharded,
     enable_unmasked,
     pack_documents,
     pack_padded,
@@ -30,7 +32,7 @@ from fusedalign.packing import (
 from fusedalign.packing.attention import Layout, install, installed
 from fusedalign.packing.backbone import packed_arguments, packed_output, unmasked_arguments
 from fusedalign.packing.batch import GPU_MULTIPLE
-from fusedalign.trl.refusals import unwrapped
+from fusedalign.trl.refusals import is_sharded, unwrapped
 
 _logger = logging.getLogger(__name__)
 
@@ -290,7 +292,7 @@ def _packed(trainer: Any, models: list[Any], packed: bool | str, on_cuda: bool) 
     try:
         if (reason := _trainer_refusal(trainer) or _rows_refusal(trainer)) is not None:
             raise LayoutError(reason)
-        proofs = [enable(model) for model in models]
+        proofs = [_prove(trainer, model) for model in models]
     except LayoutError as error:
         if packed is True:
             raise ValueError(f"packed=True needs a model that can run packed: {error}") from error
@@ -298,7 +300,8 @@ def _packed(trainer: Any, models: list[Any], packed: bool | str, on_cuda: bool) 
             _logger.warning("packed batches are left out: %s", error)
         return MASKED, str(error)
     worst = max(proofs)
-    reason = f"proven on a few tokens, hidden states differ by {worst.difference:.1e} of {worst.allowed:.1e} allowed"
+    sample = "a small model of its class" if is_sharded(trainer) else "a few tokens"
+    reason = f"proven on {sample}, hidden states differ by {worst.difference:.1e} of {worst.allowed:.1e} allowed"
     return PACKED, reason + ("; attention takes one segment at a time" if worst.by_segments else "")
 
 
@@ -307,10 +310,16 @@ def _unpacked(trainer: Any, models: list[Any], reason: str) -> tuple[str, str]:
         if (refusal := _trainer_refusal(trainer)) is not None:
             raise LayoutError(refusal)
         for model in models:
-            enable_unmasked(model)
+            _prove(trainer, model, unmasked=True)
     except LayoutError as error:
         return MASKED, f"{reason}; {error}" if str(error) != reason else reason
     return UNMASKED, reason
+
+
+def _prove(trainer: Any, model: Any, *, unmasked: bool = False) -> Proof:
+    if is_sharded(trainer):
+        return enable_sharded(model, trainer.accelerator.device, unmasked=unmasked)
+    return (enable_unmasked if unmasked else enable)(model)
 
 
 def _trainer_refusal(trainer: Any) -> str | None:
@@ -320,8 +329,6 @@ def _trainer_refusal(trainer: Any) -> str | None:
             return f"{adapter.peft_type.value} puts virtual tokens before each row"
     if trainer.args.n_gpu > 1:
         return "DataParallel splits batches: launch one process for each GPU"
-    if trainer.is_fsdp_enabled:
-        return "FSDP"
     parallelism = getattr(trainer.accelerator, "parallelism_config", None)
     if parallelism is not None and (
         getattr(parallelism, "cp_enabled", False) or getattr(parallelism, "sp_enabled", False)

@@ -121,18 +121,8 @@ def base_of(model: Any) -> Any:
     return model.get_base_model() if is_peft_model(model) else model
 
 
-def refuse_sharded(trainer: Any) -> None:
-    """Raise ValueError for a Fused trainer with a head that is sharded over ranks."""
-    if trainer.is_fsdp_enabled:
-        raise ValueError(
-            f"{type(trainer).__name__} needs a head that is whole on each rank, got FSDP: "
-            "attach() to TRL's own trainer, whose forward gathers it, or use DDP"
-        )
-    refuse_zero3(trainer)
-
-
-def refuse_zero3(trainer: Any) -> None:
-    """Raise ValueError under ZeRO-3, which frees gathered parameters before the backward."""
+def is_sharded(trainer: Any) -> bool:
+    """Whether FSDP or ZeRO-3 keeps a shard of the weights on each rank."""
     plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
-    if trainer.is_deepspeed_enabled and plugin is not None and plugin.zero_stage == 3:
-        raise ValueError("expected a head that is whole on each rank, got DeepSpeed ZeRO-3: use stage 2 or stock TRL")
+    is_zero3 = trainer.is_deepspeed_enabled and plugin is not None and plugin.zero_stage == 3
+    return bool(trainer.is_fsdp_enabled or is_zero3)

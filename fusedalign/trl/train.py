@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,8 +16,7 @@ import fusedalign.trl
 from fusedalign.methods import METHODS
 from fusedalign.reports import plot_failure
 from fusedalign.trl.adapters import Adapter, find_adapter, load_adapter, merge
-from fusedalign.trl.arguments import Arguments, FusedArguments, is_experimental, parse, trl_class
-from fusedalign.trl.attachment import attach
+from fusedalign.trl.arguments import Arguments, is_experimental, parse, trl_class
 from fusedalign.trl.data import load_data
 from fusedalign.trl.folder import RunFolder, claimed
 from fusedalign.trl.lengths import check_lengths
@@ -44,9 +42,7 @@ def build(method: str, arguments: Arguments, *, fused: bool = True) -> Any:
         FileNotFoundError: a folder without a model.
     """
     script, training, model, *_ = arguments
-    if not fused:
-        _check_stock(arguments.fused)
-    elif arguments.fused.ref_logps is not None:
+    if fused and arguments.fused.ref_logps is not None:
         read_cache(arguments.fused.ref_logps)  # fails before data and model are loaded
     train_dataset, eval_dataset = load_data(method, arguments)
     _check_evaluated(script, training, eval_dataset)
@@ -90,20 +86,6 @@ def build(method: str, arguments: Arguments, *, fused: bool = True) -> Any:
         buffers = [name for name, buffer in trainer.model.named_buffers() if buffer.dtype == torch.bool]
         trainer.model._ddp_params_and_buffers_to_ignore = buffers
     return trainer
-
-
-def _check_stock(fused: FusedArguments) -> None:
-    """Raise ValueError for our own flags that TRL's own trainer does not support."""
-    if fused.liger_kernels:
-        raise ValueError(
-            "liger_kernels must be false where the trainer is TRL's own, as under FSDP, got true: use DDP, or "
-            "TRL's use_liger_kernel, which changes the layers of the policy alone"
-        )
-    if fused.ref_logps is not None:
-        raise ValueError(
-            "ref_logps must be left out where the trainer is TRL's own, as under FSDP, got "
-            f"{fused.ref_logps}: use DDP, or precompute_ref_log_probs"
-        )
 
 
 class FoundModel(NamedTuple):
@@ -220,21 +202,13 @@ def train(method: str, argv: Sequence[str]) -> tuple[Any, Written]:
     arguments = parse(method, argv)
     with claimed(arguments) as folder:
         try:
-            if _sharded(arguments.training) and not is_experimental(method):  # TRL's forward gathers the head
-                stock, fused = build(method, arguments, fused=False), arguments.fused
-                trainer = attach(stock, packed=fused.packed, **fused.head)
-            else:
-                trainer = build(method, arguments)
-                if trainer.is_world_process_zero():
-                    print(trainer.layouts, flush=True)
+            trainer = build(method, arguments)
+            if trainer.is_world_process_zero():
+                print(trainer.layouts, flush=True)
             return trainer, run(trainer, folder)
         except KeyboardInterrupt:
             is_main = arguments.training.process_index == 0
             raise KeyboardInterrupt(folder.kept(method, argv) if is_main else "") from None
-
-
-def _sharded(training: Any) -> bool:
-    return bool(training.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
 
 
 def tokenizer_of(trainer: Any) -> transformers.PreTrainedTokenizerBase:

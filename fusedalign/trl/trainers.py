@@ -9,6 +9,7 @@ the rest, the loss above all, is TRL's.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import inspect
 import os
 import sys
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 import trl
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from fusedalign.head import lm_head
 from fusedalign.trl import stock
@@ -46,11 +48,11 @@ from fusedalign.trl.reference import (
 )
 from fusedalign.trl.refusals import (
     base_of,
+    is_sharded,
     refuse_adapters,
     refuse_arguments,
     refuse_experts,
     refuse_numbers,
-    refuse_sharded,
 )
 
 __all__ = ["FusedDPOTrainer", "FusedKTOTrainer", "FusedSFTTrainer"]
@@ -89,9 +91,18 @@ class Fused:
             )
         refuse_adapters(self)
         refuse_experts(self, EXPERTS, "set its router_aux_loss_coef to 0")
-        refuse_sharded(self)
         self._add_late_head()
         self._settle()
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """The Trainer's; FSDP2 leaves log-probabilities in fp32 instead of rounding them to half precision."""
+        parent: Any = super()
+        parent.create_accelerator_and_postprocess()
+        trainer: Any = self
+        plugin: Any = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+        policy = getattr(plugin, "mixed_precision_policy", None)
+        if isinstance(policy, MixedPrecisionPolicy):
+            plugin.mixed_precision_policy = dataclasses.replace(policy, output_dtype=None)
 
     def _replacements(self) -> dict[str, Any]:
         """What the module of TRL's class calls while this trainer is built, see `replaced`."""
@@ -110,7 +121,8 @@ class Fused:
         trainer: Any = self
         for model, outputs in self._heads:
             trains = model is not getattr(trainer, "ref_model", None)
-            self.head_options.prepare(lm_head(model), our_names(outputs), mixed=self._mixed, trains=trains)
+            if not is_sharded(trainer):  # else the head is not on its final device
+                self.head_options.prepare(lm_head(model), our_names(outputs), mixed=self._mixed, trains=trains)
 
     def _groups(self) -> int:
         """Answers to each prompt in a batch: all first answers, then all second ones."""

@@ -653,5 +653,3 @@ def test_bad_caches_are_one_line_errors_of_the_commands(cache, words, tmp_path, 
     for method in ("sft", "orpo", "cpo", "simpo"):
         line = _error(capsys, [method, *words("dpo", ref_logps=path)])
         assert f"ref_logps needs a method with a reference model, dpo or kto, got {method}: leave it out" in line
-    line = _error(capsys, ["dpo", *words("dpo", ref_logps=path, fsdp="full_shard")])
-    assert "ref_logps must be left out where the trainer is TRL's own" in line

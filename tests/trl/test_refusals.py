@@ -12,7 +12,6 @@ import torch
 import transformers
 import transformers.trainer
 import trl
-from accelerate.state import AcceleratorState
 from transformers.models.phimoe import modeling_phimoe
 
 from fusedalign.cli import main
@@ -22,56 +21,6 @@ from fusedalign.trl.forward import fused_by
 from fusedalign.trl.refusals import refuse_numbers
 
 KINDS = ("sft", "dpo", "kto", "cpo", "orpo", "tpo")
-
-
-@pytest.fixture
-def pretend(monkeypatch):
-    """pretend("fsdp"), pretend("zero", 3): make trainers built afterwards believe that they run under it."""
-
-    def under(what, stage=None):
-        create = transformers.Trainer.create_accelerator_and_postprocess
-
-        def created(self):
-            create(self)
-            if what == "fsdp":
-                self.is_fsdp_enabled = True
-                return
-            self.is_deepspeed_enabled = True
-            plugin = types.SimpleNamespace(zero_stage=stage)
-            monkeypatch.setattr(AcceleratorState, "deepspeed_plugin", property(lambda _: plugin))
-
-        monkeypatch.setattr(transformers.Trainer, "create_accelerator_and_postprocess", created)
-
-    return under
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_fused_classes_refuse_fsdp(build, pretend, kind):
-    pretend("fsdp")
-    instead = r"attach\(\) to TRL's own trainer, whose forward gathers it, or use DDP"
-    with pytest.raises(ValueError, match=rf"Trainer needs a head that is whole on each rank, got FSDP: {instead}"):
-        build(kind, "fused", arguments=[("peft_config", tiny.lora)])
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_fused_classes_refuse_zero_3(build, pretend, kind):
-    pretend("zero", 3)
-    with pytest.raises(ValueError, match="whole on each rank, got DeepSpeed ZeRO-3: use stage 2 or stock TRL"):
-        build(kind, "fused", arguments=[("peft_config", tiny.lora)])
-
-
-@pytest.mark.parametrize("kind", ["sft", "dpo", "kto"])
-def test_attach_refuses_zero_3(build, pretend, kind):
-    pretend("zero", 3)
-    trainer = build(kind, "stock", arguments=[("peft_config", tiny.lora)])
-    with pytest.raises(ValueError, match="whole on each rank, got DeepSpeed ZeRO-3: use stage 2 or stock TRL"):
-        attach(trainer)
-
-
-@pytest.mark.parametrize("variant", ["fused", "attach"])
-def test_zero_2_is_not_refused(build, pretend, variant):
-    pretend("zero", 2)
-    build("sft", variant)
 
 
 # Liger

@@ -1,0 +1,119 @@
+"""Run a function of a layer's parameters while FSDP or DeepSpeed has gathered them.
+
+These engines keep a shard of each parameter on a rank. Hooks around the forward of a layer gather its parameters, and
+hooks around its backward gather them again and reduce their gradients. The forward of a head is not used here, so the
+head is called with another function in its place: one gather in the forward, as for any layer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+
+from fusedalign import private
+
+#: Tensors by name.
+Fields = dict[str, Tensor]
+
+
+def sharded_layers(layer: nn.Module | None) -> list[nn.Module]:
+    """The modules of a layer, itself included, with hooks that gather their parameters; outermost first."""
+    modules = [] if layer is None else layer.named_modules()
+    # The forward of LoRA's first factor is called as it is.
+    return [module for name, module in modules if _is_sharded(module) and "lora_A" not in name.split(".")]
+
+
+def call_gathered(layers: list[nn.Module], function: Callable[[Tensor], Fields], hidden: Tensor) -> Fields:
+    """`function(hidden)`, called while the parameters of `layers` are gathered.
+
+    Args:
+        layers: of `sharded_layers`, all of one layer.
+        function: reads the parameters from the modules when it is called. Gradients reach them through its results.
+        hidden: the input of the layer; engines may cast it to the dtype of mixed precision.
+    """
+    fields: Fields = {}
+
+    def within(remaining: list[nn.Module], hidden: Tensor) -> Fields | None:
+        if remaining:
+            return _call(remaining[0], lambda x: within(remaining[1:], x), hidden)
+        with _saved_storages() as saved:
+            # FSDP2 warns of views, on which its hooks can be lost.
+            fields.update({name: x if x._base is None else x.clone() for name, x in function(hidden).items()})
+        # An engine that is shown no result gathers nothing in the backward.
+        return fields if _is_trained(layers) or saved & _storages(layers) else None
+
+    within(layers, hidden)
+    return fields
+
+
+@contextlib.contextmanager
+def gathered(layer: nn.Module | None) -> Iterator[None]:
+    """A context with the parameters of a layer that ZeRO-3 has partitioned, for reading; all ranks must enter it."""
+    partitioned = [] if layer is None else [x for x in layer.parameters() if hasattr(x, "ds_id")]
+    if not partitioned:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(partitioned):
+        yield
+
+
+def _is_sharded(module: nn.Module) -> bool:
+    is_fsdp = isinstance(module, (FSDPModule, FullyShardedDataParallel))
+    return is_fsdp or any(hasattr(x, "ds_id") for x in module.parameters(recurse=False))
+
+
+def _call(layer: nn.Module, function: Callable[[Tensor], Any], hidden: Tensor) -> Any:
+    """Call a layer with `function` in place of its forward."""
+    if isinstance(layer, FSDPModule) and private.fsdp_unit(layer) == (layer,) and not _is_trained([layer]):
+        layer.unshard()  # FSDP2 would gather a layer that has run in its hooks again in the backward
+        needed = function(hidden)
+        if needed is None:
+            layer.reshard()  # else after the backward, with the units that the backward needs
+        return needed
+    wrapped = layer.module if isinstance(layer, FullyShardedDataParallel) else layer
+    original = vars(wrapped).get("forward")
+
+    def restore() -> None:
+        vars(wrapped).pop("forward", None)
+        if original is not None:
+            wrapped.forward = original
+
+    def forward(hidden: Tensor) -> Any:
+        restore()
+        return function(hidden)
+
+    wrapped.forward = forward
+    try:
+        return layer(hidden)
+    finally:
+        restore()  # also where a hook has raised
+
+
+def _is_trained(layers: list[nn.Module]) -> bool:
+    """Whether a parameter that is gathered together with those of `layers` is trained."""
+    units = [module for layer in layers for module in private.fsdp_unit(layer)]
+    return any(x.requires_grad for module in units for x in module.parameters())
+
+
+def _storages(layers: list[nn.Module]) -> set[int]:
+    return {x.untyped_storage().data_ptr() for layer in layers for x in layer.parameters()}
+
+
+@contextlib.contextmanager
+def _saved_storages() -> Iterator[set[int]]:
+    """The addresses of the tensors that are saved for a backward within this context."""
+    saved: set[int] = set()
+
+    def pack(x: Tensor) -> Tensor:
+        saved.add(x.untyped_storage().data_ptr())
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        yield saved
