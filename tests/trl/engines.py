@@ -57,11 +57,12 @@ ENGINES: dict[str, dict[str, Any]] = {
     "ddp": {},
     "fsdp2": {"fsdp": True},
     "zero2": {"deepspeed": {"zero_optimization": {"stage": 2}}},
-    "zero3": {"deepspeed": {"zero_optimization": {"stage": 3}}},
+    "zero3": {"deepspeed": {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}},
 }
 _DEEPSPEED = {
     "train_micro_batch_size_per_gpu": "auto",
     "gradient_accumulation_steps": "auto",
+    "gradient_clipping": "auto",  # else accelerate clips at 1
     "zero_allow_untested_optimizer": True,
 }
 
@@ -207,7 +208,7 @@ def _train(case: Case, folder: Path, in_reverse: bool = False) -> Outcome:
     trainer = (fused if is_fused else stock)(
         model=model,
         args=args,
-        train_dataset=_dataset(case, in_reverse),
+        train_dataset=_dataset(case, Path(folder), in_reverse),
         processing_class=tiny.tokenizer(),
         **({"packed": case.packed, **case.options} if is_fused else {}),
     )
@@ -225,20 +226,35 @@ def _train(case: Case, folder: Path, in_reverse: bool = False) -> Outcome:
     return outcome
 
 
-def _dataset(case: Case, in_reverse: bool) -> Any:
+def _dataset(case: Case, folder: Path, in_reverse: bool) -> Any:
     from datasets import Dataset
 
     rows = tiny.data(case.method, case.rows) if isinstance(case.rows, int) else Dataset.from_list(case.rows)
     if in_reverse:
         order = torch.arange(len(rows)).split(case.batch_size)
         rows = rows.select(torch.cat([batch.flip(0) for batch in order]).tolist())
+    if case.config.get("precompute_ref_log_probs"):
+        rows = _on_disk(rows, folder / f"{case.method}{case.rows}")
     return rows.to_iterable_dataset() if case.streams else rows
+
+
+def _on_disk(rows: Any, folder: Path) -> Any:
+    """The data set from a folder that all ranks share, beside which TRL caches a reference."""
+    from datasets import load_from_disk
+
+    if not dist.is_initialized():
+        return rows
+    if dist.get_rank() == 0:
+        rows.save_to_disk(folder)
+    dist.barrier()
+    return load_from_disk(folder)
 
 
 def _config(case: Case, folder: Path) -> dict[str, Any]:
     engine = dict(ENGINES[case.engine])
     if "deepspeed" in engine:
         engine["deepspeed"] = _DEEPSPEED | engine["deepspeed"]
+        _leave_out_operators()
     return {
         "output_dir": str(folder / "runs"),
         "max_steps": STEPS,
@@ -259,6 +275,13 @@ def _config(case: Case, folder: Path) -> dict[str, Any]:
         **engine,
         **case.config,
     }
+
+
+def _leave_out_operators() -> None:
+    """Let DeepSpeed communicate by gloo alone; it would compile an operator for ranks of one host."""
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def _pose_as_gpus(args: Any) -> None:
@@ -306,13 +329,22 @@ def _run_rank(folder: Path) -> None:
         except Exception:
             outcome = Outcome(error=traceback.format_exc())
         torch.save(outcome, folder / f"{i}-{rank}.pt")
-        dist.destroy_process_group()  # ranks that wait for a rank that raised get an error
+        _destroy_process_group()  # ranks that wait for a rank that raised get an error
         gc.collect()
     store.set(f"done {rank}", "")
     store.wait([f"done {other}" for other in range(ranks)])
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)  # interpreter shutdown occasionally aborts in PyTorch's threads
+
+
+def _destroy_process_group() -> None:
+    if os.environ.pop("ACCELERATE_USE_DEEPSPEED", None) is None:
+        dist.destroy_process_group()
+    else:
+        import deepspeed
+
+        deepspeed.comm.destroy_process_group()  # forgets its own groups too
 
 
 def _quicken() -> None:
