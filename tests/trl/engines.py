@@ -50,6 +50,7 @@ GUARD = 60
 STEPS = 10
 #: Methods with a mean over the tokens of a batch in their loss: the mean of two batches' losses is not that of both.
 _MEANS = {"cpo", "orpo"}
+_ALONE: dict[str, list[Outcome]] = {}
 
 #: Engine -> what it adds to a trainer's configuration.
 ENGINES: dict[str, dict[str, Any]] = {
@@ -63,6 +64,7 @@ _DEEPSPEED = {
     "train_micro_batch_size_per_gpu": "auto",
     "gradient_accumulation_steps": "auto",
     "gradient_clipping": "auto",  # else accelerate clips at 1
+    "bf16": {"enabled": "auto"},
     "zero_allow_untested_optimizer": True,
 }
 
@@ -87,11 +89,13 @@ class Case:
     streams: bool = False
     """whether the data set is iterable"""
     prepare: Callable[[Any], Any] | None = None
-    """changes the model before the trainer is built, such as by adding LoRA"""
+    """changes the model before the trainer is built, such as by adding LoRA, or returns its name"""
     config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """of the trainer's configuration"""
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """keyword arguments of the trainer, or of `attach`"""
+    watch: Callable[[Any], Any] | None = None
+    """called with the trainer before it trains; its result, which may change meanwhile, is `Outcome.watched`"""
     saves: bool = False
     """whether the trained model is saved, into `Outcome.saved`"""
 
@@ -107,6 +111,7 @@ class Outcome:
     error: str | None = None
     """the traceback of what the training raised"""
     saved: str | None = None
+    watched: Any = None
 
 
 def run(cases: Mapping[str, Case], folder: Path, ranks: int = 2) -> dict[str, list[Outcome]]:
@@ -116,8 +121,9 @@ def run(cases: Mapping[str, Case], folder: Path, ranks: int = 2) -> dict[str, li
         RuntimeError: a process ended, or exceeded its `GUARD`; the text has the end of what the ranks printed.
     """
     folder = Path(folder)
-    for case in cases.values():
-        _model_folder(case, folder)
+    for i, case in enumerate(cases.values()):
+        model_folder(case, folder)
+        (folder / str(i)).mkdir()
     torch.save(dict(cases), folder / "cases.pt")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
@@ -138,7 +144,7 @@ def run(cases: Mapping[str, Case], folder: Path, ranks: int = 2) -> dict[str, li
         if status:
             raise RuntimeError(f"torchrun ended with status {status}:\n{output.read()[-8000:]}")
     return {
-        name: [torch.load(folder / f"{i}-{rank}.pt", weights_only=False) for rank in range(ranks)]
+        name: [torch.load(folder / str(i) / f"{rank}.pt", weights_only=False) for rank in range(ranks)]
         for i, name in enumerate(cases)
     }
 
@@ -151,14 +157,19 @@ def alone(case: Case, folder: Path, ranks: int = 2, whole: bool | None = None) -
     rows of a step in one batch; by default where the loss is a sum over rows: ORPO and CPO have means over the tokens
     of a batch.
     """
-    steps = case.config.get("gradient_accumulation_steps", 1)
-    config = {**case.config, "gradient_accumulation_steps": steps * ranks}
-    accumulated = dataclasses.replace(case, engine="none", config=config, saves=False)
-    outcomes = [_train(accumulated, Path(folder)), _train(accumulated, Path(folder), in_reverse=True)]
-    if case.method not in _MEANS if whole is None else whole:
-        at_once = dataclasses.replace(accumulated, batch_size=case.batch_size * ranks, config=case.config)
-        outcomes.append(_train(at_once, Path(folder)))
-    return outcomes
+    config = {name: value for name, value in case.config.items() if not name.startswith("ddp_")}
+    steps = config.get("gradient_accumulation_steps", 1)
+    at_once = dataclasses.replace(case, engine="none", batch_size=case.batch_size * ranks, config=config, saves=False)
+    accumulated = dataclasses.replace(
+        at_once, batch_size=case.batch_size, config=config | {"gradient_accumulation_steps": steps * ranks}
+    )
+    whole = case.method not in _MEANS if whole is None else whole
+    key = repr((at_once, accumulated, whole))  # engines' cases share them
+    if key not in _ALONE:
+        folder = Path(folder)
+        _ALONE[key] = [_train(accumulated, folder), _train(accumulated, folder, in_reverse=True)]
+        _ALONE[key] += [_train(at_once, folder)] if whole else []
+    return _ALONE[key]
 
 
 def assert_trained_alike(outcomes: list[Outcome], equals: list[Outcome]) -> None:
@@ -167,13 +178,9 @@ def assert_trained_alike(outcomes: list[Outcome], equals: list[Outcome]) -> None
     The budget of a parameter is four times the rounding: what the first two trainings differ by, or one unit in the
     last place of its largest element where that is more. Losses, means over the ranks, agree to 1e-5.
     """
+    assert_ranks_equal(outcomes)
     first, (want, reverse, *_) = outcomes[0], equals
-    for outcome in outcomes:
-        assert outcome.error is None, outcome.error
-        assert outcome.losses == first.losses
-        assert outcome.parameters.keys() == want.parameters.keys()
-        for name, x in outcome.parameters.items():
-            assert torch.equal(x, first.parameters[name]), name
+    assert first.parameters.keys() == want.parameters.keys()
     for name, x in want.parameters.items():
         unit = torch.finfo(x.dtype).eps * x.abs().max()
         rounding = torch.maximum((x - reverse.parameters[name]).abs().max(), unit)
@@ -186,21 +193,33 @@ def assert_trained_alike(outcomes: list[Outcome], equals: list[Outcome]) -> None
         torch.testing.assert_close(first.losses, other.losses, rtol=1e-5, atol=1e-5)
 
 
-def _model_folder(case: Case, folder: Path) -> Path:
+def assert_ranks_equal(outcomes: list[Outcome]) -> None:
+    """Assert that no rank raised and that all have the same losses and parameters, bit for bit."""
+    first = outcomes[0]
+    for outcome in outcomes:
+        assert outcome.error is None, outcome.error
+        assert outcome.losses == first.losses
+        assert outcome.parameters.keys() == first.parameters.keys()
+        for name, x in outcome.parameters.items():
+            assert torch.equal(x, first.parameters[name]), name
+
+
+def model_folder(case: Case, folder: Path) -> Path:
+    """The folder of the case's model within that of its test, written on the first call."""
     models = folder / "models"
     if not (models / case.model).exists():
         tiny.save_model(case.model, models / case.model)
     return models / case.model
 
 
-def _train(case: Case, folder: Path, in_reverse: bool = False) -> Outcome:
+def _train(case: Case, folder: Path, output: str = "alone", in_reverse: bool = False) -> Outcome:
     from transformers import AutoModelForCausalLM
 
     stock, fused, config_class = tiny.classes(case.method)
-    args = config_class(**_config(case, folder))
+    args = config_class(**_config(case, folder / output))
     if case.engine == "fsdp2":
         _pose_as_gpus(args)
-    model = AutoModelForCausalLM.from_pretrained(_model_folder(case, folder), attn_implementation="eager")
+    model = AutoModelForCausalLM.from_pretrained(model_folder(case, folder), attn_implementation="eager")
     torch.manual_seed(0)
     if case.prepare is not None:
         model = case.prepare(model)
@@ -217,11 +236,12 @@ def _train(case: Case, folder: Path, in_reverse: bool = False) -> Outcome:
 
         attach(trainer, packed=case.packed, **case.options)
     initial = _whole_parameters(trainer)
+    watched = None if case.watch is None else case.watch(trainer)
     trainer.train()
-    outcome = Outcome(_whole_parameters(trainer), initial)
+    outcome = Outcome(_whole_parameters(trainer), initial, watched=watched)
     outcome.losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
     if case.saves:
-        outcome.saved = str(folder / "saved")
+        outcome.saved = str(folder / output / "saved")
         trainer.save_model(outcome.saved)
     return outcome
 
@@ -250,13 +270,13 @@ def _on_disk(rows: Any, folder: Path) -> Any:
     return load_from_disk(folder)
 
 
-def _config(case: Case, folder: Path) -> dict[str, Any]:
+def _config(case: Case, output: Path) -> dict[str, Any]:
     engine = dict(ENGINES[case.engine])
     if "deepspeed" in engine:
         engine["deepspeed"] = _DEEPSPEED | engine["deepspeed"]
         _leave_out_operators()
     return {
-        "output_dir": str(folder / "runs"),
+        "output_dir": str(output),
         "max_steps": STEPS,
         "logging_steps": 1,
         "per_device_train_batch_size": case.batch_size,
@@ -324,11 +344,11 @@ def _run_rank(folder: Path) -> None:
             timeout=datetime.timedelta(seconds=GUARD),
         )
         try:
-            outcome = _train(case, folder)
+            outcome = _train(case, folder, str(i))
             dist.barrier()  # a rank that leaves closes the connections of the others
         except Exception:
             outcome = Outcome(error=traceback.format_exc())
-        torch.save(outcome, folder / f"{i}-{rank}.pt")
+        torch.save(outcome, folder / str(i) / f"{rank}.pt")
         _destroy_process_group()  # ranks that wait for a rank that raised get an error
         gc.collect()
     store.set(f"done {rank}", "")
