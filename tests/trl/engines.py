@@ -58,7 +58,18 @@ ENGINES: dict[str, dict[str, Any]] = {
     "ddp": {},
     "fsdp2": {"fsdp": True},
     "zero2": {"deepspeed": {"zero_optimization": {"stage": 2}}},
-    "zero3": {"deepspeed": {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}},
+    "zero3": {
+        "deepspeed": {
+            "zero_optimization": {
+                "stage": 3,
+                "stage3_gather_16bit_weights_on_model_save": True,
+                # As with large models: nothing stays gathered.
+                "stage3_param_persistence_threshold": 0,
+                "stage3_prefetch_bucket_size": 0,
+                "stage3_max_reuse_distance": 0,
+            }
+        }
+    },
 }
 _DEEPSPEED = {
     "train_micro_batch_size_per_gpu": "auto",
