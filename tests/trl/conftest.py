@@ -45,12 +45,7 @@ def tiny_folder(tmp_path_factory):
     def folder(name):
         if name not in folders:
             folders[name] = tmp_path_factory.mktemp(name)
-            torch.manual_seed(1)
-            model = tiny.MODELS[name]()
-            for parameter in model.parameters():
-                if parameter.ndim > 1:  # so that logits differ by more than rounding
-                    parameter.data.mul_(8)
-            model.save_pretrained(folders[name])
+            tiny.save_model(name, folders[name])
         return folders[name]
 
     return folder

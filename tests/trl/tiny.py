@@ -90,6 +90,17 @@ MODELS = {
     ),
 }
 
+
+def save_model(name, folder):
+    """Save that model of `MODELS` into a folder, always with the same weights."""
+    torch.manual_seed(1)
+    model = MODELS[name]()
+    for parameter in model.parameters():
+        if parameter.ndim > 1:  # so that logits differ by more than rounding
+            parameter.data.mul_(8)
+    model.save_pretrained(folder)
+
+
 SENTENCE = "a good answer is short and says what you want to know but this one goes on and on about boats"
 WORDS = SENTENCE.split()
 
