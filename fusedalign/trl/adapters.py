@@ -13,13 +13,7 @@ from peft.utils.save_and_load import load_peft_weights
 
 from fusedalign.commandline import OneLineParser
 from fusedalign.reports import check_writable
-from fusedalign.trl.models import (
-    ADAPTER_CONFIG,
-    check_folder,
-    check_has_head,
-    has_file,
-    load_processing_class,
-)
+from fusedalign.trl.models import ADAPTER_CONFIG, check_folder, check_has_head, has_file, load_processing_class
 from fusedalign.trl.stock import create_model_from_path
 
 #: Folders for base models in a training's output directory; found there also after the directory was moved.

@@ -97,7 +97,6 @@ class FusedArguments(HeadArguments):
         default=False,
         metadata={"help": "Where the model is an adapter's folder: merge it and train all weights, not the adapter."},
     )
-
     overwrite_output_dir: bool = field(
         default=False,
         metadata={"help": "Start anew where output_dir holds a run: its checkpoints, metrics and model are removed."},
