@@ -71,7 +71,9 @@ def demo(argv: list[str]) -> None:
     warnings = [text for result in (sft, stock, fused) for text in result.written.warnings]
     for text in dict.fromkeys([*warnings, *([failure] if failure else [])]):
         warn(text)
-    print(f"{time.perf_counter() - start:.0f} seconds on {_device_name()}")
+    cpu = f"a CPU, {torch.get_num_threads()} thread(s)"
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu
+    print(f"{time.perf_counter() - start:.0f} seconds on {device}")
 
 
 def _train(method: str, name: str, model: str) -> Run:
@@ -206,7 +208,3 @@ def _plot(stock: Run, fused: Run, path: Path) -> None:
     bars.set(title="largest tensor in the loss layer, MiB")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
-
-
-def _device_name() -> str:
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"a CPU, {torch.get_num_threads()} thread(s)"

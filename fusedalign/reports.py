@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import json
 import math
 import os
@@ -126,6 +127,17 @@ def plot_failure(draw: Callable[[Path], None], path: Path) -> str | None:
 
 
 NO_MATPLOTLIB = "the plot was left out: it needs matplotlib (pip install matplotlib)"
+
+
+MISSING = "not installed"
+
+
+def package_version(name: str) -> str | None:
+    """The version of an installed distribution; None: not installed."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def warn(text: str) -> None:
