@@ -19,6 +19,7 @@ from fusedalign.reports import to_json, warn
 
 WORD = "plan"
 _UNITS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
+_MINIMA = {"batch": 1, "length": 2, "prompt": 0, "lora_r": 1, "accumulation": 1, "tokens": 1}
 
 
 def plan_command(argv: Sequence[str]) -> None:
@@ -46,19 +47,8 @@ def plan_command(argv: Sequence[str]) -> None:
 
 
 def step_of(options: argparse.Namespace) -> Step:
-    """The step that the arguments describe.
-
-    Raises:
-        ValueError: a number out of range.
-    """
-    for name, minimum in (
-        ("batch", 1),
-        ("length", 2),
-        ("prompt", 0),
-        ("lora_r", 1),
-        ("accumulation", 1),
-        ("tokens", 1),
-    ):
+    """The step that the arguments describe. Raises ValueError for a number out of range."""
+    for name, minimum in _MINIMA.items():
         value = getattr(options, name)
         if value is not None and value < minimum:
             raise ValueError(f"--{name} must be at least {minimum}, got {value}")
@@ -69,19 +59,12 @@ def step_of(options: argparse.Namespace) -> Step:
         raise ValueError(
             f"--precompute_ref_log_probs needs a method with a reference ({methods}), got {options.method}"
         )
-    rank = options.lora_r or (LORA_R if options.lora else 0)
     step = Step(
-        options.method,
-        options.batch,
-        options.length,
-        options.prompt,
-        options.tokens,
-        options.dtype,
-        rank,
-        options.gradient_checkpointing == "true",
-        options.precompute_ref_log_probs,
-        options.optim,
-        options.accumulation,
+        **{name: getattr(options, name) for name in ("method", "dtype", *_MINIMA) if name != "lora_r"},
+        lora_r=options.lora_r or (LORA_R if options.lora else 0),
+        checkpointing=options.gradient_checkpointing == "true",
+        precomputed=options.precompute_ref_log_probs,
+        optimiser=options.optim,
     )
     if options.tokens is not None and options.tokens > step.padded:
         raise ValueError(f"--tokens must be at most the {step.padded:,} of full rows, got {options.tokens:,}")
@@ -89,11 +72,7 @@ def step_of(options: argparse.Namespace) -> Step:
 
 
 def parse_memory(text: str) -> int:
-    """Parse a size such as 24GiB, 24GB, 80G or 25769803776; returns bytes.
-
-    Raises:
-        ValueError: anything else.
-    """
+    """The bytes of a size such as 24GiB, 24GB, 80G or 25769803776. Raises ValueError for anything else."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(iB|B|b|ib)?\s*", text, re.IGNORECASE)
     if match is None:
         raise ValueError(f"--memory must be a number with a unit, such as 24GiB or 80GB, got {text!r}")
