@@ -9,7 +9,6 @@ error.
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -65,7 +64,7 @@ def enable(model: Any, *, training: bool = True) -> Proof:
     Raises:
         LayoutError: its results would be wrong, with the reason; the model is then unchanged.
     """
-    return _enable(model, refusal(model), functools.partial(prove_packed, training=training))
+    return _enable(model, refusal(model), lambda rows: pack_padded(*rows, groups=2), training)
 
 
 def enable_unmasked(model: Any) -> Proof:
@@ -76,15 +75,16 @@ def enable_unmasked(model: Any) -> Proof:
     reason = _structure(model)
     if reason is None and not str(model.config._attn_implementation).endswith("sdpa"):
         reason = f"{model.config._attn_implementation} attention has its own way with masks"
-    return _enable(model, reason, prove_unmasked)
+    return _enable(model, reason, lambda rows: RightPadded(), training=True)
 
 
-def _enable(model: Any, reason: str | None, prove: Callable[[Any], Proof]) -> Proof:
+def _enable(model: Any, reason: str | None, lay_out: Callable[[_Rows], Layout], training: bool) -> Proof:
     if reason is not None:
         raise LayoutError(reason)
     original = None if installed(model) else install(model)
     try:
-        return prove(model)
+        rows = _padded_rows(model)
+        return _compare(model, rows, lay_out(rows), training)
     except Exception as error:
         if original is not None:
             uninstall(model, original)
@@ -132,28 +132,6 @@ _ROWS = (
 )
 
 
-def prove_packed(model: Any, *, training: bool = True) -> Proof:
-    """Compare the packed layout, prompts shared, with the padded one.
-
-    Args:
-        model, training: as in `enable`.
-
-    Raises:
-        LayoutError: they differ, with the numbers; or a layer has refused the layout.
-    """
-    rows = _padded_rows(model)
-    return _compare(model, rows, pack_padded(*rows, groups=2), training)
-
-
-def prove_unmasked(model: Any) -> Proof:
-    """Compare right-padded rows without a mask with the same rows under one.
-
-    Raises:
-        LayoutError: as `prove_packed`.
-    """
-    return _compare(model, _padded_rows(model), RightPadded(), training=True)
-
-
 class _Rows(NamedTuple):
     input_ids: Tensor
     attention_mask: Tensor
@@ -177,6 +155,7 @@ class _Measurement(NamedTuple):
 
 
 def _compare(model: Any, rows: _Rows, layout: Layout, training: bool) -> Proof:
+    """Compare a layout with the padded one; raises LayoutError, with the numbers, where they differ."""
     expected = _windows(model)
     # Compiled layers are observed too: they run eagerly here.
     with _undisturbed(model), _narrow_windows(model), torch.compiler.set_stance("force_eager"):

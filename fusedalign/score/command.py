@@ -241,16 +241,10 @@ def _run(script: Any, model: Any, head: Any, own: ScoreArguments, out: Path) -> 
 
 
 def _dataset(script: Any) -> Any:
-    from fusedalign.trl.files import load_named
+    from fusedalign.trl.data import check_split, named_splits
 
-    name, split = script.dataset_name, script.dataset_train_split
-    if not name:
-        raise ValueError(
-            "dataset_name must name a data set (Hub name, folder, .jsonl, .json, .parquet, .csv), got nothing"
-        )
-    if script.dataset_streaming:
+    if script.dataset_name and script.dataset_streaming:
         raise ValueError("dataset_streaming must be false, since shards are read by number, got true")
-    splits = load_named(name, name=script.dataset_config)
-    if split not in splits:
-        raise ValueError(f"dataset_train_split must be a split of {name} ({', '.join(splits)}), got {split!r}")
-    return splits[split]
+    splits = named_splits(script)
+    check_split("dataset_train_split", script.dataset_train_split, script.dataset_name, splits)
+    return splits[script.dataset_train_split]

@@ -11,7 +11,7 @@ import peft
 import torch
 from peft.utils.save_and_load import load_peft_weights
 
-from fusedalign.commandline import OneLineParser
+from fusedalign.commandline import CommandParser
 from fusedalign.reports import check_writable
 from fusedalign.trl.models import ADAPTER_CONFIG, check_folder, check_has_head, has_file, load_processing_class
 from fusedalign.trl.stock import create_model_from_path
@@ -46,9 +46,8 @@ def find_adapter(path: str, revision: str | None = None, *, trust_remote_code: b
     """
     if not has_file(path, ADAPTER_CONFIG, revision):
         return None
-    weights = sorted(
-        p.name for pattern in ("model*.safetensors", "pytorch_model*.bin") for p in Path(path).glob(pattern)
-    )
+    patterns = ("model*.safetensors", "pytorch_model*.bin")
+    weights = sorted(file.name for pattern in patterns for file in Path(path).glob(pattern))
     if weights:
         raise ValueError(
             f"model_name_or_path must hold a model or an adapter, got {path} with {weights[0]} and {ADAPTER_CONFIG}: "
@@ -172,22 +171,16 @@ def merge_command(argv: list[str]) -> None:
         ValueError: a bad argument, no adapter, an adapter that cannot be merged, a folder that is not empty.
         FileNotFoundError: no base model.
     """
-    parser = OneLineParser(
-        prog="fusedalign merge",
-        description="Merge an adapter into its base model and write the model and its tokenizer into a folder.",
-        allow_abbrev=False,
-        add_help=False,
+    parser = CommandParser(
+        "fusedalign merge",
+        "Merge an adapter into its base model and write the model and its tokenizer\ninto a folder.",
     )
-    parser.add_argument("-h", "--help", action="store_true", help="show this text")
-    parser.add_argument("adapter", nargs="?", metavar="ADAPTER", help="folder or Hub name of the adapter")
-    parser.add_argument("--out", metavar="DIR", help="folder for the merged model, new or empty")
-    dtypes = ("auto", "float32", "bfloat16", "float16")
-    parser.add_argument(
-        "--dtype", choices=dtypes, default="auto", help="of the merged model; default: the base model's"
-    )
-    options = parser.parse_args(argv)
-    if options.help:
-        print(parser.format_help(), end="")
+    add, dtypes = parser.add_argument, ("auto", "float32", "bfloat16", "float16")
+    add("adapter", nargs="?", metavar="ADAPTER", help="folder or Hub name of the adapter")
+    add("--out", metavar="DIR", help="folder for the merged model, new or empty")
+    add("--dtype", choices=dtypes, default="auto", help="of the merged model; default: the base model's")
+    options = parser.parse(argv)
+    if options is None:
         return
     for name in ("adapter", "out"):
         if not getattr(options, name):

@@ -157,14 +157,8 @@ def has_file(path: str, file: str, revision: str | None = None) -> bool:
     """Whether a folder or Hub repository holds a file."""
     if Path(path).is_dir():
         return (Path(path) / file).is_file()
-    options: Any = dict.fromkeys(
-        (
-            "_raise_exceptions_for_gated_repo",
-            "_raise_exceptions_for_missing_entries",
-            "_raise_exceptions_for_connection_errors",
-        ),
-        False,
-    )
+    cases = ("gated_repo", "missing_entries", "connection_errors")
+    options: Any = {f"_raise_exceptions_for_{case}": False for case in cases}
     try:
         return cached_file(path, file, revision=revision, **options) is not None
     except OSError:  # no such repository
