@@ -48,11 +48,7 @@ class Run(NamedTuple):
 
 
 def demo(argv: list[str]) -> None:
-    """Run the trainings, print the table, save the plot.
-
-    Raises:
-        ValueError: `argv` is not empty.
-    """
+    """Run the trainings, print the table, save the plot. Raises ValueError for arguments: there are none."""
     if argv:
         raise ValueError(f"demo takes no arguments, got {' '.join(argv)}")
     start = time.perf_counter()
@@ -159,11 +155,7 @@ def _reference(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Ten
 
 
 def largest_difference(a: list[dict[str, float]], b: list[dict[str, float]]) -> float:
-    """The largest |a - b| over all metrics and steps of two logs, except times and rates.
-
-    Raises:
-        ValueError: the logs have different metrics at a step.
-    """
+    """The largest |a - b| over all steps and metrics, except times and rates, of two logs with the same metrics."""
     largest = 0.0
     for x, y in zip(a, b, strict=True):
         if x.keys() != y.keys():

@@ -52,10 +52,8 @@ def _column_widths(rows: Sequence[Sequence[str]]) -> list[int]:
 def to_json(value: Any, *, indent: int | None = None) -> str:
     """Encode as standard JSON, which has no NaN and no infinities: they become null.
 
-    Args:
-        value: numbers, strings, mappings and sequences of them; tensors and NumPy values are converted to Python's,
-            anything else to a string.
-        indent: spaces per level; None: one line.
+    Tensors and NumPy values are converted to Python's, other objects to strings. Without an `indent` the text is one
+    line.
     """
     return json.dumps(_plain(value), indent=indent, allow_nan=False)
 
@@ -92,11 +90,7 @@ def replacement(path: Path) -> Iterator[Path]:
 
 
 def check_writable(folder: Path, option: str) -> None:
-    """Create a folder and check that files can be written to it, before the work whose results it is for.
-
-    Raises:
-        ValueError: the folder is not writable; the message names `option`.
-    """
+    """Create a folder before the work whose results it is for; ValueError, naming `option`, if it is not writable."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
@@ -106,15 +100,7 @@ def check_writable(folder: Path, option: str) -> None:
 
 
 def plot_failure(draw: Callable[[Path], None], path: Path) -> str | None:
-    """Save a plot; any exception becomes a message, because a plot must not cost the results.
-
-    Args:
-        draw: saves the plot to a path.
-        path: of the PNG; deleted if drawing fails.
-
-    Returns:
-        Why there is no plot, in one line; None on success.
-    """
+    """Save a plot; returns None or, because a plot must not cost the results, why there is none, in one line."""
     try:
         draw(path)
     except Exception as error:

@@ -23,11 +23,7 @@ _MINIMA = {"batch": 1, "length": 2, "prompt": 0, "lora_r": 1, "accumulation": 1,
 
 
 def plan_command(argv: Sequence[str]) -> None:
-    """Run `fusedalign plan`.
-
-    Raises:
-        ValueError: an invalid argument, or a model that cannot be planned; one line.
-    """
+    """Run `fusedalign plan`. Raises ValueError, one line, for bad arguments or a model that cannot be planned."""
     options = _parser().parse(argv)
     if options is None:
         return

@@ -57,14 +57,7 @@ class ScoreArguments:
 
 
 def score_command(argv: list[str]) -> int:
-    """Run `fusedalign score`.
-
-    Returns:
-        The exit status.
-
-    Raises:
-        ValueError, FileNotFoundError: an invalid argument, model or data set; one line.
-    """
+    """Run `fusedalign score`; returns the exit status. Errors, of arguments, model or data set, are one line."""
     from fusedalign.trl.launch import launched_elsewhere
 
     parser = _parser()

@@ -114,11 +114,7 @@ def reference_command(argv: list[str]) -> None:
 
 
 def _is_same_cache(path: Path, about: Any, keys: Collection[str]) -> bool:
-    """Whether `path` is the cache of the same reference and rows.
-
-    Raises:
-        ValueError: it is another file.
-    """
+    """Whether `path` is the cache of the same reference and rows. Raises ValueError if it is another file."""
     from fusedalign.trl.ref_cache import read_cache
 
     if not path.exists():

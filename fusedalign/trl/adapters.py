@@ -72,12 +72,7 @@ def find_adapter(path: str, revision: str | None = None, *, trust_remote_code: b
 
 
 def load_adapter(adapter: Adapter, options: Mapping[str, Any], *, trainable: bool = True) -> Any:
-    """The base model with its adapter, a `PeftModel`.
-
-    Args:
-        adapter: to load.
-        options: of the base model's `from_pretrained`.
-        trainable: whether the adapter is to be trained further, or merged.
+    """The base model, loaded with `options`, and its adapter, to be trained further or merged: a `PeftModel`.
 
     Raises:
         ValueError: an adapter that does not fit its base model, or cannot be trained further.
@@ -130,13 +125,7 @@ def _untie(model: Any) -> None:
 
 
 def merge(adapter: Adapter, folder: Path, *, dtype: str | None = "auto", trust_remote_code: bool = False) -> None:
-    """Write the merged model and its tokenizer into a folder.
-
-    Args:
-        adapter: to merge into its base model.
-        folder: to write into.
-        dtype: of the merged model; "auto": that of the base model.
-        trust_remote_code: as in transformers.
+    """Write the merged model, in `dtype` ("auto": the base model's), and its tokenizer into a folder.
 
     Raises:
         ValueError: an adapter that cannot be merged.

@@ -141,12 +141,7 @@ def about(model: Any, processing_class: Any, args: Any, name: str) -> About:
 
 
 def row_key(input_ids: Sequence[int] | np.ndarray, labels: Sequence[int] | np.ndarray) -> str:
-    """The key of one sequence.
-
-    Args:
-        input_ids: [L] its tokens, after truncation and without padding.
-        labels: [L] the same, unshifted, and -100 on context tokens.
-    """
+    """The key of a sequence's [L] tokens, truncated and without padding, and unshifted labels, -100 on context."""
     stacked = np.stack([np.asarray(input_ids), np.asarray(labels)]).astype("<i8")
     return hashlib.blake2b(stacked.tobytes(), digest_size=16).hexdigest()
 
@@ -160,11 +155,7 @@ class RefCache:
     logps: Mapping[str, float]
 
     def check(self, facts: Mapping[str, Any]) -> None:
-        """Raise ValueError where the cache does not match, with the field and the remedy.
-
-        Args:
-            facts: of the training, from `settings` or `model_facts`.
-        """
+        """Raise ValueError, with field and remedy, where the cache does not match `settings` or `model_facts`."""
         for name, (expected, got, remedy) in _MISMATCHES.items():
             if name not in facts or facts[name] == getattr(self.about, name):
                 continue
@@ -183,18 +174,13 @@ class RefCache:
 
 
 def check_target(path: Path, option: str) -> None:
-    """Raise ValueError if a cache written to `path` would replace a folder, or a file that is no cache.
+    """Raise ValueError, naming `option`, if a cache written to `path` would replace a folder, or a file that is none.
 
-    Args:
-        path: of the cache to write; an existing cache is compared later, once the weights are loaded.
-        option: the flag that gave it, for the message.
+    An existing cache is compared later, once the weights are loaded.
     """
-    if path.is_dir():
-        kind = "a folder"
-    elif not path.exists() or _may_be_cache(path):
+    if not path.exists() or (not path.is_dir() and _may_be_cache(path)):
         return
-    else:
-        kind = "another file than a reference cache"
+    kind = "a folder" if path.is_dir() else "another file than a reference cache"
     raise ValueError(f"{option} must name the file to write, got {path}, which is {kind}: give another name")
 
 
