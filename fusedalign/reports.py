@@ -115,6 +115,15 @@ def plot_failure(draw: Callable[[Path], None], path: Path) -> str | None:
 NO_MATPLOTLIB = "the plot was left out: it needs matplotlib (pip install matplotlib)"
 
 
+def silence_bars() -> None:
+    """Disable the progress bars of datasets and transformers."""
+    from datasets.utils import logging as datasets_logging
+    from transformers.utils import logging as transformers_logging
+
+    datasets_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+
+
 MISSING = "not installed"
 
 

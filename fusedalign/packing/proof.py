@@ -23,7 +23,6 @@ from fusedalign.packing.attention import (
     install,
     installed,
     observation,
-    uninstall,
     varlen_attention,
 )
 from fusedalign.packing.backbone import packed_output, unmasked_arguments
@@ -87,7 +86,7 @@ def _enable(model: Any, reason: str | None, lay_out: Callable[[_Rows], Layout], 
         return _compare(model, rows, lay_out(rows), training)
     except Exception as error:
         if original is not None:
-            uninstall(model, original)
+            model.set_attn_implementation(original)
         if isinstance(error, (LayoutError, torch.OutOfMemoryError)):
             raise
         reason = str(error).split("\n")[0]

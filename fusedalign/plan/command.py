@@ -98,17 +98,12 @@ def _parser() -> CommandParser:
 
     add("model_name_or_path", "a folder with a config.json, a Hub model, or embedded", metavar="M")
     add("method", "the training method", default.method, choices=METHODS)
-    add("batch", "rows, or pairs, per micro-batch", default.batch, type=int, metavar="N")
-    add("length", "tokens per row, prompt and answer", default.length, type=int, metavar="N")
-    add(
-        "prompt",
-        "tokens of the prompt among them: no loss, packed once per pair",
-        default.prompt,
-        type=int,
-        metavar="N",
-    )
-    add("tokens", "tokens of the packed batch, if rows are shorter; default: all rows full", type=int, metavar="N")
-    add("accumulation", "micro-batches per step", default.accumulation, type=int, metavar="N")
+    number: dict[str, Any] = {"type": int, "metavar": "N"}
+    add("batch", "rows, or pairs, per micro-batch", default.batch, **number)
+    add("length", "tokens per row, prompt and answer", default.length, **number)
+    add("prompt", "tokens of the prompt among them: no loss, packed once per pair", default.prompt, **number)
+    add("tokens", "tokens of the packed batch, if rows are shorter; default: all rows full", **number)
+    add("accumulation", "micro-batches per step", default.accumulation, **number)
     add("dtype", "of the weights; matrix products are in bf16", default.dtype, choices=tuple(ITEM))
     add("lora", f"train LoRA on all linear layers, r={LORA_R}", action="store_true")
     add("lora_r", "the same with another rank", type=int, metavar="R")

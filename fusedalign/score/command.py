@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fusedalign.commandline import argument
-from fusedalign.reports import check_writable, plot_failure, warn
+from fusedalign.reports import check_writable, plot_failure, silence_bars, warn
 from fusedalign.score import columns, identity, summary
 from fusedalign.score.models import ModelNames
 from fusedalign.score.reference import FLAG, reference_command
@@ -70,7 +70,8 @@ def score_command(argv: list[str]) -> int:
     if launched_elsewhere("score", parser, argv):
         return 0
     script, model, head, own = _parse(parser, argv)
-    _silence_bars()
+    if not sys.stderr.isatty():
+        silence_bars()
     out = _out(own)
     run, kind = _run(script, model, head, own, out)
     try:
@@ -87,16 +88,6 @@ def score_command(argv: list[str]) -> int:
             f"{run.store.folder}, and the same command goes on from there"
         ) from error
     return 0 if finished is None else _report(finished, kind, own)
-
-
-def _silence_bars() -> None:
-    """Disable the progress bars of the libraries unless stderr is a terminal."""
-    from datasets.utils import logging as datasets_logging
-    from transformers.utils import logging as transformers_logging
-
-    if not sys.stderr.isatty():
-        datasets_logging.disable_progress_bar()
-        transformers_logging.disable_progress_bar()
 
 
 def _report(finished: Finished, kind: str, own: ScoreArguments) -> int:

@@ -52,6 +52,8 @@ class About:
     """versions, for information"""
 
 
+_REFERENCE = "of the model as it is given, which is the reference"
+_MODEL, _TOKENIZER = "pass the model {model}, or ", "pass the tokenizer of {model}, or "
 #: In the order of comparison: a field of `About` -> words for what is expected, what the cache has, and the remedy.
 _MISMATCHES = {
     "max_length": ("max_length={ours}", "max_length={theirs}", "set max_length={theirs}, or "),
@@ -65,19 +67,11 @@ _MISMATCHES = {
         "per_device_train_batch_size={theirs}",
         "set per_device_train_batch_size={theirs}, or ",
     ),
-    "tokenizer": ("the tokenizer of this training", "another one", "pass the tokenizer of {model}, or "),
-    "chat_template": ("the chat template of this training", "another one", "pass the tokenizer of {model}, or "),
+    "tokenizer": ("the tokenizer of this training", "another one", _TOKENIZER),
+    "chat_template": ("the chat template of this training", "another one", _TOKENIZER),
     "dtype": ("weights in {ours}, as the model is loaded here", "weights in {theirs}", "set dtype={theirs!r}, or "),
-    "config": (
-        "the configuration of the model as it is given, which is the reference",
-        "another one",
-        "pass the model {model}, or ",
-    ),
-    "weights": (
-        "the weights of the model as it is given, which is the reference",
-        "others",
-        "pass the model {model}, or ",
-    ),
+    "config": (f"the configuration {_REFERENCE}", "another one", _MODEL),
+    "weights": (f"the weights {_REFERENCE}", "others", _MODEL),
 }
 
 
