@@ -1,4 +1,4 @@
-"""Output of the commands: aligned tables, standard JSON, files replaced atomically, optional plots, warnings."""
+"""Output of the commands: tables, standard JSON, files replaced atomically, optional plots, versions, warnings."""
 
 from __future__ import annotations
 
@@ -12,6 +12,10 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+NO_MATPLOTLIB = "the plot was left out: it needs matplotlib (pip install matplotlib)"
+#: Stands for the version of a package.
+MISSING = "not installed"
 
 
 def markdown_table(rows: Sequence[Sequence[str]], widths: Sequence[int] | None = None) -> list[str]:
@@ -112,9 +116,6 @@ def plot_failure(draw: Callable[[Path], None], path: Path) -> str | None:
     return None
 
 
-NO_MATPLOTLIB = "the plot was left out: it needs matplotlib (pip install matplotlib)"
-
-
 def silence_bars() -> None:
     """Disable the progress bars of datasets and transformers."""
     from datasets.utils import logging as datasets_logging
@@ -122,9 +123,6 @@ def silence_bars() -> None:
 
     datasets_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
-
-
-MISSING = "not installed"
 
 
 def package_version(name: str) -> str | None:
