@@ -67,11 +67,7 @@ def _parser() -> CommandParser:
 
 
 def bench(argv: list[str]) -> None:
-    """Run `fusedalign bench`, or the sub-command that the first argument names.
-
-    Raises:
-        ValueError: an invalid argument; one line with the expected and the actual value.
-    """
+    """Run `fusedalign bench`, or the sub-command that comes first. Raises ValueError, one line, for bad arguments."""
     if argv and argv[0] in SUBCOMMANDS:
         SUBCOMMANDS[argv[0]].run(argv[1:])
         return

@@ -11,7 +11,6 @@ import contextlib
 import copy
 import functools
 import hashlib
-import importlib.metadata
 import json
 from typing import Any
 
@@ -20,6 +19,7 @@ from accelerate.utils import is_peft_model
 from datasets.fingerprint import Hasher, generate_random_fingerprint
 from torch import nn
 
+from fusedalign.reports import package_version
 from fusedalign.trl import stock
 from fusedalign.trl.digests import plain
 from fusedalign.trl.forward import fused_by
@@ -212,11 +212,4 @@ def _hash_of_object(x: Any) -> str:
 
 def package_versions() -> dict[str, str | None]:
     """The versions of the packages that compute log-probabilities; None: not installed."""
-    return {name: _version(name) for name in _PACKAGES}
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+    return {name: package_version(name) for name in _PACKAGES}
