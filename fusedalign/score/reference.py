@@ -50,6 +50,7 @@ def reference_command(argv: list[str]) -> None:
     from fusedalign.trl.arguments import parse
     from fusedalign.trl.data import load_data
     from fusedalign.trl.digests import digest
+    from fusedalign.trl.options import mixed_precision
     from fusedalign.trl.train import find_model
 
     parser = OneLineParser(prog=f"fusedalign score {FLAG}", add_help=False, allow_abbrev=False)
@@ -80,12 +81,11 @@ def reference_command(argv: list[str]) -> None:
         if ranks.rank == 0:
             print(f"{own.ref_cache} is there already: train with --ref_logps {own.ref_cache}")
         return
-    autocast = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else None
     scorer: dict[str, Any] = {
         "packed": arguments.fused.packed,
         "impl": arguments.fused.fused_impl,
         "max_tokens": max_tokens,
-        "autocast": autocast,
+        "autocast": mixed_precision(training),
     }
     facts = {key: value for key, value in dataclasses.asdict(about).items() if key not in ("model", "packages")}
     settings = json.loads(json.dumps({**facts, **scorer, "sequences": digest(list(sequences))}, default=str))

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, NoReturn
 
+import torch
 import trl
 from transformers.utils import is_torch_bf16_gpu_available, is_torch_xla_available
 
@@ -134,7 +135,8 @@ class Parser(trl.TrlParser):
 def parse(method: str, argv: Sequence[str]) -> Arguments:
     """TRL's arguments and ours from `--config FILE` and flags; flags win.
 
-    bf16, TRL's default, is off where no accelerator supports it.
+    bf16, TRL's default, is off where no accelerator supports it. Several processes without an accelerator are ranks on
+    the CPU, as with `use_cpu`.
 
     Raises:
         ValueError: a field that does not exist, or a value that does not fit.
@@ -154,6 +156,8 @@ def parse(method: str, argv: Sequence[str]) -> Arguments:
                 "bf16 must be false where no accelerator has it, got true: "
                 "leave it out, or add --use_cpu true for bf16 on the CPU"
             )
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available():
+        values.use_cpu = True  # else transformers would let each process train alone
     arguments = Arguments(*parser.parse_dict(vars(values), allow_extra_keys=True))
     _ = arguments.fused.packed  # raises
     if arguments.fused.ref_logps is not None and method not in WITH_REFERENCE:
