@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import os
 import platform
 import select
@@ -19,11 +18,9 @@ import fusedalign
 from fusedalign.impls import explain
 from fusedalign.impls.survey import auto_choices, coverage
 from fusedalign.methods import METHODS
-from fusedalign.reports import text_table, warn
+from fusedalign.reports import MISSING, package_version, text_table, warn
 
 _PACKAGES = ("triton", "transformers", "trl", "datasets", "accelerate", "peft", "liger-kernel", "cut-cross-entropy")
-
-
 _EXTRA = ("trl", "transformers", "datasets", "accelerate", "peft", "matplotlib", "yaml")
 _LONGEST = 400  # characters of a message: other libraries' messages span many lines
 
@@ -206,14 +203,14 @@ def _env(argv: list[str]) -> None:
     if argv:
         raise ValueError(f"env takes no arguments, got {' '.join(argv)}")
     versions = [("python", platform.python_version()), ("fusedalign", fusedalign.__version__)]
-    versions += [("torch", torch.__version__), *((name, _version(name)) for name in _PACKAGES)]
+    versions += [("torch", torch.__version__), *((name, package_version(name) or MISSING) for name in _PACKAGES)]
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     print("\n".join([*text_table([*versions, ("CUDA devices", ", ".join(devices) or "none")]), ""]))
     titles = ("impl", "here", "auto", "version", "devices", "dtypes", "exact in", "outputs beside logps", "head")
     table: list[tuple[str, ...]] = [titles]
     reasons = []
     for verdict in explain():
-        version = _version(verdict.package) if verdict.package else "-"
+        version = (package_version(verdict.package) or MISSING) if verdict.package else "-"
         row = [verdict.impl, "no" if verdict.reason else "yes", "yes" if verdict.auto else "no", version]
         *served, caveats = coverage(verdict.impl) if verdict.reason is None else [[]] * 6
         table.append((*row, *(" ".join(words) or "-" for words in served)))
@@ -222,13 +219,6 @@ def _env(argv: list[str]) -> None:
     print("\n".join([*text_table(table), "", *text_table(reasons)]))
     chosen = ", ".join(f"{impl} in {' '.join(dtypes)}" for impl, dtypes in auto_choices().items())
     print(f"\nrecommended here: impl='auto', which takes {chosen}")
-
-
-def _version(name: str) -> str:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
 
 
 COMMANDS: dict[str, Command] = {

@@ -1,8 +1,14 @@
-"""The argument parsers of the commands that are not TRL's."""
+"""The argument parsers of the commands that are not TRL's, and the fields of those that are."""
 
 import argparse
 from collections.abc import Sequence
-from typing import NoReturn
+from dataclasses import field
+from typing import Any, NoReturn
+
+
+def argument(default: Any, help_text: str) -> Any:
+    """A field of a dataclass from which TRL's parser makes a flag."""
+    return field(default=default, metadata={"help": help_text})
 
 
 class OneLineParser(argparse.ArgumentParser):

@@ -81,6 +81,5 @@ def send(x: Tensor, device: torch.device) -> Tensor:
     """Copy CPU tensor `x` to `device` without waiting for it; the caller may reuse `x` at once."""
     if device.type != "cuda":
         return x.to(device)
-    return (
-        torch.empty_like(x, pin_memory=True).copy_(x).to(device, non_blocking=True)
-    )  # pageable memory would synchronise
+    pinned = torch.empty_like(x, pin_memory=True).copy_(x)  # pageable memory would synchronise
+    return pinned.to(device, non_blocking=True)

@@ -48,11 +48,7 @@ class Run(NamedTuple):
 
 
 def demo(argv: list[str]) -> None:
-    """Run the trainings, print the table, save the plot.
-
-    Raises:
-        ValueError: `argv` is not empty.
-    """
+    """Run the trainings, print the table, save the plot. Raises ValueError for arguments: there are none."""
     if argv:
         raise ValueError(f"demo takes no arguments, got {' '.join(argv)}")
     start = time.perf_counter()
@@ -71,7 +67,9 @@ def demo(argv: list[str]) -> None:
     warnings = [text for result in (sft, stock, fused) for text in result.written.warnings]
     for text in dict.fromkeys([*warnings, *([failure] if failure else [])]):
         warn(text)
-    print(f"{time.perf_counter() - start:.0f} seconds on {_device_name()}")
+    cpu = f"a CPU, {torch.get_num_threads()} thread(s)"
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu
+    print(f"{time.perf_counter() - start:.0f} seconds on {device}")
 
 
 def _train(method: str, name: str, model: str) -> Run:
@@ -157,11 +155,7 @@ def _reference(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Ten
 
 
 def largest_difference(a: list[dict[str, float]], b: list[dict[str, float]]) -> float:
-    """The largest |a - b| over all metrics and steps of two logs, except times and rates.
-
-    Raises:
-        ValueError: the logs have different metrics at a step.
-    """
+    """The largest |a - b| over all steps and metrics, except times and rates, of two logs with the same metrics."""
     largest = 0.0
     for x, y in zip(a, b, strict=True):
         if x.keys() != y.keys():
@@ -206,7 +200,3 @@ def _plot(stock: Run, fused: Run, path: Path) -> None:
     bars.set(title="largest tensor in the loss layer, MiB")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
-
-
-def _device_name() -> str:
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"a CPU, {torch.get_num_threads()} thread(s)"

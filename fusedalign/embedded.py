@@ -62,7 +62,7 @@ def build_embedded_model(directory: str | Path, *, seed: int = 0) -> Path:
 
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    tokenizer = _train_tokenizer(_training_texts(data_directory()))
+    tokenizer = _train_tokenizer()
     config = _config(tokenizer)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -75,7 +75,7 @@ def build_embedded_model(directory: str | Path, *, seed: int = 0) -> Path:
 
 def embedded_config() -> Any:
     """The configuration of the embedded model, without building it."""
-    return _config(_train_tokenizer(_training_texts(data_directory())))
+    return _config(_train_tokenizer())
 
 
 def _special(tokenizer: Any) -> dict[str, Any]:
@@ -100,15 +100,7 @@ def _config(tokenizer: Any) -> Any:
     )
 
 
-def _training_texts(data: Path) -> list[str]:
-    texts = []
-    for kind in ("preferences", "sft"):
-        for line in (data / kind / "train.jsonl").read_text(encoding="utf-8").splitlines():
-            texts += [message["content"] for turn in json.loads(line).values() for message in turn]
-    return texts
-
-
-def _train_tokenizer(texts: list[str]):
+def _train_tokenizer() -> Any:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -121,7 +113,11 @@ def _train_tokenizer(texts: list[str]):
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),  # so that every byte, hence any text, has a token
         show_progress=False,
     )
-    tokenizer.train_from_iterator(["user", "assistant", "\n", *texts], trainer)
+    texts = ["user", "assistant", "\n"]
+    for kind in ("preferences", "sft"):
+        for line in (data_directory() / kind / "train.jsonl").read_text(encoding="utf-8").splitlines():
+            texts += [message["content"] for turn in json.loads(line).values() for message in turn]
+    tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token=END,

@@ -95,13 +95,7 @@ def _is_asked(output: str, call: Call) -> bool:
 
 
 @_operator("linear_logps")
-def _logps(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    *packed: Any,
-) -> list[Tensor]:
+def _logps(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, *packed: Any) -> list[Tensor]:
     """The fields of `TokenLogps`, then those of `autograd.Saved` that `_saved_tensors` names; empty where absent."""
     call = Call.unpack(packed)
     problem, token_index, impl = _problem(hidden, weight, targets, bias, call)
@@ -125,13 +119,7 @@ def _saved_tensors(saved: autograd.Saved) -> tuple[Tensor | None, ...]:
 
 
 @_logps.register_fake
-def _logps_fake(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    *packed: Any,
-) -> list[Tensor]:
+def _logps_fake(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, *packed: Any) -> list[Tensor]:
     call = Call.unpack(packed)
     outputs, logit_dtype = call.spec.outputs, call.spec.logit_dtype
     result_dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32

@@ -267,10 +267,7 @@ def with_tensors(
 
 
 def operand_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
-    """What enters the head's product: autocast's dtype where that is on, else the wider of the two.
-
-    `weight` is the head or, of a split one, the first tensor.
-    """
+    """`Spec.operand_dtype` for hidden states and a head, or the first tensor of a split one."""
     wider = torch.promote_types(hidden.dtype, weight.dtype)
     device = hidden.device.type
     if wider != torch.float64 and torch.is_autocast_enabled(device):

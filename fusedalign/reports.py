@@ -1,8 +1,9 @@
-"""Output of the commands: aligned tables, standard JSON, files replaced atomically, optional plots, warnings."""
+"""Output of the commands: tables, standard JSON, files replaced atomically, optional plots, versions, warnings."""
 
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import json
 import math
 import os
@@ -11,6 +12,10 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+NO_MATPLOTLIB = "the plot was left out: it needs matplotlib (pip install matplotlib)"
+#: Stands for the version of a package.
+MISSING = "not installed"
 
 
 def markdown_table(rows: Sequence[Sequence[str]], widths: Sequence[int] | None = None) -> list[str]:
@@ -51,10 +56,8 @@ def _column_widths(rows: Sequence[Sequence[str]]) -> list[int]:
 def to_json(value: Any, *, indent: int | None = None) -> str:
     """Encode as standard JSON, which has no NaN and no infinities: they become null.
 
-    Args:
-        value: numbers, strings, mappings and sequences of them; tensors and NumPy values are converted to Python's,
-            anything else to a string.
-        indent: spaces per level; None: one line.
+    Tensors and NumPy values are converted to Python's, other objects to strings. Without an `indent` the text is one
+    line.
     """
     return json.dumps(_plain(value), indent=indent, allow_nan=False)
 
@@ -91,11 +94,7 @@ def replacement(path: Path) -> Iterator[Path]:
 
 
 def check_writable(folder: Path, option: str) -> None:
-    """Create a folder and check that files can be written to it, before the work whose results it is for.
-
-    Raises:
-        ValueError: the folder is not writable; the message names `option`.
-    """
+    """Create a folder before the work whose results it is for; ValueError, naming `option`, if it is not writable."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
@@ -105,15 +104,7 @@ def check_writable(folder: Path, option: str) -> None:
 
 
 def plot_failure(draw: Callable[[Path], None], path: Path) -> str | None:
-    """Save a plot; any exception becomes a message, because a plot must not cost the results.
-
-    Args:
-        draw: saves the plot to a path.
-        path: of the PNG; deleted if drawing fails.
-
-    Returns:
-        Why there is no plot, in one line; None on success.
-    """
+    """Save a plot; returns None or, because a plot must not cost the results, why there is none, in one line."""
     try:
         draw(path)
     except Exception as error:
@@ -125,7 +116,21 @@ def plot_failure(draw: Callable[[Path], None], path: Path) -> str | None:
     return None
 
 
-NO_MATPLOTLIB = "the plot was left out: it needs matplotlib (pip install matplotlib)"
+def silence_bars() -> None:
+    """Disable the progress bars of datasets and transformers."""
+    from datasets.utils import logging as datasets_logging
+    from transformers.utils import logging as transformers_logging
+
+    datasets_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+
+
+def package_version(name: str) -> str | None:
+    """The version of an installed distribution; None: not installed."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def warn(text: str) -> None:

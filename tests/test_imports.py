@@ -20,6 +20,7 @@ ROOMS = [
     "methods",
     "problem",
     "head",
+    "engines",
     "impls",
     "losses",
     "sequence",

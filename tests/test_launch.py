@@ -1,6 +1,12 @@
-"""Relaunching commands through `accelerate launch`, with which arguments."""
+"""Commands on several processes: through `accelerate launch` and torchrun."""
 
+import json
+import sys
+from pathlib import Path
+
+import guarded
 import pytest
+import torch
 
 from fusedalign.cli import main
 
@@ -18,7 +24,8 @@ def launched(monkeypatch):
     class Process:
         returncode = 0
 
-    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    for name in ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(launch.subprocess, "run", lambda command: calls.append(command[3:]) or Process())
     return calls
 
@@ -100,3 +107,91 @@ def test_a_launched_process_does_not_launch_again(launched, monkeypatch, capsys)
     assert main(["dpo", "--num_processes", "2"]) == 2
     assert "--num_processes must come before `-m fusedalign`" in capsys.readouterr().err
     assert not launched
+
+
+@pytest.mark.parametrize("words", [["--accelerate_config", "fsdp2"], ["--num_processes", "2"]], ids=" ".join)
+def test_under_torchrun_words_for_the_launcher_are_refused(launched, monkeypatch, capsys, words):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    assert main(["dpo", *words]) == 2
+    assert f"{words[0].removeprefix('--')} must be left out under torchrun" in capsys.readouterr().err.replace("--", "")
+    assert not launched
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="one process for each accelerator")
+@pytest.mark.parametrize(("processes", "uses_cpu"), [("1", False), ("2", True)])
+def test_processes_without_an_accelerator_are_ranks_on_the_cpu(monkeypatch, tmp_path, processes, uses_cpu):
+    """transformers trains in each process alone, unless it is told to use the CPU."""
+    from fusedalign.trl import arguments
+
+    parsed = []
+    monkeypatch.setenv("WORLD_SIZE", processes)
+    monkeypatch.setattr(arguments.Parser, "parse_dict", lambda self, values, **_: parsed.append(values) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        arguments.parse("dpo", ["--output_dir", str(tmp_path)])
+    assert parsed[0]["use_cpu"] == uses_cpu
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_mixed_precision_of_the_launcher_is_read(monkeypatch, tmp_path, precision):
+    """It takes effect where the arguments have none."""
+    from trl import DPOConfig
+
+    from fusedalign.trl.options import mixed_precision
+
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", precision)
+    args = DPOConfig(str(tmp_path), bf16=False, use_cpu=True)
+    assert mixed_precision(args) == {"no": None, "bf16": torch.bfloat16}[precision]
+
+
+ROOT = Path(__file__).parents[1]
+PREFERENCES = ROOT / "recipes/data/preferences"
+COMMANDS = {
+    "torchrun": [*guarded.TORCHRUN, "--nproc_per_node=2", "-m", "fusedalign"],
+    "accelerate launch": [
+        *(sys.executable, "-m", "accelerate.commands.launch"),
+        *("--multi_gpu", "--num_processes=2", "--main_process_port=0", "-m", "fusedalign"),
+    ],
+    "accelerate_config": [sys.executable, "-m", "fusedalign"],
+}
+LAUNCHER = {"accelerate_config": ["--accelerate_config=multi_gpu", "--num_processes=2", "--main_process_port=0"]}
+TRAIN = [
+    "--max_steps=2",
+    "--logging_steps=1",
+    "--eval_strategy=no",
+    "--max_length=64",
+    "--per_device_train_batch_size=2",
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("launcher", "method", "packed"),
+    [("torchrun", "dpo", "false"), ("accelerate launch", "sft", "false"), ("accelerate_config", "orpo", "true")],
+)
+def test_two_ranks_train_into_one_folder_and_print_once(monkeypatch, tmp_path, launcher, method, packed):
+    monkeypatch.chdir(ROOT)  # recipes name their data from there
+    recipe = ["--config", f"recipes/{method}.yaml", "--model_name_or_path=embedded", f"--output_dir={tmp_path / 'run'}"]
+    words = [method, *recipe, *TRAIN, f"--fused_packed={packed}", *LAUNCHER.get(launcher, [])]
+    ended = guarded.run([*COMMANDS[launcher], *words], limit=240)
+    assert ended.status == 0, ended.stderr[-4000:]
+    for line in ("batches: ", "model: ", "{'train_runtime'"):
+        assert sum(text.startswith(line) for text in ended.stdout.splitlines()) == 1, ended.stdout
+    steps = [json.loads(line)["step"] for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 2]  # the last one is the summary
+    assert (tmp_path / "run/model.safetensors").is_file()
+    assert not (tmp_path / "run/run.lock").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", COMMANDS)
+def test_two_ranks_score_into_the_file_of_one_process(monkeypatch, tmp_path, launcher):
+    monkeypatch.chdir(ROOT)
+    words = ["score", "--model_name_or_path=embedded", f"--dataset_name={PREFERENCES}", "--max_length=64"]
+    assert main([*words, f"--out={tmp_path / 'one.parquet'}"]) == 0
+    ended = guarded.run(
+        [*COMMANDS[launcher], *words, f"--out={tmp_path / 'two.parquet'}", *LAUNCHER.get(launcher, [])], limit=240
+    )
+    assert ended.status == 0, ended.stderr[-4000:]
+    assert ended.stdout.count("accuracy ") == ended.stdout.count("wrote ") - 1 == 1, ended.stdout
+    assert (tmp_path / "two.parquet").read_bytes() == (tmp_path / "one.parquet").read_bytes()
+    assert not list(tmp_path.glob("*.shards"))

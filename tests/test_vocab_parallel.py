@@ -3,19 +3,16 @@
 The ranks of a world run all cases one after another, since a process takes seconds to start.
 """
 
+import functools
 import itertools
-import os
 import tempfile
-import time
-import traceback
 from dataclasses import replace
-from datetime import timedelta
 from functools import partial
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+import worlds
 from helpers import HEADS, OURS, assert_loss_within_budget, assert_within_budget, make_case, run, run_loss
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -25,8 +22,6 @@ from fusedalign import LinearCrossEntropyLoss, linear_cross_entropy, linear_logp
 from fusedalign.head import lm_head
 from fusedalign.problem import OUTPUTS
 
-SECONDS = 150  # for all checks
-WAIT = timedelta(seconds=20)  # for another rank, where a check has failed there
 SHAPES = [((3, 17), 23, 252), ((2, 3, 9), 33, 507)]
 NEEDS = {"all": (1, 1, 1), "frozen head": (1, 0, 0), "head alone": (0, 1, 1), "nothing": (0, 0, 0)}
 
@@ -237,43 +232,10 @@ if "triton" in OURS:
     }
 
 
-def rank_main(rank, ranks, folder):
-    torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}  # for transformers
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks, timeout=WAIT)
-    failures = {}
-    for name, check in CHECKS.items():
-        try:
-            check()
-        except BaseException:  # of pytest.fail too
-            failures[name] = traceback.format_exc()
-            break  # the others may wait in a collective of this check
-    torch.save(failures, f"{folder}/{rank}.pt")
-    if not failures:
-        dist.barrier()  # a rank that leaves early takes the other's connections along
-    os._exit(0)
-
-
 @pytest.fixture(scope="module")
 def failures(tmp_path_factory):
-    """Number of ranks -> failures of each rank by the name of the check; runs a world once."""
-    worlds = {}
-
-    def run_world(ranks):
-        if ranks not in worlds:
-            folder = tmp_path_factory.mktemp(f"ranks{ranks}")
-            context = mp.spawn(rank_main, args=(ranks, str(folder)), nprocs=ranks, join=False)
-            deadline = time.monotonic() + SECONDS
-            while not context.join(timeout=1):
-                if time.monotonic() > deadline:
-                    for process in context.processes:
-                        process.kill()
-                    break
-            found = [torch.load(path) for path in sorted(folder.glob("*.pt"))]
-            worlds[ranks] = found if len(found) == ranks else [dict.fromkeys(CHECKS, "the ranks hang"), *found]
-        return worlds[ranks]
-
-    return run_world
+    """Number of ranks -> failures of each rank by the name of the check."""
+    return functools.cache(lambda ranks: worlds.failures(__name__, ranks, tmp_path_factory.mktemp(f"ranks{ranks}")))
 
 
 @pytest.mark.parametrize("name", CHECKS)

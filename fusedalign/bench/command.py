@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from fusedalign.bench import microbatches, scoring, sharded
+from fusedalign.bench import microbatches, scaling, scoring, sharded
 from fusedalign.bench.cases import CASES, DEFAULT_CPU, DEFAULT_CUDA, parse_cases
 from fusedalign.bench.data import KINDS
 from fusedalign.bench.peers import Implementation, choose, implementations
@@ -37,6 +37,7 @@ SUBCOMMANDS = {
     microbatches.WORD: SubCommand(microbatches.microbatches, "a pipeline's last stage, with many forwards in flight"),
     training.WORD: SubCommand(training.trainings, "whole training steps, stock TRL against the Fused trainers"),
     sharded.WORD: SubCommand(sharded.sharded, "a head sharded over the GPUs of this machine, against one GPU"),
+    scaling.WORD: SubCommand(scaling.scaling, "a head on 8 to 1,024 GPUs, calculated: memory, compute, communication"),
     scoring.WORD: SubCommand(scoring.scoring, "log-probabilities of preference pairs, against other ways to score"),
 }
 
@@ -66,11 +67,7 @@ def _parser() -> CommandParser:
 
 
 def bench(argv: list[str]) -> None:
-    """Run `fusedalign bench`, or the sub-command that the first argument names.
-
-    Raises:
-        ValueError: an invalid argument; one line with the expected and the actual value.
-    """
+    """Run `fusedalign bench`, or the sub-command that comes first. Raises ValueError, one line, for bad arguments."""
     if argv and argv[0] in SUBCOMMANDS:
         SUBCOMMANDS[argv[0]].run(argv[1:])
         return

@@ -152,11 +152,7 @@ class Stage:
 
 
 def microbatches(argv: list[str]) -> None:
-    """Run `fusedalign bench microbatches`.
-
-    Raises:
-        ValueError: an invalid argument; one line with the expected and the actual value.
-    """
+    """Run `fusedalign bench microbatches`. Raises ValueError, one line, for bad arguments."""
     options = _parser().parse(argv)
     if options is None:
         return

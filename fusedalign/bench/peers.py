@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fusedalign.bench.data import Data
+from fusedalign.bench.data import Data, capped
 from fusedalign.bench.tasks import TASKS
 from fusedalign.impls import impl_names
 from fusedalign.ops import linear_cross_entropy, linear_logps
@@ -82,9 +82,7 @@ def _ours(name: str) -> Implementation:
 
 
 def _eager_nll(d: Data, reduction: str = "mean") -> Tensor:
-    logits = F.linear(d.hidden, d.weight)
-    if d.softcap is not None:
-        logits = d.softcap * torch.tanh(logits / d.softcap)
+    logits = capped(F.linear(d.hidden, d.weight), d.softcap)
     return F.cross_entropy(logits.float(), d.targets, reduction=reduction)
 
 

@@ -15,11 +15,7 @@ _TOP = 15
 
 
 def profile_row(impl: Implementation, task: Task, case: Case, data: Data, *, seed: int, device: str) -> str:
-    """The kernels (on a CPU: operators) of one forward and backward, most expensive first, and the idle time.
-
-    Raises:
-        Exception: whatever the implementation raises.
-    """
+    """The kernels (on a CPU: operators) of one forward and backward, most expensive first, and the idle time."""
     calls = Calls(impl, task, data, reference(task, data, seed=seed))
     for _ in range(3):
         calls.forward_backward()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import importlib.metadata
 import platform
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from fusedalign.bench.data import Data, Statistics, make_data, statistics
 from fusedalign.bench.measure import median_ms, peak_bytes, product_rate
 from fusedalign.bench.peers import Implementation, UnavailableError
 from fusedalign.bench.tasks import BUDGETS, Reference, Task, reference, relative_error
+from fusedalign.reports import MISSING, package_version
 
 OUT_OF_MEMORY = "out of memory"
 #: Speed-ups are relative to the first of these that ran.
@@ -159,12 +159,8 @@ def machine(device: str) -> dict[str, str]:
     cpu = f"{platform.machine()} CPU, {torch.get_num_threads()} thread(s)"
     facts = {"device": torch.cuda.get_device_name() if device == "cuda" else cpu, "torch": torch.__version__}
     facts["fusedalign"] = fusedalign.__version__
-    for name in ("triton", "trl", "liger-kernel", "cut-cross-entropy"):
-        try:
-            facts[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            facts[name] = "not installed"
-    return facts
+    packages = ("triton", "trl", "liger-kernel", "cut-cross-entropy")
+    return facts | {name: package_version(name) or MISSING for name in packages}
 
 
 def describe_machine(facts: dict[str, str]) -> str:
@@ -239,26 +235,19 @@ def _measure_task(
     for impl in settings.impls:
         if task.name in impl.tasks:
             progress(f"{case.name} {task.name}: {impl.name}")
-            rows.append(_measure_row(impl, workload))
+            try:
+                row = _measure(impl, workload)
+            except Exception as error:  # a library may raise anything; continue with the other rows
+                row = Row(impl.name, impl.ours, reason=reason(error, impl))
+            rows.append(row)
             free(settings.device)
     times = {row.impl: row.total_ms for row in rows if row.total_ms is not None}
     baseline = next((name for name in BASELINES if name in times), None)
     if baseline is not None:
-        rows = [_with_speedup(row, times[baseline]) for row in rows]
+        exact = [row.impl for row in rows if not row.over_budget]
+        speedups = {name: times[baseline] / ms for name, ms in times.items() if name in exact}
+        rows = [dataclasses.replace(row, speedup=speedups.get(row.impl)) for row in rows]
     return TaskTable(case, task.name, baseline, budgets, tuple(rows))
-
-
-def _with_speedup(row: Row, baseline_ms: float) -> Row:
-    if row.total_ms is None or row.over_budget:
-        return row
-    return dataclasses.replace(row, speedup=baseline_ms / row.total_ms)
-
-
-def _measure_row(impl: Implementation, workload: _Workload) -> Row:
-    try:
-        return _measure(impl, workload)
-    except Exception as error:  # a library may raise anything; continue with the other rows
-        return Row(impl.name, impl.ours, reason=reason(error, impl))
 
 
 def _measure(impl: Implementation, workload: _Workload) -> Row:
@@ -303,12 +292,7 @@ def reason(error: Exception, impl: Implementation) -> str:
 
 
 def in_short(error: Exception, *, named: bool = True) -> str:
-    """An exception in one line of at most 160 characters.
-
-    Args:
-        error: the exception.
-        named: whether to start with its class.
-    """
+    """An exception in one line of at most 160 characters, which starts with its class if `named`."""
     if isinstance(error, torch.OutOfMemoryError):
         return OUT_OF_MEMORY
     text = " ".join(str(error).split())

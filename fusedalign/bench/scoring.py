@@ -110,7 +110,8 @@ def scoring(argv: list[str]) -> None:
     for mix in mixes:
         if mix not in MIXES:
             raise ValueError(f"--mixes must be of {', '.join(MIXES)}, got {mix!r}")
-    sides = options.sides.split(",") if options.sides else _available_sides()
+    available = [side for side in SIDES if side != "lm-eval" or importlib.util.find_spec("lm_eval") is not None]
+    sides = options.sides.split(",") if options.sides else available
     for side in sides:
         if side not in SIDES:
             raise ValueError(f"--sides must be of {', '.join(SIDES)}, got {side!r}")
@@ -133,10 +134,6 @@ def scoring(argv: list[str]) -> None:
     failed = [f"{x.side}, {x.mix}: {x.reason}" for x in results if x.reason]
     if failed:
         raise ValueError(f"bench {WORD}: {'; '.join(failed)}")
-
-
-def _available_sides() -> list[str]:
-    return [side for side in SIDES if side != "lm-eval" or importlib.util.find_spec("lm_eval") is not None]
 
 
 def _header(size: str, options: argparse.Namespace, sides: Sequence[str], cuda: bool) -> str:

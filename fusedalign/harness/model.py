@@ -21,7 +21,8 @@ from fusedalign.compaction import send
 from fusedalign.harness.rows import Group, Row, batch_cost, shared_groups, single_groups, take_batch, unique_rows
 from fusedalign.head import lm_head
 from fusedalign.packing import LayoutError, enable, pack_rows, packed_hidden
-from fusedalign.score.batch import head_logps, head_parts
+from fusedalign.packing.model import head_logps
+from fusedalign.score.batch import head_parts
 
 logger = logging.getLogger(__name__)
 

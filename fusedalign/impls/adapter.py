@@ -75,9 +75,8 @@ def operands(problem: Problem, scale: float) -> tuple[Tensor, Tensor]:
     hidden = problem.hidden
     if scale != 1.0:
         hidden = hidden.to(problem.logit_dtype) * scale  # rounded once
-    return hidden.to(problem.operand_dtype).contiguous(), as_tensor(problem.weight).to(
-        problem.operand_dtype
-    ).contiguous()
+    weight = as_tensor(problem.weight)
+    return hidden.to(problem.operand_dtype).contiguous(), weight.to(problem.operand_dtype).contiguous()
 
 
 def empty_result(problem: Problem) -> TokenLogps:

@@ -15,16 +15,7 @@ from fusedalign import private
 from fusedalign.impls.base import Impl
 from fusedalign.impls.head_grads import Accumulators, grad_targets, in_head_order
 from fusedalign.impls.softmax import SoftmaxStats, TokenGrads, token_loss_grads
-from fusedalign.problem import (
-    NeedsGrad,
-    Problem,
-    Spec,
-    TokenLogps,
-    TokenLoss,
-    Upstream,
-    as_head,
-    with_tensors,
-)
+from fusedalign.problem import NeedsGrad, Problem, Spec, TokenLogps, TokenLoss, Upstream, as_head, with_tensors
 
 #: Gradients of hidden, of each tensor of the head, and of bias; None where not needed.
 Grads = tuple[Tensor | None, tuple[Tensor | None, ...] | None, Tensor | None]

@@ -302,21 +302,10 @@ def dpo_loss(
         ["alpha_divergence"],
         [f_divergence_type],
     )
-    lengths = _check_lengths(names, c, chosen_lengths=chosen_lengths, rejected_lengths=rejected_lengths)
+    chosen_n, rejected_n = _check_lengths(names, c, chosen_lengths=chosen_lengths, rejected_lengths=rejected_lengths)
     score = _F_DIVERGENCES[f_divergence_type]
-    terms = _Terms(
-        c,
-        r,
-        c0,
-        r0,
-        chosen_score=score(c - c0, f_alpha_divergence_coef),
-        rejected_score=score(r - r0, f_alpha_divergence_coef),
-        chosen_lengths=lengths["chosen_lengths"],
-        rejected_lengths=lengths["rejected_lengths"],
-        beta=beta,
-        label_smoothing=label_smoothing,
-        discopop_tau=discopop_tau,
-    )
+    a_score, b_score = (score(x, f_alpha_divergence_coef) for x in (c - c0, r - r0))
+    terms = _Terms(c, r, c0, r0, a_score, b_score, chosen_n, rejected_n, beta, label_smoothing, discopop_tau)
     weighted = [weight * _LOSS_TYPES[name].function(terms) for name, weight in zip(names, weights, strict=True)]
     losses = functools.reduce(torch.add, weighted)
     if pair_weights is not None:
@@ -368,16 +357,17 @@ def _check_options(
     return weights
 
 
-def _check_lengths(names: list[str], logps: Tensor, **lengths: Tensor | None) -> dict[str, Tensor | None]:
+def _check_lengths(names: list[str], logps: Tensor, **lengths: Tensor | None) -> list[Tensor | None]:
     """The lengths in the dtype of `logps`, after a check of their range."""
-    checked: dict[str, Tensor | None] = dict.fromkeys(lengths)
+    checked: list[Tensor | None] = []
     for argument, x in lengths.items():
         needed = [name for name in names if argument in _LOSS_TYPES[name].uses]
         if x is None and needed:
             raise ValueError(f"{argument} is needed with loss_type {', '.join(needed)}, got None")
         if x is not None:
             check_shape(argument, x, "chosen_logps", logps)
-            checked[argument] = values_within(argument, x.to(logps.dtype), least=0.0)
+            x = values_within(argument, x.to(logps.dtype), least=0.0)
+        checked.append(x)
     return checked
 
 

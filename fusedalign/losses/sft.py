@@ -25,23 +25,6 @@ LOSS_TYPES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def token_loss(logps: Tensor, *, loss_type: str = "nll") -> Tensor:
-    """The loss of each token, before any sum: see `sft_loss`.
-
-    Args:
-        logps: any shape, log p(target), nats.
-        loss_type: "nll" or "dft".
-
-    Returns:
-        The shape of `logps`.
-
-    Raises:
-        ValueError: unknown loss_type.
-    """
-    check_loss_type(loss_type, LOSS_TYPES)
-    return LOSS_TYPES[loss_type](logps.detach()) * logps
-
-
 def sft_loss(
     logps: Tensor,
     mask: Tensor,
@@ -101,7 +84,8 @@ def sft_loss(
     check_shape("mask", mask, "logps", logps)
     mask = mask.bool()
     logps = as_float(logps).where(mask, 0.0)
-    losses = token_loss(logps, loss_type=loss_type)
+    check_loss_type(loss_type, LOSS_TYPES)
+    losses = LOSS_TYPES[loss_type](logps.detach()) * logps
     check_unused("label_smoothing", label_smoothing, 0.0, ["nll"], [loss_type])
     check_label_smoothing(label_smoothing, loss_type=loss_type)
     check_nonnegative(z_loss=z_loss)

@@ -45,7 +45,7 @@ def install(model: Any) -> str:
     """Give a causal LM of transformers the attention function described above.
 
     Returns:
-        The name of the original function, for `uninstall`.
+        The name of the original function, for `model.set_attn_implementation`.
 
     Raises:
         LayoutError: the model's attention function cannot be replaced.
@@ -79,11 +79,6 @@ class _Name(str):
 
     def __deepcopy__(self, memo: Any) -> _Name:
         return self
-
-
-def uninstall(model: Any, original: str) -> None:
-    """Give a model the attention function `original` again."""
-    model.set_attn_implementation(original)
 
 
 def installed(model: Any) -> bool:

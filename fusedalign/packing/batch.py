@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -104,15 +104,10 @@ class PackedBatch:
         return self._moved(lambda x: x.pin_memory())
 
     def _moved(self, move: Callable[[Tensor], Tensor]) -> PackedBatch:
-        return dataclasses.replace(
-            self,
-            input_ids=move(self.input_ids),
-            position_ids=move(self.position_ids),
-            row_counts=move(self.row_counts),
-            query_offsets=move(self.query_offsets),
-            key_offsets=move(self.key_offsets),
-            shared=None if self.shared is None else SharedKeys(*map(move, self.shared)),
-        )
+        names = ("input_ids", "position_ids", "row_counts", "query_offsets", "key_offsets")
+        moved: dict[str, Any] = {name: move(getattr(self, name)) for name in names}
+        shared = None if self.shared is None else SharedKeys(*map(move, self.shared))
+        return dataclasses.replace(self, **moved, shared=shared)
 
     def row_means(self, values: Tensor) -> Tensor:
         """Means over the tokens of each row, [B, ...] of [S, ...], summed in fp32 at least; 0 for an empty row."""
@@ -135,7 +130,14 @@ class PackedBatch:
 
     def spread(self, values: Tensor) -> Tensor:
         """Values of packed tokens, [S, ...], in the padded layout, [B, L, ...], zero on padding; differentiable."""
-        return _spread(values, self)
+        slots = self.valid.flatten().nonzero()[:, 0]
+        tokens = self.token_index.flatten()[slots]
+        order = torch.argsort(tokens, stable=True)
+        repeats = F.pad(tokens[order].diff() == 0, (1, 0))[: len(order)]
+        parts = (order[~repeats], order[repeats])
+        index = [send(x, values.device) for part in parts for x in (tokens[part], slots[part])]
+        padded = _Spread.apply(values, *index, self.valid.numel())
+        return padded.view(*self.valid.shape, *values.shape[1:])
 
 
 def pack_rows(
@@ -396,13 +398,3 @@ class _Spread(torch.autograd.Function):
         total[home_token] = grad[home_slot]
         total.index_add_(0, copy_token, grad[copy_slot])
         return total, None, None, None, None, None
-
-
-def _spread(values: Tensor, batch: PackedBatch) -> Tensor:
-    slots = batch.valid.flatten().nonzero()[:, 0]
-    tokens = batch.token_index.flatten()[slots]
-    order = torch.argsort(tokens, stable=True)
-    repeats = F.pad(tokens[order].diff() == 0, (1, 0))[: len(order)]
-    index = [send(x, values.device) for part in (order[~repeats], order[repeats]) for x in (tokens[part], slots[part])]
-    padded = _Spread.apply(values, *index, batch.valid.numel())
-    return padded.view(*batch.valid.shape, *values.shape[1:])

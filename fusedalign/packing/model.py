@@ -76,8 +76,6 @@ def packed_logps(
     return TokenLogps(logps, *others)
 
 
-def head_logps(head: LMHead, expanded: Tensor, targets: Tensor, **options: Any) -> TokenLogps:
+def head_logps(head: LMHead, hidden: Tensor, targets: Tensor, **options: Any) -> TokenLogps:
     """`linear_logps` with the weight, bias, scale and softcap of `head`, from hidden states of `head.expand`."""
-    return linear_logps(
-        expanded, head.weight, targets, bias=head.bias, scale=head.scale, softcap=head.softcap, **options
-    )
+    return linear_logps(hidden, head.weight, targets, bias=head.bias, scale=head.scale, softcap=head.softcap, **options)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import functools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -25,7 +24,6 @@ from fusedalign.packing.attention import (
     install,
     installed,
     observation,
-    uninstall,
     varlen_attention,
 )
 from fusedalign.packing.backbone import packed_output, unmasked_arguments
@@ -69,7 +67,7 @@ def enable(model: Any, *, training: bool = True) -> Proof:
     Raises:
         LayoutError: its results would be wrong, with the reason; the model is then unchanged.
     """
-    return _enable(model, refusal(model), functools.partial(prove_packed, training=training))
+    return _enable(model, refusal(model), lambda rows: pack_padded(*rows, groups=2), training)
 
 
 def enable_unmasked(model: Any) -> Proof:
@@ -80,7 +78,7 @@ def enable_unmasked(model: Any) -> Proof:
     reason = _structure(model)
     if reason is None and not str(model.config._attn_implementation).endswith("sdpa"):
         reason = f"{model.config._attn_implementation} attention has its own way with masks"
-    return _enable(model, reason, prove_unmasked)
+    return _enable(model, reason, lambda rows: RightPadded(), training=True)
 
 
 def enable_sharded(model: Any, device: torch.device, *, unmasked: bool = False) -> Proof:
@@ -126,15 +124,16 @@ def twin(model: Any, device: torch.device) -> Any:
     return small
 
 
-def _enable(model: Any, reason: str | None, prove: Callable[[Any], Proof]) -> Proof:
+def _enable(model: Any, reason: str | None, lay_out: Callable[[_Rows], Layout], training: bool) -> Proof:
     if reason is not None:
         raise LayoutError(reason)
     original = None if installed(model) else install(model)
     try:
-        return prove(model)
+        rows = _padded_rows(model)
+        return _compare(model, rows, lay_out(rows), training)
     except Exception as error:
         if original is not None:
-            uninstall(model, original)
+            model.set_attn_implementation(original)
         if isinstance(error, (LayoutError, torch.OutOfMemoryError)):
             raise
         reason = str(error).split("\n")[0]
@@ -179,28 +178,6 @@ _ROWS = (
 )
 
 
-def prove_packed(model: Any, *, training: bool = True) -> Proof:
-    """Compare the packed layout, prompts shared, with the padded one.
-
-    Args:
-        model, training: as in `enable`.
-
-    Raises:
-        LayoutError: they differ, with the numbers; or a layer has refused the layout.
-    """
-    rows = _padded_rows(model)
-    return _compare(model, rows, pack_padded(*rows, groups=2), training)
-
-
-def prove_unmasked(model: Any) -> Proof:
-    """Compare right-padded rows without a mask with the same rows under one.
-
-    Raises:
-        LayoutError: as `prove_packed`.
-    """
-    return _compare(model, _padded_rows(model), RightPadded(), training=True)
-
-
 class _Rows(NamedTuple):
     input_ids: Tensor
     attention_mask: Tensor
@@ -224,6 +201,7 @@ class _Measurement(NamedTuple):
 
 
 def _compare(model: Any, rows: _Rows, layout: Layout, training: bool) -> Proof:
+    """Compare a layout with the padded one; raises LayoutError, with the numbers, where they differ."""
     expected = _windows(model)
     # Compiled layers are observed too: they run eagerly here.
     with _undisturbed(model), _narrow_windows(model), torch.compiler.set_stance("force_eager"):

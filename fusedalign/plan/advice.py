@@ -48,11 +48,7 @@ def ranked(step: Step, peak: Callable[[Step], int]) -> list[Change]:
 
 
 def together(step: Step, peak: Callable[[Step], int], room: int) -> list[Change]:
-    """Apply changes one after another, largest saving first, until the step needs at most `room` bytes.
-
-    Returns:
-        The applied changes; all that save memory, if they are not enough.
-    """
+    """The changes, largest saving first, until the step needs at most `room` bytes; all if they are not enough."""
     applied: list[Change] = []
     while peak(step) > room and (candidates := ranked(step, peak)):
         applied.append(candidates[0])

@@ -19,14 +19,11 @@ from fusedalign.reports import to_json, warn
 
 WORD = "plan"
 _UNITS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
+_MINIMA = {"batch": 1, "length": 2, "prompt": 0, "lora_r": 1, "accumulation": 1, "tokens": 1}
 
 
 def plan_command(argv: Sequence[str]) -> None:
-    """Run `fusedalign plan`.
-
-    Raises:
-        ValueError: an invalid argument, or a model that cannot be planned; one line.
-    """
+    """Run `fusedalign plan`. Raises ValueError, one line, for bad arguments or a model that cannot be planned."""
     options = _parser().parse(argv)
     if options is None:
         return
@@ -46,19 +43,8 @@ def plan_command(argv: Sequence[str]) -> None:
 
 
 def step_of(options: argparse.Namespace) -> Step:
-    """The step that the arguments describe.
-
-    Raises:
-        ValueError: a number out of range.
-    """
-    for name, minimum in (
-        ("batch", 1),
-        ("length", 2),
-        ("prompt", 0),
-        ("lora_r", 1),
-        ("accumulation", 1),
-        ("tokens", 1),
-    ):
+    """The step that the arguments describe. Raises ValueError for a number out of range."""
+    for name, minimum in _MINIMA.items():
         value = getattr(options, name)
         if value is not None and value < minimum:
             raise ValueError(f"--{name} must be at least {minimum}, got {value}")
@@ -69,19 +55,12 @@ def step_of(options: argparse.Namespace) -> Step:
         raise ValueError(
             f"--precompute_ref_log_probs needs a method with a reference ({methods}), got {options.method}"
         )
-    rank = options.lora_r or (LORA_R if options.lora else 0)
     step = Step(
-        options.method,
-        options.batch,
-        options.length,
-        options.prompt,
-        options.tokens,
-        options.dtype,
-        rank,
-        options.gradient_checkpointing == "true",
-        options.precompute_ref_log_probs,
-        options.optim,
-        options.accumulation,
+        **{name: getattr(options, name) for name in ("method", "dtype", *_MINIMA) if name != "lora_r"},
+        lora_r=options.lora_r or (LORA_R if options.lora else 0),
+        checkpointing=options.gradient_checkpointing == "true",
+        precomputed=options.precompute_ref_log_probs,
+        optimiser=options.optim,
     )
     if options.tokens is not None and options.tokens > step.padded:
         raise ValueError(f"--tokens must be at most the {step.padded:,} of full rows, got {options.tokens:,}")
@@ -89,11 +68,7 @@ def step_of(options: argparse.Namespace) -> Step:
 
 
 def parse_memory(text: str) -> int:
-    """Parse a size such as 24GiB, 24GB, 80G or 25769803776; returns bytes.
-
-    Raises:
-        ValueError: anything else.
-    """
+    """The bytes of a size such as 24GiB, 24GB, 80G or 25769803776. Raises ValueError for anything else."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(iB|B|b|ib)?\s*", text, re.IGNORECASE)
     if match is None:
         raise ValueError(f"--memory must be a number with a unit, such as 24GiB or 80GB, got {text!r}")
@@ -123,17 +98,12 @@ def _parser() -> CommandParser:
 
     add("model_name_or_path", "a folder with a config.json, a Hub model, or embedded", metavar="M")
     add("method", "the training method", default.method, choices=METHODS)
-    add("batch", "rows, or pairs, per micro-batch", default.batch, type=int, metavar="N")
-    add("length", "tokens per row, prompt and answer", default.length, type=int, metavar="N")
-    add(
-        "prompt",
-        "tokens of the prompt among them: no loss, packed once per pair",
-        default.prompt,
-        type=int,
-        metavar="N",
-    )
-    add("tokens", "tokens of the packed batch, if rows are shorter; default: all rows full", type=int, metavar="N")
-    add("accumulation", "micro-batches per step", default.accumulation, type=int, metavar="N")
+    number: dict[str, Any] = {"type": int, "metavar": "N"}
+    add("batch", "rows, or pairs, per micro-batch", default.batch, **number)
+    add("length", "tokens per row, prompt and answer", default.length, **number)
+    add("prompt", "tokens of the prompt among them: no loss, packed once per pair", default.prompt, **number)
+    add("tokens", "tokens of the packed batch, if rows are shorter; default: all rows full", **number)
+    add("accumulation", "micro-batches per step", default.accumulation, **number)
     add("dtype", "of the weights; matrix products are in bf16", default.dtype, choices=tuple(ITEM))
     add("lora", f"train LoRA on all linear layers, r={LORA_R}", action="store_true")
     add("lora_r", "the same with another rank", type=int, metavar="R")

@@ -14,7 +14,7 @@ from fusedalign.plan.trace import trace
 
 
 def read_config(name: str) -> Any:
-    """Read the configuration of a folder, a Hub model or the embedded model.
+    """The configuration of a folder, a Hub model or the embedded model.
 
     Raises:
         ValueError: there is none, or it is not of a causal LM with a vocabulary.

@@ -3,22 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 from fusedalign.plan import sizes
 from fusedalign.plan.advice import Change, ranked, together
+from fusedalign.plan.model import Shapes
 from fusedalign.plan.shape import Model, Step, Trace
 from fusedalign.plan.sizes import CONTEXT, OURS, STOCK, Component, Moment
-
-
-class Source(Protocol):
-    """A source of records: `model.Shapes`, or a fake in tests."""
-
-    def model(self, step: Step) -> Model:
-        """The model that a step trains."""
-
-    def trace(self, step: Step, *, padded: bool = False) -> Trace:
-        """The memory of its layers for a micro-batch."""
 
 
 @dataclass(frozen=True)
@@ -63,20 +53,14 @@ class Plan:
         return self.ours.bytes + CONTEXT
 
 
-def plan(source: Source, step: Step, memory: int | None = None) -> Plan:
-    """Plan a step.
-
-    Args:
-        source: of the records of the model and its layers.
-        step: the training step.
-        memory: bytes of the GPU; None: unknown.
-    """
-    model, trace = source.model(step), source.trace(step)
-    stock_trace = source.trace(step, padded=True)
+def plan(shapes: Shapes, step: Step, memory: int | None = None) -> Plan:
+    """Plan a step on a GPU with `memory` bytes; None: unknown."""
+    model, trace = shapes.model(step), shapes.trace(step)
+    stock_trace = shapes.trace(step, padded=True)
 
     def peak(other: Step) -> int:
-        m = source.model(other)
-        return sizes.peak(m, other, source.trace(other), sizes.head_layer(OURS, m, other).bytes)
+        m = shapes.model(other)
+        return sizes.peak(m, other, shapes.trace(other), sizes.head_layer(OURS, m, other).bytes)
 
     def total(who: str, layers: Trace, head: int, checkpointing: bool) -> Total:
         variant = replace(step, checkpointing=checkpointing)

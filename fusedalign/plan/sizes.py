@@ -140,10 +140,7 @@ class Moment:
 def moments(model: Model, step: Step, trace: Trace, head: int) -> Iterator[Moment]:
     """Yield the moments at which a step may reach its peak.
 
-    Args:
-        model, step: as in `held`.
-        trace: of the packed or padded batch.
-        head: bytes of the loss layer, without the gradient of its weight.
+    `trace` is of the packed or padded batch, `head` the bytes of the loss layer without the gradient of its weight.
     """
     layers, head_grad = trace.layers, head_gradient(model).bytes
     saved = [layer.checkpoint if step.checkpointing else layer.kept for layer in layers]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator
 
+from fusedalign.plan.advice import Change
 from fusedalign.plan.plan import Plan, Total
 from fusedalign.plan.shape import Step
 from fusedalign.plan.sizes import CONTEXT, Component
@@ -23,29 +23,22 @@ def size(number: int) -> str:
 
 def render(plan: Plan) -> str:
     """The text of a plan, in lines of at most `WIDTH` characters."""
-    return "\n".join(line for section in _sections(plan) for line in section)
-
-
-def _sections(plan: Plan) -> Iterator[list[str]]:
-    yield _title(plan)
-    yield _section("held between steps", plan.held)
-    yield _section("in a step", [plan.gradients, *plan.activations])
-    yield _section("loss layer at its peak, with the gradient of the head", plan.heads)
-    yield ["", "peak of PyTorch's allocator", *(line for total in plan.totals for line in _total(plan, total))]
-    yield ["", *_verdict(plan)]
+    model = plan.model
+    counts = f"{model.parameters:,} parameters, {plan.layers} layers, V = {model.vocab:,}, D = {model.width:,}"
+    lines = [*_wrapped(f"{model.name}: {counts}"), *_wrapped(describe(plan.step))]
+    lines += _section("held between steps", plan.held)
+    lines += _section("in a step", [plan.gradients, *plan.activations])
+    lines += _section("loss layer at its peak, with the gradient of the head", plan.heads)
+    lines += ["", "peak of PyTorch's allocator", *(line for total in plan.totals for line in _total(plan, total))]
+    lines += ["", *_verdict(plan)]
     if plan.changes:
-        yield ["", "changes that help, the best first", *(_change(plan, i) for i in range(len(plan.changes)))]
+        lines += ["", "changes that help, the best first", *(_change(plan, change) for change in plan.changes)]
     if plan.together and plan.memory is not None:
         changes = ", then ".join(change.about for change in plan.together)
         needed = plan.together[-1].bytes + CONTEXT
         title = "enough" if needed <= plan.memory else "not enough even"
-        yield ["", *_wrapped(f"{title} together: {changes}; {size(needed)}")]
-
-
-def _title(plan: Plan) -> list[str]:
-    model = plan.model
-    counts = f"{model.parameters:,} parameters, {plan.layers} layers, V = {model.vocab:,}, D = {model.width:,}"
-    return [*_wrapped(f"{model.name}: {counts}"), *_wrapped(describe(plan.step))]
+        lines += ["", *_wrapped(f"{title} together: {changes}; {size(needed)}")]
+    return "\n".join(lines)
 
 
 def describe(step: Step) -> str:
@@ -90,8 +83,7 @@ def _verdict(plan: Plan) -> list[str]:
     return _wrapped(f"fits on {size(plan.memory)}: no, {size(-free)} too little; it needs {needed}")
 
 
-def _change(plan: Plan, i: int) -> str:
-    change = plan.changes[i]
+def _change(plan: Plan, change: Change) -> str:
     needed = change.bytes + CONTEXT
     fits = "" if plan.memory is None else ", fits" if needed <= plan.memory else ", does not fit"
     return f"{'':{_INDENT}}-{size(change.saved):<{_SIZE}} {change.about}: {size(needed)}{fits}"

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from fusedalign.head import LMHead, lm_head
-from fusedalign.ops import linear_logps
 from fusedalign.packing import LayoutError, enable, pack_padded
 from fusedalign.packing.attention import installed
 from fusedalign.packing.backbone import Selection, packed_output
 from fusedalign.packing.batch import GPU_MULTIPLE
+from fusedalign.packing.model import head_logps
 from fusedalign.problem import TokenLogps
 from fusedalign.sequence import shift_labels
 
@@ -179,18 +179,6 @@ def select_logps(
 def head_parts(head: LMHead) -> tuple[Tensor, ...]:
     """The weight of a head and those of its adapters, whose columns follow each other."""
     return head.weight if isinstance(head.weight, tuple) else (head.weight,)
-
-
-def head_logps(head: LMHead, hidden: Tensor, targets: Tensor, **options: Any) -> TokenLogps:
-    """`linear_logps` of a head.
-
-    Args:
-        head: a result of `lm_head`.
-        hidden: [N, D], a result of `head.expand`.
-        targets: [N] int64, on any device.
-        options: of `linear_logps`, such as `outputs`.
-    """
-    return linear_logps(hidden, head.weight, targets, bias=head.bias, scale=head.scale, softcap=head.softcap, **options)
 
 
 def causal_lm(model: Any) -> Any:

@@ -130,10 +130,7 @@ def _answer_columns(scores: list[Score], text_bytes: list[int | None]) -> dict[s
     }
     if text_bytes[0] is not None:
         bits = [None if not n else -x / (n * math.log(2)) for x, n in zip(logps.tolist(), text_bytes, strict=True)]
-        columns |= {
-            "num_bytes": pa.array(text_bytes, pa.int64()),
-            "bits_per_byte": pa.array(bits, pa.float64()),
-        }
+        columns |= {"num_bytes": pa.array(text_bytes, pa.int64()), "bits_per_byte": pa.array(bits, pa.float64())}
     for column, name in TOKENS.items():
         if name in scores[0].per_token:
             columns[column] = pa.array([score.per_token[name] for score in scores], pa.list_(pa.float32()))

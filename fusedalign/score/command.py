@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fusedalign.reports import check_writable, plot_failure, warn
+from fusedalign.commandline import argument
+from fusedalign.reports import check_writable, plot_failure, silence_bars, warn
 from fusedalign.score import columns, identity, summary
 from fusedalign.score.models import ModelNames
 from fusedalign.score.reference import FLAG, reference_command
@@ -24,51 +25,39 @@ from fusedalign.score.scorer import AUTO, BETA, PER_TOKEN, Scorer, check_per_tok
 STRICT_STATUS = 3
 
 
-def _argument(default: Any, help_text: str) -> Any:
-    """A field of `ScoreArguments`."""
-    return field(default=default, metadata={"help": help_text})
-
-
 @dataclass
 class ScoreArguments:
     """The arguments of the command, in addition to TRL's."""
 
-    out: str | None = _argument(None, "The file to write, NAME.parquet.")
-    adapter: str | None = _argument(None, "Folder or Hub name of an adapter to apply to the model.")
-    ref_model: str | None = _argument(None, "A second model: implicit rewards beta * (logps - its logps) are added.")
-    beta: float = _argument(BETA, "Of the implicit rewards.")
-    max_length: int | None = _argument(None, "Tokens per row, truncated as in training; default: the model's limit.")
-    truncation_mode: str = _argument(RowOptions().truncation_mode, "keep_start or keep_end, as in TRL.")
-    stride: int | None = _argument(None, "Tokens between the starts of windows, for plain text longer than max_length.")
-    completion_only_loss: bool | None = _argument(
+    out: str | None = argument(None, "The file to write, NAME.parquet.")
+    adapter: str | None = argument(None, "Folder or Hub name of an adapter to apply to the model.")
+    ref_model: str | None = argument(None, "A second model: implicit rewards beta * (logps - its logps) are added.")
+    beta: float = argument(BETA, "Of the implicit rewards.")
+    max_length: int | None = argument(None, "Tokens per row, truncated as in training; default: the model's limit.")
+    truncation_mode: str = argument(RowOptions().truncation_mode, "keep_start or keep_end, as in TRL.")
+    stride: int | None = argument(None, "Tokens between the starts of windows, for plain text longer than max_length.")
+    completion_only_loss: bool | None = argument(
         None, "As in TRL's SFTConfig: whether a prompt is only context; default: yes if there is one."
     )
-    assistant_only_loss: bool = _argument(
+    assistant_only_loss: bool = argument(
         False, "As in TRL's SFTConfig: score only the assistant's turns of a conversation."
     )
-    dataset_text_field: str = _argument(RowOptions().dataset_text_field, "The column of plain text.")
-    max_tokens_per_batch: str = _argument(
+    dataset_text_field: str = argument(RowOptions().dataset_text_field, "The column of plain text.")
+    max_tokens_per_batch: str = argument(
         AUTO, "Token positions that run together; auto: what fits, halved when memory runs out."
     )
     per_token: list[str] = field(
         default_factory=list, metadata={"help": f"Also write lists with a value per token: {', '.join(PER_TOKEN)}."}
     )
-    accelerate_config: str | None = _argument(
+    accelerate_config: str | None = argument(
         None, "Start through `accelerate launch`, as in training: a file, or multi_gpu, ..."
     )
-    trust_remote_code: bool = _argument(False, "Run code that comes with the model or its tokenizer.")
-    strict: bool = _argument(False, f"End with status {STRICT_STATUS} if a row could not be scored.")
+    trust_remote_code: bool = argument(False, "Run code that comes with the model or its tokenizer.")
+    strict: bool = argument(False, f"End with status {STRICT_STATUS} if a row could not be scored.")
 
 
 def score_command(argv: list[str]) -> int:
-    """Run `fusedalign score`.
-
-    Returns:
-        The exit status.
-
-    Raises:
-        ValueError, FileNotFoundError: an invalid argument, model or data set; one line.
-    """
+    """Run `fusedalign score`; returns the exit status. Errors, of arguments, model or data set, are one line."""
     from fusedalign.trl.launch import launched_elsewhere
 
     parser = _parser()
@@ -81,7 +70,8 @@ def score_command(argv: list[str]) -> int:
     if launched_elsewhere("score", parser, argv):
         return 0
     script, model, head, own = _parse(parser, argv)
-    _silence_bars()
+    if not sys.stderr.isatty():
+        silence_bars()
     out = _out(own)
     run, kind = _run(script, model, head, own, out)
     try:
@@ -98,16 +88,6 @@ def score_command(argv: list[str]) -> int:
             f"{run.store.folder}, and the same command goes on from there"
         ) from error
     return 0 if finished is None else _report(finished, kind, own)
-
-
-def _silence_bars() -> None:
-    """Disable the progress bars of the libraries unless stderr is a terminal."""
-    from datasets.utils import logging as datasets_logging
-    from transformers.utils import logging as transformers_logging
-
-    if not sys.stderr.isatty():
-        datasets_logging.disable_progress_bar()
-        transformers_logging.disable_progress_bar()
 
 
 def _report(finished: Finished, kind: str, own: ScoreArguments) -> int:
@@ -245,16 +225,10 @@ def _run(script: Any, model: Any, head: Any, own: ScoreArguments, out: Path) -> 
 
 
 def _dataset(script: Any) -> Any:
-    from fusedalign.trl.files import load_named
+    from fusedalign.trl.data import check_split, named_splits
 
-    name, split = script.dataset_name, script.dataset_train_split
-    if not name:
-        raise ValueError(
-            "dataset_name must name a data set (Hub name, folder, .jsonl, .json, .parquet, .csv), got nothing"
-        )
-    if script.dataset_streaming:
+    if script.dataset_name and script.dataset_streaming:
         raise ValueError("dataset_streaming must be false, since shards are read by number, got true")
-    splits = load_named(name, name=script.dataset_config)
-    if split not in splits:
-        raise ValueError(f"dataset_train_split must be a split of {name} ({', '.join(splits)}), got {split!r}")
-    return splits[split]
+    splits = named_splits(script)
+    check_split("dataset_train_split", script.dataset_train_split, script.dataset_name, splits)
+    return splits[script.dataset_train_split]

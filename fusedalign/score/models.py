@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,25 +80,37 @@ class ModelNames:
     def load(self, arguments: Any, local_rank: int, *, reference: bool = False) -> Any:
         """Load the model, or the reference model, in eval mode on the device of this rank."""
         import torch
-        import trl
 
-        from fusedalign.trl.adapters import find_adapter, load_adapter
-        from fusedalign.trl.stock import create_model_from_path
+        from fusedalign.trl.adapters import find_adapter
 
-        device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+        gpu = local_rank if torch.cuda.is_available() else None
         options = {
             "trust_remote_code": self.trust_remote_code,
             "attn_implementation": arguments.attn_implementation,
             "dtype": arguments.dtype,
-            "device_map": {"": device} if device.type == "cuda" else None,
-            "quantization_config": trl.get_quantization_config(arguments),
         }
-        adapter = None if reference or self.adapter is None else find_adapter(self.adapter)
-        if adapter is not None:
-            return load_adapter(adapter._replace(base=self.model), options).eval()
         if reference:
-            return create_model_from_path(str(self.reference), **options).eval()
-        return create_model_from_path(self.model, **options, revision=arguments.model_revision).eval()
+            return load_for_scoring(str(self.reference), None, options, arguments, gpu)
+        adapter = None if self.adapter is None else find_adapter(self.adapter)
+        adapter = adapter and adapter._replace(base=self.model)
+        options["revision"] = arguments.model_revision
+        return load_for_scoring(self.model, adapter, options, arguments, gpu)
+
+
+def load_for_scoring(path: str, adapter: Any, options: Mapping[str, Any], arguments: Any, gpu: int | None) -> Any:
+    """A model, or an adapter's base model with the adapter, in eval mode on a GPU or, where that is None, on the CPU.
+
+    `arguments`: TRL's `ModelConfig`, for the quantisation.
+    """
+    import torch
+    import trl
+
+    from fusedalign.trl.adapters import load_adapter
+    from fusedalign.trl.stock import create_model_from_path
+
+    device_map = None if gpu is None else {"": torch.device("cuda", gpu)}
+    options = {**options, "device_map": device_map, "quantization_config": trl.get_quantization_config(arguments)}
+    return (create_model_from_path(path, **options) if adapter is None else load_adapter(adapter, options)).eval()
 
 
 def _build_if_embedded(name: str, out: Path) -> str:

@@ -14,6 +14,7 @@ import torch
 from fusedalign.commandline import OneLineParser
 from fusedalign.methods import WITH_REFERENCE
 from fusedalign.reports import check_writable
+from fusedalign.score.models import load_for_scoring
 from fusedalign.score.records import Answer, Example, RefusedRow, Window
 from fusedalign.score.run import POLICY, Ranks, Run, score_run
 from fusedalign.score.scorer import AUTO, Scorer
@@ -49,6 +50,7 @@ def reference_command(argv: list[str]) -> None:
     from fusedalign.trl.arguments import parse
     from fusedalign.trl.data import load_data
     from fusedalign.trl.digests import digest
+    from fusedalign.trl.options import mixed_precision
     from fusedalign.trl.train import find_model
 
     parser = OneLineParser(prog=f"fusedalign score {FLAG}", add_help=False, allow_abbrev=False)
@@ -72,18 +74,18 @@ def reference_command(argv: list[str]) -> None:
         for sequence in ref_rows.reference_examples(own.method, data, reference.processing_class, training, split)
     }
     ranks = Ranks.from_environment()
-    model = _load(reference, arguments, ranks.local_rank)
+    gpu = ranks.local_rank if torch.cuda.is_available() and not training.use_cpu else None
+    model = load_for_scoring(reference.path, reference.adapter, reference.options, arguments.model, gpu)
     about = ref_cache.about(model, reference.processing_class, training, reference.path)
     if _is_same_cache(own.ref_cache, about, sequences):
         if ranks.rank == 0:
             print(f"{own.ref_cache} is there already: train with --ref_logps {own.ref_cache}")
         return
-    autocast = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else None
     scorer: dict[str, Any] = {
         "packed": arguments.fused.packed,
         "impl": arguments.fused.fused_impl,
         "max_tokens": max_tokens,
-        "autocast": autocast,
+        "autocast": mixed_precision(training),
     }
     facts = {key: value for key, value in dataclasses.asdict(about).items() if key not in ("model", "packages")}
     settings = json.loads(json.dumps({**facts, **scorer, "sequences": digest(list(sequences))}, default=str))
@@ -114,11 +116,7 @@ def reference_command(argv: list[str]) -> None:
 
 
 def _is_same_cache(path: Path, about: Any, keys: Collection[str]) -> bool:
-    """Whether `path` is the cache of the same reference and rows.
-
-    Raises:
-        ValueError: it is another file.
-    """
+    """Whether `path` is the cache of the same reference and rows. Raises ValueError if it is another file."""
     from fusedalign.trl.ref_cache import read_cache
 
     if not path.exists():
@@ -143,21 +141,3 @@ def _max_tokens(word: str) -> int | str:
     if not word.isdecimal() or int(word) < 1:
         raise ValueError(f"max_tokens_per_batch must be auto or a number of tokens above 0, got {word!r}")
     return int(word)
-
-
-def _load(reference: Any, arguments: Any, local_rank: int) -> Any:
-    """Load the model that a training starts from, its reference, on the device of this rank."""
-    import trl
-
-    from fusedalign.trl.adapters import load_adapter
-    from fusedalign.trl.stock import create_model_from_path
-
-    on_cuda = torch.cuda.is_available() and not arguments.training.use_cpu
-    options = {
-        **reference.options,
-        "device_map": {"": torch.device("cuda", local_rank)} if on_cuda else None,
-        "quantization_config": trl.get_quantization_config(arguments.model),
-    }
-    if reference.adapter is not None:
-        return load_adapter(reference.adapter, options).eval()
-    return create_model_from_path(reference.path, **options).eval()

@@ -59,11 +59,6 @@ class Run:
         """The store of the shards."""
         return ShardStore(self.out.with_name(f"{self.out.name}.shards"), len(self.source), self.settings)
 
-    @property
-    def refused_path(self) -> Path:
-        """The file of the rows that could not be scored."""
-        return refused_path(self.out)
-
 
 @dataclass(frozen=True)
 class Finished:
@@ -225,9 +220,9 @@ def _finish(run: Run, store: ShardStore) -> None:
         if refused:
             refused_file = temporary_name(store.folder / "refused")
             write_file(refused_file, lines.encode())
-            os.replace(refused_file, run.refused_path)
+            os.replace(refused_file, refused_path(run.out))
         else:
-            run.refused_path.unlink(missing_ok=True)
+            refused_path(run.out).unlink(missing_ok=True)
         os.replace(temporary, run.out)
         synchronise(run.out.parent)  # the shards are removed next
     finally:

@@ -183,11 +183,7 @@ class Scorer:
 
 
 def check_per_token(names: Iterable[str]) -> tuple[str, ...]:
-    """The names in the order of `PER_TOKEN`.
-
-    Raises:
-        ValueError: a name that is not in `PER_TOKEN`.
-    """
+    """The names in the order of `PER_TOKEN`. Raises ValueError for a name that is not in it."""
     requested = [names] if isinstance(names, str) else [*names]
     for name in requested:
         if name not in PER_TOKEN:

@@ -78,12 +78,8 @@ class ShardStore:
     def claim(self, model: str, chosen: dict[str, Any]) -> dict[str, Any]:
         """Create the folder of a model for this run; the first of several processes writes the settings.
 
-        Args:
-            model: the name of the folder.
-            chosen: choices of this process that change results only within rounding.
-
         Returns:
-            The choices of the first process.
+            `chosen` of the first process: choices that change results only within rounding.
 
         Raises:
             SettingsMismatchError: as `check`.
@@ -119,22 +115,14 @@ class ShardStore:
         return self._read_checked(model, shard) is not None
 
     def write(self, model: str, number: int, shard: Shard) -> None:
-        """Write a shard.
-
-        Raises:
-            OSError: the disk is full, or the folder of the model does not exist; no partial shard is left.
-        """
+        """Write a shard; OSError, and no partial shard, on a full disk or without the folder of the model."""
         data, note = self._paths(model, number)
         content = _encode(shard)
         write_file(data, content)
         write_file(note, json.dumps({"sha256": self._checksum(model, number, content)}).encode())
 
     def read(self, model: str, number: int) -> Shard:
-        """Read a shard.
-
-        Raises:
-            ValueError: it is missing or damaged.
-        """
+        """Read a shard. Raises ValueError if it is missing or damaged."""
         content = self._read_checked(model, number)
         if content is None:
             raise ValueError(
@@ -225,11 +213,7 @@ def synchronise(path: Path) -> None:
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Write a file atomically; it is on the disk when this returns.
-
-    Raises:
-        OSError: it cannot be written.
-    """
+    """Write a file atomically; it is on the disk when this returns. Raises OSError if it cannot be written."""
     temporary = temporary_name(path)
     try:
         with open(temporary, "wb") as file:

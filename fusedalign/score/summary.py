@@ -13,7 +13,6 @@ import numpy as np
 
 from fusedalign.reports import text_row
 from fusedalign.score.columns import prefixed
-from fusedalign.score.records import RefusedRow
 from fusedalign.score.rows import reason_kind
 
 if TYPE_CHECKING:
@@ -27,28 +26,27 @@ _PERCENTILES = {5: "5th percentile", 25: "25th percentile", 50: "median", 75: "7
 _BINS = 60
 
 
-def summary(table: dict[str, list[Any]] | pyarrow.Table, about: Mapping[str, Any]) -> str:
+def summary(table: pyarrow.Table, about: Mapping[str, Any]) -> str:
     """A table in text, in lines of at most `WIDTH` characters.
 
     Means and percentiles are over finite values; the others are counted.
 
     Args:
         table: a result of `columns.table`.
-        about: "refused": the `RefusedRow`s or a mapping from reasons to numbers of rows; every other entry is shown
-            as a line above the table.
+        about: "refused": the `RefusedRow`s; every other entry is shown as a line above the table.
     """
-    refused = _reasons(about.get("refused", ()))
+    refused = Counter(reason_kind(row.reason) for row in about.get("refused", ()))
     lines = [text_row([name, str(value)], [_LABEL, 0], "") for name, value in about.items() if name != "refused"]
-    lines += _row_counts(len(_column(table, "row")), refused)
+    lines += _row_counts(table.num_rows, refused)
     answers = _answers(table)
-    if answers and len(_column(table, "row")):
+    if answers and table.num_rows:
         lines += ["", *_scores(table, answers)]
-    if "margin" in _names(table) and len(_column(table, "row")):
+    if "margin" in table.column_names and table.num_rows:
         lines += ["", *_margins(table)]
     return "\n".join(wrapped for line in lines for wrapped in _wrapped(line))
 
 
-def histogram(table: dict[str, list[Any]] | pyarrow.Table, path: Path) -> None:
+def histogram(table: pyarrow.Table, path: Path) -> None:
     """Save histograms as a PNG: mean log-probabilities of the answers, and for pairs the margins, also of rewards.
 
     Raises:
@@ -64,7 +62,9 @@ def histogram(table: dict[str, list[Any]] | pyarrow.Table, path: Path) -> None:
         ("margin (chosen - rejected), nats", {"margin": "margin"}),
         ("reward margin", {"reward margin": "reward_margin"}),
     ]
-    present = [(label, columns) for label, columns in panels if columns and set(columns.values()) <= _names(table)]
+    present = [
+        (label, columns) for label, columns in panels if columns and {*columns.values()} <= {*table.column_names}
+    ]
     if not present or not any(len(_finite(table, name)) for _, columns in present for name in columns.values()):
         raise ValueError("expected a finite score to draw, got none")
     figure = Figure(figsize=(5.5 * len(present), 4), layout="constrained")
@@ -82,10 +82,9 @@ def histogram(table: dict[str, list[Any]] | pyarrow.Table, path: Path) -> None:
     figure.savefig(path, dpi=120, format="png")
 
 
-def _answers(table: Any) -> list[str]:
+def _answers(table: pyarrow.Table) -> list[str]:
     """The names of the answers; "answer" if there is only one."""
-    names = _names(table)
-    return [a for a in ("answer", "chosen", "rejected") if prefixed(a, "logps") in names]
+    return [a for a in ("answer", "chosen", "rejected") if prefixed(a, "logps") in table.column_names]
 
 
 def _row_counts(scored: int, refused: Counter[str]) -> list[str]:
@@ -99,7 +98,7 @@ def _row_counts(scored: int, refused: Counter[str]) -> list[str]:
     return lines + [_line("", [f"{count:,}"]) + f"  {reason}" for count, reason in reasons]
 
 
-def _scores(table: Any, answers: list[str]) -> list[str]:
+def _scores(table: pyarrow.Table, answers: list[str]) -> list[str]:
     """Lines on the log-probabilities, with a column for each answer."""
     logps, counts, greedy = (
         [_column(table, prefixed(a, name)).astype(dtype) for a in answers]
@@ -118,26 +117,26 @@ def _scores(table: Any, answers: list[str]) -> list[str]:
     lines.append(_line("perplexity of all tokens", [_number(_perplexity(x)) for x in token_means]))
     medians = [float(np.median(x)) if len(x) else math.nan for x in means]
     lines.append(_line("  median over rows", [_number(_perplexity(x)) for x in medians]))
-    if "num_bytes" in _names(table):
+    if "num_bytes" in table.column_names:
         size = _column(table, "num_bytes").astype(float)
         known = np.isfinite(size) & finite[0]
         bits = _ratio(-logps[0][known].sum(), size[known].sum() * math.log(2))
         lines.append(_line("bytes", [f"{int(size[np.isfinite(size)].sum()):,}"]))
         lines.append(_line("bits per byte", [_number(bits)]))
     lines.append(_line("greedy", [_share(flags) for flags in greedy]))
-    if prefixed(answers[0], "reward") in _names(table):
+    if prefixed(answers[0], "reward") in table.column_names:
         lines.append(_line("implicit reward, mean", [_mean(_finite(table, prefixed(a, "reward"))) for a in answers]))
     return lines
 
 
-def _margins(table: Any) -> list[str]:
+def _margins(table: pyarrow.Table) -> list[str]:
     """Lines on the margins of pairs, and of their rewards."""
     lines = []
     for margin, accuracy, title in (
         ("margin", "accuracy", "margin, nats"),
         ("reward_margin", "reward_accuracy", "reward margin"),
     ):
-        if margin not in _names(table):
+        if margin not in table.column_names:
             continue
         values, is_correct = _finite(table, margin), _column(table, accuracy).astype(bool)
         lines += [
@@ -149,26 +148,12 @@ def _margins(table: Any) -> list[str]:
     return lines
 
 
-def _reasons(refused: Mapping[str, int] | Iterable[RefusedRow]) -> Counter[str]:
-    counts: Counter[str] = Counter()
-    pairs = refused.items() if isinstance(refused, Mapping) else ((row.reason, 1) for row in refused)
-    for reason, n in pairs:
-        counts[reason_kind(reason)] += n
-    return counts
-
-
-def _names(table: Any) -> set[str]:
-    return set(table if isinstance(table, dict) else table.column_names)
-
-
-def _column(table: Any, name: str) -> np.ndarray:
+def _column(table: pyarrow.Table, name: str) -> np.ndarray:
     """A column as an array, with NaN for None."""
-    if isinstance(table, dict):
-        return np.array([math.nan if x is None else x for x in table[name]])
     return np.asarray(table[name].to_numpy())
 
 
-def _finite(table: Any, name: str) -> np.ndarray:
+def _finite(table: pyarrow.Table, name: str) -> np.ndarray:
     values = _column(table, name).astype(float)
     return values[np.isfinite(values)]
 

@@ -11,15 +11,9 @@ import peft
 import torch
 from peft.utils.save_and_load import load_peft_weights
 
-from fusedalign.commandline import OneLineParser
+from fusedalign.commandline import CommandParser
 from fusedalign.reports import check_writable
-from fusedalign.trl.models import (
-    ADAPTER_CONFIG,
-    check_folder,
-    check_has_head,
-    has_file,
-    load_processing_class,
-)
+from fusedalign.trl.models import ADAPTER_CONFIG, check_folder, check_has_head, has_file, load_processing_class
 from fusedalign.trl.stock import create_model_from_path
 
 #: Folders for base models in a training's output directory; found there also after the directory was moved.
@@ -52,9 +46,8 @@ def find_adapter(path: str, revision: str | None = None, *, trust_remote_code: b
     """
     if not has_file(path, ADAPTER_CONFIG, revision):
         return None
-    weights = sorted(
-        p.name for pattern in ("model*.safetensors", "pytorch_model*.bin") for p in Path(path).glob(pattern)
-    )
+    patterns = ("model*.safetensors", "pytorch_model*.bin")
+    weights = sorted(file.name for pattern in patterns for file in Path(path).glob(pattern))
     if weights:
         raise ValueError(
             f"model_name_or_path must hold a model or an adapter, got {path} with {weights[0]} and {ADAPTER_CONFIG}: "
@@ -79,12 +72,7 @@ def find_adapter(path: str, revision: str | None = None, *, trust_remote_code: b
 
 
 def load_adapter(adapter: Adapter, options: Mapping[str, Any], *, trainable: bool = True) -> Any:
-    """The base model with its adapter, a `PeftModel`.
-
-    Args:
-        adapter: to load.
-        options: of the base model's `from_pretrained`.
-        trainable: whether the adapter is to be trained further, or merged.
+    """The base model, loaded with `options`, and its adapter, to be trained further or merged: a `PeftModel`.
 
     Raises:
         ValueError: an adapter that does not fit its base model, or cannot be trained further.
@@ -137,13 +125,7 @@ def _untie(model: Any) -> None:
 
 
 def merge(adapter: Adapter, folder: Path, *, dtype: str | None = "auto", trust_remote_code: bool = False) -> None:
-    """Write the merged model and its tokenizer into a folder.
-
-    Args:
-        adapter: to merge into its base model.
-        folder: to write into.
-        dtype: of the merged model; "auto": that of the base model.
-        trust_remote_code: as in transformers.
+    """Write the merged model, in `dtype` ("auto": the base model's), and its tokenizer into a folder.
 
     Raises:
         ValueError: an adapter that cannot be merged.
@@ -178,22 +160,16 @@ def merge_command(argv: list[str]) -> None:
         ValueError: a bad argument, no adapter, an adapter that cannot be merged, a folder that is not empty.
         FileNotFoundError: no base model.
     """
-    parser = OneLineParser(
-        prog="fusedalign merge",
-        description="Merge an adapter into its base model and write the model and its tokenizer into a folder.",
-        allow_abbrev=False,
-        add_help=False,
+    parser = CommandParser(
+        "fusedalign merge",
+        "Merge an adapter into its base model and write the model and its tokenizer\ninto a folder.",
     )
-    parser.add_argument("-h", "--help", action="store_true", help="show this text")
-    parser.add_argument("adapter", nargs="?", metavar="ADAPTER", help="folder or Hub name of the adapter")
-    parser.add_argument("--out", metavar="DIR", help="folder for the merged model, new or empty")
-    dtypes = ("auto", "float32", "bfloat16", "float16")
-    parser.add_argument(
-        "--dtype", choices=dtypes, default="auto", help="of the merged model; default: the base model's"
-    )
-    options = parser.parse_args(argv)
-    if options.help:
-        print(parser.format_help(), end="")
+    add, dtypes = parser.add_argument, ("auto", "float32", "bfloat16", "float16")
+    add("adapter", nargs="?", metavar="ADAPTER", help="folder or Hub name of the adapter")
+    add("--out", metavar="DIR", help="folder for the merged model, new or empty")
+    add("--dtype", choices=dtypes, default="auto", help="of the merged model; default: the base model's")
+    options = parser.parse(argv)
+    if options is None:
         return
     for name in ("adapter", "out"):
         if not getattr(options, name):

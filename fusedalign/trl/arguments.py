@@ -10,12 +10,14 @@ import os
 import re
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple, NoReturn
 
+import torch
 import trl
 from transformers.utils import is_torch_bf16_gpu_available, is_torch_xla_available
 
+from fusedalign.commandline import argument
 from fusedalign.methods import METHODS, WITH_REFERENCE
 from fusedalign.trl.config import file_value, kinds, read_config
 from fusedalign.trl.layouts import PACKED_DEFAULT
@@ -40,23 +42,15 @@ def is_experimental(method: str) -> bool:
 class HeadArguments:
     """This package's flags for the head and the layout of batches, in TRL's style."""
 
-    fused_impl: str = field(
-        default=HeadOptions().impl,
-        metadata={"help": "The impl of the head: auto, or one that `fusedalign env` lists."},
+    fused_impl: str = argument(HeadOptions().impl, "The impl of the head: auto, or one that `fusedalign env` lists.")
+    fused_filter_eps: float | None = argument(
+        HeadOptions().filter_eps, "Gradients of probabilities below this may be dropped; exact where not given."
     )
-    fused_filter_eps: float | None = field(
-        default=HeadOptions().filter_eps,
-        metadata={"help": "Gradients of probabilities below this may be dropped; exact where not given."},
+    fused_workspace: int | None = argument(
+        HeadOptions().workspace, "Bytes that the tiles of the head may take; 256 MiB where not given."
     )
-    fused_workspace: int | None = field(
-        default=HeadOptions().workspace,
-        metadata={"help": "Bytes that the tiles of the head may take; 256 MiB where not given."},
-    )
-    fused_packed: str = field(
-        default=PACKED_DEFAULT,
-        metadata={
-            "help": "Run batches without padding, prompts of a pair once: true, false, or auto, on CUDA if proven."
-        },
+    fused_packed: str = argument(
+        PACKED_DEFAULT, "Run batches without padding, prompts of a pair once: true, false, or auto, on CUDA if proven."
     )
 
     @property
@@ -81,26 +75,20 @@ class HeadArguments:
 class FusedArguments(HeadArguments):
     """All of this package's own flags for training."""
 
-    liger_kernels: bool = field(
-        default=False,
-        metadata={"help": "Liger Kernel's RMSNorm, RoPE and MLP in the model and the reference; GPUs only."},
+    liger_kernels: bool = argument(
+        False, "Liger Kernel's RMSNorm, RoPE and MLP in the model and the reference; GPUs only."
     )
-    ref_logps: str | None = field(
-        default=None,
-        metadata={"help": "DPO and KTO: a cache of `fusedalign score --ref_cache` in the place of a reference model."},
+    ref_logps: str | None = argument(
+        None, "DPO and KTO: a cache of `fusedalign score --ref_cache` in the place of a reference model."
     )
-    accelerate_config: str | None = field(
-        default=None,
-        metadata={"help": "Start through `accelerate launch`: a file, or single_gpu, multi_gpu, fsdp2, ... of TRL's."},
+    accelerate_config: str | None = argument(
+        None, "Start through `accelerate launch`: a file, or single_gpu, multi_gpu, fsdp2, ... of TRL's."
     )
-    merge_adapter: bool = field(
-        default=False,
-        metadata={"help": "Where the model is an adapter's folder: merge it and train all weights, not the adapter."},
+    merge_adapter: bool = argument(
+        False, "Where the model is an adapter's folder: merge it and train all weights, not the adapter."
     )
-
-    overwrite_output_dir: bool = field(
-        default=False,
-        metadata={"help": "Start anew where output_dir holds a run: its checkpoints, metrics and model are removed."},
+    overwrite_output_dir: bool = argument(
+        False, "Start anew where output_dir holds a run: its checkpoints, metrics and model are removed."
     )
 
     @property
@@ -147,7 +135,8 @@ class Parser(trl.TrlParser):
 def parse(method: str, argv: Sequence[str]) -> Arguments:
     """TRL's arguments and ours from `--config FILE` and flags; flags win.
 
-    bf16, TRL's default, is off where no accelerator supports it.
+    bf16, TRL's default, is off where no accelerator supports it. Several processes without an accelerator are ranks on
+    the CPU, as with `use_cpu`.
 
     Raises:
         ValueError: a field that does not exist, or a value that does not fit.
@@ -167,6 +156,8 @@ def parse(method: str, argv: Sequence[str]) -> Arguments:
                 "bf16 must be false where no accelerator has it, got true: "
                 "leave it out, or add --use_cpu true for bf16 on the CPU"
             )
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available():
+        values.use_cpu = True  # else transformers would let each process train alone
     arguments = Arguments(*parser.parse_dict(vars(values), allow_extra_keys=True))
     _ = arguments.fused.packed  # raises
     if arguments.fused.ref_logps is not None and method not in WITH_REFERENCE:

@@ -240,7 +240,7 @@ class _ShardedHead:
     bias = None
 
     def __init__(self, layer: nn.Module, device: torch.device) -> None:
-        self.weight = _LayerWeight(torch.empty(0, device=device))
+        self.weight = torch.empty(0, device=device).as_subclass(_LayerWeight)
         self.weight.layer = layer
 
 

@@ -46,8 +46,6 @@ class _Loader(yaml.SafeLoader):
 
 
 _MERGE = "tag:yaml.org,2002:merge"
-
-
 #: Fields of text that also take true and false.
 _TRUE_OR_FALSE = ("resume_from_checkpoint", "fused_packed")
 
@@ -55,13 +53,7 @@ _TRUE_OR_FALSE = ("resume_from_checkpoint", "fused_packed")
 def file_value(parser: Any, action: argparse.Action, value: Any, name: str) -> Any:
     """A field's value from YAML, converted as the value of a flag.
 
-    argparse itself converts defaults only if they are strings.
-
-    Args:
-        parser: TRL's, with the fields of its dataclasses.
-        action: of the field.
-        value: from the file.
-        name: of field and file, for errors.
+    argparse itself converts defaults only if they are strings. `name` is that of field and file, for errors.
 
     Raises:
         ValueError: a value of the wrong type, or not one of the choices.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,26 +25,13 @@ def load_data(method: str, arguments: Arguments) -> tuple[Any, Any]:
             neither text nor messages.
     """
     script, training, _, mixture, _ = arguments
-    if mixture.datasets:
-        name, splits = "datasets", trl.get_dataset(mixture)
-    elif script.dataset_name:
-        name = script.dataset_name
-        splits = load_named(name, name=script.dataset_config, streaming=script.dataset_streaming)
-    else:
-        raise ValueError(
-            "dataset_name must name a data set (Hub name, folder, .jsonl, .json, .parquet, .csv), got nothing"
-        )
-    if script.dataset_train_split not in splits:
-        raise ValueError(
-            f"dataset_train_split must be a split of {name} ({', '.join(splits)}), got {script.dataset_train_split!r}"
-        )
+    name = "datasets" if mixture.datasets else script.dataset_name
+    splits = trl.get_dataset(mixture) if mixture.datasets else named_splits(script)
+    check_split("dataset_train_split", script.dataset_train_split, name, splits)
     names = [script.dataset_train_split]
-    if training.eval_strategy != "no" and script.dataset_test_split in splits:
+    if training.eval_strategy != "no" and (script.dataset_test_split in splits or len(splits) > 1):
+        check_split("dataset_test_split", script.dataset_test_split, name, splits)
         names.append(script.dataset_test_split)
-    elif training.eval_strategy != "no" and len(splits) > 1:
-        raise ValueError(
-            f"dataset_test_split must be a split of {name} ({', '.join(splits)}), got {script.dataset_test_split!r}"
-        )
     elif training.eval_strategy != "no":
         print(f"{name} has the one split {script.dataset_train_split!r}: training without evaluation")
         training.eval_strategy = "no"
@@ -55,6 +42,21 @@ def load_data(method: str, arguments: Arguments) -> tuple[Any, Any]:
             for split in names
         ]
     return train_dataset, eval_datasets[0] if eval_datasets else None
+
+
+def named_splits(script: Any) -> Any:
+    """The splits of the data set that TRL's `ScriptArguments` name; raises as `load_data`."""
+    if not script.dataset_name:
+        raise ValueError(
+            "dataset_name must name a data set (Hub name, folder, .jsonl, .json, .parquet, .csv), got nothing"
+        )
+    return load_named(script.dataset_name, name=script.dataset_config, streaming=script.dataset_streaming)
+
+
+def check_split(option: str, split: str, name: str, splits: Iterable[str]) -> None:
+    """Raise ValueError unless `split`, which `option` names, is one of the splits of the data set `name`."""
+    if split not in splits:
+        raise ValueError(f"{option} must be a split of {name} ({', '.join(splits)}), got {split!r}")
 
 
 def served(dataset: Any, method: str, source: str, text_field: str = "text") -> Any:

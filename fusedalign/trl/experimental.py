@@ -102,9 +102,7 @@ class _FusedPairs(_LateHead):
     @property
     def _padding_value(self) -> int:
         trainer: Any = self
-        padding: int = getattr(
-            trainer, "padding_value", trainer.processing_class.pad_token_id
-        )  # ORPO has it as an option
+        padding: int = getattr(trainer, "padding_value", trainer.processing_class.pad_token_id)  # an option of ORPO
         return padding
 
     def _completion_forward(self, model: Any, batch: Any, *, with_prompt: bool, mean: bool, aux: bool) -> tuple:

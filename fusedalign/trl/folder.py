@@ -75,12 +75,9 @@ def find_checkpoint(value: str | bool | None, output: Path) -> Checkpoint | None
 
 
 class RunFolder:
-    """An output directory while a run holds it.
+    """An output directory while a run, which may resume from a checkpoint, holds it.
 
-    Args:
-        path: of the directory.
-        checkpoint: that the run resumes from.
-        lock: None in all processes but the first, the only one that writes.
+    `lock` is None in all processes but the first, the only one that writes.
     """
 
     def __init__(self, path: Path, checkpoint: Checkpoint | None = None, lock: Lock | None = None) -> None:
@@ -186,9 +183,6 @@ def claimed(arguments: Any) -> Iterator[RunFolder]:
 
     `training.resume_from_checkpoint` becomes the checkpoint's folder, or None. Only the first process takes the lock
     and checks the directory; if it refuses, the launcher ends the others.
-
-    Args:
-        arguments: the command's, from `arguments.parse`.
 
     Raises:
         ValueError: another run holds it, it holds a run that would be lost, or the checkpoint does not exist.

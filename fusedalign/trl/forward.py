@@ -129,7 +129,8 @@ def add_lm_head(
             fields = score(_read(self), backbone.last_hidden_state)
         fields["label_mask"] = (targets != -100).to(fields["log_probs"].device)
         if shift_labels is None:  # TRL's fields leave out the last position
-            fields = {name: x if x.ndim < 2 else x[:, :-1] for name, x in fields.items()}
+            # Copies: FSDP2 warns of views, on which its hooks can be lost.
+            fields = {name: x if x.ndim < 2 else x[:, :-1].clone() for name, x in fields.items()}
         count = fields["label_mask"].sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
         loss, aux_loss = -fields["log_probs"].sum() / count, None
         if kwargs.get("output_router_logits"):

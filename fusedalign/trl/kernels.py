@@ -42,12 +42,7 @@ _find = adapter.lazy_library("liger_kernel", "pip install 'liger-kernel>=0.8.5'"
 
 
 def check_liger_kernels(wanted: Any, name: str, args: Any) -> None:
-    """Refuse settings under which no model can have Liger's kernels.
-
-    Args:
-        wanted: the keyword `liger_kernels`.
-        name: of the trainer's class.
-        args: the trainer's configuration, if there is one.
+    """Refuse settings of the trainer `name` under which no model can have Liger's kernels.
 
     Raises:
         TypeError: `wanted` is no bool.

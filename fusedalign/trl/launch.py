@@ -19,7 +19,8 @@ def launched_elsewhere(command: str, parser: Parser, argv: Sequence[str]) -> boo
     passed on.
 
     Raises:
-        ValueError: no such configuration; a word that neither the command nor the launcher knows.
+        ValueError: no such configuration; a word that neither the command nor the launcher knows; a word for the
+            launcher where another one has started this process.
         RuntimeError: the launched command failed; it has printed why.
     """
     words = read_words(parser, argv)
@@ -31,6 +32,9 @@ def launched_elsewhere(command: str, parser: Parser, argv: Sequence[str]) -> boo
     name = words.values.accelerate_config
     if name is None and not words.launch:
         return False
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        word = words.launch[0] if name is None else "accelerate_config"
+        raise ValueError(f"{word} must be left out under torchrun, which has started the processes already, got it")
     config = [] if name is None else ["--config_file", _config_file(str(name))]
     launcher = [sys.executable, "-m", "accelerate.commands.launch", *config, *words.launch]
     os.environ.update(words.env)

@@ -41,13 +41,11 @@ def check_lengths(prepared: Any, args: Any, name: str, rows: int | None = None, 
             raise ValueError(f"{message} {count} {split} rows: raise max_length")
         return prepared
     table = prepared.with_format("arrow")
-    has_target = _has_target(
-        prepared.column_names,
-        lambda c: pc.list_value_length(table.select_columns(c)[:][c]).to_numpy(),
-        prepared,
-        args,
-        max_length,
-    )
+
+    def lengths(column: str) -> np.ndarray:
+        return pc.list_value_length(table.select_columns(column)[:][column]).to_numpy()
+
+    has_target = _has_target(prepared.column_names, lengths, prepared, args, max_length)
     rows = len(prepared) if rows is None else rows
     if not has_target.any():
         raise ValueError(f"{message} any of the {rows} {split} rows: raise max_length")

@@ -108,13 +108,9 @@ def load_processing_class(path: str, *, auto: Any = transformers.AutoProcessor, 
 
 
 def check_ends(processing_class: Any, path: str, *, pads: bool, ends: bool) -> None:
-    """Raise ValueError for a tokenizer without a token that the training needs.
+    """Raise ValueError for a tokenizer or processor, loaded from `path`, without a token that the training needs.
 
-    Args:
-        processing_class: the tokenizer, or a processor that holds one.
-        path: folder or Hub name that it was loaded from.
-        pads: a padding token is needed, or an EOS token to pad with.
-        ends: an EOS token is needed.
+    `pads`: a padding token, or an EOS token to pad with; `ends`: an EOS token.
     """
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
     if tokenizer.eos_token is None and (ends or (pads and tokenizer.pad_token is None)):
@@ -157,14 +153,8 @@ def has_file(path: str, file: str, revision: str | None = None) -> bool:
     """Whether a folder or Hub repository holds a file."""
     if Path(path).is_dir():
         return (Path(path) / file).is_file()
-    options: Any = dict.fromkeys(
-        (
-            "_raise_exceptions_for_gated_repo",
-            "_raise_exceptions_for_missing_entries",
-            "_raise_exceptions_for_connection_errors",
-        ),
-        False,
-    )
+    cases = ("gated_repo", "missing_entries", "connection_errors")
+    options: Any = {f"_raise_exceptions_for_{case}": False for case in cases}
     try:
         return cached_file(path, file, revision=revision, **options) is not None
     except OSError:  # no such repository

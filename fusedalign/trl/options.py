@@ -79,7 +79,5 @@ class HeadOptions(NamedTuple):
 
 
 def mixed_precision(args: Any) -> torch.dtype | None:
-    """The dtype of mixed precision in a trainer's arguments; None: full precision."""
-    if getattr(args, "bf16", False):
-        return torch.bfloat16
-    return torch.float16 if getattr(args, "fp16", False) else None
+    """The dtype of mixed precision of a trainer's arguments, or of `accelerate launch`; None: full precision."""
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(getattr(args, "mixed_precision", "no"))

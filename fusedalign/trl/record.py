@@ -31,9 +31,6 @@ class MetricsFile(transformers.TrainerCallback):
 
     A run that resumes from a checkpoint starts with the checkpoint's log: later steps are trained again. Lines that do
     not fit on the disk are written together with a later line.
-
-    Args:
-        path: of the file.
     """
 
     def __init__(self, path: Path) -> None:
@@ -84,12 +81,7 @@ def _line(row: dict) -> str:
 
 
 def plot_metrics(history: Sequence[dict], path: Path) -> None:
-    """Save a PNG with the loss and, for preferences, reward accuracy and margin against the step.
-
-    Args:
-        history: a trainer's `state.log_history`.
-        path: of the PNG.
-    """
+    """Save a PNG of a log: the loss and, for preferences, reward accuracy and margin against the step."""
     from matplotlib.figure import Figure
 
     names = [name for name in ("loss", "rewards/accuracies", "rewards/margins") if any(name in row for row in history)]

@@ -52,6 +52,8 @@ class About:
     """versions, for information"""
 
 
+_REFERENCE = "of the model as it is given, which is the reference"
+_MODEL, _TOKENIZER = "pass the model {model}, or ", "pass the tokenizer of {model}, or "
 #: In the order of comparison: a field of `About` -> words for what is expected, what the cache has, and the remedy.
 _MISMATCHES = {
     "max_length": ("max_length={ours}", "max_length={theirs}", "set max_length={theirs}, or "),
@@ -65,19 +67,11 @@ _MISMATCHES = {
         "per_device_train_batch_size={theirs}",
         "set per_device_train_batch_size={theirs}, or ",
     ),
-    "tokenizer": ("the tokenizer of this training", "another one", "pass the tokenizer of {model}, or "),
-    "chat_template": ("the chat template of this training", "another one", "pass the tokenizer of {model}, or "),
+    "tokenizer": ("the tokenizer of this training", "another one", _TOKENIZER),
+    "chat_template": ("the chat template of this training", "another one", _TOKENIZER),
     "dtype": ("weights in {ours}, as the model is loaded here", "weights in {theirs}", "set dtype={theirs!r}, or "),
-    "config": (
-        "the configuration of the model as it is given, which is the reference",
-        "another one",
-        "pass the model {model}, or ",
-    ),
-    "weights": (
-        "the weights of the model as it is given, which is the reference",
-        "others",
-        "pass the model {model}, or ",
-    ),
+    "config": (f"the configuration {_REFERENCE}", "another one", _MODEL),
+    "weights": (f"the weights {_REFERENCE}", "others", _MODEL),
 }
 
 
@@ -141,12 +135,7 @@ def about(model: Any, processing_class: Any, args: Any, name: str) -> About:
 
 
 def row_key(input_ids: Sequence[int] | np.ndarray, labels: Sequence[int] | np.ndarray) -> str:
-    """The key of one sequence.
-
-    Args:
-        input_ids: [L] its tokens, after truncation and without padding.
-        labels: [L] the same, unshifted, and -100 on context tokens.
-    """
+    """The key of a sequence's [L] tokens, truncated and without padding, and unshifted labels, -100 on context."""
     stacked = np.stack([np.asarray(input_ids), np.asarray(labels)]).astype("<i8")
     return hashlib.blake2b(stacked.tobytes(), digest_size=16).hexdigest()
 
@@ -160,11 +149,7 @@ class RefCache:
     logps: Mapping[str, float]
 
     def check(self, facts: Mapping[str, Any]) -> None:
-        """Raise ValueError where the cache does not match, with the field and the remedy.
-
-        Args:
-            facts: of the training, from `settings` or `model_facts`.
-        """
+        """Raise ValueError, with field and remedy, where the cache does not match `settings` or `model_facts`."""
         for name, (expected, got, remedy) in _MISMATCHES.items():
             if name not in facts or facts[name] == getattr(self.about, name):
                 continue
@@ -183,18 +168,13 @@ class RefCache:
 
 
 def check_target(path: Path, option: str) -> None:
-    """Raise ValueError if a cache written to `path` would replace a folder, or a file that is no cache.
+    """Raise ValueError, naming `option`, if a cache written to `path` would replace a folder, or a file that is none.
 
-    Args:
-        path: of the cache to write; an existing cache is compared later, once the weights are loaded.
-        option: the flag that gave it, for the message.
+    An existing cache is compared later, once the weights are loaded.
     """
-    if path.is_dir():
-        kind = "a folder"
-    elif not path.exists() or _may_be_cache(path):
+    if not path.exists() or (not path.is_dir() and _may_be_cache(path)):
         return
-    else:
-        kind = "another file than a reference cache"
+    kind = "a folder" if path.is_dir() else "another file than a reference cache"
     raise ValueError(f"{option} must name the file to write, got {path}, which is {kind}: give another name")
 
 

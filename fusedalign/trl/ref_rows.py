@@ -147,12 +147,8 @@ def _counts(labels: np.ndarray) -> bool:
 def _sequences(dataset: Any, collator: Any) -> Iterator[tuple[int, str, np.ndarray, np.ndarray]]:
     """Yield row, column of a precomputed reference, tokens and labels of each sequence, truncated by the collator.
 
-    Args:
-        dataset: from `_prepare_dataset`.
-        collator: returns batches padded on any side.
-
     Raises:
-        ValueError: its batches lack a tensor.
+        ValueError: batches that lack a tensor.
     """
     names = ("prompt_ids", "chosen_ids", "rejected_ids", "completion_ids", "KL_completion_ids", "label")
     table = dataset.select_columns([name for name in names if name in dataset.column_names])

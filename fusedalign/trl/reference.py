@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import importlib.metadata
 import json
 from typing import Any
 
@@ -20,6 +19,7 @@ from datasets.fingerprint import Hasher, generate_random_fingerprint
 from torch import nn
 
 from fusedalign.engines import deep_copy, is_partitioned
+from fusedalign.reports import package_version
 from fusedalign.trl import stock
 from fusedalign.trl.digests import plain, weights_digest
 from fusedalign.trl.forward import fused_by
@@ -214,11 +214,4 @@ def _hash_of_object(x: Any) -> str:
 
 def package_versions() -> dict[str, str | None]:
     """The versions of the packages that compute log-probabilities; None: not installed."""
-    return {name: _version(name) for name in _PACKAGES}
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+    return {name: package_version(name) for name in _PACKAGES}

@@ -15,7 +15,7 @@ import pytest
 
 from fusedalign.score import run as run_module
 from fusedalign.score.records import Answer, Example, RefusedRow, Score, Window
-from fusedalign.score.run import POLICY, REFERENCE, Run, score_run
+from fusedalign.score.run import POLICY, REFERENCE, Run, refused_path, score_run
 from fusedalign.score.shards import ScoredRow, SettingsMismatchError, Shard, ShardStore, shard_order
 
 ROWS = 43
@@ -411,9 +411,9 @@ def test_a_missing_list_of_refused_rows_is_detected(tmp_path, damage):
     run = make(tmp_path / "scores.parquet")
     score_run(run)
     if damage is None:
-        run.refused_path.unlink()
+        refused_path(run.out).unlink()
     else:
-        run.refused_path.write_text(damage)
+        refused_path(run.out).write_text(damage)
     with pytest.raises(ValueError, match=r"scores.refused.jsonl must hold the 7 rows that could not be scored, got 0"):
         score_run(run)
 
@@ -476,7 +476,7 @@ def test_a_run_without_scorable_rows_finishes(tmp_path):
         finished = score_run(Run(Nothing(), run.out, run.settings, run.models, run.beta))
         assert (finished.rows, finished.scored, len(finished.refused)) == (ROWS, 0, ROWS)
     assert pyarrow.parquet.read_table(run.out).num_rows == 0
-    lines = run.refused_path.read_text().splitlines()
+    lines = refused_path(run.out).read_text().splitlines()
     assert [json.loads(line) for line in lines] == [{"row": i, "reason": "it is empty"} for i in range(ROWS)]
 
 

@@ -33,14 +33,13 @@ import faulthandler
 import functools
 import gc
 import os
-import signal
-import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import guarded
 import tiny
 import torch
 import torch.distributed as dist
@@ -136,24 +135,10 @@ def run(cases: Mapping[str, Case], folder: Path, ranks: int = 2) -> dict[str, li
         model_folder(case, folder)
         (folder / str(i)).mkdir()
     torch.save(dict(cases), folder / "cases.pt")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
-    limit = GUARD * (len(cases) + 2)  # ranks end sooner by themselves
-    with (folder / "output.txt").open("w+") as output:
-        with subprocess.Popen(
-            [*command, __file__, str(folder)], stdout=output, stderr=output, env=environment
-        ) as process:
-            try:
-                status = process.wait(limit)
-            except BaseException:
-                process.send_signal(signal.SIGTERM)  # torchrun ends its ranks, which are in sessions of their own
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(10)
-                process.kill()
-                raise
-        output.seek(0)
-        if status:
-            raise RuntimeError(f"torchrun ended with status {status}:\n{output.read()[-8000:]}")
+    command = [*guarded.TORCHRUN, f"--nproc_per_node={ranks}", __file__, str(folder)]
+    ended = guarded.run(command, limit=GUARD * (len(cases) + 2))  # ranks end sooner by themselves
+    if ended.status:
+        raise RuntimeError(f"torchrun ended with status {ended.status}:\n{ended.stderr[-8000:]}")
     return {
         name: [torch.load(folder / str(i) / f"{rank}.pt", weights_only=False) for rank in range(ranks)]
         for i, name in enumerate(cases)

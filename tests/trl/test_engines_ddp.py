@@ -19,7 +19,7 @@ def with_lora(model):
 
 
 def sft_rows(n, without_targets=(), bad=None):
-    """Tokens and labels of n rows of uneven lengths; some `without_targets`, and a `bad` one with an impossible label."""
+    """Tokens and labels of n rows of uneven lengths; some `without_targets`, the `bad` one with an impossible label."""
     g = torch.Generator().manual_seed(0)
     for i in range(n):
         ids = torch.randint(3, 419, (5 + 3 * i % 11,), generator=g).tolist()
@@ -84,7 +84,7 @@ FOUR = {
     "orpo, accumulated": Case("orpo", **ACCUMULATED),
 }
 #: Cases that are not compared with one process: TRL's KL term depends on the batches of the ranks.
-KL = {"kto": Case("kto"), "kto, packed": Case("kto", packed=True)}
+KL = {"kto with KL": Case("kto"), "kto with KL, packed": Case("kto", packed=True)}
 #: Rank 1 has a label that is no id in the second step.
 BAD = {"bad": Case("sft", rows=list(sft_rows(8, bad=6)), config=TOKENISED), "next": Case("sft")}
 
@@ -149,7 +149,7 @@ def test_two_ranks_with_a_cached_reference_equal_one_process(more_outcomes, fold
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", KL)
-def test_ranks_of_kto_are_equal(more_outcomes, name):
+def test_two_ranks_of_kto_are_equal(more_outcomes, name):
     engines.assert_ranks_equal(more_outcomes[name])
 
 

@@ -92,15 +92,11 @@ def head(job: Job) -> str:
 
 
 def line(result: Result, earlier: Sequence[Result]) -> str:
-    """A row of a table.
-
-    Args:
-        result: of the row.
-        earlier: the rows above it, among them the baselines.
-    """
+    """A row of a table; `earlier` are the rows above it, among them the baselines."""
     measured, title = result.measured, SIDES[result.job.side].title
     if measured.reason:
-        return markdown_row([title, *["-"] * (len(COLUMNS) - 1), _short(measured.reason)], _WIDTHS)
+        outcome = OUT_OF_MEMORY if measured.reason == OUT_OF_MEMORY else "failed"
+        return markdown_row([title, *["-"] * (len(COLUMNS) - 1), outcome], _WIDTHS)
     medians = {other.job.side: other.measured.median_ms for other in [*earlier, result]}
     first_losses = next((other.measured.losses for other in earlier if other.measured.losses), None)
     gib = 2.0**30
@@ -140,10 +136,6 @@ def difference(losses: Sequence[float], others: Sequence[float]) -> float:
     """The largest relative difference between the losses of two runs; NaN is the largest of all."""
     differences = [abs(a - b) / abs(a) for a, b in zip(losses, others, strict=False) if a]
     return max(differences, key=lambda x: (math.isnan(x), x), default=0.0)
-
-
-def _short(reason: str) -> str:
-    return reason if reason == OUT_OF_MEMORY else "failed"
 
 
 def _number(x: float | None, unit: float = 1.0) -> str:

@@ -111,19 +111,15 @@ def build(job: Job, folder: str) -> tuple[Any, list[int]]:
         **({"precompute_ref_log_probs": True} if side.precomputed else {}),
         **training.config,
     )
+    options = {"impl": job.impl, "packed": side.packed} | ({"liger_kernels": True} if side.liger else {})
     trainer = _trainer_class(training.trainer, side)(
         args=args,
         train_dataset=datasets.Dataset.from_list(rows),
         processing_class=tokenizer(job),
         **_models(job),
-        **(_keywords(side, job.impl) if side.fused else {}),
+        **(options if side.fused else {}),
     )
     return trainer, tokens
-
-
-def _keywords(side: Side, impl: str) -> dict[str, Any]:
-    """The keywords of a Fused trainer for a side."""
-    return {"impl": impl, "packed": side.packed} | ({"liger_kernels": True} if side.liger else {})
 
 
 def _models(job: Job) -> dict[str, Any]:

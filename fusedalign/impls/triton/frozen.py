@@ -10,15 +10,7 @@ from torch import Tensor
 
 from fusedalign.impls.logits import slope, transform_
 from fusedalign.impls.softmax import SoftmaxStats, TokenGrads
-from fusedalign.impls.triton.launch import (
-    BlockStats,
-    ExpTiles,
-    Tile,
-    TokenBatch,
-    far_rows,
-    target_logits,
-    target_rows,
-)
+from fusedalign.impls.triton.launch import BlockStats, ExpTiles, Tile, TokenBatch, far_rows, target_logits, target_rows
 from fusedalign.impls.triton.plan import copy_bytes, plan_tiles, stats_bytes
 from fusedalign.impls.triton.products import add_product, as_operand
 from fusedalign.problem import Problem
