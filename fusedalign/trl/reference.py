@@ -181,7 +181,7 @@ def keyed(cls: Any) -> Any:
 
 
 def reference_key(trainer: Any) -> str:
-    """A hash of everything but data, and weights that TRL's cache key has, that the log-probabilities of a trainer's reference depend on."""
+    """A hash of what the log-probabilities of a trainer's reference depend on; TRL's key adds weights and data."""
     settings = trainer.args.to_dict()
     model = unwrapped(trainer, trainer.ref_model or trainer.model)
     adapters = getattr(trainer.model, "peft_config", {})
