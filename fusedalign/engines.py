@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
 from fusedalign import private
+from fusedalign.head import active_copy
 
 #: Tensors by name.
 Fields = dict[str, Tensor]
@@ -26,9 +27,13 @@ Module = TypeVar("Module", bound=nn.Module)
 
 def sharded_layers(layer: nn.Module | None) -> list[nn.Module]:
     """The modules of a layer, itself included, with hooks that gather their parameters; outermost first."""
-    modules = [] if layer is None else layer.named_modules()
+    if layer is None:
+        return []
+    used = active_copy(layer)
+    wrapper = [layer] if used is not layer and _is_sharded(layer) else []
     # The forward of LoRA's first factor is called as it is.
-    return [module for name, module in modules if _is_sharded(module) and "lora_A" not in name.split(".")]
+    modules = [module for name, module in used.named_modules() if "lora_A" not in name.split(".")]
+    return wrapper + [module for module in modules if _is_sharded(module)]
 
 
 def call_gathered(layers: list[nn.Module], function: Callable[[Tensor], Fields], hidden: Tensor) -> Fields:

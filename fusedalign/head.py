@@ -180,11 +180,7 @@ def _linear(head: Any, where: str) -> _Linear:
     for hook in getattr(head, "_forward_pre_hooks", {}).values():  # PEFT has them while its forward runs
         if "adapter_names" in getattr(hook, "keywords", ()):
             raise TypeError(f"expected the same adapters for all of a batch in {where}, got adapter_names")
-    copies = getattr(head, "modules_to_save", None)
-    if isinstance(copies, nn.ModuleDict) and hasattr(head, "original_module"):
-        active = list(head.active_adapters)
-        use_copy = active and not head.disable_adapters and all(adapter in copies for adapter in active)
-        head = copies[active[0]] if use_copy else head.original_module
+    head = active_copy(head)
     layer = getattr(head, "token_adapter", head)  # in PEFT's wrapper for trainable_token_indices
     if _computes_as(layer, "peft.tuners.lora.layer", "Linear"):
         return _with_lora(layer, where)
@@ -200,6 +196,16 @@ def _linear(head: Any, where: str) -> _Linear:
     if head.bias is not None:
         _check_tensor(head.bias, f"bias of {where}")
     return (head.weight,), head.bias, ()
+
+
+def active_copy(head: Any) -> Any:
+    """The layer that PEFT's wrapper for `modules_to_save` calls; another layer itself."""
+    copies = getattr(head, "modules_to_save", None)
+    if not (isinstance(copies, nn.ModuleDict) and hasattr(head, "original_module")):
+        return head
+    active = list(head.active_adapters)
+    use_copy = active and not head.disable_adapters and all(adapter in copies for adapter in active)
+    return copies[active[0]] if use_copy else head.original_module
 
 
 def _is_tensor_parallel(head: Any) -> bool:
