@@ -8,8 +8,9 @@ head is called with another function in its place: one gather in the forward, as
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
-from typing import Any
+import copy
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,8 @@ from fusedalign import private
 
 #: Tensors by name.
 Fields = dict[str, Tensor]
+
+Module = TypeVar("Module", bound=nn.Module)
 
 
 def sharded_layers(layer: nn.Module | None) -> list[nn.Module]:
@@ -54,7 +57,14 @@ def call_gathered(layers: list[nn.Module], function: Callable[[Tensor], Fields],
 @contextlib.contextmanager
 def gathered(layer: nn.Module | None) -> Iterator[None]:
     """A context with the parameters of a layer that ZeRO-3 has partitioned, for reading; all ranks must enter it."""
-    partitioned = [] if layer is None else [x for x in layer.parameters() if hasattr(x, "ds_id")]
+    with gathered_tensors([] if layer is None else layer.parameters()):
+        yield
+
+
+@contextlib.contextmanager
+def gathered_tensors(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """A context with those of some tensors that ZeRO-3 has partitioned, for reading; all ranks must enter it."""
+    partitioned = [x for x in tensors if is_partitioned(x)]
     if not partitioned:
         yield
         return
@@ -64,9 +74,26 @@ def gathered(layer: nn.Module | None) -> Iterator[None]:
         yield
 
 
+def is_partitioned(x: Tensor) -> bool:
+    """Whether `x` is a parameter that ZeRO-3 has partitioned."""
+    return hasattr(x, "ds_id")
+
+
+def deep_copy(model: Module) -> Module:
+    """A copy of a model; what ZeRO-3 has partitioned is gathered and partitioned again, one parameter at a time."""
+    copies: dict[int, Any] = {}
+    for x in model.parameters():
+        if is_partitioned(x):
+            with gathered_tensors([x]):
+                copies[id(x)] = nn.Parameter(x.detach().clone(), requires_grad=x.requires_grad)
+            partition: Any = x
+            partition.convert_to_zero_parameters([copies[id(x)]])
+    return copy.deepcopy(model, copies)
+
+
 def _is_sharded(module: nn.Module) -> bool:
     is_fsdp = isinstance(module, (FSDPModule, FullyShardedDataParallel))
-    return is_fsdp or any(hasattr(x, "ds_id") for x in module.parameters(recurse=False))
+    return is_fsdp or any(map(is_partitioned, module.parameters(recurse=False)))
 
 
 def _call(layer: nn.Module, function: Callable[[Tensor], Any], hidden: Tensor) -> Any:

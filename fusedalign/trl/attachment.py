@@ -249,6 +249,13 @@ class _LayerWeight(Tensor):
 
     layer: Any
 
+    @property
+    def ds_status(self) -> Any:
+        """DeepSpeed's attribute, by which TRL's forward knows under ZeRO-3 that it has nothing to gather."""
+        from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+        return ZeroParamStatus.AVAILABLE
+
 
 class _Switch:
     """Replaces TRL's autograd function; TRL only calls its `apply`."""

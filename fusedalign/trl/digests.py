@@ -17,6 +17,8 @@ import torch
 from accelerate.utils import is_peft_model
 from torch import Tensor, nn
 
+from fusedalign.engines import gathered_tensors, is_partitioned
+
 #: Bytes of a tensor copied to the CPU at a time, for each thread.
 _CHUNK = 64 << 20
 _THREADS = 8
@@ -62,10 +64,10 @@ def weights_digest(model: nn.Module) -> str:
     """
     tensors, adapter = _weights(model)
     names = sorted(tensors)
-    with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:
-        contents = list(pool.map(lambda name: _tensor_digest(name, tensors[name]), names))
-    facts = [(name, str(tensors[name].dtype), list(tensors[name].shape)) for name in names]
-    return digest(list(zip(facts, contents, strict=True)), adapter)
+    # All ranks must gather what ZeRO-3 has partitioned in the same order.
+    threads = 1 if any(map(is_partitioned, tensors.values())) else min(_THREADS, os.cpu_count() or 1)
+    with ThreadPoolExecutor(threads) as pool:
+        return digest(list(pool.map(lambda name: _tensor_digest(name, tensors[name]), names)), adapter)
 
 
 def _weights(model: Any) -> tuple[dict[str, Tensor], Any]:
@@ -77,7 +79,9 @@ def _weights(model: Any) -> tuple[dict[str, Tensor], Any]:
 
     name = model.active_adapter
     config = model.peft_config[name]
-    adapter: dict[str, Tensor] = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    adapter: dict[str, Tensor] = get_peft_model_state_dict(
+        model, model.state_dict(keep_vars=True), adapter_name=name, save_embedding_layers=False
+    )
     if _changes_nothing(config, adapter):
         return tensors, None
     tensors |= {f"adapter {name}": x for name, x in adapter.items()}
@@ -87,7 +91,7 @@ def _weights(model: Any) -> tuple[dict[str, Tensor], Any]:
 
 def _own_tensors(model: nn.Module, adapters: Any) -> dict[str, Tensor]:
     """A model's tensors without those of adapters, by the names that they have without PEFT."""
-    state = {name: x for name, x in model.state_dict().items() if isinstance(x, Tensor)}
+    state = {name: x for name, x in model.state_dict(keep_vars=True).items() if isinstance(x, Tensor)}
     children: dict[str, set[str]] = {}
     for name in state:
         parts = name.split(".")
@@ -107,21 +111,29 @@ def _changes_nothing(config: Any, adapter: Mapping[str, Tensor]) -> bool:
     kind = str(getattr(config.peft_type, "value", config.peft_type))
     if kind != "LORA" or not all(".lora_A." in name or ".lora_B." in name for name in adapter):
         return False
-    return not any(bool(x.any()) for name, x in adapter.items() if ".lora_B." in name)
+    return not any(_any(x) for name, x in adapter.items() if ".lora_B." in name)
 
 
-def _tensor_digest(name: str, tensor: Tensor) -> str:
+def _any(x: Tensor) -> bool:
+    with gathered_tensors([x]):
+        return bool(x.any())
+
+
+def _tensor_digest(name: str, tensor: Tensor) -> tuple[tuple[str, str, list[int]], str]:
+    """Name, dtype and shape of a tensor, and the digest of its bytes."""
     if tensor.is_meta:
         raise ValueError(f"expected a model with its weights in memory, got {name} offloaded: load it without offload")
     content = hashlib.blake2b(digest_size=16)
     try:
-        for chunk in tensor.detach().contiguous().reshape(-1).view(torch.uint8).split(_CHUNK):
-            content.update(chunk.cpu().numpy())
+        with gathered_tensors([tensor]):
+            facts = name, str(tensor.dtype), list(tensor.shape)
+            for chunk in tensor.detach().contiguous().reshape(-1).view(torch.uint8).split(_CHUNK):
+                content.update(chunk.cpu().numpy())
     except (RuntimeError, NotImplementedError, TypeError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
         raise ValueError(f"expected weights in plain tensors, got {type(tensor).__name__} in {name}") from error
-    return content.hexdigest()
+    return facts, content.hexdigest()
 
 
 def config_digest(model: Any) -> str:

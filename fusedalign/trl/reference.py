@@ -8,7 +8,6 @@ caches a precomputed reference under a hash of data and weights only.
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 import hashlib
 import json
@@ -19,9 +18,10 @@ from accelerate.utils import is_peft_model
 from datasets.fingerprint import Hasher, generate_random_fingerprint
 from torch import nn
 
+from fusedalign.engines import deep_copy, is_partitioned
 from fusedalign.reports import package_version
 from fusedalign.trl import stock
-from fusedalign.trl.digests import plain
+from fusedalign.trl.digests import plain, weights_digest
 from fusedalign.trl.forward import fused_by
 from fusedalign.trl.kernels import liger_parts
 from fusedalign.trl.refusals import unwrapped
@@ -47,7 +47,7 @@ def reference_copy(model: nn.Module) -> nn.Module:
             f"expected a model with its weights in memory, got an offloaded {type(model).__name__}: {instead}"
         )
     try:
-        reference = copy.deepcopy(model)
+        reference = deep_copy(model)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
@@ -181,7 +181,7 @@ def keyed(cls: Any) -> Any:
 
 
 def reference_key(trainer: Any) -> str:
-    """A hash of everything but weights and data that the log-probabilities of a trainer's reference depend on."""
+    """A hash of what a trainer's reference log-probabilities depend on, without data and the weights that TRL hashes."""
     settings = trainer.args.to_dict()
     model = unwrapped(trainer, trainer.ref_model or trainer.model)
     adapters = getattr(trainer.model, "peft_config", {})
@@ -193,6 +193,8 @@ def reference_key(trainer: Any) -> str:
         "model": f"{type(model).__module__}.{type(model).__qualname__}",
         "config": model.config.to_dict(),
         "attention": [config._attn_implementation for config in (model.config, model.config.get_text_config())],
+        # TRL's hash of the weights does not see what ZeRO-3 has partitioned.
+        "weights": weights_digest(model) if any(map(is_partitioned, model.parameters())) else None,
         "adapters": {name: adapter.to_dict() for name, adapter in adapters.items()},
         "collator": _hash_of_object(getattr(trainer.data_collator, "collator", trainer.data_collator)),
         "layout": getattr(getattr(trainer, "layouts", None), "kind", None),

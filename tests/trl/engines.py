@@ -57,11 +57,24 @@ ENGINES: dict[str, dict[str, Any]] = {
     "ddp": {},
     "fsdp2": {"fsdp": True},
     "zero2": {"deepspeed": {"zero_optimization": {"stage": 2}}},
-    "zero3": {"deepspeed": {"zero_optimization": {"stage": 3}}},
+    "zero3": {
+        "deepspeed": {
+            "zero_optimization": {
+                "stage": 3,
+                "stage3_gather_16bit_weights_on_model_save": True,
+                # As with large models: nothing stays gathered.
+                "stage3_param_persistence_threshold": 0,
+                "stage3_prefetch_bucket_size": 0,
+                "stage3_max_reuse_distance": 0,
+            }
+        }
+    },
 }
 _DEEPSPEED = {
     "train_micro_batch_size_per_gpu": "auto",
     "gradient_accumulation_steps": "auto",
+    "gradient_clipping": "auto",  # else accelerate clips at 1
+    "bf16": {"enabled": "auto"},
     "zero_allow_untested_optimizer": True,
 }
 
@@ -86,11 +99,13 @@ class Case:
     streams: bool = False
     """whether the data set is iterable"""
     prepare: Callable[[Any], Any] | None = None
-    """changes the model before the trainer is built, such as by adding LoRA"""
+    """changes the model before the trainer is built, such as by adding LoRA, or returns its name"""
     config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """of the trainer's configuration"""
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """keyword arguments of the trainer, or of `attach`"""
+    watch: Callable[[Any], Any] | None = None
+    """called with the trainer before it trains; its result, which may change meanwhile, is `Outcome.watched`"""
     saves: bool = False
     """whether the trained model is saved, into `Outcome.saved`"""
 
@@ -106,6 +121,7 @@ class Outcome:
     error: str | None = None
     """the traceback of what the training raised"""
     saved: str | None = None
+    watched: Any = None
 
 
 def run(cases: Mapping[str, Case], folder: Path, ranks: int = 2) -> dict[str, list[Outcome]]:
@@ -207,7 +223,7 @@ def _train(case: Case, folder: Path, output: str = "alone", in_reverse: bool = F
     trainer = (fused if is_fused else stock)(
         model=model,
         args=args,
-        train_dataset=_dataset(case, in_reverse),
+        train_dataset=_dataset(case, Path(folder), in_reverse),
         processing_class=tiny.tokenizer(),
         **({"packed": case.packed, **case.options} if is_fused else {}),
     )
@@ -216,8 +232,9 @@ def _train(case: Case, folder: Path, output: str = "alone", in_reverse: bool = F
 
         attach(trainer, packed=case.packed, **case.options)
     initial = _whole_parameters(trainer)
+    watched = None if case.watch is None else case.watch(trainer)
     trainer.train()
-    outcome = Outcome(_whole_parameters(trainer), initial)
+    outcome = Outcome(_whole_parameters(trainer), initial, watched=watched)
     outcome.losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
     if case.saves:
         outcome.saved = str(folder / output / "saved")
@@ -225,20 +242,35 @@ def _train(case: Case, folder: Path, output: str = "alone", in_reverse: bool = F
     return outcome
 
 
-def _dataset(case: Case, in_reverse: bool) -> Any:
+def _dataset(case: Case, folder: Path, in_reverse: bool) -> Any:
     from datasets import Dataset
 
     rows = tiny.data(case.method, case.rows) if isinstance(case.rows, int) else Dataset.from_list(case.rows)
     if in_reverse:
         order = torch.arange(len(rows)).split(case.batch_size)
         rows = rows.select(torch.cat([batch.flip(0) for batch in order]).tolist())
+    if case.config.get("precompute_ref_log_probs"):
+        rows = _on_disk(rows, folder / f"{case.method}{case.rows}")
     return rows.to_iterable_dataset() if case.streams else rows
+
+
+def _on_disk(rows: Any, folder: Path) -> Any:
+    """The data set from a folder that all ranks share, beside which TRL caches a reference."""
+    from datasets import load_from_disk
+
+    if not dist.is_initialized():
+        return rows
+    if dist.get_rank() == 0:
+        rows.save_to_disk(folder)
+    dist.barrier()
+    return load_from_disk(folder)
 
 
 def _config(case: Case, output: Path) -> dict[str, Any]:
     engine = dict(ENGINES[case.engine])
     if "deepspeed" in engine:
         engine["deepspeed"] = _DEEPSPEED | engine["deepspeed"]
+        _leave_out_operators()
     return {
         "output_dir": str(output),
         "max_steps": STEPS,
@@ -259,6 +291,13 @@ def _config(case: Case, output: Path) -> dict[str, Any]:
         **engine,
         **case.config,
     }
+
+
+def _leave_out_operators() -> None:
+    """Let DeepSpeed communicate by gloo alone; it would compile an operator for ranks of one host."""
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def _pose_as_gpus(args: Any) -> None:
@@ -306,13 +345,22 @@ def _run_rank(folder: Path) -> None:
         except Exception:
             outcome = Outcome(error=traceback.format_exc())
         torch.save(outcome, folder / str(i) / f"{rank}.pt")
-        dist.destroy_process_group()  # ranks that wait for a rank that raised get an error
+        _destroy_process_group()  # ranks that wait for a rank that raised get an error
         gc.collect()
     store.set(f"done {rank}", "")
     store.wait([f"done {other}" for other in range(ranks)])
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)  # interpreter shutdown occasionally aborts in PyTorch's threads
+
+
+def _destroy_process_group() -> None:
+    if os.environ.pop("ACCELERATE_USE_DEEPSPEED", None) is None:
+        dist.destroy_process_group()
+    else:
+        import deepspeed
+
+        deepspeed.comm.destroy_process_group()  # forgets its own groups too
 
 
 def _quicken() -> None:
