@@ -31,7 +31,6 @@ from fusedalign.trl.forward import OUTPUT_NAMES, fused_by, our_names
 from fusedalign.trl.layouts import MASKED, Layouts, check_packed, decide, lay_out_nothing, models_of, wrap_backbone
 from fusedalign.trl.options import HeadOptions, mixed_precision
 from fusedalign.trl.refusals import (
-    base_of,
     refuse_adapters,
     refuse_arguments,
     refuse_experts,
@@ -127,7 +126,7 @@ def attach(trainer: Any, *, packed: bool | str = False, **options: Any) -> Any:
         detach(trainer)
         _install_switch()
         for model in models:
-            mark = _Mark(attachment)
+            mark = _Mark(attachment, unwrapped(trainer, model))
             attachment.handles.append(model.register_forward_pre_hook(mark.enter, prepend=True))
             attachment.handles.append(model.register_forward_hook(mark.leave, always_call=True))
         for name in filter(functools.partial(hasattr, trainer), _STEPS):
@@ -208,24 +207,26 @@ class _Step:
 class _Mark:
     """The forward hooks of a model, which make its attachment the active one while its trainer takes a step."""
 
-    def __init__(self, attachment: _Attachment | None) -> None:
+    def __init__(self, attachment: _Attachment | None, base: Any) -> None:
         self.attachment = attachment
+        self.base = base
+        """the model of transformers, within those of PEFT and of engines"""
 
     def __reduce__(self) -> tuple:
-        return _Mark, (None,)  # copies of the model (pickle, deepcopy) are not attached
+        return _Mark, (None, None)  # copies of the model (pickle, deepcopy) are not attached
 
     def enter(self, model: Any, *_: Any) -> None:
         """Pre-hook of the forward."""
         stepping = _stepping.get()
         attachment = stepping if stepping is self.attachment else None
         _forwards.set((*_forwards.get(), (self, attachment or _active())))
-        model = base_of(model)
-        if attachment is not None and sharded_layers(layer := model.get_output_embeddings()):
-            model.get_output_embeddings = functools.partial(_ShardedHead, layer, attachment.device)
+        if attachment is not None and sharded_layers(layer := self.base.get_output_embeddings()):
+            self.base.get_output_embeddings = functools.partial(_ShardedHead, layer, attachment.device)
 
     def leave(self, model: Any, *_: Any) -> None:
         """Hook of the forward, called also if that raises."""
-        vars(base_of(model)).pop("get_output_embeddings", None)
+        if self.base is not None:
+            vars(self.base).pop("get_output_embeddings", None)
         forwards = _forwards.get()
         if forwards and forwards[-1][0] is self:  # `leave` can run without `enter` if an earlier hook raised
             _forwards.set(forwards[:-1])

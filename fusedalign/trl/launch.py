@@ -35,7 +35,7 @@ def launched_elsewhere(command: str, parser: Parser, argv: Sequence[str]) -> boo
     if "TORCHELASTIC_RUN_ID" in os.environ:
         word = words.launch[0] if name is None else "accelerate_config"
         raise ValueError(f"{word} must be left out under torchrun, which has started the processes already, got it")
-    config = [] if name is None else ["--config_file", _config_file(str(name))]
+    config = [] if name is None else ["--config_file", config_file(str(name))]
     launcher = [sys.executable, "-m", "accelerate.commands.launch", *config, *words.launch]
     os.environ.update(words.env)
     status = subprocess.run([*launcher, "-m", "fusedalign", command, *words.fields]).returncode
@@ -44,7 +44,8 @@ def launched_elsewhere(command: str, parser: Parser, argv: Sequence[str]) -> boo
     return True
 
 
-def _config_file(name: str) -> str:
+def config_file(name: str) -> str:
+    """A file of accelerate's that exists, or that TRL ships under this name. ValueError for another name."""
     if Path(name).is_file():
         return name
     shipped = {Path(file.name).stem: file for file in importlib.resources.files("trl.accelerate_configs").iterdir()}

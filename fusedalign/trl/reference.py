@@ -181,7 +181,7 @@ def keyed(cls: Any) -> Any:
 
 
 def reference_key(trainer: Any) -> str:
-    """A hash of what the log-probabilities of a trainer's reference depend on; TRL's key adds weights and data."""
+    """A hash of what the log-probabilities of a reference depend on, without data and the weights that TRL hashes."""
     settings = trainer.args.to_dict()
     model = unwrapped(trainer, trainer.ref_model or trainer.model)
     adapters = getattr(trainer.model, "peft_config", {})

@@ -191,13 +191,13 @@ def test_the_head_is_gathered_once_in_the_forward_and_once_in_the_backward(outco
     if "dpo" in name:
         want["reference", head, True] = engines.STEPS
     for outcome in outcomes[name]:
-        assert outcome.watched == want
+        assert outcome.watched == collections.Counter(want)
 
 
 @pytest.mark.slow
 def test_a_frozen_head_is_not_gathered_in_the_backward(more_outcomes):
     for outcome in more_outcomes["zero3, simpo, frozen head"]:
-        assert outcome.watched == {("policy", "weight", True): engines.STEPS}
+        assert outcome.watched == collections.Counter({("policy", "weight", True): engines.STEPS})
 
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.saves])

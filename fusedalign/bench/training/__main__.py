@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -11,4 +12,6 @@ from fusedalign.reports import replace_text
 
 if __name__ == "__main__":
     job, path = sys.argv[1:]
-    replace_text(Path(path), json.dumps(dataclasses.asdict(measure(Job(**json.loads(job))))))
+    measured = measure(Job(**json.loads(job)))
+    if os.environ.get("RANK", "0") == "0":
+        replace_text(Path(path), json.dumps(dataclasses.asdict(measured)))

@@ -16,7 +16,7 @@ import torch
 from fusedalign.bench.runner import machine
 from fusedalign.bench.training import processes
 from fusedalign.bench.training.plot import draw
-from fusedalign.bench.training.settings import ALL_MIXES, EQUAL, MIXES, SIDES, SIZES, STEPS, TRAININGS, Job
+from fusedalign.bench.training.settings import ALL_MIXES, ENGINES, EQUAL, MIXES, SIDES, SIZES, STEPS, TRAININGS, Job
 from fusedalign.bench.training.table import (
     COLUMNS,
     LENGTHS,
@@ -68,6 +68,11 @@ def jobs(options: argparse.Namespace) -> list[Job]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if options.steps < 1:
         raise ValueError(f"--steps must be at least 1, got {options.steps}")
+    if options.engine not in ENGINES:
+        raise ValueError(f"--engine must be one of {', '.join(ENGINES)}, got {options.engine!r}")
+    gpus = torch.cuda.device_count()
+    if options.ranks < 1 or (options.ranks > 1 and options.ranks > gpus):
+        raise ValueError(f"--ranks must be at least 1 and at most the number of GPUs, {gpus}, got {options.ranks}")
     if options.batch is not None and (options.batch < 2 or options.batch % 2):
         raise ValueError(f"--batch must be an even number of rows, at least 2, got {options.batch}")
     check_name(options.impl)
@@ -77,7 +82,18 @@ def jobs(options: argparse.Namespace) -> list[Job]:
     mixes = [EQUAL] if options.equal else _names("--mixes", options.mixes or ",".join(MIXES), MIXES)
     training_names = _names("a training", ",".join(options.trainings or [DEFAULT_TRAINING]), TRAININGS)
     planned = [
-        Job(training, size, mix, side, options.steps, options.impl, device, options.batch)
+        Job(
+            training,
+            size,
+            mix,
+            side,
+            options.steps,
+            options.impl,
+            device,
+            options.batch,
+            options.engine,
+            options.ranks,
+        )
         for size, training, mix, side in product(sizes, training_names, mixes, _sides(options.rows, device))
         if SIDES[side].serves(TRAININGS[training])
     ]
@@ -178,8 +194,15 @@ def _parser() -> CommandParser:
     add("--mixes", metavar="NAMES", help=all_of)
     add("--equal", action="store_true", help="rows of 2048 tokens, half of them prompt, 8 a step, instead of the mixes")
     add("--rows", metavar="NAMES", help=f"{all_of} that can run here")
-    add("--batch", type=int, metavar="ROWS", help="rows per step, half as many pairs; default: 16, with --equal 8")
+    add(
+        "--batch",
+        type=int,
+        metavar="ROWS",
+        help="rows per step and GPU, half as many pairs; default: 16, or 8",
+    )
     add("--steps", type=int, default=STEPS, help=f"measured steps, after the first; default: {STEPS}")
+    add("--ranks", type=int, default=1, metavar="R", help="GPUs, each with the rows of --batch; default: 1")
+    add("--engine", default=ENGINES[0], metavar="NAME", help=f"of several ranks: {' or '.join(ENGINES)}; default: DDP")
     add("--impl", default="auto", help="of the Fused trainers; default: auto")
     add("--out", type=Path, metavar="DIR", help=f"also write {WORD}.md, {WORD}.json and {WORD}.png there")
     return parser

@@ -21,8 +21,8 @@ def examples(job: Job) -> tuple[list[dict[str, Any]], list[int]]:
     def text(length: int) -> str:
         return " ".join(f"w{generator.randrange(len(_SPECIAL), vocab)}" for _ in range(length))
 
-    rows, tokens = [], [0] * job.all_steps
-    for i in range(job.all_steps * job.batch):
+    rows, tokens, batch = [], [0] * job.all_steps, job.batch * job.ranks
+    for i in range(job.all_steps * batch):
         prompt, *answers = (x.draw(generator, size.shrink) for x in (mix.prompt, mix.chosen, mix.rejected))
         desirable = i % 2 == 0
         if not training.pairs:
@@ -33,7 +33,7 @@ def examples(job: Job) -> tuple[list[dict[str, Any]], list[int]]:
         if training.trainer == "KTO":
             row["label"] = desirable
         rows.append(row)
-        tokens[i // job.batch] += sum(prompt + length + 1 for length in answers)
+        tokens[i // batch] += sum(prompt + length + 1 for length in answers)
     return rows, tokens
 
 

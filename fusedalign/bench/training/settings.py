@@ -155,6 +155,10 @@ SIDES = {
 }
 
 
+#: Configurations of accelerate that TRL ships; the first is for one process too.
+ENGINES = ("multi_gpu", "fsdp2")
+
+
 @dataclass(frozen=True)
 class Job:
     """One training to measure, by the names in the dictionaries above."""
@@ -168,7 +172,9 @@ class Job:
     impl: str = "auto"
     device: str = "cpu"
     step_rows: int | None = None
-    """prompts with an answer per step; None: as the mix says"""
+    """prompts with an answer per step of each rank; None: as the mix says"""
+    engine: str = ENGINES[0]
+    ranks: int = 1
 
     @property
     def all_steps(self) -> int:
@@ -177,6 +183,6 @@ class Job:
 
     @property
     def batch(self) -> int:
-        """Examples per step: rows, or pairs."""
+        """Examples per step of each rank: rows, or pairs."""
         rows = self.step_rows or ALL_MIXES[self.mix].rows
         return rows // 2 if TRAININGS[self.training].pairs else rows

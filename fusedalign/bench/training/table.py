@@ -48,7 +48,7 @@ def header(jobs: Sequence[Job]) -> str:
     mixes, sides = dict.fromkeys(job.mix for job in jobs), dict.fromkeys(job.side for job in jobs)
     shrunk = {SIZES[job.size].about: SIZES[job.size].shrink for job in jobs if SIZES[job.size].shrink > 1}
     rows = job.step_rows or ALL_MIXES[job.mix].rows
-    batch = f"{rows} rows a step (SFT, KTO), or {rows // 2} pairs"
+    batch = f"{rows} rows a step (SFT, KTO), or {rows // 2} pairs" + (" on each GPU" if job.ranks > 1 else "")
     lines = [
         "# fusedalign bench trl",
         "",
@@ -83,7 +83,8 @@ def describe_mix(name: str) -> str:
 
 def group_title(job: Job) -> str:
     """The title of a table: training, model and mix."""
-    return f"{TRAININGS[job.training].about}: {SIZES[job.size].about}, {job.mix}"
+    ranks = f", {job.ranks} GPUs, {job.engine}" if job.ranks > 1 else ""
+    return f"{TRAININGS[job.training].about}: {SIZES[job.size].about}, {job.mix}{ranks}"
 
 
 def head(job: Job) -> str:

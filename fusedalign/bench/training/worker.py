@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import os
 import statistics
 import tempfile
 import time
@@ -10,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 
 from fusedalign.bench.measure import covered, spans, synchronize
@@ -34,7 +37,7 @@ class Measured:
     gpu_ms: float | None = None
     """time that the GPU was busy in one more step; None on a CPU, like the next two"""
     peak_bytes: int | None = None
-    """of the device in a step after the first, model and optimizer included"""
+    """of the device in a step after the first, model and optimizer included; of several ranks the largest"""
     pass_bytes: int | None = None
     """peak of forward and backward beyond what is held between steps, gradients included"""
     precompute_seconds: float | None = None
@@ -82,7 +85,25 @@ def measure(job: Job) -> Measured:
     seconds = getattr(trainer, "precompute_seconds", None)
     steps = len(stopwatch.ms)
     figures = stopwatch.gpu_figures | {"precompute_seconds": seconds}
-    return Measured(tuple(stopwatch.ms), tuple(tokens[:steps]), tuple(stopwatch.slots), losses, **figures)
+    return _of_ranks(Measured(tuple(stopwatch.ms), tuple(tokens[:steps]), tuple(stopwatch.slots), losses, **figures))
+
+
+def _of_ranks(measured: Measured) -> Measured:
+    """The figures of all ranks from those of this one: the largest peaks, and the sum of slots."""
+    if not (dist.is_initialized() and dist.get_world_size() > 1):
+        return measured
+    ranks: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(ranks, measured)
+
+    def largest(name: str) -> int | None:
+        return max((getattr(x, name) or 0 for x in ranks), default=0) or None
+
+    return dataclasses.replace(
+        measured,
+        slots=tuple(map(sum, zip(*(x.slots for x in ranks), strict=True))),
+        peak_bytes=largest("peak_bytes"),
+        pass_bytes=largest("pass_bytes"),
+    )
 
 
 def build(job: Job, folder: str) -> tuple[Any, list[int]]:
@@ -92,6 +113,8 @@ def build(job: Job, folder: str) -> tuple[Any, list[int]]:
     from fusedalign.trl.arguments import trl_class
 
     training, side, cuda = TRAININGS[job.training], SIDES[job.side], job.device == "cuda"
+    if cuda:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     rows, tokens = examples(job)
     args = trl_class(f"{training.trainer}Config")(
         output_dir=folder,

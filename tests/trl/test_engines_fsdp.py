@@ -1,0 +1,107 @@
+"""Two gloo ranks under FSDP2: the parameters of one process with the same global batches, on every rank."""
+
+import dataclasses
+
+import engines
+import pytest
+import tiny
+import torch
+from engines import Case
+from test_engines_ddp import ACCUMULATED, NO_TARGETS, with_lora
+from transformers import AutoModelForCausalLM
+
+
+def with_head_lora(model):
+    """The model with LoRA on its body and its head."""
+    import peft
+
+    config = tiny.lora()
+    config.target_modules = ["q_proj", "lm_head"]
+    return peft.get_peft_model(model, config)
+
+
+def fsdp(**options):
+    return {"config": {"fsdp_config": options}}
+
+
+#: Each linear layer is a unit of FSDP2 of its own, the head too.
+OWN = fsdp(transformer_layer_cls_to_wrap=["Qwen3DecoderLayer", "Linear"])
+KEPT = fsdp(reshard_after_forward=False)
+BF16 = {"config": {"bf16": True}}
+
+CASES = {
+    "sft": Case("sft", "fsdp2", saves=True),
+    "dpo, packed": Case("dpo", "fsdp2", packed=True),
+    "orpo": Case("orpo", "fsdp2"),
+    "sft, tied, packed": Case("sft", "fsdp2", model="tied", packed=True, saves=True),
+    "sft, own unit": Case("sft", "fsdp2", **OWN),
+    "dpo, own unit, attached to": Case("dpo", "fsdp2", trainer="attach", **OWN),
+    "dpo, lora": Case("dpo", "fsdp2", prepare=with_lora),
+    "sft, a rank without targets": Case("sft", "fsdp2", **NO_TARGETS),
+}
+MORE = {
+    "sft, attached to": Case("sft", "fsdp2", trainer="attach"),
+    "dpo, attached to, packed": Case("dpo", "fsdp2", trainer="attach", packed=True),
+    "sft, own unit, attached to": Case("sft", "fsdp2", trainer="attach", **OWN),
+    "dpo, own unit, packed": Case("dpo", "fsdp2", packed=True, **OWN),
+    "orpo, own unit, packed": Case("orpo", "fsdp2", packed=True, **OWN),
+    "sft, kept": Case("sft", "fsdp2", **KEPT),
+    "dpo, kept": Case("dpo", "fsdp2", **KEPT),
+    "dpo, tied": Case("dpo", "fsdp2", model="tied"),
+    "orpo, tied": Case("orpo", "fsdp2", model="tied"),
+    "sft, accumulated": Case("sft", "fsdp2", **ACCUMULATED),
+    "dpo, accumulated, packed": Case("dpo", "fsdp2", packed=True, **ACCUMULATED),
+    "orpo, lora": Case("orpo", "fsdp2", prepare=with_lora),
+    "dpo, lora on the head": Case("dpo", "fsdp2", prepare=with_head_lora),
+    "sft, a rank without targets, packed": Case("sft", "fsdp2", packed=True, **NO_TARGETS),
+}
+#: Not compared with one process, whose autocast rounds elsewhere than FSDP2.
+HALF = {"dpo, bf16": Case("dpo", "fsdp2", **BF16)}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("fsdp")
+
+
+@pytest.fixture(scope="module")
+def outcomes(folder):
+    return engines.run(CASES | HALF, folder, ranks=2)
+
+
+@pytest.fixture(scope="module")
+def more_outcomes(tmp_path_factory):
+    return engines.run(MORE, tmp_path_factory.mktemp("more"), ranks=2)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_ranks_equal_one_process(outcomes, folder, name):
+    engines.assert_trained_alike(outcomes[name], engines.alone(_without_engine(CASES[name]), folder))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MORE)
+def test_two_ranks_equal_one_process_in_more_settings(more_outcomes, folder, name):
+    engines.assert_trained_alike(more_outcomes[name], engines.alone(_without_engine(MORE[name]), folder))
+
+
+def _without_engine(case):
+    config = {name: value for name, value in case.config.items() if name != "fsdp_config"}
+    return dataclasses.replace(case, engine="ddp", config=config)
+
+
+def test_log_probabilities_are_not_rounded_to_half_precision(outcomes):
+    """accelerate's policy rounds the outputs of a model, and TRL's losses are then bf16 numbers."""
+    first, _ = outcomes["dpo, bf16"]
+    engines.assert_ranks_equal(outcomes["dpo, bf16"])
+    losses = torch.tensor(first.losses)
+    assert (losses[1:] != losses[1:].bfloat16().float()).all()
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.saves])
+def test_a_saved_model_is_the_trained_one_without_an_engine(outcomes, name):
+    first, _ = outcomes[name]
+    loaded = dict(AutoModelForCausalLM.from_pretrained(first.saved).named_parameters())
+    assert loaded.keys() == first.parameters.keys()
+    for key, parameter in loaded.items():
+        assert torch.equal(parameter, first.parameters[key]), key
