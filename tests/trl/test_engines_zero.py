@@ -2,8 +2,10 @@
 
 import collections
 
+import cached
 import engines
 import pytest
+import tiny
 import torch
 from engines import Case
 from transformers import AutoModelForCausalLM
@@ -139,6 +141,7 @@ MORE = {
     "zero3, dpo, precomputed": Case("dpo", "zero3", **PRECOMPUTED),
     "zero3, dpo, accumulated": Case("dpo", "zero3", **ACCUMULATED),
     "zero3, sft, gradient checkpointing": Case("sft", "zero3", config={"gradient_checkpointing": True}),
+    "zero3, sft, bf16": Case("sft", "zero3", config={"bf16": True}),
     "zero3, sft, frozen head": Case("sft", "zero3", prepare=with_frozen_head),
     "zero3, simpo, frozen head": Case("cpo", "zero3", prepare=with_frozen_head, watch=count_gathers, **SIMPO),
     "zero3, sft, lora": Case("sft", "zero3", prepare=with_lora),
@@ -170,7 +173,17 @@ def outcomes(folder):
 
 @pytest.fixture(scope="module")
 def more_outcomes(tmp_path_factory):
-    return engines.run(MORE, tmp_path_factory.mktemp("more"), ranks=2)
+    folder = tmp_path_factory.mktemp("more")
+    cached_reference = Case("dpo", "zero3", options={"ref_logps": str(folder / "ref.parquet")})
+    write_reference(cached_reference, folder)
+    return engines.run(MORE | {"cached reference": cached_reference}, folder, ranks=2)
+
+
+def write_reference(case, folder):
+    model = AutoModelForCausalLM.from_pretrained(engines.model_folder(case, folder), attn_implementation="eager")
+    args = tiny.classes("dpo")[2](output_dir=str(folder), max_length=64, bf16=False, use_cpu=True)
+    path, data = case.options["ref_logps"], tiny.data("dpo", case.rows)
+    cached.write(path, "dpo", model, [data], tiny.tokenizer(), args)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -179,9 +192,22 @@ def test_two_ranks_equal_one_process(outcomes, folder, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", MORE)
+@pytest.mark.parametrize("name", [name for name in MORE if "bf16" not in name])
 def test_two_ranks_equal_one_process_in_more_settings(more_outcomes, folder, name):
     engines.assert_trained_alike(more_outcomes[name], engines.alone(MORE[name], folder))
+
+
+@pytest.mark.slow
+def test_the_cache_of_a_reference_matches_partitioned_weights(more_outcomes, folder):
+    engines.assert_trained_alike(more_outcomes["cached reference"], engines.alone(Case("dpo"), folder))
+
+
+@pytest.mark.slow
+def test_ranks_of_bf16_are_equal_and_lose_as_in_fp32(more_outcomes, folder):
+    engines.assert_ranks_equal(more_outcomes["zero3, sft, bf16"])
+    fp32, *_ = engines.alone(Case("sft"), folder)
+    # Ten steps lower the losses by more than this.
+    torch.testing.assert_close(more_outcomes["zero3, sft, bf16"][0].losses, fp32.losses, rtol=0, atol=1e-2)
 
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.watch is not None])
