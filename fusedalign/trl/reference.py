@@ -14,7 +14,7 @@ import json
 from typing import Any
 
 import torch
-from accelerate.utils import is_peft_model
+from accelerate.utils import fsdp2_prepare_model, is_peft_model
 from datasets.fingerprint import Hasher, generate_random_fingerprint
 from torch import nn
 
@@ -33,6 +33,19 @@ def needs_copy(arguments: dict[str, Any]) -> bool:
     if not isinstance(model, nn.Module) or is_peft_model(model) or precomputed:
         return False
     return arguments.get("ref_model") is None and arguments.get("peft_config") is None
+
+
+def shard_reference(original: Any, model: Any, accelerator: Any) -> Any:
+    """Called instead of TRL's `prepare_fsdp`, `original`: shard a reference as accelerate shards the policy.
+
+    TRL makes the whole model one unit, which is gathered for all of its forward, and takes each rank's weights, which
+    are empty on all ranks but the first under `fsdp_cpu_ram_efficient_loading`.
+    """
+    if accelerator.state.fsdp_plugin.fsdp_version != 2:
+        return original(model, accelerator)
+    sharded: Any = fsdp2_prepare_model(accelerator, model.requires_grad_(False))
+    sharded.set_reshard_after_forward(True)  # there is no backward that would shard its last units again
+    return sharded.eval()
 
 
 def reference_copy(model: nn.Module) -> nn.Module:

@@ -30,6 +30,7 @@ MODULE_NAMES = {
     "trl.trainer.dpo_trainer": {
         "add_fused_lm_head": "gives a model the forward with the fused head; in the modules of SFT and KTO too",
         "BaseTunerLayer": "PEFT's class, by which a head with an adapter is refused; in SFT's and KTO's too",
+        "prepare_fsdp": "shards a reference model under FSDP; in KTO's too",
         "hash_module": "digest of the weights for a precomputed reference; in KTO's too",
         "global_then_local_main_first": "lets the main process prepare a data set first; in SFT's and KTO's too",
         "logger": "logger of the module; also in transformers.tokenization_utils_base",
@@ -112,6 +113,11 @@ def reference_replacements(trainer: Any, load: Callable[..., Any], config: Calla
     """
     no_hash: Any = lambda original, module: None  # noqa: E731
     return {"create_model_from_path": load, "hash_module": no_hash, f"{trainer._name}Config": config}
+
+
+def sharding_replacements(shard: Callable[..., Any]) -> dict[str, Any]:
+    """For `construction.replaced`: `shard(original, model, accelerator)` shards a reference model under FSDP."""
+    return {"prepare_fsdp": shard}
 
 
 def row_replacements(logger: Any) -> dict[str, Any]:

@@ -45,6 +45,7 @@ from fusedalign.trl.reference import (
     complete_reference_adapter,
     needs_copy,
     reference_copy,
+    shard_reference,
 )
 from fusedalign.trl.refusals import (
     base_of,
@@ -213,7 +214,7 @@ class FusedWithReference(KeyedReference, Fused):
 
     def _replacements(self) -> dict[str, Any]:
         """With a cache TRL reads a precomputed reference, but its digest of the weights is not needed."""
-        names = super()._replacements()
+        names = super()._replacements() | stock.sharding_replacements(shard_reference)
         if self._ref_cache is not None:
             names |= stock.reference_replacements(self, self._load_reference, _precomputed_config)
         return names
