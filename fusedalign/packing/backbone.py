@@ -12,15 +12,16 @@ from fusedalign.packing.attention import marker
 from fusedalign.packing.batch import PackedBatch, RightPadded
 
 
-def packed_output(model: Any, batch: PackedBatch, **options: Any) -> Any:
+def packed_output(model: Any, batch: PackedBatch, *, device: torch.device | None = None, **options: Any) -> Any:
     """The output record of the model's backbone for a packed batch; its `last_hidden_state` is [1, S, D].
 
     Args:
         model: a causal LM of transformers whose attention is installed (`enable`), not the `PeftModel` around it.
         batch: on any device.
+        device: on which the model runs; default: that of its embeddings.
         options: more arguments of the backbone, such as `output_router_logits`.
     """
-    arguments = packed_arguments(batch, model.get_input_embeddings().weight.device)
+    arguments = packed_arguments(batch, device or model.get_input_embeddings().weight.device)
     return model.base_model(**arguments, use_cache=False, **options)
 
 

@@ -157,8 +157,12 @@ def backbone_output(model: Any, layout: Layout | None, arguments: Mapping[str, A
     """The output record of a model's backbone for padded arguments, run in `layout`."""
     if isinstance(layout, PackedBatch):
         router = {name: x for name, x in arguments.items() if name == "output_router_logits"}
-        on_cuda = arguments["input_ids"].is_cuda
-        return (packed_output if on_cuda else _packed_output_without_graph)(model, layout, **router)
+        device = arguments["input_ids"].device
+        if device.type != "cuda":
+            return _packed_output_without_graph(model, layout, **router)
+        # An engine can keep its shards of the embeddings on the CPU.
+        offloads = model.get_input_embeddings().weight.device.type == "cpu"
+        return packed_output(model, layout, device=device if offloads else None, **router)
     return model.base_model(**{**arguments, **_unmasked(arguments, layout), "use_cache": False})
 
 
