@@ -1,4 +1,4 @@
-"""Run a function of a layer's parameters while FSDP or DeepSpeed has gathered them.
+"""Run a function of a layer's parameters while FSDP2 or DeepSpeed has gathered them.
 
 These engines keep a shard of each parameter on a rank. Hooks around the forward of a layer gather its parameters, and
 hooks around its backward gather them again and reduce their gradients. The forward of a head is not used here, so the
@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.fsdp import FSDPModule
 
 from fusedalign import private
 from fusedalign.head import active_copy
@@ -97,8 +97,7 @@ def deep_copy(model: Module) -> Module:
 
 
 def _is_sharded(module: nn.Module) -> bool:
-    is_fsdp = isinstance(module, (FSDPModule, FullyShardedDataParallel))
-    return is_fsdp or any(map(is_partitioned, module.parameters(recurse=False)))
+    return isinstance(module, FSDPModule) or any(map(is_partitioned, module.parameters(recurse=False)))
 
 
 def _call(layer: nn.Module, function: Callable[[Tensor], Any], hidden: Tensor) -> Any:
@@ -109,19 +108,18 @@ def _call(layer: nn.Module, function: Callable[[Tensor], Any], hidden: Tensor) -
         if needed is None:
             layer.reshard()  # else after the backward, with the units that the backward needs
         return needed
-    wrapped = layer.module if isinstance(layer, FullyShardedDataParallel) else layer
-    original = vars(wrapped).get("forward")
+    original = vars(layer).get("forward")
 
     def restore() -> None:
-        vars(wrapped).pop("forward", None)
+        vars(layer).pop("forward", None)
         if original is not None:
-            wrapped.forward = original
+            layer.forward = original
 
     def forward(hidden: Tensor) -> Any:
         restore()
         return function(hidden)
 
-    wrapped.forward = forward
+    layer.forward = forward
     try:
         return layer(hidden)
     finally:

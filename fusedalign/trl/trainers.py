@@ -202,6 +202,8 @@ class FusedWithReference(KeyedReference, Fused):
             ValueError: no such reference can be made.
         """
         check_adapters(arguments)
+        if isinstance(arguments["model"], str) and getattr(arguments.get("args"), "world_size", 1) > 1:
+            arguments["args"] = _on_one_device(arguments["args"])
         if self._ref_cache is not None:
             check_arguments(arguments)
             check_data(arguments.get("train_dataset"), "train")
@@ -278,6 +280,13 @@ def _with_precomputed(args: Any) -> Any:
     """A copy of a trainer's configuration that lets TRL read the reference from the data set, without its model."""
     args = copy.copy(args)
     args.precompute_ref_log_probs = True
+    return args
+
+
+def _on_one_device(args: Any) -> Any:
+    """A copy of a trainer's configuration that loads models on one device; TRL spreads the reference under FSDP."""
+    args = copy.copy(args)
+    args.model_init_kwargs = {"device_map": None, **(args.model_init_kwargs or {})}
     return args
 
 
