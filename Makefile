@@ -10,7 +10,7 @@ HARNESS = lm_eval sacrebleu portalocker tabulate colorama lxml requests charset-
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help install demo test test-all test-oldest lint format clean
+.PHONY: help install demo test test-all test-oldest test-deepspeed lint format clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -48,6 +48,18 @@ $(OLDEST)/.installed: pyproject.toml constraints.txt
 	grep -v '^trl==' constraints.txt > $(OLDEST)/constraints.txt
 	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -c $(OLDEST)/constraints.txt \
 		-e '.[trl,dev]' 'trl==1.15.0'
+	@touch $@
+
+DEEPSPEED = .venv-deepspeed
+test-deepspeed: $(DEEPSPEED)/.installed  ## the tests of DeepSpeed's ZeRO, in a .venv-deepspeed of its own
+	DS_ACCELERATOR=cpu $(DEEPSPEED)/bin/python -m pytest -q tests/trl/test_engines_zero.py
+
+$(DEEPSPEED)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(DEEPSPEED)
+	$(DEEPSPEED)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[trl,dev]' \
+		setuptools
+	DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(DEEPSPEED)/bin/python -m pip install --quiet --disable-pip-version-check \
+		-c constraints.txt --no-build-isolation deepspeed
 	@touch $@
 
 lint: $(STAMP)  ## ruff (lint and format) and mypy

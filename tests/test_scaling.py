@@ -142,7 +142,7 @@ def test_vocabulary_parallel_moves_less_up_to_a_share_of_the_vocabulary(head, us
 
 @pytest.mark.parametrize(
     ("width", "vocab", "measured"),
-    [(4096, 151936, (15.2, 31.8, 54.4)), (4096, 128256, (12.5, 26.4, 45.7))],
+    [(4096, 151936, (15.8, 32.7, 56.3)), (4096, 128256, (12.5, 26.4, 45.7))],
 )
 def test_products_take_within_15_percent_of_the_measured_time(width, vocab, measured):
     for use, ms in zip(USES, measured, strict=True):

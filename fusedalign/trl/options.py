@@ -80,4 +80,7 @@ class HeadOptions(NamedTuple):
 
 def mixed_precision(args: Any) -> torch.dtype | None:
     """The dtype of mixed precision of a trainer's arguments, or of `accelerate launch`; None: full precision."""
-    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(getattr(args, "mixed_precision", "no"))
+    for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
+        if getattr(args, name, False) or getattr(args, "mixed_precision", None) == name:
+            return dtype
+    return None
