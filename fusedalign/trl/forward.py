@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from fusedalign.checks import is_dtensor
 from fusedalign.engines import call_gathered, gathered, sharded_layers
 from fusedalign.head import LMHead, lm_head
 from fusedalign.packing import PackedBatch
@@ -234,10 +235,15 @@ def _row_mean_logits(head: LMHead, hidden: Tensor, options: Mapping[str, Any]) -
         return mean_logit.mean(-1)
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     parts = head.weight if isinstance(head.weight, tuple) else (head.weight,)
-    mean_weight = torch.cat([part.mean(0, dtype=dtype) for part in parts])
+    mean_weight = torch.cat([_whole(part.mean(0, dtype=dtype)) for part in parts])
     with torch.autocast(hidden.device.type, enabled=False):
         means = hidden.mean(1, dtype=dtype) @ mean_weight
-    return head.scale * (means if head.bias is None else means + head.bias.mean(dtype=dtype))
+    return head.scale * (means if head.bias is None else means + _whole(head.bias.mean(dtype=dtype)))
+
+
+def _whole(x: Any) -> Tensor:
+    """The value of a mean over rows that may be sharded."""
+    return x.full_tensor() if is_dtensor(x) else x
 
 
 def _router_loss(config: Any, router_logits: Any, attention_mask: Tensor | None) -> Tensor:

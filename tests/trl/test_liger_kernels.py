@@ -330,9 +330,6 @@ def test_the_command_refuses_in_one_line(tmp_path, liger, monkeypatch, capsys):
     assert main(["dpo", *WORDS, *out]) == 2
     *_, line = capsys.readouterr().err.splitlines()  # other libraries may print warnings first
     assert line.startswith("fusedalign: error: liger_kernels=True needs a GPU")
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    assert main(["dpo", *WORDS, *out]) == 2
-    assert "liger_kernels must be false where the trainer is TRL's own, as under FSDP" in capsys.readouterr().err
 
 
 # Liger's own
