@@ -9,7 +9,7 @@ from typing import Any
 
 from accelerate.utils import is_peft_model
 
-from fusedalign.checks import check_finite, check_nonnegative, check_positive, check_share
+from fusedalign.checks import check_finite, check_nonnegative, check_positive, check_share, is_dtensor
 from fusedalign.losses.common import check_label_smoothing
 
 #: Numbers of TRL's configurations that enter a loss -> their check, made where they are present and not None.
@@ -122,7 +122,7 @@ def base_of(model: Any) -> Any:
 
 
 def is_sharded(trainer: Any) -> bool:
-    """Whether FSDP or ZeRO-3 keeps a shard of the weights on each rank."""
+    """Whether FSDP, ZeRO-3 or tensor parallelism keeps a shard of the weights on each rank."""
     plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
     is_zero3 = trainer.is_deepspeed_enabled and plugin is not None and plugin.zero_stage == 3
-    return bool(trainer.is_fsdp_enabled or is_zero3)
+    return trainer.is_fsdp_enabled or is_zero3 or any(map(is_dtensor, trainer.model.parameters()))

@@ -56,6 +56,7 @@ ENGINES: dict[str, dict[str, Any]] = {
     "none": {},
     "ddp": {},
     "fsdp2": {"fsdp": True},
+    "tp": {},  # tensor parallel, with a `prepare` that shards the model
     "zero2": {"deepspeed": {"zero_optimization": {"stage": 2}}},
     "zero3": {
         "deepspeed": {
@@ -213,7 +214,7 @@ def _train(case: Case, folder: Path, output: str = "alone", in_reverse: bool = F
 
     stock, fused, config_class = tiny.classes(case.method)
     args = config_class(**_config(case, folder / output))
-    if case.engine == "fsdp2":
+    if case.engine in ("fsdp2", "tp"):
         _pose_as_gpus(args)
     model = AutoModelForCausalLM.from_pretrained(model_folder(case, folder), attn_implementation="eager")
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""Two gloo ranks under FSDP2: the parameters of one process with the same global batches, on every rank."""
+"""Two gloo ranks under FSDP2 or tensor parallelism: the parameters of one process with the same global batches."""
 
 import dataclasses
 
@@ -6,9 +6,10 @@ import engines
 import pytest
 import tiny
 import torch
+import torch.distributed as dist
 from engines import Case
 from test_engines_ddp import ACCUMULATED, NO_TARGETS, with_lora
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 
 def with_head_lora(model):
@@ -18,6 +19,20 @@ def with_head_lora(model):
     config = tiny.lora()
     config.target_modules = ["q_proj", "lm_head"]
     return peft.get_peft_model(model, config)
+
+
+def tensor_parallel(model):
+    """A model with two key heads, sharded over the ranks by transformers where there are ranks."""
+    folder = f"{model.name_or_path}-heads"
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        torch.manual_seed(0)
+        config = Qwen3Config(**tiny.SMALL | {"num_key_value_heads": 2}, head_dim=8, initializer_range=0.2)
+        Qwen3ForCausalLM(config).save_pretrained(folder)
+    plan = {}
+    if dist.is_initialized():
+        dist.barrier()
+        plan = {"tp_plan": "auto"}
+    return Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager", **plan)
 
 
 def fsdp(**options):
@@ -55,6 +70,10 @@ MORE = {
     "dpo, lora on the head": Case("dpo", "fsdp2", prepare=with_head_lora),
     "sft, a rank without targets, packed": Case("sft", "fsdp2", packed=True, **NO_TARGETS),
 }
+PARALLEL = {
+    name: Case(method, "tp", packed=packed, prepare=tensor_parallel, config={"learning_rate": 0.1})
+    for name, method, packed in (("sft", "sft", False), ("sft, packed", "sft", True), ("orpo", "orpo", False))
+}
 #: Not compared with one process, whose autocast rounds elsewhere than FSDP2.
 HALF = {"dpo, bf16": Case("dpo", "fsdp2", **BF16)}
 
@@ -66,7 +85,13 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def outcomes(folder):
-    return engines.run(CASES | HALF, folder, ranks=2)
+    parallel = {f"tp, {name}": case for name, case in PARALLEL.items()}  # FSDP leaves settings in the environment
+    return engines.run(parallel | CASES | HALF, folder, ranks=2)
+
+
+@pytest.fixture(scope="module")
+def parallel_outcomes(outcomes):
+    return {name: outcomes[f"tp, {name}"] for name in PARALLEL}
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +108,13 @@ def test_two_ranks_equal_one_process(outcomes, folder, name):
 @pytest.mark.parametrize("name", MORE)
 def test_two_ranks_equal_one_process_in_more_settings(more_outcomes, folder, name):
     engines.assert_trained_alike(more_outcomes[name], engines.alone(_without_engine(MORE[name]), folder))
+
+
+@pytest.mark.parametrize("name", PARALLEL)
+def test_tensor_parallel_ranks_equal_one_process(parallel_outcomes, folder, name):
+    """Ranks have the same tokens, and each a part of the head."""
+    equals = engines.alone(_without_engine(PARALLEL[name]), folder, ranks=1)
+    engines.assert_trained_alike(parallel_outcomes[name], equals)
 
 
 def _without_engine(case):
