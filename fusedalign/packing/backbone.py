@@ -21,8 +21,17 @@ def packed_output(model: Any, batch: PackedBatch, *, device: torch.device | None
         device: on which the model runs; default: that of its embeddings.
         options: more arguments of the backbone, such as `output_router_logits`.
     """
-    arguments = packed_arguments(batch, device or model.get_input_embeddings().weight.device)
+    arguments = packed_arguments(batch, device or embeddings_device(model))
     return model.base_model(**arguments, use_cache=False, **options)
+
+
+def embeddings_device(model: Any) -> torch.device:
+    """The device of a model's input embeddings.
+
+    PEFT's wrapper for trained tokens would merge them into `weight`, which fails where an engine has sharded it.
+    """
+    parameter: Tensor = next(model.get_input_embeddings().parameters())
+    return parameter.device
 
 
 def packed_arguments(batch: PackedBatch, device: torch.device) -> dict[str, Any]:

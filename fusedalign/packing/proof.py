@@ -26,7 +26,7 @@ from fusedalign.packing.attention import (
     observation,
     varlen_attention,
 )
-from fusedalign.packing.backbone import packed_output, unmasked_arguments
+from fusedalign.packing.backbone import embeddings_device, packed_output, unmasked_arguments
 from fusedalign.packing.batch import PackedBatch, RightPadded, pack_padded
 
 #: Tolerances, in multiples of the change by one rounding error of the input embeddings. In bf16 on an H100 the hidden
@@ -142,7 +142,7 @@ def _enable(model: Any, reason: str | None, lay_out: Callable[[_Rows], Layout], 
 
 def refusal(model: Any) -> str | None:
     """Why this model cannot run packed, as far as its configuration shows; None: no reason is known."""
-    on_cuda = model.get_input_embeddings().weight.device.type == "cuda"
+    on_cuda = embeddings_device(model).type == "cuda"
     if on_cuda and varlen_attention() is None:
         return f"torch.nn.attention.varlen came with PyTorch 2.10, this is {torch.__version__}"
     return _structure(model)
@@ -305,7 +305,7 @@ def _distance(x: Tensor, reference: Tensor) -> float:
 def _undisturbed(model: Any) -> Iterator[None]:
     """Restore training modes and the state of the random generators on exit."""
     modes = {module: module.training for module in model.modules()}
-    device = model.get_input_embeddings().weight.device
+    device = embeddings_device(model)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         try:
             yield

@@ -30,7 +30,7 @@ from fusedalign.packing import (
     pack_padded,
 )
 from fusedalign.packing.attention import Layout, install, installed
-from fusedalign.packing.backbone import packed_arguments, packed_output, unmasked_arguments
+from fusedalign.packing.backbone import embeddings_device, packed_arguments, packed_output, unmasked_arguments
 from fusedalign.packing.batch import GPU_MULTIPLE
 from fusedalign.trl.refusals import is_sharded, unwrapped
 
@@ -161,7 +161,7 @@ def backbone_output(model: Any, layout: Layout | None, arguments: Mapping[str, A
         if device.type != "cuda":
             return _packed_output_without_graph(model, layout, **router)
         # An engine can keep its shards of the embeddings on the CPU.
-        offloads = model.get_input_embeddings().weight.device.type == "cpu"
+        offloads = embeddings_device(model).type == "cpu"
         return packed_output(model, layout, device=device if offloads else None, **router)
     return model.base_model(**{**arguments, **_unmasked(arguments, layout), "use_cache": False})
 

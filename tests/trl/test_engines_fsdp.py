@@ -35,6 +35,15 @@ def tensor_parallel(model):
     return Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager", **plan)
 
 
+def with_trained_tokens(model):
+    """The model with LoRA on its body and trained rows of its embeddings, which PEFT merges when they are read."""
+    import peft
+
+    config = tiny.lora()
+    config.trainable_token_indices = [3, 4, 5]
+    return peft.get_peft_model(model, config)
+
+
 def fsdp(**options):
     return {"config": {"fsdp_config": options}}
 
@@ -52,6 +61,7 @@ CASES = {
     "sft, own unit": Case("sft", "fsdp2", **OWN),
     "dpo, own unit, attached to": Case("dpo", "fsdp2", trainer="attach", **OWN),
     "dpo, lora": Case("dpo", "fsdp2", prepare=with_lora),
+    "sft, trained tokens, packed": Case("sft", "fsdp2", packed=True, prepare=with_trained_tokens),
     "sft, a rank without targets": Case("sft", "fsdp2", **NO_TARGETS),
 }
 MORE = {
