@@ -199,7 +199,8 @@ def _linear(head: Any, where: str) -> _Linear:
 
 
 def active_copy(head: Any) -> Any:
-    """The layer that PEFT's wrapper for `modules_to_save` calls; another layer itself."""
+    """The layer that wrappers of checkpointing and of PEFT's `modules_to_save` call; another layer itself."""
+    head = getattr(head, "_checkpoint_wrapped_module", head)
     copies = getattr(head, "modules_to_save", None)
     if not (isinstance(copies, nn.ModuleDict) and hasattr(head, "original_module")):
         return head

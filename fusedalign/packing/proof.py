@@ -117,11 +117,22 @@ def twin(model: Any, device: torch.device) -> Any:
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(0)
-            small = type(model)(config).to(device, parameters[0].dtype).requires_grad_(trains)
+            with torch.device(device), _default_dtype(parameters[0].dtype):  # never as a whole elsewhere
+                small = type(model)(config).requires_grad_(trains)
     except Exception as error:
         reason = str(error).split("\n")[0]
         raise LayoutError(f"no small {type(model).__name__} can be built for the proof: {reason}") from error
     return small
+
+
+@contextlib.contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    previous = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(previous)
 
 
 def _enable(model: Any, reason: str | None, lay_out: Callable[[_Rows], Layout], training: bool) -> Proof:

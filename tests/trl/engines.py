@@ -318,7 +318,8 @@ def _whole_parameters(trainer: Any) -> dict[str, torch.Tensor]:
     else:
         gathered = contextlib.nullcontext()
     with gathered:
-        return {name: _whole(x.detach()).clone() for name, x in parameters.items()}
+        plain_names = (name.replace("_checkpoint_wrapped_module.", "") for name in parameters)
+        return {name: _whole(x.detach()).clone() for name, x in zip(plain_names, parameters.values(), strict=True)}
 
 
 def _whole(x: torch.Tensor) -> torch.Tensor:

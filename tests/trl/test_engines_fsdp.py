@@ -50,6 +50,7 @@ def fsdp(**options):
 
 #: Each linear layer is a unit of FSDP2 of its own, the head too.
 OWN = fsdp(transformer_layer_cls_to_wrap=["Qwen3DecoderLayer", "Linear"])
+CHECKPOINTED = fsdp(activation_checkpointing=True, transformer_layer_cls_to_wrap=["Qwen3DecoderLayer", "Linear"])
 KEPT = fsdp(reshard_after_forward=False)
 BF16 = {"config": {"bf16": True}}
 
@@ -70,6 +71,7 @@ MORE = {
     "sft, own unit, attached to": Case("sft", "fsdp2", trainer="attach", **OWN),
     "dpo, own unit, packed": Case("dpo", "fsdp2", packed=True, **OWN),
     "orpo, own unit, packed": Case("orpo", "fsdp2", packed=True, **OWN),
+    "sft, own unit, checkpointed": Case("sft", "fsdp2", **CHECKPOINTED),
     "sft, kept": Case("sft", "fsdp2", **KEPT),
     "dpo, kept": Case("dpo", "fsdp2", **KEPT),
     "dpo, tied": Case("dpo", "fsdp2", model="tied"),
