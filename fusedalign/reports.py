@@ -94,7 +94,7 @@ def replacement(path: Path) -> Iterator[Path]:
 
 
 def check_writable(folder: Path, option: str) -> None:
-    """Create a folder before the work whose results it is for; ValueError, naming `option`, if it is not writable."""
+    """Create the folder of results before the work begins; ValueError, naming `option`, if it is not writable."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()

@@ -201,6 +201,16 @@ def assert_ranks_equal(outcomes: list[Outcome]) -> None:
             assert torch.equal(x, first.parameters[name]), name
 
 
+def assert_saved_as_trained(outcome: Outcome) -> None:
+    """Assert that the saved model loads without an engine and has the trained parameters."""
+    from transformers import AutoModelForCausalLM
+
+    loaded = dict(AutoModelForCausalLM.from_pretrained(outcome.saved).named_parameters())
+    assert loaded.keys() == outcome.parameters.keys()
+    for name, parameter in loaded.items():
+        assert torch.equal(parameter, outcome.parameters[name]), name
+
+
 def model_folder(case: Case, folder: Path) -> Path:
     """The folder of the case's model within that of its test, written on the first call."""
     models = folder / "models"
@@ -256,7 +266,7 @@ def _dataset(case: Case, folder: Path, in_reverse: bool) -> Any:
 
 
 def _on_disk(rows: Any, folder: Path) -> Any:
-    """The data set from a folder that all ranks share, beside which TRL caches a reference."""
+    """The data set from a folder that all ranks share; TRL caches a reference in it."""
     from datasets import load_from_disk
 
     if not dist.is_initialized():
