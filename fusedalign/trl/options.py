@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -17,7 +17,7 @@ class HeadOptions(NamedTuple):
 
     impl: str = "auto"
     filter_eps: float | None = None
-    workspace: int | None = None
+    workspace: int | Literal["auto"] = "auto"
 
     @classmethod
     def of(cls, options: dict[str, Any]) -> HeadOptions:
@@ -74,7 +74,7 @@ class HeadOptions(NamedTuple):
             softcap=head.softcap,
             outputs=frozenset(outputs),
             filter_eps=self.filter_eps,
-            memory=MemoryOptions(workspace=self.workspace),
+            memory=MemoryOptions(workspace=None if self.workspace == "auto" else self.workspace),
         )
 
 
