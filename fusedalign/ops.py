@@ -79,7 +79,7 @@ def linear_logps(
         impl: "auto", or the name of one impl, which then serves or raises. See `fusedalign.explain`.
         filter_eps: None for exact gradients; gradients of probabilities below it may be dropped by an impl that can.
         workspace: bytes that the tiles may take beyond inputs, results and what the backward keeps. "auto": 256 MiB
-            and, where it saves products of a scalar loss (`linear_cross_entropy`) on a GPU, up to half of the free
+            and, where "triton" then saves products of a scalar loss (`linear_cross_entropy`), up to half of the free
             memory. Gradients round differently in another workspace: name a number where runs must agree bit by bit
             (under `torch.use_deterministic_algorithms` "auto" is 256 MiB).
         token_chunk: tokens a tile, instead of what `workspace` gives.

@@ -7,9 +7,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fusedalign import linear_cross_entropy
-from fusedalign.impls import workspace as module
 from fusedalign.impls.triton import kept
-from fusedalign.impls.workspace import fit_workspace, free_memory
+from fusedalign.impls.triton import workspace as module
+from fusedalign.impls.triton.workspace import fit_workspace, free_memory
 from fusedalign.problem import DEFAULT_WORKSPACE, MemoryOptions, Problem
 
 #: The tests of this package run with deterministic algorithms.
@@ -107,7 +107,7 @@ def test_a_limited_process_stays_at_the_default(monkeypatch):
     total = torch.cuda.mem_get_info()[1]
     torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 3 * DEFAULT_WORKSPACE) / total)
     try:
-        assert free_memory(torch.device("cuda")) < 4 * DEFAULT_WORKSPACE
+        assert free_memory(torch.device("cuda", 0)) < 4 * DEFAULT_WORKSPACE
         assert not run(monkeypatch)[1]
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
@@ -118,4 +118,4 @@ def test_a_limited_process_stays_at_the_default(monkeypatch):
 def test_a_graph_is_captured_with_the_default():
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        assert free_memory(torch.device("cuda")) == 0
+        assert free_memory(torch.device("cuda", 0)) == 0

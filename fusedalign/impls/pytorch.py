@@ -24,7 +24,6 @@ from fusedalign.impls.head_grads import Accumulators, CompensatedSum, grad_targe
 from fusedalign.impls.logits import locate, slope, transform_
 from fusedalign.impls.softmax import LOG_ZERO, SoftmaxStats, TokenGrads, scale_for_fp16, scaled_, token_loss_grads
 from fusedalign.impls.tiles import TileSizes
-from fusedalign.impls.workspace import fit_workspace
 from fusedalign.problem import DEFAULT_WORKSPACE, NeedsGrad, Problem, TokenLoss
 
 
@@ -194,7 +193,6 @@ class PyTorch(OwnGradients):
         The gradient of a half-precision head that is summed over several token chunks needs its low-order half
         meanwhile, `[V, D]` in the head's dtype. Where the workspace has no room for that: None.
         """
-        problem = fit_workspace(problem, lambda p: _plan_one_pass(p) is not None)
         plan = _plan_one_pass(problem)
         if plan is None:
             return None

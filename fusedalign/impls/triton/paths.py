@@ -14,7 +14,7 @@ from fusedalign.impls.triton.kept import ExpSlot, exp_slots, grads_of_slots, kee
 from fusedalign.impls.triton.launch import BlockStats, Tile, TokenBatch
 from fusedalign.impls.triton.plan import copy_bytes, plan_tiles
 from fusedalign.impls.triton.products import as_operand
-from fusedalign.impls.workspace import fit_workspace
+from fusedalign.impls.triton.workspace import fit_workspace
 from fusedalign.problem import NeedsGrad, Problem, TokenLoss
 
 
