@@ -1,4 +1,7 @@
-"""The picture of the demo: memory of the loss layer, DPO's loss, and padding."""
+"""The picture of the demo: memory of the loss layer, DPO's loss, and padding.
+
+docs/figures/demo.png is the picture of one run: `fusedalign demo && cp runs/demo/demo.png docs/figures/`.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from typing import Any, NamedTuple
 
 from fusedalign.demo.memory import CASE, LossMemory, computed
 from fusedalign.demo.slots import Slots
+from fusedalign.plan.sizes import TRL_TILE
 
 FULL_LOGITS, STOCK, FUSED = "full logits", "stock TRL", "fusedalign"
 COLOURS = {FULL_LOGITS: "tab:gray", STOCK: "tab:blue", FUSED: "tab:orange"}
@@ -33,15 +37,16 @@ def plot(results: Results, path: Path) -> None:
 
     figure = Figure(figsize=(10, 7.4), layout="constrained")
     (large, small), (losses, slots) = figure.subplots(2, 2)
-    for axes in (large, small, losses, slots):
-        axes.spines[["top", "right"]].set_visible(False)
     _plot_memory(large, computed(), 2**30, "GiB")
-    head = f"{CASE.vocab:,} x {CASE.hidden_size:,}"
-    large.set_title(f"Qwen3-1.7B's head ({head}), {CASE.tokens:,} tokens: computed")
+    large.set_title(f"Computed for Qwen3-1.7B, {CASE.tokens:,} tokens\nvocabulary {CASE.vocab:,}")
     _plot_memory(small, results.memory, 2**20, "MiB")
-    small.set_title(f"This demo's head (vocabulary {results.vocab:,}), {results.tokens:,} tokens: measured")
+    tile = f"TRL's tile always has {TRL_TILE[1]:,} columns"
+    small.set_title(f"Measured in this demo, {results.tokens:,} tokens\nvocabulary {results.vocab:,}; {tile}")
     _plot_losses(losses, results.losses)
     _plot_slots(slots, results.slots)
+    for axes in figure.axes:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.title.set_fontsize("medium")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
 
@@ -59,7 +64,7 @@ def _plot_losses(axes: Any, losses: Mapping[str, Sequence[tuple[int, float]]]) -
     styles = ({"linewidth": 6, "alpha": 0.4}, {"linewidth": 1.5})
     for (name, points), style in zip(losses.items(), styles, strict=True):
         axes.plot(*zip(*points, strict=True), label=name, color=COLOURS[name], **style)
-    axes.set(title="Same seed, same training", xlabel="step", ylabel="DPO loss")
+    axes.set(title="Training loss, one curve over the other", xlabel="step", ylabel="DPO loss")
     axes.set_ylim(bottom=0)
     axes.legend(frameon=False)
 
@@ -67,12 +72,12 @@ def _plot_losses(axes: Any, losses: Mapping[str, Sequence[tuple[int, float]]]) -
 def _plot_slots(axes: Any, slots: Mapping[str, Slots]) -> None:
     width, places = 0.36, range(len(slots))
     padded, packed = zip(*slots.values(), strict=True)
-    for shift, values, name in ((-width / 2, padded, "padded"), (width / 2, packed, "packed, on a GPU")):
-        colour = COLOURS[STOCK if name == "padded" else FUSED]
-        bars = axes.bar([x + shift for x in places], [v / 1e3 for v in values], width, color=colour, label=name)
+    for shift, values, name in ((-width / 2, padded, STOCK), (width / 2, packed, FUSED)):
+        label = f"{name}, padded" if name == STOCK else f"{name}, packed (default on a GPU)"
+        places_of = [place + shift for place in places]
+        bars = axes.bar(places_of, [value / 1e3 for value in values], width, color=COLOURS[name], label=label)
         axes.bar_label(bars, fmt="%.3g")
-    titles = [f"{method.upper()}: {each.saving:.0%} fewer" for method, each in slots.items()]
-    axes.set_xticks(places, titles)
-    axes.set(title="Padding that is not computed", ylabel="token positions of an epoch, thousands")
-    axes.margins(y=0.2)
-    axes.legend(frameon=False)
+    axes.set_xticks(places, [f"{method.upper()}: {each.saving:.0%} fewer" for method, each in slots.items()])
+    axes.set(title="Token positions that are computed", ylabel="positions of an epoch, thousands")
+    axes.set_ylim(top=1.35 * max(padded) / 1e3)
+    axes.legend(frameon=False, loc="upper left")
