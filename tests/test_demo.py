@@ -38,4 +38,4 @@ def test_packed_slots_count_the_prompt_of_a_pair_once():
 
     slots = count_slots(Pair())
     assert slots == Slots(padded=600, packed=384)
-    assert slots.saving == pytest.approx(0.36)
+    assert slots.change == pytest.approx(-0.36)

@@ -14,9 +14,9 @@ import transformers
 from tqdm import tqdm
 
 from fusedalign.bench.training.quiet import quiet
-from fusedalign.demo.memory import LossMemory, Peaks, measure
+from fusedalign.demo.memory import LossMemory, measure
 from fusedalign.demo.plot import FUSED, STOCK, Results, plot
-from fusedalign.demo.slots import Slots, count_slots
+from fusedalign.demo.slots import count_slots
 from fusedalign.embedded import EMBEDDED_NAME, data_directory
 from fusedalign.reports import markdown_table, plot_failure, warn
 from fusedalign.trl.arguments import parse
@@ -33,17 +33,17 @@ class Run(NamedTuple):
     """One training of the comparison."""
 
     name: str
-    history: list[dict[str, float]]
-    """the trainer's log"""
-    memory: Peaks
-    """of the loss layer, for one batch"""
-    slots: Slots
-    """of its training data"""
-    vocab: int
+    trainer: Any
     seconds: float
     answer: str
     """greedy completion of `PROMPT`"""
     written: Written
+
+    @property
+    def history(self) -> list[dict[str, float]]:
+        """The trainer's log."""
+        log: list[dict[str, float]] = self.trainer.state.log_history
+        return log
 
     def last(self, key: str) -> float:
         """The last logged value of a metric."""
@@ -92,8 +92,9 @@ def demo(argv: list[str]) -> None:
         progress.begin("DPO from there with fusedalign, same seed")
         fused = _train("dpo", FUSED, model, progress)
     path = OUTPUT / "demo.png"
-    failure = plot_failure(lambda file: plot(_results(sft, stock, fused), file), path)
-    print(_table(stock, fused))
+    results = _results(sft, stock, fused)
+    failure = plot_failure(lambda file: plot(results, file), path)
+    print(_table(stock, fused, results.memory))
     print(f"\nPrompt: {PROMPT}\n  after SFT: {sft.answer}\n  after DPO: {fused.answer}")
     print(f"\n{fused.written._replace(plot=path if failure is None else None)}")
     warnings = [text for result in (sft, stock, fused) for text in result.written.warnings]
@@ -124,9 +125,7 @@ def _train(method: str, name: str, model: str, progress: Progress) -> Run:
         start = time.perf_counter()
         written = run(trainer, folder)
         seconds = time.perf_counter() - start
-        history = list(trainer.state.log_history)
-        memory, slots, answer = measure(trainer), count_slots(trainer), _answer(trainer)
-    return Run(name, history, memory, slots, trainer.model.config.vocab_size, seconds, answer, written)
+        return Run(name, trainer, seconds, _answer(trainer), written)
 
 
 def _answer(trainer: Any) -> str:
@@ -152,12 +151,15 @@ def largest_difference(a: list[dict[str, float]], b: list[dict[str, float]]) -> 
 
 
 def _results(sft: Run, stock: Run, fused: Run) -> Results:
-    memory = LossMemory(stock.memory.full_logits, stock.memory.trainer, fused.memory.trainer)
+    with quiet():
+        peaks = measure(stock.trainer)
+        memory = LossMemory(peaks.full_logits, peaks.trainer, measure(fused.trainer).trainer)
+        slots = {"SFT, grouped by length": count_slots(sft.trainer), "DPO": count_slots(stock.trainer)}
     losses = {run.name: run.losses for run in (stock, fused)}
-    return Results(losses, memory, stock.memory.tokens, stock.vocab, {"sft": sft.slots, "dpo": stock.slots})
+    return Results(losses, memory, peaks.tokens, stock.trainer.model.config.vocab_size, slots)
 
 
-def _table(stock: Run, fused: Run) -> str:
+def _table(stock: Run, fused: Run, memory: LossMemory) -> str:
     mib = 2**20
     rows = [("", stock.name, fused.name)]
     for label, key in (
@@ -169,7 +171,7 @@ def _table(stock: Run, fused: Run) -> str:
         rows.append((label, f"{stock.last(key):.4f}", f"{fused.last(key):.4f}"))
     difference = f"{largest_difference(stock.history, fused.history):.1e}"
     rows.append(("largest difference, all metrics and steps", "", difference))
-    peaks = stock.memory.trainer / mib, fused.memory.trainer / mib
-    rows.append(("peak memory of the loss layer, MiB", f"{peaks[0]:.2f}", f"{peaks[1]:.2f}"))
+    peaks = f"{memory.stock / mib:.2f}", f"{memory.fused / mib:.2f}"
+    rows.append(("peak memory of the loss layer, MiB", *peaks))
     rows.append(("seconds", f"{stock.seconds:.1f}", f"{fused.seconds:.1f}"))
     return "\n".join(["", *markdown_table(rows)])

@@ -28,7 +28,7 @@ class Results(NamedTuple):
     """token positions of the measured batch"""
     vocab: int
     slots: Mapping[str, Slots]
-    """method -> slots of an epoch"""
+    """training -> slots of an epoch"""
 
 
 def plot(results: Results, path: Path) -> None:
@@ -77,7 +77,7 @@ def _plot_slots(axes: Any, slots: Mapping[str, Slots]) -> None:
         places_of = [place + shift for place in places]
         bars = axes.bar(places_of, [value / 1e3 for value in values], width, color=COLOURS[name], label=label)
         axes.bar_label(bars, fmt="%.3g")
-    axes.set_xticks(places, [f"{method.upper()}: {each.saving:.0%} fewer" for method, each in slots.items()])
+    axes.set_xticks(places, [f"{title}: {each.change:+.0%}" for title, each in slots.items()])
     axes.set(title="Token positions that are computed", ylabel="positions of an epoch, thousands")
     axes.set_ylim(top=1.35 * max(padded) / 1e3)
     axes.legend(frameon=False, loc="upper left")

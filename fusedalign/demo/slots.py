@@ -16,12 +16,12 @@ class Slots(NamedTuple):
     padded: int
     """of the trainer's own batches"""
     packed: int
-    """of the same batches packed as on a GPU"""
+    """of the same batches packed as on a GPU, with the filler at the end of each"""
 
     @property
-    def saving(self) -> float:
-        """The share of the padded positions that packing leaves out."""
-        return 1 - self.packed / self.padded
+    def change(self) -> float:
+        """The positions that packing adds, as a share of the padded ones; negative where it leaves some out."""
+        return self.packed / self.padded - 1
 
 
 def count_slots(trainer: Any) -> Slots:
