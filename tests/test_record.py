@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -495,7 +496,7 @@ def test_a_failed_plot_does_not_fail_the_run(model, tmp_path, monkeypatch, capsy
 
 def test_the_demo_runs_twice_and_without_matplotlib(model, tmp_path, monkeypatch, capsys):
     """The demo overwrites its own folders; run with one-step recipes and this small model."""
-    from fusedalign import demo
+    from fusedalign.demo import command as demo
 
     rows = [{"prompt": "a" * (i + 1), "chosen": "yes", "rejected": "no"} for i in range(4)]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -512,16 +513,40 @@ def test_the_demo_runs_twice_and_without_matplotlib(model, tmp_path, monkeypatch
     monkeypatch.setattr(demo, "EMBEDDED_NAME", str(model))
     monkeypatch.setattr(demo, "OUTPUT", tmp_path / "demo")
     monkeypatch.setattr(demo, "_answer", lambda trainer: "")
-    assert main(["demo"]) == 0, capsys.readouterr().err
-    assert f"plot: {tmp_path / 'demo' / 'demo.png'}" in capsys.readouterr().out
+    with monkeypatch.context() as terminal:
+        terminal.setattr(sys.stderr, "isatty", lambda: True)
+        assert main(["demo"]) == 0, capsys.readouterr().err
+    printed = capsys.readouterr()
+    assert f"plot: {tmp_path / 'demo' / 'demo.png'}" in printed.out
+    assert "1/3  SFT" not in printed.out
+    shares = [int(x) for x in re.findall(r"([0-9]+)% \|", printed.err)]
+    assert shares == sorted(shares), "one bar for all trainings"
+    assert shares[-1] == 100
+    assert "\x1b[3" not in printed.err, "no colours"
     no_matplotlib(monkeypatch)
+    results = []
+    plot = demo.plot
+    monkeypatch.setattr(demo, "plot", lambda values, path: [results.append(values), plot(values, path)])
     assert main(["demo"]) == 0
     printed = capsys.readouterr()
+    _check_demo(*results)
+    assert printed.out.startswith("1/3  SFT")
+    assert "%" not in printed.err
+    assert max(map(len, printed.out.split("\n\n")[1].splitlines())) <= 100
     assert "| final loss " in printed.out
     assert "plot: " not in printed.out
     assert f"model: {tmp_path / 'demo' / 'dpo-fusedalign'}  metrics: " in printed.out
     messages = [line for line in printed.err.splitlines() if "pip install matplotlib" in line]
     assert messages == ["fusedalign: warning: the plot was left out: it needs matplotlib (pip install matplotlib)"]
+
+
+def _check_demo(results):
+    """The loss layer that the demo measures is the one that its trainers ran: one tile of TRL's, none of ours."""
+    logits = results.tokens * results.vocab
+    assert 12 * logits <= results.memory.full_logits < 13 * logits
+    assert results.memory.stock > results.tokens * 32_768 * 4 > results.memory.fused > 0
+    assert dict(results.losses["stock TRL"]) == pytest.approx(dict(results.losses["fusedalign"]), abs=1e-4)
+    assert all(each.packed > 0 for each in results.slots.values())
 
 
 # Ctrl-C
