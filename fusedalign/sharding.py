@@ -62,10 +62,11 @@ def local_part(
             return weight, bias, group
         for name, x in sharded.items():
             if not is_row_sharded(x):
+                partial = ", ".join(["Partial()"] * x.device_mesh.ndim)
                 raise TypeError(
                     f"{name} must be a plain tensor, or a DTensor sharded on dimension 0 over a mesh of one dimension, "
                     f"got a DTensor with placements {tuple(x.placements)}: pass {name}.full_tensor() where all ranks "
-                    f"hold the same tokens, {name}.full_tensor(grad_placements=[Partial()]) where each holds its own"
+                    f"hold the same tokens, {name}.full_tensor(grad_placements=[{partial}]) where each holds its own"
                 )
         plain = [
             name

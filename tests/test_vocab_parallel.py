@@ -104,6 +104,9 @@ def check_dtensors():
         reverse = DeviceMesh("cpu", [1, 0])
         with pytest.raises(TypeError, match="weight must be a plain tensor, or a DTensor"):
             linear_logps(case.hidden, distribute_tensor(case.weight.detach(), reverse, [Shard(0)]), case.targets)
+    plane = init_device_mesh("cpu", (dist.get_world_size() // 2, 2))
+    with pytest.raises(TypeError, match=r"grad_placements=\[Partial\(\), Partial\(\)\]\)"):
+        linear_logps(case.hidden, distribute_tensor(case.weight.detach(), plane, [Shard(0)] * 2), case.targets)
     for placements in ([Shard(1)], [Replicate()]):
         with pytest.raises(TypeError, match=r"weight must be .* sharded on dimension 0 .*full_tensor"):
             linear_logps(case.hidden, distribute_tensor(case.weight.detach(), mesh, placements), case.targets)
