@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import inspect
 import json
 import types
@@ -289,8 +290,8 @@ def fsdp1(**options):
     return accelerate.FullyShardedDataParallelPlugin(fsdp_version=1, reshard_after_forward="FULL_SHARD", **options)
 
 
-def lora_on_the_head():
-    return peft.get_peft_model(tiny.MODELS["qwen3"](), peft.LoraConfig(target_modules=["q_proj", "lm_head"]))
+def with_lora(*names):
+    return peft.get_peft_model(tiny.MODELS["qwen3"](), peft.LoraConfig(target_modules=["q_proj", *names]))
 
 
 LAYERS = {"auto_wrap_policy": "transformer_based_wrap", "transformer_cls_names_to_wrap": ["Qwen3DecoderLayer"]}
@@ -308,12 +309,14 @@ EMBEDDINGS = LAYERS | {"transformer_cls_names_to_wrap": ["Embedding"]}
         ("qwen3", {"auto_wrap_policy": "size_based_wrap", "min_num_params": 10}, "lm_head"),
         ("qwen3", LINEAR, "lm_head"),
         ("tied", EMBEDDINGS, "model.embed_tokens"),
-        ("lora", LAYERS, "base_model.model.lm_head.lora_A.default"),
+        ("lora", LAYERS, None),
+        ("lora on the head", LAYERS, "base_model.model.lm_head.lora_A.default"),
     ],
 )
 def test_a_head_that_is_a_unit_of_the_first_fsdp_is_refused(monkeypatch, model, plugin, unit):
     monkeypatch.delenv("FSDP_TRANSFORMER_CLS_TO_WRAP", raising=False)
-    model = lora_on_the_head() if model == "lora" else tiny.MODELS[model]()
+    models = {**tiny.MODELS, "lora": with_lora, "lora on the head": functools.partial(with_lora, "lm_head")}
+    model = models[model]()
     accelerator = types.SimpleNamespace(
         state=types.SimpleNamespace(fsdp_plugin=fsdp1(**plugin)), unwrap_model=lambda model, **_: model
     )
