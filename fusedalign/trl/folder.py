@@ -136,8 +136,8 @@ class RunFolder:
         if not self.continues:
             self.plot.unlink(missing_ok=True)
 
-    def kept(self, method: str, argv: Sequence[str]) -> str:
-        """After an interruption: the saved files, and the command that resumes the run."""
+    def kept(self, command: Sequence[str], argv: Sequence[str]) -> str:
+        """After an interruption: the saved files, and what resumes the run, `command` with its arguments `argv`."""
         if not self.begun:
             return f"nothing was trained yet, what was there is unchanged: {self.path}"
         last = last_checkpoint(self.path)
@@ -149,7 +149,7 @@ class RunFolder:
         else:
             words += ["--overwrite_output_dir"] if saved else []
             lines.append("no checkpoint was saved: --save_strategy steps --save_steps N saves one every N steps")
-        return "\n".join([*lines, f"{'go on' if last else 'start anew'}: {shlex.join(['fusedalign', method, *words])}"])
+        return "\n".join([*lines, f"{'go on' if last else 'start anew'}: {shlex.join([*command, *words])}"])
 
 
 def _checkpoint_folders(output: Path) -> list[Path]:

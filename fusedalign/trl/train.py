@@ -19,6 +19,7 @@ from fusedalign.trl.adapters import Adapter, find_adapter, load_adapter, merge
 from fusedalign.trl.arguments import Arguments, is_experimental, parse, trl_class
 from fusedalign.trl.data import load_data
 from fusedalign.trl.folder import RunFolder, claimed
+from fusedalign.trl.launch import started_by
 from fusedalign.trl.lengths import check_lengths
 from fusedalign.trl.models import (
     check_ends,
@@ -208,7 +209,8 @@ def train(method: str, argv: Sequence[str]) -> tuple[Any, Written]:
             return trainer, run(trainer, folder)
         except KeyboardInterrupt:
             is_main = arguments.training.process_index == 0
-            raise KeyboardInterrupt(folder.kept(method, argv) if is_main else "") from None
+            command = [*started_by(method, argv), method]
+            raise KeyboardInterrupt(folder.kept(command, argv) if is_main else "") from None
 
 
 def tokenizer_of(trainer: Any) -> transformers.PreTrainedTokenizerBase:
