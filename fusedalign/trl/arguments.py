@@ -8,7 +8,7 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, NoReturn
 
@@ -202,15 +202,19 @@ def read_words(parser: Parser, argv: Sequence[str]) -> Words:
     fields: list[str] = []
     launch: list[str] = []
     defaults: dict[str, Any] = {}
-    for name, value in content.items():
+    for key, value in content.items():
+        name = _current_name(key, actions)
+        if name in defaults:
+            raise ValueError(f"{name} in {file} must be given once, got it under its older name too")
         if name in actions:
-            defaults[name] = file_value(parser, actions[name], value, f"{name} in {file}")
+            defaults[name] = file_value(parser, actions[name], value, f"{key} in {file}")
         elif f"--{name}" in launcher:
             launch += [f"--{name}"] * (value is not False) + [str(value)] * (not isinstance(value, bool))
         else:
             known = {f"--{dest}" for dest in actions} | launcher
             raise ValueError(unknown_flag(f"--{name}", known, f"fields of {parser.owner} in {file}"))
-    for flag, *values in groups:
+    for word, *values in groups:
+        flag = _current_flag(word, actions)
         name = flag.partition("=")[0]
         if name not in flags | launcher:
             raise ValueError(unknown_flag(name, flags | launcher | {"--config"}, f"fields of {parser.owner}"))
@@ -221,6 +225,32 @@ def read_words(parser: Parser, argv: Sequence[str]) -> Words:
         raise ValueError(_no_pair(unparsed[0]))
     config = [] if file is None else ["--config", file]
     return Words([*config, *fields], namespace, {name: str(value) for name, value in env.items()}, launch)
+
+
+#: Fields that transformers 5.23 renamed: old name -> new name.
+_RENAMED = {
+    "gradient_checkpointing": "activation_checkpointing",
+    "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
+}
+
+
+def _current_name(name: str, actions: Container[str]) -> str:
+    """The name that this version of transformers prefers for a field, so that flags and file speak of one field."""
+    for old, new in _RENAMED.items():
+        if name in (old, new):
+            return new if new in actions else old
+    return name
+
+
+def _current_flag(flag: str, actions: Container[str]) -> str:
+    """A flag under the current name of its field; `--no_FIELD` of a renamed one becomes `--FIELD=false`."""
+    word, equals, value = flag.partition("=")
+    name = word[2:].replace("-", "_")
+    field = name.removeprefix("no_")
+    current = _current_name(field, actions)
+    if current == field:
+        return flag
+    return f"--{current}{equals}{value}" if name == field else f"--{current}=false"
 
 
 def _split_config(argv: Sequence[str]) -> tuple[str | None, list[list[str]]]:
