@@ -29,6 +29,7 @@ def launched(monkeypatch):
 
     for name in ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(launch.torch.accelerator, "device_count", lambda: 8)  # TRL's configurations start 8 processes
     monkeypatch.setattr(launch.subprocess, "run", lambda command: calls.append(command[3:]) or Process())
     return calls
 
