@@ -444,7 +444,7 @@ def test_a_disk_that_stays_full_warns_and_saves_the_model(model, tmp_path, monke
     out = tmp_path / "out"
     assert main(["sft", *words(model, out)]) == 0
     printed = capsys.readouterr()
-    assert printed.out.splitlines()[-1] == f"model: {out}  plot: {out / 'metrics.png'}"
+    assert f"\nmodel: {out}  plot: {out / 'metrics.png'}  record: " in printed.out
     assert "metrics.jsonl lacks lines" in printed.err
     assert (out / "model.safetensors").is_file()
 
@@ -484,7 +484,7 @@ def test_a_failed_plot_does_not_fail_the_run(model, tmp_path, monkeypatch, capsy
     out = tmp_path / "out"
     assert main(["sft", *words(model, out, max_steps=1)]) == 0
     printed = capsys.readouterr()
-    assert printed.out.splitlines()[-1] == f"model: {out}  metrics: {out / 'metrics.jsonl'}"
+    assert f"\nmodel: {out}  metrics: {out / 'metrics.jsonl'}  record: {out / 'run.json'}" in printed.out
     messages = [line for line in printed.err.splitlines() if line.startswith("fusedalign: ")]
     assert len(messages) == 1
     assert messages[0].startswith("fusedalign: warning: the plot")

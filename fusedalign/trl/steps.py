@@ -138,8 +138,10 @@ class _Column(NamedTuple):
         return "" if value is None else self.shown(value)
 
 
-def _significant(value: Any) -> str:
-    return f"{value:.4g}"
+def _number(value: float) -> str:
+    """Four significant digits, or three where they would not fit."""
+    text = f"{value:.4g}"
+    return text if len(text) <= 9 else f"{value:.3g}"
 
 
 def _rate(value: float) -> str:
@@ -151,12 +153,12 @@ _COLUMNS = {
     "kind": _Column("", 4, str),
     "step": _Column("step", 11, str),
     "epoch": _Column("epoch", 6, lambda x: f"{x:.2f}"),
-    "loss": _Column("loss", 9, _significant),
+    "loss": _Column("loss", 9, _number),
     "rewards/accuracies": _Column("accuracy", 8, lambda x: f"{x:.3f}"),
-    "rewards/margins": _Column("margin", 9, _significant),
+    "rewards/margins": _Column("margin", 9, _number),
     "mean_token_accuracy": _Column("accuracy", 8, lambda x: f"{x:.3f}"),
-    "entropy": _Column("entropy", 9, _significant),
-    "grad_norm": _Column("grad norm", 9, _significant),
+    "entropy": _Column("entropy", 9, _number),
+    "grad_norm": _Column("grad norm", 9, _number),
     "learning_rate": _Column("lr", 8, lambda x: f"{x:.3g}"),
     "tokens_per_second": _Column("tokens/s", 9, _rate),
     "peak_memory": _Column("peak GiB", 8, lambda x: f"{x:.2f}"),
@@ -203,8 +205,8 @@ class StepTable(transformers.TrainerCallback):
         return text_row(cells, [-column.width for column in self._columns.values()]).rstrip()
 
     def _closing_line(self, logs: Mapping[str, Any], steps: int, peak: float | None) -> str:
-        parts = [f"trained {steps} steps in {logs['train_runtime']:.1f} s"]
-        parts += [f"mean loss {logs['train_loss']:.4g}"] if "train_loss" in logs else []
+        parts = [f"trained {steps} step{'' if steps == 1 else 's'} in {logs['train_runtime']:.1f} s"]
+        parts += [f"mean loss {_number(logs['train_loss'])}"] if "train_loss" in logs else []
         rate = self._throughput.mean_rate
         parts += [f"{_rate(rate)} tokens/s"] if rate else []
         parts += [f"peak memory {peak:.2f} GiB"] if peak else []
