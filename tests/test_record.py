@@ -801,6 +801,14 @@ def test_the_last_lines_name_the_files_and_commands_that_run(model, printed_run,
     assert capsys.readouterr().out.strip()
 
 
+def test_commands_name_folders_beside_the_run(tmp_path, monkeypatch):
+    from fusedalign.trl.suggestions import _sibling
+
+    monkeypatch.chdir(tmp_path)
+    assert _sibling("runs/sft", "dpo") == os.path.join("runs", "sft-dpo")
+    assert _sibling(".", "dpo") == f"{tmp_path}-dpo"
+
+
 def test_an_adapters_card_record_and_next_commands(model, tmp_path, monkeypatch, capsys):
     """CPO, whose trainer logs no tokens, with pairs and a progress bar on a terminal."""
     rows = [{"prompt": "abc", "chosen": "a" * i, "rejected": "b"} for i in range(1, 5)]
@@ -854,18 +862,14 @@ def test_a_card_that_fails_or_would_replace_another_text_costs_a_warning(model, 
 # Trackers
 
 
-def test_an_unknown_or_missing_tracker_is_an_error_before_the_data_are_read(
-    model, tmp_path, monkeypatch, capsys
-):
+def test_an_unknown_or_missing_tracker_is_an_error_before_the_data_are_read(model, tmp_path, monkeypatch, capsys):
     from fusedalign.trl.trackers import check_trackers
 
     argv = words(model, tmp_path / "out", dataset_name="nowhere.jsonl")
     assert main(["sft", *argv, "--report_to", "tensorbord"]) == 2
     assert "got 'tensorbord'; did you mean tensorboard?" in error(capsys)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(
-        ValueError, match="report_to=trackio needs a package that .*: pip install trackio,"
-    ):
+    with pytest.raises(ValueError, match=r"report_to=trackio needs .* not installed: pip install trackio,"):
         check_trackers(["trackio"])
     monkeypatch.undo()
     monkeypatch.syspath_prepend(tmp_path)

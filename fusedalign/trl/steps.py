@@ -71,17 +71,16 @@ class Throughput(transformers.TrainerCallback):
         """tokens per second between the last two logs"""
         self._logged = 0
         self._start = self._event = time.perf_counter()
-        self._counted: Tensor | None = None
+        self._counts, self._counted = counts, torch.zeros((), dtype=torch.int64, device=trainer.args.device)
         self._reduce: Callable[..., Tensor] = trainer.accelerator.reduce
         if counts:
-            self._counted = torch.zeros((), dtype=torch.int64, device=trainer.args.device)
             trainer.training_step = self._counting(trainer.training_step)
 
     def _counting(self, step: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def training_step(model: Any, inputs: Mapping[str, Any], *args: Any, **kwargs: Any) -> Tensor:
             for name in ("chosen_attention_mask", "rejected_attention_mask"):
                 if name in inputs:
-                    self._counted = self._counted + inputs[name].sum()
+                    self._counted = self._counted + inputs[name].sum().to(self._counted.device)
             return step(model, inputs, *args, **kwargs)
 
         return training_step
@@ -115,7 +114,7 @@ class Throughput(transformers.TrainerCallback):
             self.tokens, self.seconds = self.tokens + tokens, self.seconds + seconds
 
     def _new_tokens(self, logs: Mapping[str, Any]) -> int:
-        if self._counted is not None:
+        if self._counts:
             counted, self._counted = self._counted, torch.zeros_like(self._counted)
             return int(self._reduce(counted, "sum"))
         tokens = int(logs.get("num_tokens", self._logged)) - self._logged
