@@ -146,7 +146,8 @@ def _calm_threads() -> None:
 
 def _train(method: str) -> Callable[[list[str]], None]:
     def command(argv: list[str]) -> None:
-        from fusedalign.trl.arguments import method_parser
+        from fusedalign.check import check_training
+        from fusedalign.trl.arguments import method_parser, read_words
         from fusedalign.trl.help import help_text
         from fusedalign.trl.launch import launched_elsewhere
         from fusedalign.trl.train import train
@@ -155,6 +156,9 @@ def _train(method: str) -> Callable[[list[str]], None]:
             print(help_text(method, everything="--help_all" in argv))
             return
         _calm_threads()
+        if read_words(method_parser(method), argv).values.dry_run:
+            check_training(method, argv)
+            return
         if launched_elsewhere(method, method_parser(method), argv):
             return
         trainer, written = train(method, argv)
@@ -164,6 +168,13 @@ def _train(method: str) -> Callable[[list[str]], None]:
                 warn(text)
 
     return command
+
+
+def _check(argv: list[str]) -> None:
+    from fusedalign.check import check_command
+
+    _calm_threads()
+    check_command(argv)
 
 
 def _merge(argv: list[str]) -> None:
@@ -226,6 +237,7 @@ COMMANDS: dict[str, Command] = {
         name: Command(_train(name), method.about.partition(",")[0], f"--config recipes/{name}.yaml {method.example}")
         for name, method in METHODS.items()
     },
+    "check": Command(_check, "what a training would do, without weights", "dpo --config recipes/dpo.yaml"),
     "merge": Command(_merge, "an adapter's folder and its base model into one model", "runs/sft --out runs/merged"),
     "score": Command(
         _score, "log-probabilities of a data set", "--model_name_or_path M --dataset_name D --out s.parquet"

@@ -35,6 +35,7 @@ ROOMS = [
     "trl",
     "score",
     "plan",
+    "check",
     "bench",
     "harness",
     "demo",

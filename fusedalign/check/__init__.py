@@ -13,3 +13,6 @@ command.py     the command line
 
 
 
+from fusedalign.check.command import check_command, check_training
+
+__all__ = ["check_command", "check_training"]

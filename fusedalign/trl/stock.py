@@ -59,6 +59,7 @@ SOURCE_NAMES = {
     "transformers.configuration_utils": {"_attn_implementation": "name of the attention function"},
     "transformers.modeling_utils": {
         "_can_set_attn_implementation": "whether a model's attention function can be replaced",
+        "_from_config": "builds a model from its configuration, without weights",
         "_is_stateful": "whether a model carries a state along the row",
     },
     "transformers.utils.hub": {
