@@ -13,7 +13,7 @@ from fusedalign.trl.layouts import PACKED, Layouts
 from fusedalign.trl.matched import KTOLayouts
 
 #: Most batches that are laid out.
-BATCHES = 250
+BATCHES = 100
 
 
 class Slots(NamedTuple):

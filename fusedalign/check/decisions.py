@@ -45,7 +45,7 @@ def _model(trainer: Any) -> str:
     model = unwrapped(trainer, trainer.model)
     count = sum(p.numel() for name, p in model.named_parameters() if ".lora_" not in name)
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-    return f"{type(model).__name__}, {count:,} parameters in {dtype}, attention {model.config._attn_implementation}"
+    return f"{type(model).__name__}, {count:,} parameters in {dtype}"
 
 
 def _trained(sample: Sample) -> str:
@@ -119,20 +119,20 @@ def _steps(sample: Sample, slots: list[Slots], processes: int) -> str:
     each = f"{rows} {unit}{product} and about {tokens:,} tokens a step"
     count = rows_of_epoch(sample)
     if count is None:
-        return f"{args.max_steps} of a stream, {each}"
+        return f"{args.max_steps:,} of a stream, {each}"
     batches = count / (args.per_device_train_batch_size * processes)
     batches = math.floor(batches) if args.dataloader_drop_last else math.ceil(batches)
     per_epoch = max(1, math.ceil(batches / args.gradient_accumulation_steps))
     if args.max_steps > 0:
-        return f"{args.max_steps}, {args.max_steps / per_epoch:.2g} epochs; {each}"
-    return f"{math.ceil(args.num_train_epochs * per_epoch)}, {args.num_train_epochs:g} epochs of {per_epoch}; {each}"
+        return f"{args.max_steps:,}, {args.max_steps / per_epoch:.2g} epochs; {each}"
+    return f"{math.ceil(args.num_train_epochs * per_epoch):,}, {args.num_train_epochs:g} epochs of {per_epoch:,}; {each}"
 
 
 def _evaluation(sample: Sample) -> str:
     strategy = _word(sample.trainer.args.eval_strategy)
     if sample.trainer.eval_dataset is None or strategy == "no":
         return "no"
-    every = {"epoch": "each epoch", "steps": f"every {sample.trainer.args.eval_steps:g} steps"}[strategy]
+    every = "each epoch" if strategy == "epoch" else f"every {sample.trainer.args.eval_steps:g} steps"
     return f"{every}, on the split {sample.arguments.script.dataset_test_split}"
 
 

@@ -64,10 +64,18 @@ def find(sample: Sample, rows: list[Row]) -> list[str]:
     copies = count - len(Counter(tuple((s.name, *s.ids) for s in row.whole) for row in rows))
     if copies:
         found.append(f"{copies:,} of {count:,} rows are copies of another row")
+    if _trains_on_questions(sample, rows):
+        found.append("questions are trained too, not only answers: assistant_only_loss: true leaves them out")
     labels = {s.name for row in rows for s in row.whole} & {"good answer", "bad answer"}
     if len(labels) == 1:
         found.append(f"all rows have a {labels.pop()}: KTO needs good and bad ones")
     return found
+
+
+def _trains_on_questions(sample: Sample, rows: list[Row]) -> bool:
+    """Whether all tokens of conversations are trained."""
+    is_conversation = {"messages", "conversations"} & set(next(iter(sample.dataset)))
+    return sample.method == "sft" and bool(is_conversation) and all(all(s.trained) for row in rows for s in row.whole)
 
 
 def _is_indifferent(row: Row) -> bool:

@@ -54,6 +54,8 @@ def _title(check: Check) -> str:
     name = script.dataset_name or "datasets"
     count = f"{sample.total:,} rows" if sample.total is not None else "a stream"
     text = f"{sample.method}: {count} of {name}, split {script.dataset_train_split}; no weights were loaded"
+    if not sample.is_partial and len(check.rows) > (sample.total or 0):
+        text += f"; {len(check.rows):,} with each pair as two rows"
     if sample.is_partial:
         which = "its first" if sample.total is None else "a random sample of"
         text += f"; what follows is of {which} {len(check.rows):,} rows"
@@ -61,11 +63,11 @@ def _title(check: Check) -> str:
 
 
 def _shown_rows(check: Check, style: Style) -> list[str]:
-    """The first two rows and the longest one."""
+    """The first rows and the longest one, three in all."""
     longest = max(range(len(check.rows)), key=lambda i: max(len(s.ids) for s in check.rows[i].whole))
     lines: list[str] = []
     tokenizer = tokenizer_of(check.sample.trainer)
-    for number in sorted({0, 1, 2, longest} & set(range(len(check.rows))), key=lambda i: (i != longest, i))[:3]:
+    for number in sorted(list(dict.fromkeys([longest, *range(len(check.rows))]))[:3]):
         lines += [*([""] if lines else []), *_shown_row(check.rows[number], number, number == longest, tokenizer, style)]
     return lines
 
@@ -96,7 +98,9 @@ def lengths(rows: list[Row]) -> dict[str, list[int]]:
     totals = [len(s.ids) for s in whole]
     if totals == trained:
         return {"row": totals}
-    return {"row": totals, "not trained": [a - b for a, b in zip(totals, trained, strict=True)], "trained": trained}
+    others = [a - b for a, b in zip(totals, trained, strict=True)]
+    names = ("prompt", "answer") if others == [s.prompt for s in whole] else ("not trained", "trained")
+    return {"row": totals, names[0]: others, names[1]: trained}
 
 
 def _histogram(rows: list[Row]) -> list[str]:
@@ -162,7 +166,8 @@ def _batches(check: Check) -> str:
         return f"{text}; they cannot be packed"
     shared = sum(x.shared for x in slots)
     prompts = f", prompts that rows share computed once ({shared:,} tokens less)" if shared else ""
-    return f"{text}; {sum(packed):,} packed on a GPU, {1 - sum(packed) / max(1, padded):.0%} fewer{prompts}"
+    saving = 1 - sum(packed) / max(1, padded)
+    return f"{text}; {sum(packed):,} packed on a GPU, {abs(saving):.0%} {'fewer' if saving >= 0 else 'more'}{prompts}"
 
 
 def _memory(check: Check) -> list[str]:

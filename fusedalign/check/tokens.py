@@ -10,6 +10,7 @@ from fusedalign.check.rows import Sequence
 
 #: Characters at the beginning and at the end of a run of tokens that are shown.
 _SHOWN = 240, 160
+_OPEN, _CLOSE = "[[", "]]"
 _GREEN, _DIM, _RESET = "\x1b[32m", "\x1b[2m", "\x1b[0m"
 
 
@@ -24,7 +25,7 @@ class Style(NamedTuple):
     @property
     def legend(self) -> str:
         """What marks trained tokens."""
-        return "trained tokens are green" if self.colour else "trained tokens are in [[ ]]"
+        return "trained tokens are green" if self.colour else f"trained tokens are in {_OPEN} {_CLOSE}"
 
 
 class Piece(NamedTuple):
@@ -88,20 +89,24 @@ def _bracketed(pieces: list[Piece]) -> list[Piece]:
     """The pieces with brackets around each run of trained ones."""
     result: list[Piece] = []
     for trained, run in itertools.groupby(pieces, key=lambda piece: piece.trained):
-        result += [Piece("[[", True), *run, Piece("]]", True)] if trained else run
+        result += [Piece(_OPEN, True), *run, Piece(_CLOSE, True)] if trained else run
     return result
 
 
 def _lines(pieces: list[Piece], style: Style) -> list[str]:
     """Lines of at most `style.width` characters, with colours where wanted."""
     lines: list[list[tuple[str, str]]] = [[]]
+    breaks = False
     for piece in pieces:
         code = (_GREEN if piece.trained else "") + (_DIM if piece.special else "") if style.colour else ""
         for character in piece.text:
-            if character == "\n" or len(lines[-1]) >= style.width:
+            if character == "\n":
+                breaks = True
+                continue
+            if (breaks and piece.text != _CLOSE) or len(lines[-1]) >= style.width:
                 lines.append([])
-            if character != "\n":
-                lines[-1].append((character, code))
+            breaks = breaks and piece.text == _CLOSE
+            lines[-1].append((character, code))
     return [_coded(line) for line in lines if line]
 
 

@@ -33,9 +33,9 @@ from fusedalign.trl.ref_cache import read_cache
 from fusedalign.trl.refusals import unwrapped
 
 #: Most rows of a split that are tokenised; a larger split is sampled.
-SAMPLE = 2000
+SAMPLE = 1000
 #: Most rows of the evaluation data: they are only checked.
-EVAL_SAMPLE = 200
+EVAL_SAMPLE = 100
 #: Most parameters of a small model that is built to prove a layout where there is no GPU.
 _PROVED_ON_CPU = 20_000_000
 
@@ -106,6 +106,7 @@ class Weightless:
         if trainer._packed is None or not on_cpu or all(map(_is_quickly_proved, models_of(trainer))):
             parent._settle()
             return
+        trainer.layouts.groups = trainer._groups()
         reason = "packed='auto' packs on CUDA" if trainer._packed == "auto" else f"packed={trainer._packed}"
         trainer.layouts.kind, trainer.layouts.reason = MASKED, f"{reason}; the proof is made when the training starts"
         trainer._packed = None
