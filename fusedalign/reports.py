@@ -9,9 +9,12 @@ import math
 import os
 import sys
 import tempfile
+import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from fusedalign.commandline import WIDTH
 
 NO_MATPLOTLIB = "the plot was left out: it needs matplotlib (pip install matplotlib)"
 #: Stands for the version of a package.
@@ -40,6 +43,19 @@ def text_table(rows: Sequence[Sequence[str]]) -> list[str]:
     """Lines of a table without rules, its columns two spaces apart."""
     widths = _column_widths(rows)
     return [text_row(row, widths).rstrip() for row in rows]
+
+
+def wrapped_table(rows: Iterable[tuple[str, str]], indent: int = 0) -> list[str]:
+    """Lines of a table of two columns, of which the second is wrapped; no line is longer than `WIDTH`."""
+    rows = list(rows)
+    width = max((len(name) for name, _ in rows), default=0)
+    lines = []
+    for name, text in rows:
+        first = f"{'':{indent}}{name:<{width}}  "
+        lines += textwrap.wrap(text, WIDTH, initial_indent=first, subsequent_indent=" " * len(first)) or [
+            first.rstrip()
+        ]
+    return lines
 
 
 def text_row(cells: Iterable[str], widths: Sequence[int], gap: str = "  ") -> str:

@@ -17,6 +17,7 @@ ROOMS = [
     "private",
     "checks",
     "commandline",
+    "sources",
     "methods",
     "problem",
     "head",
@@ -32,6 +33,7 @@ ROOMS = [
     "packing",
     "embedded",
     "reports",
+    "recipes",
     "trl",
     "score",
     "plan",
@@ -39,6 +41,9 @@ ROOMS = [
     "bench",
     "harness",
     "demo",
+    "environment",
+    "flags",
+    "completion",
     "cli",
 ]
 #: Modules shared by impls: per-token records, tiling, autograd around an impl's arithmetic, the base of adapters.

@@ -5,13 +5,11 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
-from fusedalign.bench import microbatches, scaling, scoring, sharded
+from fusedalign.bench import SUBCOMMANDS
 from fusedalign.bench.cases import CASES, DEFAULT_CPU, DEFAULT_CUDA, parse_cases
 from fusedalign.bench.data import KINDS
 from fusedalign.bench.peers import Implementation, choose, implementations
@@ -19,31 +17,14 @@ from fusedalign.bench.profiling import profile_row
 from fusedalign.bench.runner import Settings, free, inputs, reason, run
 from fusedalign.bench.table import case_footer, case_header, header, task_section, write
 from fusedalign.bench.tasks import TASKS, Task
-from fusedalign.bench.training import command as training
-from fusedalign.commandline import CommandParser
+from fusedalign.commandline import CommandParser, calm_threads, suggestion
 from fusedalign.reports import NO_MATPLOTLIB, check_writable, warn
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-class SubCommand(NamedTuple):
-    """A benchmark of another kind, with arguments of its own."""
-
-    run: Callable[[list[str]], None]
-    about: str
-
-
-SUBCOMMANDS = {
-    microbatches.WORD: SubCommand(microbatches.microbatches, "a pipeline's last stage, with many forwards in flight"),
-    training.WORD: SubCommand(training.trainings, "whole training steps, stock TRL against the Fused trainers"),
-    sharded.WORD: SubCommand(sharded.sharded, "a head sharded over the GPUs of this machine, against one GPU"),
-    scaling.WORD: SubCommand(scaling.scaling, "a head on 8 to 1,024 GPUs, calculated: memory, compute, communication"),
-    scoring.WORD: SubCommand(scoring.scoring, "log-probabilities of preference pairs, against other ways to score"),
-}
-
-
 def _parser() -> CommandParser:
-    subcommands = "\n".join(f"  {word:<12}  {subcommand.about}" for word, subcommand in SUBCOMMANDS.items())
+    subcommands = "\n".join(f"  {word:<12}  {command.about}" for word, command in SUBCOMMANDS.items())
     tasks = "\n".join(f"  {task.name:<8} {task.about}" for task in TASKS.values())
     cases = "\n".join(f"  {case.name:<12} {case}" for case in CASES.values())
     parser = CommandParser(
@@ -67,10 +48,7 @@ def _parser() -> CommandParser:
 
 
 def bench(argv: list[str]) -> None:
-    """Run `fusedalign bench`, or the sub-command that comes first. Raises ValueError, one line, for bad arguments."""
-    if argv and argv[0] in SUBCOMMANDS:
-        SUBCOMMANDS[argv[0]].run(argv[1:])
-        return
+    """Run `fusedalign bench`. Raises ValueError, one line, for bad arguments."""
     options = _parser().parse(argv)
     if options is None:
         return
@@ -82,6 +60,7 @@ def bench(argv: list[str]) -> None:
         check_writable(options.out, "--out")
         if importlib.util.find_spec("matplotlib") is None:
             warn(NO_MATPLOTLIB)
+    calm_threads()
     _run_tables(settings, options.out)
 
 
@@ -134,7 +113,8 @@ def _tasks(names: list[str], impls: list[Implementation]) -> list[Task]:
 def _settings(options: argparse.Namespace) -> Settings:
     for name in options.tasks:
         if name not in TASKS:
-            raise ValueError(f"a task must be one of {', '.join(TASKS)}, got {name!r}")
+            hint = suggestion(name, [*TASKS, *SUBCOMMANDS])
+            raise ValueError(f"a task must be one of {', '.join(TASKS)}, got {name!r}{hint}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     impls = choose(options.impls if options.profile is None else options.profile)
     if options.profile is not None and (len(impls) != 1 or options.out is not None):

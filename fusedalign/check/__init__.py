@@ -7,12 +7,6 @@ findings.py    what to look at
 memory.py      the plan of the largest batch
 decisions.py   what was decided for the run
 text.py        the text of it all
+training.py    all of it for a training command, printed
 command.py     the command line
 """
-
-
-
-
-from fusedalign.check.command import check_command, check_training
-
-__all__ = ["check_command", "check_training"]
