@@ -1,4 +1,4 @@
-"""The slots that batches of the configured size take, padded and packed, with the trainer's own batching and packing."""
+"""The slots of batches, padded and packed, by the trainer's own batching and packing."""
 
 from __future__ import annotations
 

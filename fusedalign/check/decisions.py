@@ -125,7 +125,9 @@ def _steps(sample: Sample, slots: list[Slots], processes: int) -> str:
     per_epoch = max(1, math.ceil(batches / args.gradient_accumulation_steps))
     if args.max_steps > 0:
         return f"{args.max_steps:,}, {args.max_steps / per_epoch:.2g} epochs; {each}"
-    return f"{math.ceil(args.num_train_epochs * per_epoch):,}, {args.num_train_epochs:g} epochs of {per_epoch:,}; {each}"
+    return (
+        f"{math.ceil(args.num_train_epochs * per_epoch):,}, {args.num_train_epochs:g} epochs of {per_epoch:,}; {each}"
+    )
 
 
 def _evaluation(sample: Sample) -> str:

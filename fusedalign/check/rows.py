@@ -125,9 +125,7 @@ def _text_rows(sample: Sample) -> list[tuple[Any, Any]]:
         kept = row
         if max_length is not None and len(row["input_ids"]) > max_length:
             one = OneRow([{name: row[name] for name in ("input_ids", "labels")}])
-            cut = trl.SFTTrainer._prepare_dataset(
-                trainer, one, trainer.processing_class, args, False, None, "train"
-            )
+            cut = trl.SFTTrainer._prepare_dataset(trainer, one, trainer.processing_class, args, False, None, "train")
             kept = next(iter(cut), None)
         pairs.append((row, kept))
     return pairs

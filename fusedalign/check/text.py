@@ -68,7 +68,10 @@ def _shown_rows(check: Check, style: Style) -> list[str]:
     lines: list[str] = []
     tokenizer = tokenizer_of(check.sample.trainer)
     for number in sorted(list(dict.fromkeys([longest, *range(len(check.rows))]))[:3]):
-        lines += [*([""] if lines else []), *_shown_row(check.rows[number], number, number == longest, tokenizer, style)]
+        lines += [
+            *([""] if lines else []),
+            *_shown_row(check.rows[number], number, number == longest, tokenizer, style),
+        ]
     return lines
 
 

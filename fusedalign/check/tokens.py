@@ -89,7 +89,8 @@ def _bracketed(pieces: list[Piece]) -> list[Piece]:
     """The pieces with brackets around each run of trained ones."""
     result: list[Piece] = []
     for trained, run in itertools.groupby(pieces, key=lambda piece: piece.trained):
-        result += [Piece(_OPEN, True), *run, Piece(_CLOSE, True)] if trained else run
+        parts = list(run)
+        result += [Piece(_OPEN, True), *parts, Piece(_CLOSE, True)] if trained else parts
     return result
 
 

@@ -57,7 +57,7 @@ def find_method(config: str) -> str:
     path = Path(config_path(config))
     if not path.exists() and path.suffix not in (".yaml", ".yml"):
         raise ValueError(
-            f"check must be followed by one of {', '.join(METHODS)} or a configuration, a YAML file or a recipe's name, "
+            f"check must be followed by one of {', '.join(METHODS)}, a YAML file or a recipe's name, "
             f"got {config!r}{suggestion(config, METHODS)}"
         )
     content = read_config(str(path))
@@ -83,7 +83,9 @@ def _for_columns(methods: Sequence[str], content: dict[str, Any]) -> list[str]:
     """The methods that use most of the columns of the data that a configuration names."""
     splits = load_named(content["dataset_name"], name=content.get("dataset_config"))
     columns = set(next(iter(splits.values())).column_names)
-    used = {method: max((len(c) for c in METHODS[method].columns if set(c) <= columns), default=0) for method in methods}
+    used = {
+        method: max((len(c) for c in METHODS[method].columns if set(c) <= columns), default=0) for method in methods
+    }
     return [method for method in methods if used[method] == max(used.values())]
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
 from fusedalign.head import LMHead
-from fusedalign.impls import check_name, explain, resolve
+from fusedalign.impls import check_name, resolve
 from fusedalign.problem import MemoryOptions, Problem, as_head
 
 
@@ -17,7 +17,7 @@ class HeadOptions(NamedTuple):
 
     impl: str = "auto"
     filter_eps: float | None = None
-    workspace: int | None = None
+    workspace: int | Literal["auto"] = "auto"
 
     @classmethod
     def of(cls, options: dict[str, Any]) -> HeadOptions:
@@ -37,15 +37,9 @@ class HeadOptions(NamedTuple):
             mixed: the dtype of mixed precision; None: operands have the head's.
             device: of the head when it is used; default: its device now.
         """
-        resolve(self.impl, self._problem(_without_rows(head, device), outputs, mixed))
-
-    def automatic(
-        self, head: LMHead, outputs: Iterable[str] = (), *, mixed: torch.dtype | None = None, device: Any = None
-    ) -> str | None:
-        """The name of the impl that "auto" takes for a head, with the arguments of `check`; None where there is none."""
-        verdicts = explain(self._problem(_without_rows(head, device), outputs, mixed))
-        able = (verdict for verdict in verdicts if verdict.auto and verdict.reason is None)
-        return next((verdict.impl for verdict in able if verdict.caveat is None), None)
+        parts = head.weight if isinstance(head.weight, tuple) else (head.weight,)
+        empty = tuple(x.new_empty((0, x.shape[-1]), device=device or x.device) for x in parts)
+        resolve(self.impl, self._problem(head._replace(weight=empty), outputs, mixed))
 
     def prepare(
         self, head: LMHead, outputs: Iterable[str] = (), *, mixed: torch.dtype | None = None, trains: bool = True
@@ -80,14 +74,8 @@ class HeadOptions(NamedTuple):
             softcap=head.softcap,
             outputs=frozenset(outputs),
             filter_eps=self.filter_eps,
-            memory=MemoryOptions(workspace=self.workspace),
+            memory=MemoryOptions(workspace=None if self.workspace == "auto" else self.workspace),
         )
-
-
-def _without_rows(head: LMHead, device: Any) -> LMHead:
-    """A head for an empty vocabulary, on `device` or on its own."""
-    parts = head.weight if isinstance(head.weight, tuple) else (head.weight,)
-    return head._replace(weight=tuple(x.new_empty((0, x.shape[-1]), device=device or x.device) for x in parts))
 
 
 def mixed_precision(args: Any) -> torch.dtype | None:

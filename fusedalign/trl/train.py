@@ -50,7 +50,7 @@ def build(method: str, arguments: Arguments, *, fused: bool = True) -> Any:
 
 
 def assemble(method: str, arguments: Arguments, cls: Any, train_dataset: Any, eval_dataset: Any) -> Any:
-    """The trainer of the class `cls` on the model that `arguments` name and on data of `load_data`; raises as `build`."""
+    """The trainer of the class `cls` on the model that `arguments` name and on data of `load_data`; see `build`."""
     script, training, model, *_ = arguments
     fused = issubclass(cls, Fused)
     _check_evaluated(script, training, eval_dataset)
