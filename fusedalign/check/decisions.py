@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from fusedalign.check.batches import Slots
 from fusedalign.check.weightless import Sample, packing_refusal
-from fusedalign.head import lm_head
-from fusedalign.methods import WITH_REFERENCE
-from fusedalign.trl.forward import our_names
+from fusedalign.trl.description import decisions, reference_source
 from fusedalign.trl.layouts import PACKED
 from fusedalign.trl.options import mixed_precision
-from fusedalign.trl.refusals import unwrapped
 
 
 def describe(sample: Sample, slots: list[Slots], processes: int = 1) -> list[tuple[str, str]]:
     """The decisions of a run; `slots` are of its first batches, `processes` of a launch."""
     trainer, args = sample.trainer, sample.trainer.args
+    decided = decisions(trainer)
+    parameters = decided["parameters"]
+    reference = reference_source(sample.method, sample.arguments, trainer)
     return [
         ("method", _method(sample)),
-        ("model", _model(trainer)),
-        ("trains", _trained(sample)),
-        *([("reference", _reference(sample))] if sample.method in WITH_REFERENCE else []),
-        ("head", _head(trainer)),
+        ("model", f"{decided['model_class']}, {parameters['all']:,} parameters in {decided['dtype']}"),
+        ("trains", _trained(sample, parameters["trained"])),
+        *([("reference", reference)] if reference else []),
+        ("head", _head(trainer, decided["impl"])),
         ("batches", _batches(sample)),
         ("Liger kernels", "RMSNorm, RoPE and MLP" if trainer.liger_kernels else "no (liger_kernels: true on a GPU)"),
         ("precision", f"{_precision(trainer)}, on {args.device}"),
@@ -41,16 +42,8 @@ def _method(sample: Sample) -> str:
     return ", ".join([f"{sample.method} ({type(sample.trainer).__name__})", *filter(None, [loss]), *numbers])
 
 
-def _model(trainer: Any) -> str:
-    model = unwrapped(trainer, trainer.model)
-    count = sum(p.numel() for name, p in model.named_parameters() if ".lora_" not in name)
-    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-    return f"{type(model).__name__}, {count:,} parameters in {dtype}"
-
-
-def _trained(sample: Sample) -> str:
+def _trained(sample: Sample, parameters: int) -> str:
     trainer = sample.trainer
-    trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     adapters = getattr(trainer.model, "peft_config", None)
     if not adapters:
         return "all weights"
@@ -58,32 +51,15 @@ def _trained(sample: Sample) -> str:
     kind = str(getattr(config.peft_type, "value", config.peft_type))
     rank = f" of rank {config.r}" if hasattr(config, "r") else ""
     origin = "a new adapter" if sample.arguments.model.use_peft else "the adapter that the model's folder holds"
-    return f"{origin}, {kind}{rank}: {trained:,} parameters"
+    return f"{origin}, {kind}{rank}: {parameters:,} parameters"
 
 
-def _reference(sample: Sample) -> str:
-    trainer = sample.trainer
-    if sample.arguments.fused.ref_logps is not None:
-        return f"read from {sample.arguments.fused.ref_logps}; no model"
-    if trainer.args.precompute_ref_log_probs:
-        return "computed before the first step; no model during the training"
-    if trainer.ref_model is not None:
-        return "the model as it is now, a second one in memory"
-    if "ref" in getattr(trainer.model, "peft_config", {}):
-        return "a copy of the adapter, on the same base model"
-    return "the same model with its adapter disabled"
-
-
-def _head(trainer: Any) -> str:
-    options, args = trainer.head_options, trainer.args
+def _head(trainer: Any, impl: Mapping[str, str | None]) -> str:
     if not trainer._heads:
         return "TRL's own path, with logits: the model is an encoder-decoder"
-    impl: str | None = options.impl
-    if impl == "auto":
-        head, outputs = lm_head(unwrapped(trainer, trainer.model)), our_names(trainer._heads[0][1])
-        impl = options.automatic(head, outputs, mixed=mixed_precision(args), device=args.device)
-    exact = "" if options.filter_eps is None else f", gradients below {options.filter_eps} may be dropped"
-    return f"{impl} on {args.device.type} (fused_impl: {options.impl}){exact}"
+    eps = trainer.head_options.filter_eps
+    exact = "" if eps is None else f", gradients below {eps} may be dropped"
+    return f"{impl['serving']} on {trainer.args.device.type} (fused_impl: {impl['option']}){exact}"
 
 
 def _batches(sample: Sample) -> str:

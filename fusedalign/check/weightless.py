@@ -31,6 +31,7 @@ from fusedalign.trl.folder import RunFolder, find_checkpoint
 from fusedalign.trl.layouts import MASKED, models_of
 from fusedalign.trl.ref_cache import read_cache
 from fusedalign.trl.refusals import unwrapped
+from fusedalign.trl.trackers import check_trackers
 
 #: Most rows of a split that are tokenised; a larger split is sampled.
 SAMPLE = 1000
@@ -68,6 +69,7 @@ def sampled_training(method: str, argv: list[str]) -> Iterator[Sample]:
     """
     arguments = parse(method, argv)
     training, output = arguments.training, arguments.training.output_dir
+    check_trackers(training.report_to)
     _check_output(arguments)
     if arguments.fused.ref_logps is not None:
         read_cache(arguments.fused.ref_logps)
