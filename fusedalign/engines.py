@@ -10,13 +10,14 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from fusedalign import private
+from fusedalign.checks import is_dtensor
 from fusedalign.head import active_copy
 
 #: Tensors by name.
@@ -49,11 +50,12 @@ def call_gathered(layers: list[nn.Module], function: Callable[[Tensor], Fields],
     def within(remaining: list[nn.Module], hidden: Tensor) -> Fields | None:
         if remaining:
             return _call(remaining[0], lambda x: within(remaining[1:], x), hidden)
-        with _saved_storages() as saved:
+        is_trained = _is_trained(layers)
+        with contextlib.nullcontext() if is_trained else _saved_as_views(layers):
             # FSDP2 warns of views, on which its hooks can be lost.
             fields.update({name: x if x._base is None else x.clone() for name, x in function(hidden).items()})
         # An engine that is shown no result gathers nothing in the backward.
-        return fields if _is_trained(layers) or saved & _storages(layers) else None
+        return fields if is_trained else None
 
     within(layers, hidden)
     return fields
@@ -104,10 +106,9 @@ def _call(layer: nn.Module, function: Callable[[Tensor], Any], hidden: Tensor) -
     """Call a layer with `function` in place of its forward."""
     if isinstance(layer, FSDPModule) and private.fsdp_unit(layer) == (layer,) and not _is_trained([layer]):
         layer.unshard()  # FSDP2 would gather a layer that has run in its hooks again in the backward
-        needed = function(hidden)
-        if needed is None:
-            layer.reshard()  # else after the backward, with the units that the backward needs
-        return needed
+        fields = function(hidden)
+        layer.reshard()
+        return fields
     original = vars(layer).get("forward")
 
     def restore() -> None:
@@ -132,18 +133,51 @@ def _is_trained(layers: list[nn.Module]) -> bool:
     return any(x.requires_grad for module in units for x in module.parameters())
 
 
-def _storages(layers: list[nn.Module]) -> set[int]:
-    return {x.untyped_storage().data_ptr() for layer in layers for x in layer.parameters()}
+@contextlib.contextmanager
+def _gathered_again(layers: list[nn.Module]) -> Iterator[None]:
+    """A context with the parameters of `layers`, which may have been freed; all ranks must enter it."""
+    freed = [x for x in layers if isinstance(x, FSDPModule) and any(map(is_dtensor, x.parameters(recurse=False)))]
+    for layer in freed:
+        layer.unshard()
+    with gathered_tensors(x for layer in layers for x in layer.parameters()):
+        yield
+    for layer in freed:
+        layer.reshard()
+
+
+class _ParameterView(NamedTuple):
+    """A view of a parameter that is saved for a backward without the memory of that parameter."""
+
+    layers: list[nn.Module]
+    owner: nn.Module
+    name: str
+    size: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+    """in elements"""
+
+    def copy(self) -> Tensor:
+        """The view's values, from a parameter that is gathered for the time of the copy."""
+        with _gathered_again(self.layers):
+            values = self.owner.get_parameter(self.name).detach().clone()
+        return values.as_strided(self.size, self.stride, self.offset)
 
 
 @contextlib.contextmanager
-def _saved_storages() -> Iterator[set[int]]:
-    """The addresses of the tensors that are saved for a backward within this context."""
-    saved: set[int] = set()
+def _saved_as_views(layers: list[nn.Module]) -> Iterator[None]:
+    """A context in which autograd saves no memory of the parameters of `layers`, which are gathered and frozen.
 
-    def pack(x: Tensor) -> Tensor:
-        saved.add(x.untyped_storage().data_ptr())
+    A backward that uses them gathers them again. That of log-probabilities does not use them; that of their entropy,
+    which is usually only logged, does.
+    """
+    named = [(layer, name, x) for layer in layers for name, x in layer.named_parameters()]
+
+    def pack(x: Tensor) -> Tensor | _ParameterView:
+        for layer, name, parameter in named:
+            start = x.data_ptr() - parameter.data_ptr()
+            if x.numel() and x.dtype == parameter.dtype and 0 <= start < parameter.nbytes:
+                return _ParameterView(layers, layer, name, x.size(), x.stride(), start // x.itemsize)
         return x
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        yield saved
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x if isinstance(x, Tensor) else x.copy()):
+        yield

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any, Literal, TypeGuard
 
 import torch
 from torch import Tensor
@@ -47,7 +47,7 @@ def linear_logps(
     outputs: Iterable[str] = (),
     impl: str = "auto",
     filter_eps: float | None = None,
-    workspace: int | None = None,
+    workspace: int | Literal["auto"] = "auto",
     token_chunk: int | None = None,
     vocab_chunk: int | None = None,
     keep_head: bool = True,
@@ -78,7 +78,10 @@ def linear_logps(
             "is_top1".
         impl: "auto", or the name of one impl, which then serves or raises. See `fusedalign.explain`.
         filter_eps: None for exact gradients; gradients of probabilities below it may be dropped by an impl that can.
-        workspace: bytes that the tiles may take beyond inputs, results and what the backward keeps; default 256 MiB.
+        workspace: bytes that the tiles may take beyond inputs, results and what the backward keeps. "auto": 256 MiB
+            and, where "triton" then saves products of a scalar loss (`linear_cross_entropy`), up to half of the free
+            memory. Gradients round differently in another workspace: name a number where runs must agree bit by bit
+            (under `torch.use_deterministic_algorithms` "auto" is 256 MiB).
         token_chunk: tokens a tile, instead of what `workspace` gives.
         vocab_chunk: vocabulary columns a tile; default: from the workspace.
         keep_head: False where many forwards precede their backwards, as in pipeline parallelism: no memory of the
@@ -158,7 +161,7 @@ def linear_cross_entropy(
     num_items: float | Tensor | None = None,
     impl: str = "auto",
     filter_eps: float | None = None,
-    workspace: int | None = None,
+    workspace: int | Literal["auto"] = "auto",
     token_chunk: int | None = None,
     vocab_chunk: int | None = None,
     keep_head: bool = True,
@@ -387,10 +390,11 @@ def _check_outputs(outputs: Iterable[str]) -> frozenset[str]:
     return frozenset(names)
 
 
-def _check_memory(keep_head: bool, **limits: int | None) -> MemoryOptions:
+def _check_memory(keep_head: bool, workspace: int | Literal["auto"], **chunks: int | None) -> MemoryOptions:
     if not isinstance(keep_head, bool):
         raise ValueError(f"keep_head must be True or False, got {keep_head!r}")
-    for name, value in limits.items():
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-            raise ValueError(f"{name} must be a positive integer or None, got {value!r}")
-    return MemoryOptions(**limits, keep_head=keep_head)
+    limits = {name: (value, None) for name, value in chunks.items()} | {"workspace": (workspace, "auto")}
+    for name, (value, default) in limits.items():
+        if value != default and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            raise ValueError(f"{name} must be a positive integer or {default!r}, got {value!r}")
+    return MemoryOptions(None if workspace == "auto" else workspace, **chunks, keep_head=keep_head)

@@ -263,7 +263,7 @@ def test_trl_is_the_baseline_if_it_runs():
 def test_every_own_impl_is_a_row(monkeypatch):
     monkeypatch.setitem(impls.MODULES, "new", impls.Entry("fusedalign.impls.new", "own"))
     names = list(peers.implementations())
-    assert [x.name for x in peers.choose("ours")] == ["triton", "pytorch", "new"]
+    assert [x.name for x in peers.choose("ours")] == ["triton", "pytorch", "new", "triton-256MiB"]
     assert names.index("new") < names.index("eager")
     _, rows = report_of("new", tasks=["logps"])
     assert "impl='new' cannot do this" in rows["logps", "new"].reason

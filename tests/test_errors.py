@@ -47,8 +47,8 @@ BAD = [
     ((H, W, T), {"temperature": None}, TypeError, "temperature must be a number, got NoneType"),
     ((H, W, T), {"scale": torch.tensor(2.0)}, TypeError, "scale must be a number, got Tensor"),
     ((H, W, T), {"ignore_index": None}, TypeError, "ignore_index must be an integer, got NoneType"),
-    ((H, W, T), {"workspace": True}, ValueError, "workspace must be a positive integer or None, got True"),
-    ((H, W, T), {"workspace": 0}, ValueError, "workspace must be a positive integer or None, got 0"),
+    ((H, W, T), {"workspace": True}, ValueError, "workspace must be a positive integer or 'auto', got True"),
+    ((H, W, T), {"workspace": 0}, ValueError, "workspace must be a positive integer or 'auto', got 0"),
     ((H, W, T), {"keep_head": None}, ValueError, "keep_head must be True or False, got None"),
     ((H, W, T), {"token_chunk": 1.5}, ValueError, "token_chunk must be a positive integer or None, got 1.5"),
 ]

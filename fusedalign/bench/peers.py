@@ -6,7 +6,7 @@ A library is imported when its row is measured, so a missing or broken one affec
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,7 @@ from fusedalign.bench.data import Data, capped
 from fusedalign.bench.tasks import TASKS
 from fusedalign.impls import impl_names
 from fusedalign.ops import linear_cross_entropy, linear_logps
+from fusedalign.problem import DEFAULT_WORKSPACE
 
 
 class UnavailableError(Exception):
@@ -48,7 +49,9 @@ class Implementation(NamedTuple):
 def implementations() -> dict[str, Implementation]:
     """All rows by name: our impls, then the peers."""
     ours = [_ours(name) for name in impl_names("own")]
-    return {x.name: x for x in (*ours, *PEERS)}
+    # The scalar loss is the only task with a choice of workspace.
+    least = _ours("triton", workspace=DEFAULT_WORKSPACE)._replace(name="triton-256MiB", tasks=("sft",))
+    return {x.name: x for x in (*ours, least, *PEERS)}
 
 
 def choose(words: str) -> list[Implementation]:
@@ -71,12 +74,14 @@ def choose(words: str) -> list[Implementation]:
     return [x for name, x in known.items() if name in names]
 
 
-def _ours(name: str) -> Implementation:
+def _ours(name: str, *, workspace: int | Literal["auto"] = "auto") -> Implementation:
+    options: dict[str, Any] = {"impl": name, "workspace": workspace}
+
     def logps(d: Data) -> Tensor:
-        return linear_logps(d.hidden, d.weight, d.targets, softcap=d.softcap, impl=name).logps
+        return linear_logps(d.hidden, d.weight, d.targets, softcap=d.softcap, **options).logps
 
     def nll(d: Data) -> Tensor:
-        return linear_cross_entropy(d.hidden, d.weight, d.targets, softcap=d.softcap, impl=name)
+        return linear_cross_entropy(d.hidden, d.weight, d.targets, softcap=d.softcap, **options)
 
     return Implementation(name, lambda: Functions(logps, nll), ours=True)
 

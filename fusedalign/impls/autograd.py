@@ -152,7 +152,17 @@ class OwnGradients(Impl):
                 stats, _, grads = results
                 call = _HintedCall(self, problem, _sources(problem), loss_hint, stats, grads)
                 return TokenLogps(*_HintedLogps.apply(call, *_inputs(problem)))
-        return TokenLogps(*_TokenLogps.apply(_Call(self, problem, _sources(problem)), *_inputs(problem)))
+        with torch.no_grad():
+            out, saved = forward(self, problem, needs)
+        sources = _sources(problem)
+        if saved.jacobian is None:
+            return TokenLogps(*_TokenLogps.apply(_Call(self, problem, sources, out, saved), *_inputs(problem)))
+        # A function of its own: its backward does not read the head, which an engine may have freed.
+        logps = _FrozenLogps.apply(_FrozenCall(self, sources, out.logps, saved.jacobian), problem.hidden)
+        if saved.max is not None:
+            others, saved = out._replace(logps=out.logps.new_empty(0)), saved._replace(jacobian=None)
+            out = TokenLogps(*_TokenLogps.apply(_Call(self, problem, sources, others, saved), *_inputs(problem)))
+        return out._replace(logps=logps)
 
     def token_loss_sum(self, problem: Problem, token_loss: TokenLoss) -> Tensor:
         """Sum over [N] tokens of `token_loss(logps, lse)`, a scalar: in one pass where the impl can."""
@@ -378,6 +388,32 @@ class _Call(NamedTuple):
     impl: OwnGradients
     problem: Problem
     sources: tuple[Tensor, ...]
+    out: TokenLogps
+    saved: Saved
+
+
+class _FrozenCall(NamedTuple):
+    """The arguments of `_FrozenLogps` that are not its input."""
+
+    impl: OwnGradients
+    sources: tuple[Tensor, ...]
+    logps: Tensor
+    jacobian: Jacobian
+
+
+class _FrozenLogps(torch.autograd.Function):
+    """The logps of a frozen head; the backward needs nothing but their Jacobian."""
+
+    @staticmethod
+    def forward(ctx: Any, call: _FrozenCall, hidden: Tensor) -> Tensor:
+        ctx.impl, ctx.sources, ctx.hidden_dtype = call.impl, call.sources, hidden.dtype
+        ctx.save_for_backward(*call.jacobian)
+        return call.logps
+
+    @staticmethod
+    @_first_order_only
+    def backward(ctx: Any, d_logps: Tensor) -> tuple:
+        return None, ctx.impl.jacobian_grad(Jacobian(*ctx.saved_tensors), d_logps, ctx.hidden_dtype)
 
 
 class _TokenLogps(torch.autograd.Function):
@@ -387,30 +423,20 @@ class _TokenLogps(torch.autograd.Function):
     def forward(
         ctx: Any, call: _Call, hidden: Tensor, bias: Tensor | None, *weight: Tensor
     ) -> tuple[Tensor | None, ...]:
-        out, saved = forward(call.impl, call.problem, _needs_of_inputs(ctx.needs_input_grad))
-        _set_up(ctx, call, out)
-        # A backward that only scales the Jacobian needs neither hidden states nor head.
-        inputs = () if saved.max is None else (call.problem.targets, hidden, bias, *weight)
-        ctx.save_for_backward(*saved.flat(), *inputs)
-        return tuple(out)
+        _set_up(ctx, call, call.out)
+        ctx.save_for_backward(*call.saved.flat(), call.problem.targets, hidden, bias, *weight)
+        return tuple(call.out)
 
     @staticmethod
     @_first_order_only
     def backward(ctx: Any, *grads: Tensor | None) -> tuple:
         saved, inputs = Saved.of(ctx.saved_tensors)
-        upstream = Upstream.of(grads)
-        if not inputs:
-            assert saved.jacobian is not None
-            d_hidden = None
-            if upstream.logps is not None:
-                d_hidden = ctx.impl.jacobian_grad(saved.jacobian, upstream.logps, ctx.hidden_dtype)
-            return None, d_hidden, *(None for _ in ctx.needs_input_grad[2:])
         problem = _problem(ctx.spec, inputs)
         if private.graph_is_kept():  # one backward uses up what is kept: for more, the logits are computed again
             saved = saved._replace(kept=None)
         weight = [x for _, x in problem.head]
         accumulators = () if problem.memory.keep_head else tuple(map(_accumulator, weight))
-        d_hidden, d_weight, d_bias = _run_backward(ctx, problem, saved, upstream, accumulators)
+        d_hidden, d_weight, d_bias = _run_backward(ctx, problem, saved, Upstream.of(grads), accumulators)
         pairs = zip(d_weight or [None] * len(weight), accumulators or [None] * len(weight), strict=True)
         return None, d_hidden, d_bias, *(grad if total is None else None for grad, total in pairs)
 

@@ -164,7 +164,7 @@ def _run(script: Any, model: Any, head: Any, own: ScoreArguments, out: Path) -> 
         "per_token": own.per_token,
         "max_tokens": own.max_tokens_per_batch if own.max_tokens_per_batch == AUTO else int(own.max_tokens_per_batch),
         "impl": head.fused_impl,
-        "workspace": head.fused_workspace,
+        "workspace": head.head["workspace"],
     }
     beta = own.beta if names.reference else None
     settings = {

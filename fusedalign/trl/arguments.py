@@ -48,7 +48,7 @@ class HeadArguments:
         HeadOptions().filter_eps, "Gradients of probabilities below this may be dropped; exact where not given."
     )
     fused_workspace: int | None = argument(
-        HeadOptions().workspace, "Bytes that the tiles of the head may take; 256 MiB where not given."
+        None, "Bytes that the tiles of the head may take; 256 MiB or, on a GPU with free memory, more where not given."
     )
     fused_packed: str = argument(
         PACKED_DEFAULT, "Run batches without padding, prompts of a pair once: true, false, or auto, on CUDA if proven."
@@ -57,7 +57,8 @@ class HeadArguments:
     @property
     def head(self) -> dict[str, Any]:
         """The options of the head, for the Fused trainers and `attach`."""
-        return {name: getattr(self, f"fused_{name}") for name in HeadOptions._fields}
+        options = {name: getattr(self, f"fused_{name}") for name in HeadOptions._fields}
+        return {**options, "workspace": "auto" if self.fused_workspace is None else self.fused_workspace}
 
     @property
     def packed(self) -> bool | str:

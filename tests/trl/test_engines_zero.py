@@ -142,7 +142,8 @@ MORE = {
     "zero3, dpo, accumulated": Case("dpo", "zero3", **ACCUMULATED),
     "zero3, sft, gradient checkpointing": Case("sft", "zero3", config={"gradient_checkpointing": True}),
     "zero3, sft, bf16": Case("sft", "zero3", config={"bf16": True}),
-    "zero3, sft, frozen head": Case("sft", "zero3", prepare=with_frozen_head),
+    "zero3, sft, frozen head": Case("sft", "zero3", prepare=with_frozen_head, watch=count_gathers),
+    "zero3, kto, frozen head": Case("kto", "zero3", prepare=with_frozen_head, watch=count_gathers, **NO_KL),
     "zero3, simpo, frozen head": Case("cpo", "zero3", prepare=with_frozen_head, watch=count_gathers, **SIMPO),
     "zero3, sft, lora": Case("sft", "zero3", prepare=with_lora),
     "zero3, dpo, lora": Case("dpo", "zero3", prepare=with_lora),
@@ -221,9 +222,14 @@ def test_the_head_is_gathered_once_in_the_forward_and_once_in_the_backward(outco
 
 
 @pytest.mark.slow
-def test_a_frozen_head_is_not_gathered_in_the_backward(more_outcomes):
-    for outcome in more_outcomes["zero3, simpo, frozen head"]:
-        assert outcome.watched == collections.Counter({("policy", "weight", True): engines.STEPS})
+@pytest.mark.parametrize("method", ["sft", "kto", "simpo"])
+def test_a_frozen_head_is_not_gathered_in_the_backward(more_outcomes, method):
+    """Also where the entropy is logged, as it is by SFT and KTO."""
+    gathers = {("policy", "weight", True): engines.STEPS}
+    if method == "kto":
+        gathers["reference", "weight", True] = engines.STEPS
+    for outcome in more_outcomes[f"zero3, {method}, frozen head"]:
+        assert outcome.watched == collections.Counter(gathers)
 
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.saves])

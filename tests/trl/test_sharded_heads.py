@@ -28,6 +28,7 @@ from fusedalign.trl.options import HeadOptions
 
 LAYERS = 2
 STEPS = 2
+OUTPUTS = ("log_probs", "entropy")
 
 
 def batch(rank):
@@ -60,10 +61,10 @@ def shard(model, unit, policy):
 def head_of(name, model):
     """The model with the Fused trainers' head, or with TRL's as `attach` replaces it."""
     if name == "fused":
-        add_lm_head(model, options=HeadOptions())
+        add_lm_head(model, OUTPUTS, options=HeadOptions())
         yield
         return
-    trl.trainer.utils.add_fused_lm_head(model)
+    trl.trainer.utils.add_fused_lm_head(model, outputs=OUTPUTS)
     attachment = _Attachment(HeadOptions(), None, torch.device("cpu"))
     mark = _Mark(attachment, model)
     model.register_forward_pre_hook(mark.enter, prepend=True)
@@ -83,8 +84,11 @@ def freeze(model, trained):
         parameter.requires_grad_(not frozen)
 
 
-def loss(model, rank):
-    return model(**batch(rank), fused_lm_head=True).log_probs.square().mean()
+def loss(model, rank, bonus=0.0):
+    """`bonus` weighs the entropy, which is only logged where it is 0."""
+    out = model(**batch(rank), fused_lm_head=True)
+    value = out.log_probs.square().mean()
+    return value + bonus * out.entropy.square().mean() if bonus else value
 
 
 def gathers(counts):
@@ -105,13 +109,13 @@ def model_of(tied):
     return model
 
 
-def check(unit, *, tied=False, trained="all", half=False, head="fused"):
+def check(unit, *, tied=False, trained="all", half=False, head="fused", bonus=0.0):
     ranks = dist.get_world_size()
     whole, model = model_of(tied), model_of(tied)
     for x in (whole, model):
         freeze(x, trained)
-    add_lm_head(whole, options=HeadOptions())
-    (sum(loss(whole, rank) for rank in range(ranks)) / ranks).backward()
+    add_lm_head(whole, OUTPUTS, options=HeadOptions())
+    (sum(loss(whole, rank, bonus) for rank in range(ranks)) / ranks).backward()
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if half else None
     shard(model, unit, policy or MixedPrecisionPolicy())
     with head_of(head, model), warnings.catch_warnings():
@@ -120,12 +124,13 @@ def check(unit, *, tied=False, trained="all", half=False, head="fused"):
         for _ in range(STEPS):
             model.zero_grad()
             with CommDebugMode() as forward:
-                value = loss(model, dist.get_rank())
+                value = loss(model, dist.get_rank(), bonus)
             with CommDebugMode() as backward:
                 value.backward()
     units = LAYERS + 1 + (unit != "root" and not tied)  # a tied tail leaves the root nothing
     assert gathers(forward.get_comm_counts()) == units
-    assert gathers(backward.get_comm_counts()) == LAYERS + (unit == "own" and trained == "all")
+    is_freed = {"root": False, "own": True, "own, kept": trained != "all", "tail": False}[unit]
+    assert gathers(backward.get_comm_counts()) == LAYERS + (is_freed and (trained == "all" or bonus > 0))
     for (name, x), y in zip(model.named_parameters(), whole.parameters(), strict=True):
         assert (x.grad is None) == (y.grad is None), name
         if y.grad is not None:
@@ -183,6 +188,10 @@ CHECKS = {
         for unit, trained in itertools.product(UNITS, ("all", "no head"))
     },
     "own, queries trained": partial(check, "own", trained="queries"),
+    **{
+        f"{unit}, no head trained, entropy": partial(check, unit, trained="no head", bonus=0.3)
+        for unit in ("own", "own, kept", "tail")
+    },
     **{f"{unit}, bf16": partial(check, unit, half=True) for unit in ("own", "tail")},
     **{f"{unit}, tied": partial(check, unit, tied=True) for unit in ("root", "tail")},
     **{f"{unit}, attach": partial(check, unit, head="attach") for unit in UNITS},

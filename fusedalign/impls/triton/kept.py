@@ -114,10 +114,9 @@ def exp_slots(problem: Problem, d_weight: Tensor | None, *, workspace: bool) -> 
     of the gradient's operands), as fp32 where operands are.
     """
     n, v, plan = len(problem.hidden), problem.weight.shape[0], plan_grads(problem)
-    dtype = torch.float16 if problem.operand_dtype.itemsize == 2 else torch.float32
-    hidden, slots = as_operand(problem.hidden, problem), []
-    row_bytes = 0 if d_weight is None else d_weight.shape[1] * d_weight.itemsize
-    in_d_weight, in_workspace = _slot_sizes(problem, plan, row_bytes, dtype, workspace)
+    dtype, hidden, slots = _exp_dtype(problem), as_operand(problem.hidden, problem), []
+    row_bytes = 0 if d_weight is None else _row_bytes(d_weight)
+    in_d_weight, in_workspace = _slot_sizes(problem, plan, row_bytes, workspace)
     end = in_d_weight + in_workspace
 
     def batch(start: int, stop: int) -> TokenBatch:
@@ -135,11 +134,23 @@ def exp_slots(problem: Problem, d_weight: Tensor | None, *, workspace: bool) -> 
     return slots
 
 
-def _slot_sizes(
-    problem: Problem, plan: WorkspacePlan, row_bytes: int, dtype: torch.dtype, workspace: bool
-) -> tuple[int, int]:
+def keeps_all(problem: Problem) -> bool:
+    """Whether the memory of dW and the workspace keep the exponentials of all tokens."""
+    row_bytes = _row_bytes(problem.weight) if isinstance(problem.weight, Tensor) else 0
+    return sum(_slot_sizes(problem, plan_grads(problem), row_bytes, workspace=True)) == len(problem.hidden)
+
+
+def _exp_dtype(problem: Problem) -> torch.dtype:
+    return torch.float16 if problem.operand_dtype.itemsize == 2 else torch.float32
+
+
+def _row_bytes(weight: Tensor) -> int:
+    return weight.shape[1] * weight.itemsize
+
+
+def _slot_sizes(problem: Problem, plan: WorkspacePlan, row_bytes: int, workspace: bool) -> tuple[int, int]:
     """Numbers of tokens kept in the memory of dW and in the workspace."""
-    n, v = len(problem.hidden), problem.weight.shape[0]
+    n, v, dtype = len(problem.hidden), problem.weight.shape[0], _exp_dtype(problem)
     in_d_weight = row_bytes // dtype.itemsize
     # The next tokens start 16-byte aligned.
     in_d_weight = n if n <= in_d_weight else in_d_weight - in_d_weight % 8

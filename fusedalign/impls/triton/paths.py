@@ -10,10 +10,11 @@ from fusedalign.impls.head_grads import Accumulators, GradTarget, grad_targets
 from fusedalign.impls.softmax import SoftmaxStats, TokenGrads, ones_upstream, token_loss_grads
 from fusedalign.impls.triton.dry import prepare_path
 from fusedalign.impls.triton.frozen import any_lost, sweep_head_rows
-from fusedalign.impls.triton.kept import ExpSlot, exp_slots, grads_of_slots, sweep_all
+from fusedalign.impls.triton.kept import ExpSlot, exp_slots, grads_of_slots, keeps_all, sweep_all
 from fusedalign.impls.triton.launch import BlockStats, Tile, TokenBatch
 from fusedalign.impls.triton.plan import copy_bytes, plan_tiles
 from fusedalign.impls.triton.products import as_operand
+from fusedalign.impls.triton.workspace import fit_workspace
 from fusedalign.problem import NeedsGrad, Problem, TokenLoss
 
 
@@ -123,6 +124,8 @@ def _prepare_two_pass(
 
 def one_pass(problem: Problem, token_loss: TokenLoss, needs: NeedsGrad) -> tuple[SoftmaxStats, Tensor, Grads] | None:
     """The softmax statistics, the summed loss, and its gradients by hidden, weight and bias (None where not needed)."""
+    if needs.weight:
+        problem = fit_workspace(problem, keeps_all)
     _prepare_one_pass(problem, token_loss, needs)
     if needs.weight:
         return _one_pass_trained(problem, token_loss, needs)
