@@ -11,6 +11,7 @@ from typing import Any
 
 from fusedalign.check.rows import Row
 from fusedalign.check.weightless import Sample
+from fusedalign.trl import lengths
 from fusedalign.trl.refusals import unwrapped
 from fusedalign.trl.train import tokenizer_of
 
@@ -91,13 +92,16 @@ def _ends(trainer: Any) -> set[int]:
 
 @contextlib.contextmanager
 def recorded_warnings() -> Iterator[list[str]]:
-    """Collect what libraries warn of in logs, instead of printing it; each text once."""
+    """Collect what libraries warn of in logs, instead of printing it; each text once.
+
+    What `check_lengths` warns of is left out: `find` counts it for each answer.
+    """
     texts: list[str] = []
 
     class Recorder(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            text = " ".join(record.getMessage().split())
-            if text not in texts:
+            text = " ".join(record.getMessage().split()).removeprefix("[RANK 0] ")
+            if text not in texts and record.name != lengths.__name__:
                 texts.append(text)
 
     known = [x for x in logging.root.manager.loggerDict.values() if isinstance(x, logging.Logger) and x.handlers]

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import trl
 
 from fusedalign.check.weightless import Sample
+from fusedalign.methods import METHODS
+from fusedalign.trl.arguments import trl_class
 from fusedalign.trl.encoding import OneRow
+from fusedalign.trl.preparation import prepared
 
 #: More tokens than any row has.
 _NO_LIMIT = 2**40
@@ -116,19 +120,27 @@ def _text_rows(sample: Sample) -> list[tuple[Any, Any]]:
     trainer, args = sample.trainer, copy.copy(sample.trainer.args)
     if "labels" not in _columns(trainer.train_dataset):  # images, which are processed batch by batch
         return [(row, row) for row in trainer.train_dataset]
-    args.shuffle_dataset, max_length = False, None if args.packing else args.max_length
-    args.max_length = None
-    whole = list(trainer._prepare_dataset(sample.dataset, trainer.processing_class, args, False, None, "train"))
-    args.max_length = max_length
+    limit = None if args.packing else args.max_length
+    args.shuffle_dataset = False
     pairs = []
-    for row in whole:
+    for row in _prepared_whole(sample, False, None, "train"):
         kept = row
-        if max_length is not None and len(row["input_ids"]) > max_length:
+        if limit is not None and len(row["input_ids"]) > limit:
             one = OneRow([{name: row[name] for name in ("input_ids", "labels")}])
             cut = trl.SFTTrainer._prepare_dataset(trainer, one, trainer.processing_class, args, False, None, "train")
             kept = next(iter(cut), None)
         pairs.append((row, kept))
     return pairs
+
+
+def _prepared_whole(sample: Sample, *rest: Any) -> Any:
+    """The data set as TRL prepares it without `max_length`; `rest` are its arguments after the configuration."""
+    trainer, args = sample.trainer, copy.copy(sample.trainer.args)
+    args.max_length = None
+    if hasattr(args, "shuffle_dataset"):
+        args.shuffle_dataset = False
+    prepare = functools.partial(trl_class(METHODS[sample.method].trainer)._prepare_dataset, trainer)
+    return prepared(prepare, sample.dataset, trainer.processing_class, args, *rest)
 
 
 def _tokenised_pairs(sample: Sample) -> list[tuple[Any, Any]]:
@@ -144,15 +156,16 @@ def _tokenised_pairs(sample: Sample) -> list[tuple[Any, Any]]:
 
 def _collated_rows(sample: Sample, collate: Any) -> list[Row]:
     """The rows of DPO and KTO, which their collator truncates."""
-    trainer, args = sample.trainer, copy.copy(sample.trainer.args)
-    prepared = trainer.train_dataset
-    if "prompt_ids" not in _columns(prepared):  # images
-        return [Row(_sequences(collate, row), _sequences(collate, row)) for row in prepared]
-    if isinstance(trainer, trl.KTOTrainer):  # it drops rows with a prompt that fills max_length
-        args.max_length = None
-        prepared = trainer._prepare_dataset(sample.dataset, trainer.processing_class, args, "train")
+    trainer = sample.trainer
+    rows = trainer.train_dataset
+    if "prompt_ids" not in _columns(rows):  # images
+        return [Row(_sequences(collate, row), _sequences(collate, row)) for row in rows]
+    # TRL drops rows with a prompt that fills max_length.
+    is_split = sample.method == "kto" and "chosen" in _columns(sample.dataset)
+    if not hasattr(rows, "__len__") or len(rows) < len(sample.dataset) * (2 if is_split else 1):
+        rows = _prepared_whole(sample, "train")
     collate_whole = dataclasses.replace(collate, max_length=None)
-    return [Row(_sequences(collate_whole, row), _sequences(collate, row)) for row in prepared]
+    return [Row(_sequences(collate_whole, row), _sequences(collate, row)) for row in rows]
 
 
 def _columns(dataset: Any) -> list[str]:

@@ -23,7 +23,7 @@ import fusedalign.trl
 from fusedalign.methods import METHODS
 from fusedalign.packing import LayoutError
 from fusedalign.packing.proof import refusal, twin
-from fusedalign.trl import train
+from fusedalign.trl import stock, train
 from fusedalign.trl.arguments import Arguments, parse
 from fusedalign.trl.construction import replaced
 from fusedalign.trl.data import load_data
@@ -96,6 +96,11 @@ class Weightless:
     def _head_device(self) -> Any:
         trainer: Any = self
         return trainer.args.device
+
+    def _replacements(self) -> dict[str, Any]:
+        """Leave out the digest of the weights too, a key of precomputed references."""
+        parent: Any = super()
+        return parent._replacements() | stock.hash_replacements()
 
     def _move_model_to_device(self, model: Any, device: Any) -> None:
         """Leave the model where it is."""
