@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from fusedalign.check.rows import inner_collator, sequences
+from fusedalign.check.weightless import packing_refusal
 from fusedalign.packing import PackedBatch
 from fusedalign.packing.batch import GPU_MULTIPLE
 from fusedalign.trl.layouts import PACKED, Layouts
@@ -38,17 +39,18 @@ def read_batches(trainer: Any) -> list[Slots]:
     trainer.data_collator, trainer.args.dataloader_num_workers = inner_collator(trainer), 0
     try:
         batches = itertools.islice(trainer.get_train_dataloader(), BATCHES)
-        layouts = Layouts(trainer.layouts.groups, PACKED, "on a GPU", multiple=GPU_MULTIPLE)
+        can_pack = packing_refusal(trainer) is None
+        layouts = Layouts(trainer.layouts.groups, PACKED, "on a GPU", multiple=GPU_MULTIPLE) if can_pack else None
         return [_slots(trainer, layouts, batch) for batch in batches]
     finally:
         trainer.data_collator, trainer.args.dataloader_num_workers = collator, workers
 
 
-def _slots(trainer: Any, layouts: Layouts, batch: Mapping[str, Any]) -> Slots:
+def _slots(trainer: Any, layouts: Layouts | None, batch: Mapping[str, Any]) -> Slots:
     rows = sequences(batch)
     tokens = sum(len(row.ids) for row in rows)
     trained = sum(sum(row.trained) for row in rows) / max(1, tokens)
-    parts = _packed_parts(trainer._lay_out()(layouts, batch))
+    parts = [] if layouts is None else _packed_parts(trainer._lay_out()(layouts, batch))
     width = max((len(row.ids) for row in rows), default=0)
     if not parts:
         return Slots(len(rows) * width, None, tokens, 0, width, trained)

@@ -68,7 +68,10 @@ def _batches(sample: Sample) -> str:
     if packed is False or trainer.layouts.kind == PACKED or trainer.accelerator.device.type == "cuda":
         return text
     reason = packing_refusal(trainer)
-    return f"{text}; on a GPU: {'packed, if the proof at the start agrees' if reason is None else reason}"
+    if reason is not None and reason in text:
+        return text
+    there = "packed, if the proof at the start agrees" if reason is None else f"not packed, {reason}"
+    return f"{text}; on a GPU: {there}"
 
 
 def _precision(trainer: Any) -> str:

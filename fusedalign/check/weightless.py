@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import random
 import sys
 import tempfile
@@ -166,6 +167,7 @@ def _from_configuration(cls: Any, path: Any, *_: Any, config: Any = None, **opti
         model = cls._from_config(copy.deepcopy(config), dtype=dtype, attn_implementation=attention)
     model.config.name_or_path = str(path)
     model.to = lambda *args, **kwargs: model  # there is nothing to move
+    model.resize_token_embeddings = functools.partial(model.resize_token_embeddings, mean_resizing=False)  # no values
     return model.eval()
 
 
