@@ -14,7 +14,7 @@ from typing import TextIO
 
 import fusedalign
 from fusedalign.bench import SUBCOMMANDS
-from fusedalign.commandline import WIDTH, Command, calm_threads, suggestion, unknown_flag
+from fusedalign.commandline import Command, calm_threads, fit, suggestion, unknown_flag
 from fusedalign.methods import METHODS
 
 _EXTRA = ("trl", "transformers", "datasets", "accelerate", "peft", "matplotlib", "yaml")
@@ -33,6 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         2 after an error, which is printed in one line on stderr; 130 after Ctrl-C; 141 where the
         reader of the output has closed it.
     """
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # progress bars fill a file with carriage returns
     try:
         status = _run(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()
@@ -126,11 +128,10 @@ def _usage() -> str:
     examples = [f"  fusedalign {name} {example}" for name, example in shown.items()]
     parts.append("\n".join(["Examples:", *examples]))
     parts.append(
-        textwrap.fill(
+        fit(
             "The training commands take every field of TRL's configurations as --field VALUE, --field=VALUE or as a "
             "key of the YAML file; flags win. `fusedalign COMMAND --help` lists the flags of a command, `fusedalign "
-            "--version` prints the version, --debug shows the traceback of an error.",
-            WIDTH,
+            "--version` prints the version, --debug shows the traceback of an error."
         )
     )
     return "\n\n".join(parts)
@@ -190,17 +191,20 @@ def _demo(argv: list[str]) -> None:
 
 
 def _completion(argv: list[str]) -> None:
-    from fusedalign.completion import completion_script, shell_of
+    from fusedalign.completion import SHELLS, completion_script, shell_of
     from fusedalign.flags import command_flags
+    from fusedalign.recipes import recipes
 
     shell = shell_of(argv)
     if shell is None:
         return
-    tree = {"": [*COMMANDS, "--help", "--version"]}
+    tree: dict[str, list[str]] = {"": [*COMMANDS, "--help", "--version"]}
     for name, command in COMMANDS.items():
         rows = {name: command} | {f"{name} {word}": sub for word, sub in command.subcommands.items()}
         for words, row in rows.items():
             tree[words] = [*row.subcommands, *sorted(command_flags(words, row))]
+    tree["recipes"] += recipes()
+    tree["completion"] += SHELLS
     print(completion_script(shell, tree), end="")
 
 

@@ -7,7 +7,9 @@ import difflib
 import functools
 import importlib
 import os
+import re
 import shutil
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import field
 from typing import Any, NamedTuple, NoReturn
@@ -32,6 +34,17 @@ class Command(NamedTuple):
         """Import the function and call it."""
         module, function = self.target.split(":")
         return getattr(importlib.import_module(module), function)(*self.words, arguments)
+
+
+def fit(text: str, width: int = WIDTH) -> str:
+    """Wrap the lines of a text that are longer than `width`; what goes on starts below the line's second column."""
+    lines = []
+    for line in text.split("\n"):
+        start = re.match(r"\s*(\S+(?: \S+)* {2,}|[*] )?", line)
+        indent = " " * len(start.group()) if start else ""
+        wrapper = textwrap.TextWrapper(width, subsequent_indent=indent, break_on_hyphens=False, break_long_words=False)
+        lines += wrapper.wrap(line) if len(line) > width else [line]
+    return "\n".join(lines)
 
 
 def argument(default: Any, help_text: str) -> Any:
@@ -68,8 +81,9 @@ class CommandParser(OneLineParser):
     """The parser of a command: its description keeps line breaks, `--help` does not exit."""
 
     def __init__(self, prog: str, description: str, epilog: str | None = None) -> None:
-        super().__init__(prog, None, description, epilog, add_help=False, allow_abbrev=False)
         width = min(WIDTH, shutil.get_terminal_size((WIDTH, 24)).columns)
+        about = fit(description, width)
+        super().__init__(prog, None, about, epilog and fit(epilog, width), add_help=False, allow_abbrev=False)
         self.formatter_class = functools.partial(argparse.RawDescriptionHelpFormatter, width=width)
         self.add_argument("-h", "--help", action="store_true", help="show this text")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from fusedalign.commandline import CommandParser
-from fusedalign.recipes import recipes
+from fusedalign.recipes import configurations
 
 #: What follows a command, by its words: sub-commands, then flags.
 Tree = Mapping[str, Sequence[str]]
@@ -38,7 +38,7 @@ _fusedalign() {{
   esac
   COMPREPLY=()
   if [[ "$previous" == "--config" && "$current" != -* ]]; then
-    COMPREPLY=($(compgen -f -W {" ".join(_configurations())!r} -- "$current"))
+    COMPREPLY=($(compgen -f -W {" ".join(configurations())!r} -- "$current"))
   elif [[ "$current" == -* || "$previous" != -* ]]; then
     COMPREPLY=($(compgen -W "$words" -- "$current"))
   fi
@@ -57,12 +57,8 @@ def _fish(tree: Tree) -> str:
         seen = "; and ".join(f"__fish_seen_subcommand_from {word}" for word in words.split())
         start = f"complete -c fusedalign -n '{seen or '__fish_use_subcommand'}'"
         lines += [f"{start} -l {word[2:]}" if word.startswith("-") else f"{start} -f -a {word}" for word in following]
-    lines.append(f"complete -c fusedalign -l config -r -a '{' '.join(_configurations())}'")
+    lines.append(f"complete -c fusedalign -l config -r -a '{' '.join(configurations())}'")
     return "\n".join(lines) + "\n"
-
-
-def _configurations() -> list[str]:
-    return [name for name, path in recipes().items() if path.suffix == ".yaml"]
 
 
 SHELLS: dict[str, Callable[[Tree], str]] = {"bash": _bash, "zsh": _zsh, "fish": _fish}

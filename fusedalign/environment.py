@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import platform
-import textwrap
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 import fusedalign
-from fusedalign.commandline import WIDTH, CommandParser
+from fusedalign.commandline import CommandParser, fit
 from fusedalign.impls import explain
 from fusedalign.impls.survey import auto_choices, coverage
 from fusedalign.reports import MISSING, package_version, text_table, to_json, wrapped_table
@@ -104,4 +103,4 @@ def _text() -> str:
         notes += [("", f"not exact: {caveat}") for caveat in caveats]
     lines += [*text_table(table), "", *wrapped_table(notes), ""]
     chosen = ", ".join(f"{impl} in {' '.join(dtypes)}" for impl, dtypes in auto_choices().items())
-    return "\n".join([*lines, *textwrap.wrap(f"recommended here: impl='auto', which takes {chosen}", WIDTH)])
+    return "\n".join([*lines, fit(f"recommended here: impl='auto', which takes {chosen}")])

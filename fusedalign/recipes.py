@@ -25,13 +25,26 @@ def find_recipe(name: str) -> Path:
     return known[name]
 
 
+def configurations() -> dict[str, Path]:
+    """The recipes that `--config` takes by name."""
+    return {name: path for name, path in recipes().items() if path.suffix == ".yaml"}
+
+
 def config_path(name: str) -> str:
-    """The file that `--config NAME` means: an existing one, else the recipe of this name, else `name` itself."""
-    path = Path(name)
-    if path.exists() or path.name != name or path.suffix:
+    """The file that `--config NAME` means: an existing one, else the recipe of this name.
+
+    Raises:
+        FileNotFoundError: neither exists.
+    """
+    if Path(name).exists() and not (Path(name).is_dir() and name in configurations()):
         return name
-    recipe = recipes().get(name)
-    return str(recipe) if recipe is not None and recipe.suffix == ".yaml" else name
+    known = configurations()
+    if name in known:
+        return str(known[name])
+    hint = suggestion(Path(name).stem, known)
+    raise FileNotFoundError(
+        f"--config must name a YAML file that exists or a recipe ({', '.join(known)}), got {name}{hint}"
+    )
 
 
 def about(path: Path) -> str:

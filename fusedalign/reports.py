@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fusedalign.commandline import WIDTH
+from fusedalign.commandline import WIDTH, fit
 
 NO_MATPLOTLIB = "the plot was left out: it needs matplotlib (pip install matplotlib)"
 #: Stands for the version of a package.
@@ -43,6 +43,17 @@ def text_table(rows: Sequence[Sequence[str]]) -> list[str]:
     """Lines of a table without rules, its columns two spaces apart."""
     widths = _column_widths(rows)
     return [text_row(row, widths).rstrip() for row in rows]
+
+
+def selected(rows: Sequence[Sequence[str]], titles: Iterable[str]) -> list[list[str]]:
+    """The columns of a table with these titles, in the order of the titles; the first row holds all titles."""
+    indices = [list(rows[0]).index(title) for title in titles]
+    return [[row[i] for i in indices] for row in rows]
+
+
+def bullets(lines: Iterable[str]) -> list[str]:
+    """A Markdown list, wrapped at `WIDTH`."""
+    return [fit(f"* {line}") for line in lines]
 
 
 def wrapped_table(rows: Iterable[tuple[str, str]], indent: int = 0) -> list[str]:

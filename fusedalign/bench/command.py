@@ -43,6 +43,7 @@ def _parser() -> CommandParser:
     add("--seed", type=int, default=0, help="of the data; default: 0")
     add("--dtype", choices=_DTYPES, help="of hidden states and head; default: bf16 on a GPU, fp32 on a CPU")
     add("--out", type=Path, metavar="DIR", help="also write bench.md, bench.json and bench.png there")
+    add("--wide", action="store_true", help="print all columns; the files of --out always have them")
     add("--profile", metavar="IMPL", help="profile one impl instead: the kernels of each task, by time")
     return parser
 
@@ -61,10 +62,10 @@ def bench(argv: list[str]) -> None:
         if importlib.util.find_spec("matplotlib") is None:
             warn(NO_MATPLOTLIB)
     calm_threads()
-    _run_tables(settings, options.out)
+    _run_tables(settings, options.out, wide=options.wide)
 
 
-def _run_tables(settings: Settings, out: Path | None) -> None:
+def _run_tables(settings: Settings, out: Path | None, *, wide: bool) -> None:
     """Print each table when it is measured, and write the report so far into `out`."""
     write_error = no_plot = None
     for count, report in enumerate(run(settings, lambda line: print(line, file=sys.stderr, flush=True))):
@@ -73,7 +74,7 @@ def _run_tables(settings: Settings, out: Path | None) -> None:
         case = report.cases[-1]
         if len(case.tables) == 1:
             print("\n" + case_header(case, report))
-        print("\n" + task_section(case.tables[-1]), flush=True)
+        print("\n" + task_section(case.tables[-1], wide=wide), flush=True)
         if len(case.tables) == len(settings.tasks):
             print("\n" + case_footer(case), flush=True)
         if out is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import textwrap
 
-from fusedalign.commandline import WIDTH
+from fusedalign.commandline import WIDTH, fit
 from fusedalign.methods import METHODS
 from fusedalign.sources import Field
 from fusedalign.trl.fields import score_fields, training_fields
@@ -47,12 +47,11 @@ def help_text(method: str, *, everything: bool = False) -> str:
     fields, row = training_fields(method), METHODS[method]
     columns = " or ".join("+".join(choice) for choice in row.columns)
     parts = [
-        f"fusedalign {method}: {row.about}",
+        fit(f"fusedalign {method}: {row.about}"),
         f"usage: fusedalign {method} --config {method} [--field VALUE ...]",
-        textwrap.fill(
+        fit(
             "--config takes a YAML file, or the name of a recipe that `fusedalign recipes` lists. Flags win over the "
-            f"file; both have the same names. Data with the columns {columns}.",
-            WIDTH,
+            f"file; both have the same names. Data with the columns {columns}."
         ),
     ]
     groups = {
