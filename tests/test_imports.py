@@ -34,6 +34,7 @@ ROOMS = [
     "embedded",
     "reports",
     "recipes",
+    "provenance",
     "trl",
     "score",
     "plan",

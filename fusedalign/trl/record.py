@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,7 +30,7 @@ class Written(NamedTuple):
 
     def __str__(self) -> str:
         names = ("model", "metrics", "plot", "record", "card")
-        files = "  ".join(f"{name}: {path}" for name in names if (path := getattr(self, name)))
+        files = "  ".join(f"{name}: {shlex.quote(str(path))}" for name in names if (path := getattr(self, name)))
         return "\n".join([files, *map(str, self.suggestions)])
 
 

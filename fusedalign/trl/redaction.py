@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 HIDDEN = "<redacted>"
-_SECRET = re.compile(r"(token|password|passwd|secret|api_?key|credential)s?$", re.IGNORECASE)
+_SECRET = re.compile(r"(token|password|passwd|secret|api[-_]?key|credential)s?$", re.IGNORECASE)
 #: Fields that name a token of the vocabulary.
 _VOCABULARY = frozenset(["eos_token", "pad_token", "bos_token", "unk_token", "image_token"])
 #: An access token of the Hub, and the user and password of a URL, wherever they occur in a text.

@@ -71,17 +71,16 @@ class Throughput(transformers.TrainerCallback):
         """tokens per second between the last two logs"""
         self._logged = 0
         self._start = self._event = time.perf_counter()
-        self._counted: Tensor | None = None
+        self._counts, self._counted = counts, torch.zeros((), dtype=torch.int64, device=trainer.args.device)
         self._reduce: Callable[..., Tensor] = trainer.accelerator.reduce
         if counts:
-            self._counted = torch.zeros((), dtype=torch.int64, device=trainer.args.device)
             trainer.training_step = self._counting(trainer.training_step)
 
     def _counting(self, step: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def training_step(model: Any, inputs: Mapping[str, Any], *args: Any, **kwargs: Any) -> Tensor:
             for name in ("chosen_attention_mask", "rejected_attention_mask"):
                 if name in inputs:
-                    self._counted = self._counted + inputs[name].sum()
+                    self._counted = self._counted + inputs[name].sum().to(self._counted.device)
             return step(model, inputs, *args, **kwargs)
 
         return training_step
@@ -115,7 +114,7 @@ class Throughput(transformers.TrainerCallback):
             self.tokens, self.seconds = self.tokens + tokens, self.seconds + seconds
 
     def _new_tokens(self, logs: Mapping[str, Any]) -> int:
-        if self._counted is not None:
+        if self._counts:
             counted, self._counted = self._counted, torch.zeros_like(self._counted)
             return int(self._reduce(counted, "sum"))
         tokens = int(logs.get("num_tokens", self._logged)) - self._logged
@@ -138,8 +137,10 @@ class _Column(NamedTuple):
         return "" if value is None else self.shown(value)
 
 
-def _significant(value: Any) -> str:
-    return f"{value:.4g}"
+def _number(value: float) -> str:
+    """Four significant digits, or three where they would not fit."""
+    text = f"{value:.4g}"
+    return text if len(text) <= 9 else f"{value:.3g}"
 
 
 def _rate(value: float) -> str:
@@ -151,12 +152,12 @@ _COLUMNS = {
     "kind": _Column("", 4, str),
     "step": _Column("step", 11, str),
     "epoch": _Column("epoch", 6, lambda x: f"{x:.2f}"),
-    "loss": _Column("loss", 9, _significant),
+    "loss": _Column("loss", 9, _number),
     "rewards/accuracies": _Column("accuracy", 8, lambda x: f"{x:.3f}"),
-    "rewards/margins": _Column("margin", 9, _significant),
+    "rewards/margins": _Column("margin", 9, _number),
     "mean_token_accuracy": _Column("accuracy", 8, lambda x: f"{x:.3f}"),
-    "entropy": _Column("entropy", 9, _significant),
-    "grad_norm": _Column("grad norm", 9, _significant),
+    "entropy": _Column("entropy", 9, _number),
+    "grad_norm": _Column("grad norm", 9, _number),
     "learning_rate": _Column("lr", 8, lambda x: f"{x:.3g}"),
     "tokens_per_second": _Column("tokens/s", 9, _rate),
     "peak_memory": _Column("peak GiB", 8, lambda x: f"{x:.2f}"),
@@ -203,8 +204,8 @@ class StepTable(transformers.TrainerCallback):
         return text_row(cells, [-column.width for column in self._columns.values()]).rstrip()
 
     def _closing_line(self, logs: Mapping[str, Any], steps: int, peak: float | None) -> str:
-        parts = [f"trained {steps} steps in {logs['train_runtime']:.1f} s"]
-        parts += [f"mean loss {logs['train_loss']:.4g}"] if "train_loss" in logs else []
+        parts = [f"trained {steps} step{'' if steps == 1 else 's'} in {logs['train_runtime']:.1f} s"]
+        parts += [f"mean loss {_number(logs['train_loss'])}"] if "train_loss" in logs else []
         rate = self._throughput.mean_rate
         parts += [f"{_rate(rate)} tokens/s"] if rate else []
         parts += [f"peak memory {peak:.2f} GiB"] if peak else []

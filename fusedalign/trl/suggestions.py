@@ -41,25 +41,33 @@ def suggest(method: str, arguments: Arguments, changed: Collection[str], trainer
         changed: names of the fields that differ from their defaults.
         trainer: of the run.
     """
-    if getattr(trainer.model.config, "is_encoder_decoder", False):  # the other commands take none
-        return ()
-    folder, columns = arguments.training.output_dir, _columns(arguments)
+    config = trainer.model.config
+    if getattr(config, "is_encoder_decoder", False) or hasattr(config, "vision_config"):
+        return ()  # the other commands are for causal models of text
+    folder, columns = str(Path(arguments.training.output_dir)), _columns(arguments)
     model = ["--model_name_or_path", folder, *_flags(_MODEL_FIELDS, arguments, changed)]
     found = []
     if method == "sft":
         pairs = _pairs(arguments, columns)
         missing = f" (chosen and rejected in {_PAIRS})" if pairs == _PAIRS else ""
-        words = ["dpo", *model, "--dataset_name", pairs, "--output_dir", f"{folder}-dpo"]
+        words = ["dpo", *model, "--dataset_name", pairs, "--output_dir", _sibling(folder, "dpo")]
         found.append(Suggestion(f"train on preferences{missing}", ("fusedalign", *words)))
     if arguments.script.dataset_name and not arguments.mixture.datasets and "input_ids" not in columns:
         data = ["--dataset_name", arguments.script.dataset_name, *_flags(_DATA_FIELDS, arguments, changed)]
         words = ["score", *model, *data, *_split(arguments), "--out", str(Path(folder) / "scores.parquet")]
         found.append(Suggestion("score", ("fusedalign", *words)))
     if is_peft_model(trainer.accelerator.unwrap_model(trainer.model)):
-        found.append(Suggestion("merge", ("fusedalign", "merge", folder, "--out", f"{folder}-merged")))
+        found.append(Suggestion("merge", ("fusedalign", "merge", folder, "--out", _sibling(folder, "merged"))))
     has_template = bool(getattr(trainer.processing_class, "chat_template", None))
     found.append(Suggestion("try", ("python", "-c", _generation(folder, has_template))))
     return tuple(found)
+
+
+def _sibling(folder: str, name: str) -> str:
+    """A folder beside another one: runs/sft-dpo beside runs/sft."""
+    path = Path(folder)
+    path = path if path.name.strip(".") else path.resolve()
+    return str(path.with_name(f"{path.name}-{name}"))
 
 
 def _columns(arguments: Arguments) -> frozenset[str]:

@@ -32,8 +32,13 @@ def check_trackers(names: Sequence[str]) -> None:
             hint = f"; did you mean {match[0]}?" if match else ""
             raise ValueError(f"report_to must be among {', '.join(known)}, got {name!r}{hint}")
         modules = _MODULES.get(name, ())
-        if modules and not any(importlib.util.find_spec(module) for module in modules):
+        if modules and not any(map(_is_installed, modules)):
             raise ValueError(
                 f"report_to={name} needs a package that is not installed: pip install {modules[0]}, or leave it out "
                 "(metrics.jsonl has every metric)"
             )
+
+
+def _is_installed(module: str) -> bool:
+    spec = importlib.util.find_spec(module)
+    return spec is not None and spec.origin is not None  # else a folder of that name, which wandb leaves behind
