@@ -5,10 +5,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
-
-import trl
 
 from fusedalign.check.weightless import Sample
 from fusedalign.methods import METHODS
@@ -66,7 +64,7 @@ def read_rows(sample: Sample) -> list[Row]:
     """The rows of a sample, in the order of the data set unless the trainer shuffles it."""
     trainer = sample.trainer
     collate = inner_collator(trainer)
-    if isinstance(trainer, trl.SFTTrainer):
+    if sample.method == "sft":
         return [Row(_sequences(collate, row), _sequences(collate, kept)) for row, kept in _text_rows(sample)]
     if hasattr(trainer, "tokenize_row"):  # CPO and ORPO
         return [Row(_sequences(collate, row), _sequences(collate, kept)) for row, kept in _tokenised_pairs(sample)]
@@ -127,8 +125,7 @@ def _text_rows(sample: Sample) -> list[tuple[Any, Any]]:
         kept = row
         if limit is not None and len(row["input_ids"]) > limit:
             one = OneRow([{name: row[name] for name in ("input_ids", "labels")}])
-            cut = trl.SFTTrainer._prepare_dataset(trainer, one, trainer.processing_class, args, False, None, "train")
-            kept = next(iter(cut), None)
+            kept = next(iter(_prepare(sample)(one, trainer.processing_class, args, False, None, "train")), None)
         pairs.append((row, kept))
     return pairs
 
@@ -139,8 +136,12 @@ def _prepared_whole(sample: Sample, *rest: Any) -> Any:
     args.max_length = None
     if hasattr(args, "shuffle_dataset"):
         args.shuffle_dataset = False
-    prepare = functools.partial(trl_class(METHODS[sample.method].trainer)._prepare_dataset, trainer)
-    return prepared(prepare, sample.dataset, trainer.processing_class, args, *rest)
+    return prepared(_prepare(sample), sample.dataset, trainer.processing_class, args, *rest)
+
+
+def _prepare(sample: Sample) -> Callable[..., Any]:
+    """The function of TRL's trainer that tokenises a data set, without this package's checks."""
+    return functools.partial(trl_class(METHODS[sample.method].trainer)._prepare_dataset, sample.trainer)
 
 
 def _tokenised_pairs(sample: Sample) -> list[tuple[Any, Any]]:
