@@ -17,7 +17,7 @@ from fusedalign.check.rows import read_rows
 from fusedalign.check.text import Check, render
 from fusedalign.check.tokens import Style
 from fusedalign.check.weightless import sampled_training
-from fusedalign.commandline import WIDTH, suggestion
+from fusedalign.commandline import WIDTH
 from fusedalign.methods import METHODS
 from fusedalign.recipes import config_path
 from fusedalign.reports import silence_bars
@@ -55,11 +55,6 @@ def find_method(config: str) -> str:
         FileNotFoundError: no such file.
     """
     path = Path(config_path(config))
-    if not path.exists() and path.suffix not in (".yaml", ".yml"):
-        raise ValueError(
-            f"check must be followed by one of {', '.join(METHODS)}, a YAML file or a recipe's name, "
-            f"got {config!r}{suggestion(config, METHODS)}"
-        )
     content = read_config(str(path))
     named = set(re.split(r"[^a-z]+", path.stem.lower())) & METHODS.keys()
     if len(named) == 1:

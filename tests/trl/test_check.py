@@ -288,7 +288,7 @@ def test_a_configuration_that_does_not_tell_its_method_is_an_error_that_says_wha
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump({"dataset_name": str(tmp_path / "data.jsonl"), "beta": 0.1}))
     with pytest.raises(ValueError, match=r"fusedalign check METHOD --config .*mine.yaml, where METHOD may be dpo, kto"):
         find_method(str(tmp_path / "mine.yaml"))
-    with pytest.raises(ValueError, match=r"did you mean dpo"):
+    with pytest.raises(FileNotFoundError, match=r"did you mean dpo"):
         find_method("dppo")
 
 
