@@ -1,5 +1,6 @@
 """Wrong arguments end with one line that says what was expected, and exit code 2."""
 
+import functools
 import json
 import re
 
@@ -169,12 +170,10 @@ def test_bf16_is_off_where_no_accelerator_has_it(monkeypatch, capsys, method):
 
 
 def test_long_messages_are_truncated(monkeypatch, capsys):
-    from fusedalign import cli
-
     def fail(argv):
         raise ValueError("expected this,\n\n  got " + "that and " * 200)
 
-    monkeypatch.setitem(cli.COMMANDS, "env", cli.Command(fail, ""))
+    monkeypatch.setattr("fusedalign.environment.env_command", fail)
     error = error_of(capsys, ["env"])
     assert error.startswith("expected this, got that and that")
     assert error.endswith("that and ...")
@@ -182,8 +181,6 @@ def test_long_messages_are_truncated(monkeypatch, capsys):
 
 
 def test_empty_messages_and_missing_packages_are_explained(monkeypatch, capsys):
-    from fusedalign import cli
-
     def fail(argv, error):
         raise error
 
@@ -192,7 +189,7 @@ def test_empty_messages_and_missing_packages_are_explained(monkeypatch, capsys):
         (ModuleNotFoundError("No module named 'trl'", name="trl"), "this command needs: pip install 'fusedalign[trl]'"),
         (ModuleNotFoundError("No module named 'wandb'", name="wandb"), "ModuleNotFoundError: No module named 'wandb'"),
     ):
-        monkeypatch.setitem(cli.COMMANDS, "env", cli.Command(lambda argv, error=raised: fail(argv, error), ""))
+        monkeypatch.setattr("fusedalign.environment.env_command", functools.partial(fail, error=raised))
         error = error_of(capsys, ["env"])
         assert message in error
         assert ("pip install" in error) == ("'trl'" in error)
