@@ -247,7 +247,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "demo": Command(
         "fusedalign.cli:_demo",
-        "SFT, then DPO with stock TRL and with fusedalign: a table and a picture in runs/demo",
+        "SFT, then DPO by stock TRL and by fusedalign: a table and a picture",
     ),
     "recipes": Command(
         "fusedalign.recipes:recipes_command", "configurations to start from: lists them, or prints one", "dpo > my.yaml"
