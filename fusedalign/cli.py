@@ -92,6 +92,8 @@ def _find(words: list[str]) -> tuple[str, Command, list[str]]:
 
 def _check_flags(name: str, command: Command, arguments: list[str]) -> None:
     """Raise ValueError for a flag that the command does not have, before it imports torch."""
+    if name == "check" and arguments and arguments[0] in METHODS:
+        name, *arguments = arguments
     flags = [word.partition("=")[0] for word in arguments if word.startswith("--") and word != "--"]
     if not flags or (name == "score" and "--ref_cache" in flags):  # that is checked with the flags of a training
         return
@@ -159,6 +161,17 @@ def _one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {text}" if text else f"{type(error).__name__}, without a message"
 
 
+def _train(method: str, argv: list[str]) -> None:
+    from fusedalign.trl.command import training_command
+
+    def preview() -> None:
+        from fusedalign.check.training import check_training
+
+        check_training(method, argv)
+
+    training_command(method, argv, preview)
+
+
 def _score(argv: list[str]) -> int:
     if {*_HELP, "--help_all"} & set(argv):
         from fusedalign.trl.help import score_help
@@ -199,13 +212,18 @@ def _completion(argv: list[str]) -> None:
 COMMANDS: dict[str, Command] = {
     **{
         name: Command(
-            "fusedalign.trl.command:training_command",
+            "fusedalign.cli:_train",
             re.split("[,:]", method.about)[0],
             f"--config {name} {method.example}".rstrip(),
             words=(name,),
         )
         for name, method in METHODS.items()
     },
+    "check": Command(
+        "fusedalign.check.command:check_command",
+        "what a training would do: rows, lengths, memory, decisions",
+        "dpo --config dpo",
+    ),
     "merge": Command(
         "fusedalign.trl.adapters:merge_command",
         "an adapter's folder and its base model into one model",
@@ -229,7 +247,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "demo": Command(
         "fusedalign.cli:_demo",
-        "SFT, then DPO with stock TRL and with fusedalign: a table and a picture in runs/demo",
+        "SFT, then DPO by stock TRL and by fusedalign: a table and a picture",
     ),
     "recipes": Command(
         "fusedalign.recipes:recipes_command", "configurations to start from: lists them, or prints one", "dpo > my.yaml"

@@ -12,6 +12,8 @@ def command_flags(name: str, command: Command) -> set[str]:
     """All flags of a command, as its parser would list them. ModuleNotFoundError: it needs TRL, which is missing."""
     if name in METHODS:
         return training_fields(name).flags | launcher_flags() | {"--config", "--help", "--help_all"}
+    if name == "check":
+        return set().union(*(command_flags(method, command) for method in METHODS))
     if name == "score":
         return score_fields().flags | launcher_flags() | {"--config", "--help", "--ref_cache", "--method"}
     module = command.target.partition(":")[0]
@@ -22,4 +24,4 @@ def flags_owner(name: str) -> str:
     """What the flags of a command are, for errors."""
     if name in METHODS:
         return f"fields of TRL's {METHODS[name].config}"
-    return f"fields of fusedalign {name}" if name == "score" else f"flags of fusedalign {name}"
+    return f"fields of fusedalign {name}" if name in ("check", "score") else f"flags of fusedalign {name}"

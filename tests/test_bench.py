@@ -289,7 +289,9 @@ def test_the_command_writes_what_it_prints(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     out = tmp_path / "a" / "b"
     argv = ["bench", "sft", "frozen", "--cases", "N=16,D=8,V=300", "--cases", "N=8,D=8,V=99,softcap=4"]
-    assert main([*argv, "--impls", "pytorch,eager,liger-fused", "--out", str(out)]) == 0, capsys.readouterr().err
+    assert main([*argv, "--impls", "pytorch,eager,liger-fused", "--wide", "--out", str(out)]) == 0, (
+        capsys.readouterr().err
+    )
     printed = capsys.readouterr().out
     assert (out / "bench.md").read_text().strip() == printed.strip()
     assert (out / "bench.png").read_bytes().startswith(b"\x89PNG")
@@ -328,7 +330,7 @@ def test_covered_time_merges_overlaps():
 
 def test_microbatches_prints_what_the_forwards_hold(tmp_path, capsys):
     """Saved tensors count once per micro-batch, unless keep_head=False saves nothing."""
-    argv = ["bench", "microbatches", "--count", "4", "--out", str(tmp_path / "new")]
+    argv = ["bench", "microbatches", "--count", "4", "--wide", "--out", str(tmp_path / "new")]
     names = ["full logits", "chunked loss on the logits", "cce", "pytorch"]
     assert main([*argv, "--rows", ";".join(names)]) == 0, capsys.readouterr().err
     printed = capsys.readouterr().out

@@ -30,8 +30,8 @@ def header(report: Report) -> str:
 
 {report.dtype}, medians. U: the time of 2*N*D*V FLOPs at the rate of a large matrix product measured
 before the rows. MiB: the peak beyond the inputs; "over grads": that of fwd+bwd less the returned
-gradients. Errors: relative (Frobenius norms), against an fp32 reference, fp64 for fp32 inputs. A row
-with an error over its budget gets no speed-up."""
+gradients. Errors: relative (Frobenius norms), against an fp32 reference, fp64 for fp32 inputs. A
+row with an error over its budget gets no speed-up."""
 
 
 def section(case: CaseReport, report: Report) -> str:

@@ -92,6 +92,7 @@ class FusedArguments(HeadArguments):
     overwrite_output_dir: bool = argument(
         False, "Start anew where output_dir holds a run: its checkpoints, metrics and model are removed."
     )
+    dry_run: bool = argument(False, "Only show what would be trained and on what, without weights; see `check`.")
 
     @property
     def trainer_options(self) -> dict[str, Any]:

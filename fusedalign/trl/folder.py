@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from fusedalign.trl.lock import Lock, locked
 
-METRICS, PLOT = "metrics.jsonl", "metrics.png"
+METRICS, PLOT, RECORD = "metrics.jsonl", "metrics.png", "run.json"
 _STATE = "trainer_state.json"
 #: Files of a model or an adapter, with the weights in one file or several.
 _MODEL = re.compile(
@@ -83,7 +83,7 @@ class RunFolder:
     def __init__(self, path: Path, checkpoint: Checkpoint | None = None, lock: Lock | None = None) -> None:
         self.path, self.checkpoint, self.lock = path, checkpoint, lock
         self.begun = False
-        self.metrics, self.plot = path / METRICS, path / PLOT
+        self.metrics, self.plot, self.record = path / METRICS, path / PLOT, path / RECORD
 
     @property
     def continues(self) -> bool:
