@@ -71,5 +71,5 @@ format: $(STAMP)  ## let ruff rewrite what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-clean:  ## remove .venv, runs/ and caches
-	rm -rf $(VENV) $(OLDEST) runs .pytest_cache .ruff_cache .mypy_cache .hypothesis build dist
+clean:  ## remove the environments, runs/ and caches
+	rm -rf $(VENV) $(OLDEST) $(DEEPSPEED) runs .pytest_cache .ruff_cache .mypy_cache .hypothesis build dist

@@ -18,7 +18,7 @@ import fusedalign
 from fusedalign.impls import explain
 from fusedalign.impls.survey import auto_choices, coverage
 from fusedalign.methods import METHODS
-from fusedalign.reports import MISSING, package_version, text_table, warn
+from fusedalign.reports import MISSING, package_version, print_error, text_table, warn
 
 _PACKAGES = ("triton", "transformers", "trl", "datasets", "accelerate", "peft", "liger-kernel", "cut-cross-entropy")
 _EXTRA = ("trl", "transformers", "datasets", "accelerate", "peft", "matplotlib", "yaml")
@@ -79,7 +79,7 @@ def _run(words: list[str]) -> int:
         if debug:
             traceback.print_exc()
         hint = "" if debug else " (--debug shows the traceback)"
-        print(f"fusedalign: error: {_one_line(error)}{hint}", file=sys.stderr)
+        print_error(f"fusedalign: error: {_one_line(error)}{hint}")
         return 2
 
 

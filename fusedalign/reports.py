@@ -9,7 +9,9 @@ import math
 import os
 import sys
 import tempfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -136,3 +138,38 @@ def package_version(name: str) -> str | None:
 def warn(text: str) -> None:
     """Print a warning as one line on stderr."""
     print(f"fusedalign: warning: {text}", file=sys.stderr, flush=True)
+
+
+#: How long a process waits for the first one of its machine to print the error that both have.
+_PATIENCE = timedelta(seconds=5)
+
+
+def print_error(text: str) -> None:
+    """Print an error as one line on stderr; one that the processes of a launch share is printed once on a machine.
+
+    The first process prints at once. Others wait for a moment whether it has the same error; if it has not, the error
+    is theirs alone, and is printed with the rank.
+    """
+    is_first, store = os.environ.get("LOCAL_RANK", "0") == "0", _launch_store()
+    launch = [os.environ.get(name, "0") for name in ("TORCHELASTIC_RESTART_COUNT", "GROUP_RANK")]
+    key = "/".join(["fusedalign", *launch, str(zlib.crc32(text.encode()))])
+    if store is not None and not is_first:
+        with contextlib.suppress(Exception):  # the first process has no such error, or the launcher has ended
+            store.wait([key], _PATIENCE)
+            return
+    print(text if is_first else f"[rank {os.environ.get('RANK')}] {text}", file=sys.stderr, flush=True)
+    if store is not None and is_first:
+        with contextlib.suppress(Exception):
+            store.set(key, "")
+
+
+def _launch_store() -> Any:
+    """The key-value store of torchrun, which `accelerate launch` starts too; None with one process, or without it."""
+    if os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    import torch.distributed as dist
+
+    try:
+        return dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout=_PATIENCE)
+    except Exception:  # the launcher has ended: the error must be seen all the same
+        return None

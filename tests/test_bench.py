@@ -138,6 +138,19 @@ def test_the_median_is_of_at_least_5_runs_after_2_warmups():
     assert len(calls) == 2 + 20
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_l2_is_flushed_before_each_measured_call_and_not_counted_as_its_memory():
+    calls = []
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        median_ms(lambda: calls.append(0), "cuda")
+    flushes = [event for event in profiler.events() if event.name == "aten::zero_"]
+    assert len(flushes) == len(calls) - 2 > 0
+    allocated = torch.cuda.memory_allocated()
+    assert peak_bytes(lambda: torch.ones(2**18, device="cuda"), "cuda") == 2**20
+    assert torch.cuda.memory_allocated() == allocated
+
+
 # Rows
 
 

@@ -160,9 +160,9 @@ def test_dpo_trains_a_new_model_folder_on_a_new_file(tmp_path, llama, capsys, ki
         Dataset.from_list(pairs()).to_parquet(file)
     argv = ["dpo", "--config", "recipes/dpo.yaml", *flags(tmp_path, llama, dataset_name=file, logging_steps=1)]
     assert main(argv) == 0, capsys.readouterr().err
-    last = capsys.readouterr().out.strip().splitlines()[-1]
-    out = tmp_path / "out"
-    assert last == f"model: {out}  metrics: {out / 'metrics.jsonl'}  plot: {out / 'metrics.png'}"
+    printed, out = capsys.readouterr().out.splitlines(), tmp_path / "out"
+    files = f"model: {out}  metrics: {out / 'metrics.jsonl'}  plot: {out / 'metrics.png'}"
+    assert f"{files}  record: {out / 'run.json'}  card: {out / 'README.md'}" in printed
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "loss" in row] == [1, 2]
     assert "rewards/margins" in rows[0]

@@ -32,6 +32,7 @@ ROOMS = [
     "packing",
     "embedded",
     "reports",
+    "provenance",
     "trl",
     "score",
     "plan",

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterable
-from typing import Any
+from itertools import accumulate
+from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -17,16 +20,22 @@ Call = Callable[[], object]
 
 _REPEATS = 5, 20  # at least, at most
 _SECONDS = 0.4  # target duration of a measurement
+_FLUSH_BYTES = 2**28  # larger than any GPU's L2 cache, as in triton.testing.do_bench
 
 
 def median_ms(call: Call, device: str) -> float:
-    """The median time of a call after two warm-up calls, by CUDA events on a GPU, else by the wall clock."""
+    """The median time of a call after two warm-up calls, by CUDA events on a GPU, else by the wall clock.
+
+    On a GPU the L2 cache is overwritten before each measured call, so that it holds none of the inputs.
+    """
     _wall(call, device)
     repeats = max(_REPEATS[0], min(_REPEATS[1], int(_SECONDS / _wall(call, device))))
     if device != "cuda":
         return statistics.median(_wall(call, device) for _ in range(repeats)) * 1e3
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
+    flush = torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device=device)
     for start, end in events:
+        flush.zero_()
         start.record()
         call()
         end.record()
@@ -59,13 +68,17 @@ def peak_bytes(call: Call, device: str) -> int:
         return torch.cuda.max_memory_allocated() - allocated
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         call()
-    kineto: Any = profiler.profiler
-    events = [e for e in kineto.kineto_results.events() if e.name() == "[memory]"]
-    current = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        current += event.nbytes()  # negative for a free
-        peak = max(peak, current)
-    return peak
+    return max(0, *accumulate(_allocations(profiler)))
+
+
+def _allocations(profiler: profile) -> list[int]:
+    """Bytes of each allocation in order of time, negative for a free; from the exported trace of a CPU."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(path))
+        events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
+    memory = [event for event in events if event.get("name") == "[memory]"]
+    return [event["args"]["Bytes"] for event in sorted(memory, key=lambda event: event["ts"])]
 
 
 def product_rate(device: str) -> float:

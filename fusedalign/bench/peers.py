@@ -96,7 +96,7 @@ def _eager_logps(d: Data) -> Tensor:
 
 
 def _compile() -> Functions:
-    torch._dynamo.reset()  # shapes of earlier tables would count against the recompilation limit
+    torch.compiler.reset()  # shapes of earlier tables would count against the recompilation limit
     return Functions(torch.compile(_eager_logps, dynamic=False), torch.compile(_eager_nll, dynamic=False))
 
 

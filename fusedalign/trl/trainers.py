@@ -52,8 +52,11 @@ from fusedalign.trl.refusals import (
     is_sharded,
     refuse_adapters,
     refuse_arguments,
+    refuse_data_in_memory,
     refuse_experts,
+    refuse_head_unit,
     refuse_numbers,
+    refuse_uneven_batches,
 )
 
 __all__ = ["FusedDPOTrainer", "FusedKTOTrainer", "FusedSFTTrainer"]
@@ -92,6 +95,9 @@ class Fused:
             )
         refuse_adapters(self)
         refuse_experts(self, EXPERTS, "set its router_aux_loss_coef to 0")
+        refuse_head_unit(self)
+        if self._groups() > 1:
+            refuse_uneven_batches(self)
         self._add_late_head()
         self._settle()
 
@@ -252,6 +258,7 @@ class FusedWithReference(KeyedReference, Fused):
             trainer: Any = self
             collator = trainer.data_collator
             return with_reference(dataset, self._ref_cache, getattr(collator, "collator", collator), name)
+        refuse_data_in_memory(dataset, self)
         self._settle()  # TRL precomputes while the trainer is built
         return super()._precompute_ref_logps(dataset, name, *args, **kwargs)
 
