@@ -36,6 +36,7 @@ ROOMS = [
     "trl",
     "score",
     "plan",
+    "support",
     "bench",
     "harness",
     "demo",
