@@ -9,11 +9,14 @@ import math
 import os
 import sys
 import tempfile
+import textwrap
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+
+from fusedalign.commandline import WIDTH, fit
 
 NO_MATPLOTLIB = "the plot was left out: it needs matplotlib (pip install matplotlib)"
 #: Stands for the version of a package.
@@ -42,6 +45,30 @@ def text_table(rows: Sequence[Sequence[str]]) -> list[str]:
     """Lines of a table without rules, its columns two spaces apart."""
     widths = _column_widths(rows)
     return [text_row(row, widths).rstrip() for row in rows]
+
+
+def selected(rows: Sequence[Sequence[str]], titles: Iterable[str]) -> list[list[str]]:
+    """The columns of a table with these titles, in the order of the titles; the first row holds all titles."""
+    indices = [list(rows[0]).index(title) for title in titles]
+    return [[row[i] for i in indices] for row in rows]
+
+
+def bullets(lines: Iterable[str]) -> list[str]:
+    """A Markdown list, wrapped at `WIDTH`."""
+    return [fit(f"* {line}") for line in lines]
+
+
+def wrapped_table(rows: Iterable[tuple[str, str]], indent: int = 0) -> list[str]:
+    """Lines of a table of two columns, of which the second is wrapped; no line is longer than `WIDTH`."""
+    rows = list(rows)
+    width = max((len(name) for name, _ in rows), default=0)
+    lines = []
+    for name, text in rows:
+        first = f"{'':{indent}}{name:<{width}}  "
+        lines += textwrap.wrap(text, WIDTH, initial_indent=first, subsequent_indent=" " * len(first)) or [
+            first.rstrip()
+        ]
+    return lines
 
 
 def text_row(cells: Iterable[str], widths: Sequence[int], gap: str = "  ") -> str:

@@ -149,6 +149,8 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 
 def _enable(model: Any, reason: str | None, lay_out: Callable[[_Rows], Layout], training: bool) -> Proof:
+    if reason is None and any(parameter.is_meta for parameter in model.parameters()):
+        reason = f"{type(model).__name__} has weights that are not in memory"
     if reason is not None:
         raise LayoutError(reason)
     original = None if installed(model) else install(model)
@@ -188,8 +190,6 @@ def _structure(model: Any) -> str | None:
         return f"{name} has position biases in its attention (ALiBi)"
     if not getattr(model, "_can_set_attn_implementation", lambda: False)():
         return f"{name} has attention of its own, which takes no other function"
-    if any(parameter.is_meta for parameter in model.parameters()):
-        return f"{name} has weights that are not in memory"
     return None
 
 

@@ -41,7 +41,7 @@ def describe(
         "versions": versions(),
         "commits": {"fusedalign": package_commit(), "working_directory": commit(Path.cwd())},
         "machine": _machine(trainer),
-        "decisions": {**_decisions(trainer), "reference": _reference(method, arguments, trainer)},
+        "decisions": {**decisions(trainer), "reference": reference_source(method, arguments, trainer)},
         "data": {"train_rows": _length(trainer.train_dataset), "eval_rows": _length(trainer.eval_dataset)},
         "changed": {name: resolved.get(name) for name in changed},
         "configuration": groups,
@@ -81,7 +81,8 @@ def _machine(trainer: Any) -> dict[str, Any]:
     }
 
 
-def _decisions(trainer: Any) -> dict[str, Any]:
+def decisions(trainer: Any) -> dict[str, Any]:
+    """What was decided while a trainer was built, as plain data."""
     policy = unwrapped(trainer, trainer.model)
     parameters = list(trainer.model.parameters())
     return {
@@ -114,7 +115,7 @@ def _impl(trainer: Any, policy: Any) -> dict[str, str | None]:
     return {"option": options.impl, "serving": serving}
 
 
-def _reference(method: str, arguments: Arguments, trainer: Any) -> str | None:
+def reference_source(method: str, arguments: Arguments, trainer: Any) -> str | None:
     """Where reference log-probabilities come from; None for a method without a reference."""
     if method not in WITH_REFERENCE:
         return None

@@ -183,7 +183,7 @@ def base_of(model: Any) -> Any:
 
 
 def is_sharded(trainer: Any) -> bool:
-    """Whether FSDP, ZeRO-3 or tensor parallelism keeps a shard of the weights on each rank."""
+    """Whether the weights are not whole on this rank: FSDP, ZeRO-3, tensor parallelism, or none were loaded."""
     plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
     is_zero3 = trainer.is_deepspeed_enabled and plugin is not None and plugin.zero_stage == 3
-    return trainer.is_fsdp_enabled or is_zero3 or any(map(is_dtensor, trainer.model.parameters()))
+    return trainer.is_fsdp_enabled or is_zero3 or any(is_dtensor(p) or p.is_meta for p in trainer.model.parameters())

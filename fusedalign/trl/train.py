@@ -43,6 +43,7 @@ from fusedalign.trl.run_file import RunFile, read_previous
 from fusedalign.trl.steps import show_steps, shows_bars
 from fusedalign.trl.suggestions import suggest
 from fusedalign.trl.trackers import check_trackers
+from fusedalign.trl.trainers import Fused
 
 
 def build(method: str, arguments: Arguments, *, fused: bool = True) -> Any:
@@ -52,10 +53,17 @@ def build(method: str, arguments: Arguments, *, fused: bool = True) -> Any:
         ValueError: no model or data named, a data set without the split or columns, a model without an LM head.
         FileNotFoundError: a folder without a model.
     """
-    script, training, model, *_ = arguments
     if fused and arguments.fused.ref_logps is not None:
         read_cache(arguments.fused.ref_logps)  # fails before data and model are loaded
-    train_dataset, eval_dataset = load_data(method, arguments)
+    name = METHODS[method].trainer
+    cls = getattr(fusedalign.trl, f"Fused{name}") if fused else keyed(trl_class(name))
+    return assemble(method, arguments, cls, *load_data(method, arguments))
+
+
+def assemble(method: str, arguments: Arguments, cls: Any, train_dataset: Any, eval_dataset: Any) -> Any:
+    """The trainer of the class `cls` on the model that `arguments` name and on data of `load_data`; see `build`."""
+    script, training, model, *_ = arguments
+    fused = issubclass(cls, Fused)
     _check_evaluated(script, training, eval_dataset)
     path, adapter, training.model_init_kwargs, processing_class = find_model(method, arguments)
     options: dict[str, Any] = {"quantization_config": trl.get_quantization_config(model)}
@@ -70,8 +78,6 @@ def build(method: str, arguments: Arguments, *, fused: bool = True) -> Any:
     if adapter is not None:
         instance = load_adapter(adapter, {**training.model_init_kwargs, **options})
         training.model_init_kwargs, options = None, {}
-    name = METHODS[method].trainer
-    cls = getattr(fusedalign.trl, f"Fused{name}") if fused else keyed(trl_class(name))
     try:
         trainer = cls(
             model=instance,

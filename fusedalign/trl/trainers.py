@@ -69,6 +69,8 @@ class Fused:
     _trl_has_head = True
     #: Whether padded rows may run without their mask.
     _may_unmask = True
+    #: Of the heads when they are used; None: their device when they are added.
+    _head_device: Any = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.head_options = HeadOptions.of(kwargs)
@@ -185,6 +187,7 @@ class Fused:
             loss_hint=loss_hint(type(self), getattr(self, "args", None)),
             mixed=self._mixed,
             layouts=self.layouts,
+            device=self._head_device,
         )
         self._heads.append((model, outputs))
 
