@@ -143,8 +143,11 @@ def test_a_recipe_for_several_gpus_starts_a_process_for_each(name, monkeypatch, 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SEVERAL)
 def test_a_recipe_for_several_gpus_trains_on_two_ranks(name, tmp_path):
+    gpus = torch.accelerator.device_count()
     if name.endswith("zero3"):
         pytest.importorskip("deepspeed")
+    if gpus < 2 and (gpus or name.endswith("zero3")):  # ZeRO compiles operators for the CPU
+        pytest.skip("needs two GPUs")
     command = [sys.executable, "-m", "fusedalign", method_of(name), "--config", name, "--max_steps", "2"]
     flags = ["--output_dir", str(tmp_path / "run"), "--main_process_port", "0"]
     ended = guarded.run([*command, *flags], limit=240)
