@@ -1,8 +1,9 @@
-# `make demo` and `make test` need nothing but git, make and Python 3.10 to 3.12: each builds .venv first if it is not there.
+# `make demo` and `make test` need nothing but git, make and Python 3.10 to 3.13: each builds .venv first if it is not there.
 PYTHON ?= python3
 VENV   ?= .venv
 BIN     = $(VENV)/bin
 STAMP   = $(VENV)/.installed
+LIGER   = $(VENV)/.liger
 PIP     = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 HARNESS = lm_eval sacrebleu portalocker tabulate colorama lxml requests charset-normalizer certifi urllib3
@@ -10,7 +11,7 @@ HARNESS = lm_eval sacrebleu portalocker tabulate colorama lxml requests charset-
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help install demo test test-all test-oldest test-deepspeed lint format clean
+.PHONY: help install demo test test-all test-oldest test-newest test-deepspeed models dist lint format clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -18,12 +19,16 @@ help:  ## this list
 install: $(STAMP)  ## .venv with the tested versions
 
 $(STAMP): pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if (3, 10) <= v[:2] <= (3, 12) else \
-		"fusedalign is tested on Python 3.10 to 3.12, $(PYTHON) is %d.%d: choose one with make PYTHON=python3.12" % v[:2])'
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if (3, 10) <= v[:2] <= (3, 13) else \
+		"fusedalign is tested on Python 3.10 to 3.13, $(PYTHON) is %d.%d: choose one with make PYTHON=python3.12" % v[:2])'
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) -c constraints.txt -e '.[trl,dev]'
 	@# TRL asks for Python 3.11, but what is used of it here runs on 3.10: the tests of that version are the proof.
-	$(BIN)/python -c 'import trl' 2>/dev/null || $(PIP) --no-deps --ignore-requires-python -c constraints.txt trl
+	if $(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then \
+		$(PIP) -c constraints.txt -e '.[trl,dev]'; \
+	else \
+		$(PIP) -c constraints.txt -e '.[transformers,bench,dev]' && \
+		$(PIP) --no-deps --ignore-requires-python -c constraints.txt trl; \
+	fi
 	@# Of the harness' packages the tests need these alone; all of them take minutes.
 	$(PIP) --no-deps -c constraints.txt $(HARNESS)
 	@touch $@
@@ -36,8 +41,16 @@ PYTEST = $(BIN)/python -m pytest -q -n logical --maxprocesses 8
 test: $(STAMP)  ## what CI runs
 	$(PYTEST) -m 'not slow'
 
-test-all: $(STAMP)  ## the slow tests too
+test-all: $(LIGER)  ## the slow tests too, with Liger Kernel for docs/models.md
 	$(PYTEST)
+
+models: $(LIGER)  ## docs/models.md: what works with each family of models
+	$(BIN)/python tests/packing/models_page.py > $(VENV)/models.md
+	mv $(VENV)/models.md docs/models.md
+
+$(LIGER): $(STAMP)
+	$(PIP) --no-deps -c constraints.txt liger-kernel
+	@touch $@
 
 OLDEST = .venv-oldest
 test-oldest: $(OLDEST)/.installed  ## the TRL suite against the oldest TRL that is supported, in a .venv-oldest of its own
@@ -48,6 +61,18 @@ $(OLDEST)/.installed: pyproject.toml constraints.txt
 	grep -v '^trl==' constraints.txt > $(OLDEST)/constraints.txt
 	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -c $(OLDEST)/constraints.txt \
 		-e '.[trl,dev]' 'trl==1.15.0'
+	@touch $@
+
+NEWEST = .venv-newest
+NEWEST_VERSIONS = torch==2.14.1 transformers==5.24.0
+test-newest: $(NEWEST)/.installed  ## the same against newer versions than those of constraints.txt, in a .venv-newest
+	$(NEWEST)/bin/python -m pytest -q -m 'not slow' tests/trl tests/losses/test_trl_parity.py
+
+$(NEWEST)/.installed: pyproject.toml constraints.txt Makefile
+	$(PYTHON) -m venv $(NEWEST)
+	grep -v -E '^(torch|transformers)==' constraints.txt > $(NEWEST)/constraints.txt
+	$(NEWEST)/bin/python -m pip install --quiet --disable-pip-version-check -c $(NEWEST)/constraints.txt \
+		-e '.[trl,dev]' $(NEWEST_VERSIONS)
 	@touch $@
 
 DEEPSPEED = .venv-deepspeed
@@ -71,5 +96,10 @@ format: $(STAMP)  ## let ruff rewrite what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-clean:  ## remove .venv, runs/ and caches
-	rm -rf $(VENV) $(OLDEST) runs .pytest_cache .ruff_cache .mypy_cache .hypothesis build dist
+dist: $(STAMP)  ## the wheel and the source distribution in dist/, checked for the package index
+	$(PIP) -c constraints.txt build twine
+	$(BIN)/python -m build --outdir dist .
+	$(BIN)/twine check --strict dist/*
+
+clean:  ## remove the environments, runs/ and caches
+	rm -rf $(VENV) $(OLDEST) $(NEWEST) $(DEEPSPEED) runs .pytest_cache .ruff_cache .mypy_cache .hypothesis build dist

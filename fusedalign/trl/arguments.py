@@ -9,7 +9,7 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, NoReturn
 
@@ -201,15 +201,19 @@ def read_words(parser: Parser, argv: Sequence[str]) -> Words:
     fields: list[str] = []
     launch: list[str] = []
     defaults: dict[str, Any] = {}
-    for name, value in content.items():
+    for key, value in content.items():
+        name = _current_name(key, actions)
+        if name in defaults:
+            raise ValueError(f"{name} in {file} must be given once, got it under its older name too")
         if name in actions:
-            defaults[name] = file_value(parser, actions[name], value, f"{name} in {file}")
+            defaults[name] = file_value(parser, actions[name], value, f"{key} in {file}")
         elif f"--{name}" in launch_flags:
             launch += [f"--{name}"] * (value is not False) + [str(value)] * (not isinstance(value, bool))
         else:
             known = {f"--{dest}" for dest in actions} | launch_flags
             raise ValueError(_unknown(f"--{name}", known, f"{parser.owner} in {file}"))
-    for flag, *values in groups:
+    for word, *values in groups:
+        flag = _current_flag(word, actions)
         name = flag.partition("=")[0]
         if name not in flags | launch_flags:
             raise ValueError(_unknown(name, flags | launch_flags | {"--config"}, parser.owner))
@@ -220,6 +224,32 @@ def read_words(parser: Parser, argv: Sequence[str]) -> Words:
         raise ValueError(_no_pair(unparsed[0]))
     config = [] if file is None else ["--config", file]
     return Words([*config, *fields], namespace, {name: str(value) for name, value in env.items()}, launch)
+
+
+#: Fields that transformers 5.23 renamed: old name -> new name.
+_RENAMED = {
+    "gradient_checkpointing": "activation_checkpointing",
+    "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
+}
+
+
+def _current_name(name: str, actions: Container[str]) -> str:
+    """The name that this version of transformers prefers for a field, so that flags and file speak of one field."""
+    for old, new in _RENAMED.items():
+        if name in (old, new):
+            return new if new in actions else old
+    return name
+
+
+def _current_flag(flag: str, actions: Container[str]) -> str:
+    """A flag under the current name of its field; `--no_FIELD` of a renamed one becomes `--FIELD=false`."""
+    word, equals, value = flag.partition("=")
+    name = word[2:].replace("-", "_")
+    field = name.removeprefix("no_")
+    current = _current_name(field, actions)
+    if current == field:
+        return flag
+    return f"--{current}{equals}{value}" if name == field else f"--{current}=false"
 
 
 def _split_config(argv: Sequence[str]) -> tuple[str | None, list[list[str]]]:

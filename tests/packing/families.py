@@ -96,6 +96,76 @@ REFUSED = {
     "gpt2": ("gpt2", GPT2, "GPT2Attention has dropout in its attention: set it to 0"),
 }
 
+ROUTED = {**EXPERTS, "num_local_experts": 4, "n_routed_experts": 4}
+NO_DROPOUT = {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}
+DELTA = {
+    **{"linear_num_value_heads": 2, "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8},
+    "layer_types": ["linear_attention", "full_attention"],
+}
+#: The families of docs/models.md: architecture -> options. Scales and softcaps that are neutral by default are set.
+FAMILIES = {
+    **{architecture: options for architecture, options, _ in REFUSED.values()},
+    **dict(PACKABLE.values()),
+    "apertus": {},
+    "arcee": {},
+    "bamba": {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 4, "attn_layer_indices": [1]},
+    "biogpt": {},
+    "codegen": {**GPT2, "rotary_dim": 4},
+    "cohere": {},
+    "deepseek_v2": LATENT,
+    "diffllama": {},
+    "ernie4_5": {"head_dim": 8},
+    "exaone4": MIXED,
+    "exaone_moe": ROUTED,
+    "gemma": {"head_dim": 8},
+    "gemma4_text": {"head_dim": 8, "hidden_size_per_layer_input": 4, "vocab_size_per_layer_input": 97, **MIXED},
+    "glm": {"head_dim": 8},
+    "glm4": {"head_dim": 8},
+    "glm4_moe": {"head_dim": 8, **ROUTED, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1},
+    "gpt_bigcode": {**GPT2, **NO_DROPOUT},
+    "gptj": {**GPT2, "rotary_dim": 4},
+    "granitemoe": {**ROUTED, "logits_scaling": 3.0},
+    "granitemoehybrid": {
+        **ROUTED,
+        **{"mamba_n_heads": 2, "mamba_d_head": 32, "mamba_d_state": 4, "layer_types": ["mamba", "attention"]},
+        "logits_scaling": 3.0,
+    },
+    "helium": {"head_dim": 8},
+    "hunyuan_v1_dense": {"head_dim": 8},
+    "hyperclovax": {"logits_scaling": 2.5},
+    "jamba": {**ROUTED, "mamba_d_state": 4},
+    "jetmoe": {**ROUTED, "kv_channels": 8},
+    "kimi_linear": {},
+    "lfm2_moe": {**ROUTED, "layer_types": ["conv", "full_attention"]},
+    "mamba2": {"num_heads": 8, "head_dim": 8, "state_size": 4, "n_groups": 1},
+    "minicpm3": {**LATENT, "dim_model_base": 8},
+    "minimax": {**ROUTED, "head_dim": 8},
+    "ministral": {"head_dim": 8, **MIXED},
+    "mixtral": ROUTED,
+    "nanochat": {"final_logit_softcapping": 15.0},
+    "nemotron_h": {},
+    "olmo": {},
+    "olmo2": {},
+    "olmo_hybrid": {},
+    "olmoe": ROUTED,
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 16},
+    "persimmon": {},
+    "phi3": {},
+    "phimoe": ROUTED,
+    "qwen2": {},
+    "qwen2_moe": {**ROUTED, "shared_expert_intermediate_size": 16},
+    "qwen3_5_text": {"head_dim": 8, **DELTA},
+    "rwkv": {},
+    "seed_oss": {"head_dim": 8, "attention_dropout": 0.0, "residual_dropout": 0.0},
+    "smollm3": {},
+    "solar_open": ROUTED,
+    "starcoder2": {},
+    "vaultgemma": {"head_dim": 8},
+    "xglm": {"d_model": 32, "ffn_dim": 48, "attention_heads": 4, "num_layers": 2},
+    "xlstm": {"num_heads": 2, "num_blocks": 2},
+}
+FAMILIES["falcon_h1"] = {**FAMILIES["falcon_h1"], "lm_head_multiplier": 0.5}
+
 
 def build(architecture, options=(), attention="sdpa", dtype=torch.float32):
     """Build a model, always with the same weights."""
