@@ -1,0 +1,28 @@
+"""A hook of MkDocs: relative links to files that are no part of the site lead to the repository."""
+
+from __future__ import annotations
+
+import posixpath
+import re
+from typing import Any
+
+#: A fenced block or a code span, in which nothing is a link; or a relative link's target.
+_LINK = re.compile(r"(?P<code>^```.*?^```|`[^`\n]*`)|(?<=\]\()(?P<target>(?![a-z]+:|#|/)[^)\s]+)", re.S | re.M)
+
+
+def on_page_markdown(markdown: str, *, page: Any, config: Any, files: Any) -> str:
+    """Called by MkDocs for each page."""
+    folder = posixpath.dirname(page.file.src_uri)
+
+    def replace(match: re.Match) -> str:
+        if match["code"]:
+            return match["code"]
+        path, _, anchor = match["target"].partition("#")
+        uri = posixpath.normpath(posixpath.join(folder, path))
+        file = files.get_file_from_path(uri)
+        if file is not None and file.inclusion.is_included():
+            return match["target"]
+        address = posixpath.normpath(posixpath.join("docs", uri))
+        return f"{config.repo_url}/blob/main/{address}" + (f"#{anchor}" if anchor else "")
+
+    return _LINK.sub(replace, markdown)
