@@ -62,12 +62,12 @@ def examine(model: Any) -> ModelSupport:
 def head_support(model: Any) -> HeadSupport | str:
     """Read the head of a model, draw it anew, and compare log-probabilities with those of the model's full logits."""
     model.eval()
-    if model.base_model is model:
-        return f"{type(model).__name__} has no base_model that is its backbone"
     try:
         head = lm_head(model)
     except (TypeError, ValueError) as error:
         return str(error)
+    if model.base_model is model:
+        return f"{type(model).__name__} has no base_model that is its backbone"
     weight = head.weight if isinstance(head.weight, Tensor) else head.weight[0]
     with torch.no_grad():
         weight.normal_(std=_LOGITS_STD / math.sqrt(weight.shape[-1]))
@@ -125,8 +125,12 @@ def small_model(config: Any) -> Any:
 
 def support_command(argv: Sequence[str]) -> None:
     """Print what works with a model. Raises ValueError, one line, for a model that cannot be built."""
-    parser = CommandParser("fusedalign support", "What works with a model, from its configuration; no weights are read.")
-    parser.add_argument("--model_name_or_path", default="", help="a folder with a config.json, a name of the Hub, embedded")
+    parser = CommandParser(
+        "fusedalign support", "What works with a model, from its configuration; no weights are read."
+    )
+    parser.add_argument(
+        "--model_name_or_path", default="", help="a folder with a config.json, a name of the Hub, embedded"
+    )
     options = parser.parse(argv)
     if options is not None:
         print(render(examine(small_model(read_config(options.model_name_or_path)))))

@@ -35,6 +35,7 @@ ROOMS = [
     "trl",
     "score",
     "plan",
+    "support",
     "bench",
     "harness",
     "demo",

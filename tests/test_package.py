@@ -5,7 +5,6 @@ import os
 import re
 import subprocess
 import sys
-import sysconfig
 import venv
 import zipfile
 from pathlib import Path
@@ -84,7 +83,11 @@ def test_links_on_the_index_are_absolute_and_lead_to_files(metadata):
     fences = r"```.*?```"
     assert re.findall(fences, text, flags=re.S) == re.findall(fences, (ROOT / "README.md").read_text(), flags=re.S)
     prose = re.sub(r"```.*?```|`[^`\n]*`", "", text, flags=re.S)
-    targets = [*urls.values(), *re.findall(r"\]\(([^)\s]+)", prose), *re.findall(r"\b(?:src|srcset|href)=\"([^\"]+)", prose)]
+    targets = [
+        *urls.values(),
+        *re.findall(r"\]\(([^)\s]+)", prose),
+        *re.findall(r"\b(?:src|srcset|href)=\"([^\"]+)", prose),
+    ]
     assert len(targets) > 10
     for target in targets:
         assert re.match(r"https?://|#", target), target
@@ -170,12 +173,16 @@ def test_mypy_strict_sees_the_types_of_the_installed_wheel(wheel, tmp_path):
     venv.create(python, with_pip=False)
     (site,) = python.glob("lib/python*/site-packages")
     zipfile.ZipFile(wheel).extractall(site)
-    (site / "packages.pth").write_text(sysconfig.get_path("purelib"))
+    (site / "packages.pth").write_text("\n".join(path for path in sys.path if path.endswith("site-packages")))
     program = tmp_path / "program.py"
     program.write_text(PROGRAM + "".join(f"reveal_type({expression})\n" for expression in REVEALED))
     command = [sys.executable, "-m", "mypy", "--strict", "--python-executable", python / "bin" / "python"]
     run = subprocess.run(
-        [*command, "--cache-dir", tmp_path / "cache", program], cwd=tmp_path, capture_output=True, text=True, timeout=900
+        [*command, "--cache-dir", tmp_path / "cache", program],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=900,
     )
     assert run.returncode == 0, run.stdout + run.stderr
     types = re.findall(r'Revealed type is "(.*)"', run.stdout)

@@ -20,21 +20,22 @@ PAGE = """\
 # Models
 
 `make models` writes this page: a tiny model of each family is built from its configuration with random weights, and
-everything is tried (torch {torch}, transformers {transformers}, Liger Kernel {liger}, fp32, on a CPU). There is no list
-of models in the package, so a family that is missing here may well work: ask for your own with
+everything is tried (torch {torch}, transformers {transformers}, Liger Kernel {liger}; fp32 on a CPU). The package has
+no list of models, so a family that is missing here may well work. Ask for your own, by its configuration alone:
 
 ```sh
 python -m fusedalign.support --model_name_or_path Qwen/Qwen3-0.6B
 ```
 
-* **tied, bias, scale, softcap**: the head as `fusedalign.head.lm_head` reads it. Whether weights are tied depends on
-  the checkpoint, here on the configuration's default; so do scale and softcap.
+* **tied, bias, scale, softcap**: the head as `fusedalign.head.lm_head` reads it, or why it is refused. Checkpoints
+  differ in `tie_word_embeddings`, scale and softcap; this page has the defaults of the configuration, or a value of its
+  own where the default is neutral.
 * **logps**: the largest difference, in nats, of a log-probability of `linear_logps` from that of the model's own full
-  logits. Rounding alone gives about 2e-06 here.
-* **packed**: whether batches run without padding, with hidden states and gradients as in the padded layout
-  ([how that is proven](packing.md)); else why not. Such a model trains padded, with the same head. A reason that names
-  dropout is about the defaults of the configuration.
-* **Liger kernels**: which layers `liger_kernels=True` replaces. Every model trains without them.
+  logits. Rounding gives about 2e-06 here.
+* **packed**: whether batches run without padding, with the hidden states and gradients of the padded layout
+  ([how that is proven](packing.md)), or why not. Without it a model trains padded, with the same head. "Set it to 0" is
+  about the configuration's default.
+* **Liger kernels**: the layers that `liger_kernels=True` replaces, which is optional. Empty: there are none.
 
 {table}
 """
