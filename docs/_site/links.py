@@ -1,4 +1,4 @@
-"""A hook of MkDocs: relative links to files that are no part of the site lead to the repository."""
+"""Hooks of MkDocs: links to files outside of the site lead to the repository; numbers in tables stay on a line."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _LINK = re.compile(r"(?P<code>^```.*?^```|`[^`\n]*`)|(?<=\]\()(?P<target>(?![a-z
 
 
 def on_page_markdown(markdown: str, *, page: Any, config: Any, files: Any) -> str:
-    """Called by MkDocs for each page."""
+    """Called by MkDocs for each page's source: relative links to what is no page lead to the repository."""
     folder = posixpath.dirname(page.file.src_uri)
 
     def replace(match: re.Match) -> str:
@@ -26,3 +26,8 @@ def on_page_markdown(markdown: str, *, page: Any, config: Any, files: Any) -> st
         return f"{config.repo_url}/blob/main/{address}" + (f"#{anchor}" if anchor else "")
 
     return _LINK.sub(replace, markdown)
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """Called by MkDocs for each page's HTML: no browser breaks 1.6e-07 at its hyphen."""
+    return re.sub(r"<td>(?=[-\d.]+(e[-+]\d+)?</td>)", '<td class="number">', html)
