@@ -122,4 +122,6 @@ def test_docstrings_become_markdown():
     pytest.importorskip("griffe")
     docstring = "Loss::\n\n    a\n\nArgs:\n    beta: > 0, see docs/trl.md.\n\nExample:\n    >>> 1\n"
     want = "Loss:\n\n    a\n\nArgs:\n    beta: &gt; 0, see [trl](../trl.md).\n\nExamples:\n    >>> 1\n"
-    assert load("docstrings").markdown(docstring) == want
+    site = load("docstrings")
+    assert site.markdown(docstring) == want
+    assert site.linked("as `fusedalign.f`, `x`", {"f": "fusedalign.ops.f"}) == "as [`fusedalign.f`][fusedalign.ops.f], `x`"
