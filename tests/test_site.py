@@ -124,4 +124,4 @@ def test_docstrings_become_markdown():
     want = "Loss:\n\n    a\n\nArgs:\n    beta: &gt; 0, see [trl](../trl.md).\n\nExamples:\n    >>> 1\n"
     site = load("docstrings")
     assert site.markdown(docstring) == want
-    assert site.linked("as `fusedalign.f`, `x`", {"f": "fusedalign.ops.f"}) == "as [`fusedalign.f`][fusedalign.ops.f], `x`"
+    assert site.linked("`fusedalign.f`, `x`", {"f": "fusedalign.ops.f"}) == "[`fusedalign.f`][fusedalign.ops.f], `x`"
