@@ -12,7 +12,7 @@ HARNESS = lm_eval sacrebleu portalocker tabulate colorama lxml requests charset-
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help install demo test test-all test-oldest test-newest test-deepspeed models docs dist lint format clean
+.PHONY: help install demo test test-all test-oldest test-newest test-deepspeed models notebooks docs dist lint format clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -25,9 +25,9 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	@# TRL asks for Python 3.11, but what is used of it here runs on 3.10: the tests of that version are the proof.
 	if $(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then \
-		$(PIP) -c constraints.txt -e '.[trl,dev]'; \
+		$(PIP) -c constraints.txt -e '.[trl,notebooks,dev]'; \
 	else \
-		$(PIP) -c constraints.txt -e '.[transformers,bench,dev]' && \
+		$(PIP) -c constraints.txt -e '.[transformers,notebooks,dev]' && \
 		$(PIP) --no-deps --ignore-requires-python -c constraints.txt trl; \
 	fi
 	@# Of the harness' packages the tests need these alone; all of them take minutes.
@@ -103,6 +103,9 @@ $(DOCS): $(STAMP)
 format: $(STAMP)  ## let ruff rewrite what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+notebooks: $(STAMP)  ## execute the notebooks and store their outputs
+	$(BIN)/python notebooks/execute.py
 
 dist: $(STAMP)  ## the wheel and the source distribution in dist/, checked for the package index
 	$(PIP) -c constraints.txt build twine

@@ -1,38 +1,26 @@
-"""The command `fusedalign`: `COMMANDS` holds its subcommands."""
+"""The command `fusedalign`: `COMMANDS` holds its subcommands, which are imported when they run."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import platform
+import re
 import select
 import sys
 import textwrap
 import traceback
-from collections.abc import Callable, Sequence
-from typing import NamedTuple, TextIO
-
-import torch
+from collections.abc import Sequence
+from typing import TextIO
 
 import fusedalign
-from fusedalign.impls import explain
-from fusedalign.impls.survey import auto_choices, coverage
+from fusedalign.bench import SUBCOMMANDS
+from fusedalign.commandline import Command, calm_threads, fit, suggestion, unknown_flag
 from fusedalign.methods import METHODS
-from fusedalign.reports import MISSING, package_version, text_table, warn
+from fusedalign.reports import print_error
 
-_PACKAGES = ("triton", "transformers", "trl", "datasets", "accelerate", "peft", "liger-kernel", "cut-cross-entropy")
 _EXTRA = ("trl", "transformers", "datasets", "accelerate", "peft", "matplotlib", "yaml")
 _LONGEST = 400  # characters of a message: other libraries' messages span many lines
-
-
-class Command(NamedTuple):
-    """A subcommand."""
-
-    run: Callable[[list[str]], int | None]
-    """from the words after its name to the exit status; None: 0"""
-    about: str
-    example: str = ""
-    """arguments for the usage text; "": the command takes none"""
+_HELP, _VERSION = ("-h", "--help"), ("-V", "--version")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,6 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         2 after an error, which is printed in one line on stderr; 130 after Ctrl-C; 141 where the
         reader of the output has closed it.
     """
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # progress bars fill a file with carriage returns
     try:
         status = _run(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()
@@ -58,17 +48,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(words: list[str]) -> int:
     words, debug = _split_debug(words)
-    if not words or words[0] in ("-h", "--help", "help"):
+    if words[:1] == ["help"]:
+        words = [*words[1:], "--help"]
+    if not words or words[0] in _HELP:
         print(_usage())
         return 0 if words else 2
-    name, *arguments = words
+    if words[0] in _VERSION:
+        print(f"fusedalign {fusedalign.__version__}")
+        return 0
     try:
-        if name not in COMMANDS:
-            raise ValueError(f"command must be one of {', '.join(COMMANDS)}, got {name!r}")
-        command = COMMANDS[name]
-        if not command.example and arguments in (["-h"], ["--help"]):
+        name, command, arguments = _find(words)
+        if not command.example and arguments in ([word] for word in _HELP):
             print(f"usage: fusedalign {name}\n\n{command.about[0].upper()}{command.about[1:]}.")
             return 0
+        _check_flags(name, command, arguments)
         return command.run(arguments) or 0
     except KeyboardInterrupt as interrupt:  # its arguments say what the command has saved
         print("\n".join(["", "fusedalign: interrupted", *map(str, interrupt.args)]).rstrip(), file=sys.stderr)
@@ -79,8 +72,37 @@ def _run(words: list[str]) -> int:
         if debug:
             traceback.print_exc()
         hint = "" if debug else " (--debug shows the traceback)"
-        print(f"fusedalign: error: {_one_line(error)}{hint}", file=sys.stderr)
+        print_error(f"fusedalign: error: {_one_line(error)}{hint}")
         return 2
+
+
+def _find(words: list[str]) -> tuple[str, Command, list[str]]:
+    """The command that the first words name, a sub-command under both names, and the words after it."""
+    name, *arguments = words
+    if name.startswith("-"):
+        raise ValueError(unknown_flag(name, {*_HELP, *_VERSION, "--debug"}, f"a command or {', '.join(_VERSION)}"))
+    if name not in COMMANDS:
+        hint = suggestion(name, COMMANDS)
+        raise ValueError(f"command must be one of {', '.join(COMMANDS)}, got {name!r}{hint}")
+    command = COMMANDS[name]
+    if arguments and arguments[0] in command.subcommands:
+        return f"{name} {arguments[0]}", command.subcommands[arguments[0]], arguments[1:]
+    return name, command, arguments
+
+
+def _check_flags(name: str, command: Command, arguments: list[str]) -> None:
+    """Raise ValueError for a flag that the command does not have, before it imports torch."""
+    if name == "check" and arguments and arguments[0] in METHODS:
+        name, *arguments = arguments
+    flags = [word.partition("=")[0] for word in arguments if word.startswith("--") and word != "--"]
+    if not flags or (name == "score" and "--ref_cache" in flags):  # that is checked with the flags of a training
+        return
+    from fusedalign.flags import command_flags, flags_owner
+
+    known = command_flags(name, command)
+    for flag in flags:
+        if flag not in known:
+            raise ValueError(unknown_flag(flag, known, flags_owner(name)))
 
 
 def _split_debug(words: list[str]) -> tuple[list[str], bool]:
@@ -93,22 +115,27 @@ def _split_debug(words: list[str]) -> tuple[list[str], bool]:
 
 
 def _usage() -> str:
+    titles = {"Training": METHODS, "Other commands": [name for name in COMMANDS if name not in METHODS]}
+    width = max(len(f"{name} {sub}") for name, command in COMMANDS.items() for sub in ("", *command.subcommands))
+    parts = ["usage: fusedalign COMMAND [--flag VALUE ...]"]
+    for title, names in titles.items():
+        lines = [f"{title}:"]
+        for name in names:
+            rows = {name: COMMANDS[name]} | {f"{name} {sub}": x for sub, x in COMMANDS[name].subcommands.items()}
+            lines += [f"  {words:<{width}}  {command.about}" for words, command in rows.items()]
+        parts.append("\n".join(lines))
     brief = [name for name, method in METHODS.items() if not method.example]
-    rows = [
-        (f"{name:<5} {command.about}", f"fusedalign {name} {command.example}" if command.example else "")
-        if name not in brief
-        else (", ".join(brief), "the same, each with a recipe of its name")
-        for name, command in COMMANDS.items()
-        if name not in brief[1:]
-    ]
-    lines = "\n".join(f"  {left:<39}  {right}".rstrip() for left, right in rows)
-    return f"""\
-usage: fusedalign COMMAND [--debug] [...]
-
-{lines}
-
-The training commands take every field of TRL's configurations as --field VALUE or as a key of the YAML file; flags
-win. fusedalign sft --help lists the usual ones. --debug shows the traceback of an error."""
+    shown = {name: command.example for name, command in COMMANDS.items() if command.example and name not in brief}
+    examples = [f"  fusedalign {name} {example}" for name, example in shown.items()]
+    parts.append("\n".join(["Examples:", *examples]))
+    parts.append(
+        fit(
+            "The training commands take every field of TRL's configurations as --field VALUE, --field=VALUE or as a "
+            "key of the YAML file; flags win. `fusedalign COMMAND --help` lists the flags of a command, `fusedalign "
+            "--version` prints the version, --debug shows the traceback of an error."
+        )
+    )
+    return "\n\n".join(parts)
 
 
 def _closed_streams() -> list[TextIO]:
@@ -134,108 +161,103 @@ def _one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {text}" if text else f"{type(error).__name__}, without a message"
 
 
-def _calm_threads() -> None:
-    """One thread on a CPU with one or two cores, unless OMP_NUM_THREADS says otherwise.
+def _train(method: str, argv: list[str]) -> None:
+    from fusedalign.trl.command import training_command
 
-    OpenMP's threads spin while they wait for each other. Where the second core is busy or virtual this slows a small
-    model's steps down many times; the gain is a factor of 2 at best.
-    """
-    if not torch.cuda.is_available() and (os.cpu_count() or 1) <= 2 and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(1)
+    def preview() -> None:
+        from fusedalign.check.training import check_training
 
+        check_training(method, argv)
 
-def _train(method: str) -> Callable[[list[str]], None]:
-    def command(argv: list[str]) -> None:
-        from fusedalign.trl.arguments import method_parser
-        from fusedalign.trl.help import help_text
-        from fusedalign.trl.launch import launched_elsewhere
-        from fusedalign.trl.train import train
-
-        if {"-h", "--help", "--help_all"} & set(argv):
-            print(help_text(method, everything="--help_all" in argv))
-            return
-        _calm_threads()
-        if launched_elsewhere(method, method_parser(method), argv):
-            return
-        trainer, written = train(method, argv)
-        if trainer.is_world_process_zero():
-            print(written)
-            for text in written.warnings:
-                warn(text)
-
-    return command
-
-
-def _merge(argv: list[str]) -> None:
-    from fusedalign.trl.adapters import merge_command
-
-    merge_command(argv)
+    training_command(method, argv, preview)
 
 
 def _score(argv: list[str]) -> int:
+    if {*_HELP, "--help_all"} & set(argv):
+        from fusedalign.trl.help import score_help
+
+        print(score_help())
+        return 0
     from fusedalign.score.command import score_command
 
-    _calm_threads()
+    calm_threads()
     return score_command(argv)
-
-
-def _plan(argv: list[str]) -> None:
-    from fusedalign.plan import plan_command
-
-    plan_command(argv)
 
 
 def _demo(argv: list[str]) -> None:
     from fusedalign.demo import demo
 
-    _calm_threads()
+    calm_threads()
     demo(argv)
 
 
-def _bench(argv: list[str]) -> None:
-    from fusedalign.bench import bench
+def _completion(argv: list[str]) -> None:
+    from fusedalign.completion import SHELLS, completion_script, shell_of
+    from fusedalign.flags import command_flags
+    from fusedalign.recipes import recipes
 
-    _calm_threads()
-    bench(argv)
-
-
-def _env(argv: list[str]) -> None:
-    if argv:
-        raise ValueError(f"env takes no arguments, got {' '.join(argv)}")
-    versions = [("python", platform.python_version()), ("fusedalign", fusedalign.__version__)]
-    versions += [("torch", torch.__version__), *((name, package_version(name) or MISSING) for name in _PACKAGES)]
-    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    print("\n".join([*text_table([*versions, ("CUDA devices", ", ".join(devices) or "none")]), ""]))
-    titles = ("impl", "here", "auto", "version", "devices", "dtypes", "exact in", "outputs beside logps", "head")
-    table: list[tuple[str, ...]] = [titles]
-    reasons = []
-    for verdict in explain():
-        version = (package_version(verdict.package) or MISSING) if verdict.package else "-"
-        row = [verdict.impl, "no" if verdict.reason else "yes", "yes" if verdict.auto else "no", version]
-        *served, caveats = coverage(verdict.impl) if verdict.reason is None else [[]] * 6
-        table.append((*row, *(" ".join(words) or "-" for words in served)))
-        reasons.append((verdict.impl, verdict.reason or verdict.about))
-        reasons += [("", f"not exact: {caveat}") for caveat in caveats]
-    print("\n".join([*text_table(table), "", *text_table(reasons)]))
-    chosen = ", ".join(f"{impl} in {' '.join(dtypes)}" for impl, dtypes in auto_choices().items())
-    print(f"\nrecommended here: impl='auto', which takes {chosen}")
+    shell = shell_of(argv)
+    if shell is None:
+        return
+    tree: dict[str, list[str]] = {"": [*COMMANDS, "--help", "--version"]}
+    for name, command in COMMANDS.items():
+        rows = {name: command} | {f"{name} {word}": sub for word, sub in command.subcommands.items()}
+        for words, row in rows.items():
+            tree[words] = [*row.subcommands, *sorted(command_flags(words, row))]
+    tree["recipes"] += recipes()
+    tree["completion"] += SHELLS
+    print(completion_script(shell, tree), end="")
 
 
 COMMANDS: dict[str, Command] = {
     **{
-        name: Command(_train(name), method.about.partition(",")[0], f"--config recipes/{name}.yaml {method.example}")
+        name: Command(
+            "fusedalign.cli:_train",
+            re.split("[,:]", method.about)[0],
+            f"--config {name} {method.example}".rstrip(),
+            words=(name,),
+        )
         for name, method in METHODS.items()
     },
-    "merge": Command(_merge, "an adapter's folder and its base model into one model", "runs/sft --out runs/merged"),
+    "check": Command(
+        "fusedalign.check.command:check_command",
+        "what a training would do: rows, lengths, memory, decisions",
+        "dpo --config dpo",
+    ),
+    "merge": Command(
+        "fusedalign.trl.adapters:merge_command",
+        "an adapter's folder and its base model into one model",
+        "runs/sft --out runs/merged",
+    ),
     "score": Command(
-        _score, "log-probabilities of a data set", "--model_name_or_path M --dataset_name D --out s.parquet"
+        "fusedalign.cli:_score",
+        "log-probabilities of a data set",
+        "--model_name_or_path runs/sft --dataset_name pairs.jsonl --out s.parquet",
     ),
-    "plan": Command(_plan, "the memory of a training step", "--model_name_or_path Qwen/Qwen3-1.7B --memory 24GiB"),
-    "bench": Command(_bench, "time, memory and error of our impls beside other libraries", "logps --cases qwen3-1.7b"),
+    "plan": Command(
+        "fusedalign.plan.command:plan_command",
+        "the memory of a training step",
+        "--model_name_or_path Qwen/Qwen3-1.7B --memory 24GiB",
+    ),
+    "bench": Command(
+        "fusedalign.bench.command:bench",
+        "time, memory and error of our impls beside other libraries",
+        "logps --cases qwen3-1.7b",
+        subcommands=SUBCOMMANDS,
+    ),
     "demo": Command(
-        _demo, "SFT, then DPO with stock TRL and with fusedalign, on built-in data: a table and a picture in runs/demo"
+        "fusedalign.cli:_demo",
+        "SFT, then DPO by stock TRL and by fusedalign: a table and a picture",
     ),
-    "env": Command(_env, "versions, devices, and which impl can run here"),
+    "recipes": Command(
+        "fusedalign.recipes:recipes_command", "configurations to start from: lists them, or prints one", "dpo > my.yaml"
+    ),
+    "env": Command(
+        "fusedalign.environment:env_command", "versions, devices, and which impl can run here", "--json > env.json"
+    ),
+    "completion": Command(
+        "fusedalign.cli:_completion", "a script that completes commands and flags in a shell", "bash"
+    ),
 }
 
 if __name__ == "__main__":

@@ -1,14 +1,72 @@
-"""The argument parsers of the commands that are not TRL's, and the fields of those that are."""
+"""What all commands share: the record of a command, parsers with errors of one line, and suggestions for names."""
+
+from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import difflib
+import functools
+import importlib
+import os
+import re
+import shutil
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import field
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
+
+#: Columns of help texts and tables.
+WIDTH = 100
+
+
+class Command(NamedTuple):
+    """A command, or a sub-command of one; its function is imported when it runs."""
+
+    target: str
+    """module:function, a function of the words after the command's name that returns the exit status; None: 0"""
+    about: str
+    example: str = ""
+    """arguments for the usage text; "": the command takes none"""
+    words: tuple[str, ...] = ()
+    """arguments of the function before the words of the command line"""
+    subcommands: Mapping[str, Command] = {}
+
+    def run(self, arguments: list[str]) -> int | None:
+        """Import the function and call it."""
+        module, function = self.target.split(":")
+        return getattr(importlib.import_module(module), function)(*self.words, arguments)
+
+
+def fit(text: str, width: int = WIDTH) -> str:
+    """Wrap the lines of a text that are longer than `width`; what goes on starts below the line's second column."""
+    lines = []
+    for line in text.split("\n"):
+        start = re.match(r"\s*(\S+(?: \S+)* {2,}|[*] )?", line)
+        indent = " " * len(start.group()) if start else ""
+        wrapper = textwrap.TextWrapper(width, subsequent_indent=indent, break_on_hyphens=False, break_long_words=False)
+        lines += wrapper.wrap(line) if len(line) > width else [line]
+    return "\n".join(lines)
 
 
 def argument(default: Any, help_text: str) -> Any:
     """A field of a dataclass from which TRL's parser makes a flag."""
     return field(default=default, metadata={"help": help_text})
+
+
+def suggestion(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+    """The end of an error about a name: "; did you mean ...?", or "" where no known name is similar."""
+    matches = difflib.get_close_matches(name, sorted(known), n=3, cutoff=cutoff)
+    matches.sort(key=lambda match: sorted(match) != sorted(name))  # swapped letters first: --otu, --out
+    return f"; did you mean {matches[0]}?" if matches else ""
+
+
+def unknown_flag(name: str, known: Iterable[str], expected: str) -> str:
+    """The error about a flag that does not exist; `expected` says what it should be one of."""
+    known = sorted(known)
+    # A renamed field often keeps one part of its name: torch_dtype, dtype.
+    parts = set(name.strip("-").split("_"))
+    nested = [flag for flag in known if "-" not in flag[2:] and set(flag[2:].split("_")) < parts]
+    hint = suggestion(name, known, 0.85) or suggestion(name, sorted(nested, key=len)[-1:], 0.0)
+    return f"expected {expected}, got the unknown {name}{hint or suggestion(name, known)}"
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -23,13 +81,31 @@ class CommandParser(OneLineParser):
     """The parser of a command: its description keeps line breaks, `--help` does not exit."""
 
     def __init__(self, prog: str, description: str, epilog: str | None = None) -> None:
-        super().__init__(prog, None, description, epilog, add_help=False, allow_abbrev=False)
-        self.formatter_class = argparse.RawDescriptionHelpFormatter
+        width = min(WIDTH, shutil.get_terminal_size((WIDTH, 24)).columns)
+        about = fit(description, width)
+        super().__init__(prog, None, about, epilog and fit(epilog, width), add_help=False, allow_abbrev=False)
+        self.formatter_class = functools.partial(argparse.RawDescriptionHelpFormatter, width=width)
         self.add_argument("-h", "--help", action="store_true", help="show this text")
 
     def parse(self, argv: Sequence[str]) -> argparse.Namespace | None:
         """Parse the arguments, or print the help and return None."""
-        options = self.parse_args(argv)
+        options, unknown = self.parse_known_args(argv)
         if options.help:
             print(self.format_help(), end="")
-        return None if options.help else options
+            return None
+        if unknown:
+            known = {flag for action in self._actions for flag in action.option_strings}
+            self.error(unknown_flag(unknown[0].partition("=")[0], known, f"flags of {self.prog}"))
+        return options
+
+
+def calm_threads() -> None:
+    """One thread on a CPU with one or two cores, unless OMP_NUM_THREADS says otherwise.
+
+    OpenMP's threads spin while they wait for each other. Where the second core is busy or virtual this slows a small
+    model's steps down many times; the gain is a factor of 2 at best.
+    """
+    import torch
+
+    if not torch.cuda.is_available() and (os.cpu_count() or 1) <= 2 and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)

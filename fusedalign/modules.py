@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from inspect import signature
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from fusedalign.head import LMHead, layer_head
@@ -21,7 +23,9 @@ class LinearCrossEntropyLoss(nn.Module):
 
     The head is a model's, or the module's own. A model's head stays the model's: it is looked up at each call, so that
     tied, reloaded and moved weights are the ones in use, and neither parameters nor `state_dict` hold it twice. A copy
-    (`copy.deepcopy`) of a model together with its loss refers to the copied head.
+    (`copy.deepcopy`) of a model together with its loss refers to the copied head. Copies share the process group; a
+    module that is pickled, as by `torch.save(module)`, must have the default group or none, and takes the default group
+    of the process that loads it, as `DistributedDataParallel` does.
 
     A head knows nothing of what its model does to the logits afterwards: pass `softcap` and `scale` yourself, as
     `fusedalign.head.lm_head(model)` reads them off.
@@ -91,6 +95,7 @@ class LinearCrossEntropyLoss(nn.Module):
         self._lent = (output_embeddings,)  # in a tuple, which nn.Module does not register
         self.reduction, self.shift, self.ignore_index = reduction, int(shift), ignore_index
         self.loss_type, self.z_loss = loss_type, z_loss
+        self.group = _Group(options.pop("process_group", None))
         self.options = {"impl": impl, "token_chunk": chunk_size, **options}
 
     def forward(self, hidden_states: Tensor, labels: Tensor, num_items: float | Tensor | None = None) -> Tensor:
@@ -113,6 +118,8 @@ class LinearCrossEntropyLoss(nn.Module):
         head, targets = self._find_head(), self._targets(labels)
         hidden_states = head.expand(hidden_states)
         options: dict[str, Any] = {"bias": head.bias, "ignore_index": self.ignore_index, **self.options}
+        if self.group.handle is not None:
+            options["process_group"] = self.group.handle
         if self.reduction == "none":
             if num_items is not None:
                 raise ValueError(f"num_items must be None with reduction='none', got {num_items}")
@@ -135,8 +142,41 @@ class LinearCrossEntropyLoss(nn.Module):
 
     def extra_repr(self) -> str:
         """The options that have a value, for `print(module)`."""
-        chosen = {"reduction": self.reduction, "shift": self.shift, **self.options}
+        chosen = {"reduction": self.reduction, "shift": self.shift, **self.options, "process_group": self.group.handle}
         return ", ".join(f"{name}={value!r}" for name, value in chosen.items() if value is not None)
+
+
+@dataclass(frozen=True)
+class _Group:
+    """A process group, which belongs to its process: PyTorch can neither copy nor pickle one."""
+
+    handle: dist.ProcessGroup | None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Group:
+        return self
+
+    def __reduce__(self) -> tuple[Callable[[], _Group], tuple[()]]:
+        if self.handle is None:
+            return _no_group, ()
+        if self.handle is not dist.group.WORLD:
+            raise TypeError(
+                "process_group must be the default group or None in a module that is pickled, got another group: "
+                "save its state_dict() instead"
+            )
+        return _default_group, ()
+
+
+def _no_group() -> _Group:
+    return _Group(None)
+
+
+def _default_group() -> _Group:
+    if not dist.is_initialized():
+        raise RuntimeError(
+            "expected a default process group, with which this module was saved, got none: call "
+            "torch.distributed.init_process_group first"
+        )
+    return _Group(dist.group.WORLD)
 
 
 #: The options of both functions that are passed on as they are.

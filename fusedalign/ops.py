@@ -26,7 +26,7 @@ from fusedalign.problem import (
     as_head,
     operand_dtype,
 )
-from fusedalign.sharding import local_part, parallel_problem, shared_failures
+from fusedalign.sharding import Loss, local_part, parallel_problem, shared_failures
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -229,7 +229,9 @@ def linear_cross_entropy(
         tensors, loss = (hidden, head, targets.to(hidden.device), bias), (loss_type, z_loss, reduction, num_items)
         return graphs.linear_cross_entropy(*tensors, call, *loss)
     with torch.autocast(hidden.device.type, enabled=False):
-        problem, _, chosen = _problem(hidden, head, targets, bias, call, group, (loss_type, z_loss, reduction))
+        problem, _, chosen = _problem(
+            hidden, head, targets, bias, call, group, (loss_type, z_loss, reduction, num_items)
+        )
         items = len(problem.targets) if num_items is None else num_items
         token_loss = SFTTokenLoss(loss_type, z_loss, reduction, items)
         return _outside_of_graphs(lambda: chosen.token_loss_sum(problem, token_loss))
@@ -242,7 +244,7 @@ def _problem(
     bias: Tensor | None,
     call: graphs.Call,
     group: ProcessGroup | None,
-    loss: tuple[str, float, str] | None = None,
+    loss: Loss | None = None,
 ) -> tuple[Problem, TokenIndex, Impl]:
     """The problem of the tokens that are not ignored, and the impl that serves it."""
     tensors = hidden, head, targets, bias, call.spec, call.ignore_index

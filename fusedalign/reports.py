@@ -9,9 +9,14 @@ import math
 import os
 import sys
 import tempfile
+import textwrap
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
+
+from fusedalign.commandline import WIDTH, fit
 
 NO_MATPLOTLIB = "the plot was left out: it needs matplotlib (pip install matplotlib)"
 #: Stands for the version of a package.
@@ -40,6 +45,30 @@ def text_table(rows: Sequence[Sequence[str]]) -> list[str]:
     """Lines of a table without rules, its columns two spaces apart."""
     widths = _column_widths(rows)
     return [text_row(row, widths).rstrip() for row in rows]
+
+
+def selected(rows: Sequence[Sequence[str]], titles: Iterable[str]) -> list[list[str]]:
+    """The columns of a table with these titles, in the order of the titles; the first row holds all titles."""
+    indices = [list(rows[0]).index(title) for title in titles]
+    return [[row[i] for i in indices] for row in rows]
+
+
+def bullets(lines: Iterable[str]) -> list[str]:
+    """A Markdown list, wrapped at `WIDTH`."""
+    return [fit(f"* {line}") for line in lines]
+
+
+def wrapped_table(rows: Iterable[tuple[str, str]], indent: int = 0) -> list[str]:
+    """Lines of a table of two columns, of which the second is wrapped; no line is longer than `WIDTH`."""
+    rows = list(rows)
+    width = max((len(name) for name, _ in rows), default=0)
+    lines = []
+    for name, text in rows:
+        first = f"{'':{indent}}{name:<{width}}  "
+        lines += textwrap.wrap(text, WIDTH, initial_indent=first, subsequent_indent=" " * len(first)) or [
+            first.rstrip()
+        ]
+    return lines
 
 
 def text_row(cells: Iterable[str], widths: Sequence[int], gap: str = "  ") -> str:
@@ -136,3 +165,38 @@ def package_version(name: str) -> str | None:
 def warn(text: str) -> None:
     """Print a warning as one line on stderr."""
     print(f"fusedalign: warning: {text}", file=sys.stderr, flush=True)
+
+
+#: How long a process waits for the first one of its machine to print the error that both have.
+_PATIENCE = timedelta(seconds=5)
+
+
+def print_error(text: str) -> None:
+    """Print an error as one line on stderr; one that the processes of a launch share is printed once on a machine.
+
+    The first process prints at once. Others wait for a moment whether it has the same error; if it has not, the error
+    is theirs alone, and is printed with the rank.
+    """
+    is_first, store = os.environ.get("LOCAL_RANK", "0") == "0", _launch_store()
+    launch = [os.environ.get(name, "0") for name in ("TORCHELASTIC_RESTART_COUNT", "GROUP_RANK")]
+    key = "/".join(["fusedalign", *launch, str(zlib.crc32(text.encode()))])
+    if store is not None and not is_first:
+        with contextlib.suppress(Exception):  # the first process has no such error, or the launcher has ended
+            store.wait([key], _PATIENCE)
+            return
+    print(text if is_first else f"[rank {os.environ.get('RANK')}] {text}", file=sys.stderr, flush=True)
+    if store is not None and is_first:
+        with contextlib.suppress(Exception):
+            store.set(key, "")
+
+
+def _launch_store() -> Any:
+    """The key-value store of torchrun, which `accelerate launch` starts too; None with one process, or without it."""
+    if os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    import torch.distributed as dist
+
+    try:
+        return dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout=_PATIENCE)
+    except Exception:  # the launcher has ended: the error must be seen all the same
+        return None

@@ -27,6 +27,8 @@ from fusedalign.losses.sft import LOSS_TYPES
 from fusedalign.problem import NeedsGrad, Problem, Spec, SplitHead, with_tensors
 
 Weight = Tensor | tuple[Tensor, ...]
+#: The arguments loss_type, z_loss, reduction and num_items of a scalar loss.
+Loss = tuple[str, float, str, float | Tensor | None]
 
 
 class _Status(NamedTuple):
@@ -62,10 +64,11 @@ def local_part(
             return weight, bias, group
         for name, x in sharded.items():
             if not is_row_sharded(x):
+                partial = ", ".join(["Partial()"] * x.device_mesh.ndim)
                 raise TypeError(
                     f"{name} must be a plain tensor, or a DTensor sharded on dimension 0 over a mesh of one dimension, "
                     f"got a DTensor with placements {tuple(x.placements)}: pass {name}.full_tensor() where all ranks "
-                    f"hold the same tokens, {name}.full_tensor(grad_placements=[Partial()]) where each holds its own"
+                    f"hold the same tokens, {name}.full_tensor(grad_placements=[{partial}]) where each holds its own"
                 )
         plain = [
             name
@@ -109,7 +112,7 @@ def parallel_problem(
     impl: str,
     needs: NeedsGrad,
     group: dist.ProcessGroup,
-    loss: tuple[str, float, str] | None = None,
+    loss: Loss | None = None,
 ) -> tuple[Problem, TokenIndex, OwnGradients]:
     """This rank's part of a problem, and the impl that exchanges what the ranks need of one another.
 
@@ -124,8 +127,11 @@ def parallel_problem(
             raise ValueError(
                 f"impl={impl!r} cannot do this: a head sharded over ranks; impls that can: {', '.join(names)}"
             )
+        compared: tuple[Any, ...] = ()
         if loss is not None:
-            check_loss_type(loss[0], LOSS_TYPES)
+            loss_type, *others, num_items = loss
+            check_loss_type(loss_type, LOSS_TYPES)
+            compared = loss_type, *others, None if num_items is None else float(num_items)
         flat = targets.reshape(-1).cpu()
         empty = with_tensors(spec, hidden.reshape(-1, hidden.shape[-1])[:0], weight, flat[:0].to(hidden.device), bias)
         chosen = resolve(impl, empty)
@@ -133,7 +139,7 @@ def parallel_problem(
             None if x is None else float(x) for x in (spec.scale, spec.softcap, spec.temperature, spec.filter_eps)
         ]
         tensors = hidden.shape[-1], hidden.dtype, spec.operand_dtype, bias is None, needs
-        options = repr((impl, numbers, sorted(spec.outputs), int(ignore_index), tensors, loss))
+        options = repr((impl, numbers, sorted(spec.outputs), int(ignore_index), tensors, compared))
         status = _Status(1, weight.shape[0], len(flat), _hash(flat), zlib.crc32(options.encode()))
     statuses = _exchange(group, status)
     _check_agreement(statuses)
@@ -166,8 +172,9 @@ def _check_agreement(statuses: list[_Status]) -> None:
             )
         if status.options != first.options:
             raise ValueError(
-                "impl, scale, softcap, temperature, ignore_index, outputs, the loss, dtypes and requires_grad must be "
-                f"the same on all ranks that share a head, got others on rank {rank} than on rank 0"
+                "impl, scale, softcap, temperature, ignore_index, outputs, the loss, num_items, dtypes and "
+                "requires_grad must be the same on all ranks that share a head, got others on rank "
+                f"{rank} than on rank 0"
             )
 
 

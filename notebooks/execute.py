@@ -21,7 +21,7 @@ COLOURS = 64
 
 
 def execute(path: Path, folder: str | Path) -> nbformat.NotebookNode:
-    """A notebook after a fresh execution in `folder`, without warnings of Jupyter in its outputs.
+    """The notebook after a fresh execution in `folder`.
 
     Raises:
         nbclient.exceptions.CellExecutionError: a cell has raised.

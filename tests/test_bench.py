@@ -289,7 +289,9 @@ def test_the_command_writes_what_it_prints(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     out = tmp_path / "a" / "b"
     argv = ["bench", "sft", "frozen", "--cases", "N=16,D=8,V=300", "--cases", "N=8,D=8,V=99,softcap=4"]
-    assert main([*argv, "--impls", "pytorch,eager,liger-fused", "--out", str(out)]) == 0, capsys.readouterr().err
+    assert main([*argv, "--impls", "pytorch,eager,liger-fused", "--wide", "--out", str(out)]) == 0, (
+        capsys.readouterr().err
+    )
     printed = capsys.readouterr().out
     assert (out / "bench.md").read_text().strip() == printed.strip()
     assert (out / "bench.png").read_bytes().startswith(b"\x89PNG")
@@ -328,7 +330,7 @@ def test_covered_time_merges_overlaps():
 
 def test_microbatches_prints_what_the_forwards_hold(tmp_path, capsys):
     """Saved tensors count once per micro-batch, unless keep_head=False saves nothing."""
-    argv = ["bench", "microbatches", "--count", "4", "--out", str(tmp_path / "new")]
+    argv = ["bench", "microbatches", "--count", "4", "--wide", "--out", str(tmp_path / "new")]
     names = ["full logits", "chunked loss on the logits", "cce", "pytorch"]
     assert main([*argv, "--rows", ";".join(names)]) == 0, capsys.readouterr().err
     printed = capsys.readouterr().out
@@ -383,9 +385,10 @@ def test_help_names_every_option(capsys):
     ("argv", "message"),
     [
         (["gpro"], "a task must be one of logps, sft, frozen, dpo, got 'gpro'"),
+        (["trll"], "got 'trll'; did you mean trl?"),
         (["microbatches", "--rows", "full logits; vllm"], "rows must be all, or among full logits; full logits, fp32;"),
         (["microbatches", "--count", "0"], "a count of at least 1"),
-        (["microbatches", "--fast"], "bench microbatches: unrecognized arguments: --fast"),
+        (["microbatches", "--fast"], "expected flags of fusedalign bench microbatches, got the unknown --fast"),
         (["--cases", "llama"], "a case must be one of qwen3-1.7b, llama3-8b, qwen3-4b, gemma2-2b, tiny, or like N="),
         (["--cases", "N=8,D=8"], "a case must have N, D and V, and may have a softcap, got 'N=8,D=8'"),
         (["--cases", "N=8,D=x,V=9"], "N, D and V of a case must be integers and softcap a number, got"),
@@ -393,7 +396,7 @@ def test_help_names_every_option(capsys):
         (["--impls", "pytorch,vllm"], "impls must be among all, ours, "),
         (["--data", "real"], "invalid choice: 'real'"),
         (["--seed"], "--seed: expected one argument"),
-        (["--fast"], "unrecognized arguments: --fast"),
+        (["--fast"], "expected flags of fusedalign bench, got the unknown --fast"),
         (["--profile", "all"], "--profile must name one impl"),
         (["--profile", "eager", "--out", "x"], "without --out"),
     ],

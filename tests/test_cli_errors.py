@@ -1,5 +1,6 @@
 """Wrong arguments end with one line that says what was expected, and exit code 2."""
 
+import functools
 import json
 import re
 
@@ -65,7 +66,9 @@ def test_a_file_that_is_not_a_configuration_is_a_one_line_error(tmp_path, capsys
     binary.write_bytes(b"\xff\xfe\x00a")
     assert f"in UTF-8, got {binary} with other bytes" in error_of(capsys, ["sft", "--config", str(binary)])
     assert f"got the folder {tmp_path}" in error_of(capsys, ["sft", f"--config={tmp_path}"])
-    assert "that exists, got nowhere.yaml" in error_of(capsys, ["sft", "--config=nowhere.yaml"])
+    assert "a YAML file that exists or a recipe (cpo, dpo, kto, orpo, sft, simpo), got nowhere.yaml" in error_of(
+        capsys, ["sft", "--config=nowhere.yaml"]
+    )
     assert "must be given once, got a and b" in error_of(capsys, ["sft", "--config", "a", "--config=b"])
 
 
@@ -169,12 +172,10 @@ def test_bf16_is_off_where_no_accelerator_has_it(monkeypatch, capsys, method):
 
 
 def test_long_messages_are_truncated(monkeypatch, capsys):
-    from fusedalign import cli
-
     def fail(argv):
         raise ValueError("expected this,\n\n  got " + "that and " * 200)
 
-    monkeypatch.setitem(cli.COMMANDS, "env", cli.Command(fail, ""))
+    monkeypatch.setattr("fusedalign.environment.env_command", fail)
     error = error_of(capsys, ["env"])
     assert error.startswith("expected this, got that and that")
     assert error.endswith("that and ...")
@@ -182,8 +183,6 @@ def test_long_messages_are_truncated(monkeypatch, capsys):
 
 
 def test_empty_messages_and_missing_packages_are_explained(monkeypatch, capsys):
-    from fusedalign import cli
-
     def fail(argv, error):
         raise error
 
@@ -192,7 +191,7 @@ def test_empty_messages_and_missing_packages_are_explained(monkeypatch, capsys):
         (ModuleNotFoundError("No module named 'trl'", name="trl"), "this command needs: pip install 'fusedalign[trl]'"),
         (ModuleNotFoundError("No module named 'wandb'", name="wandb"), "ModuleNotFoundError: No module named 'wandb'"),
     ):
-        monkeypatch.setitem(cli.COMMANDS, "env", cli.Command(lambda argv, error=raised: fail(argv, error), ""))
+        monkeypatch.setattr("fusedalign.environment.env_command", functools.partial(fail, error=raised))
         error = error_of(capsys, ["env"])
         assert message in error
         assert ("pip install" in error) == ("'trl'" in error)

@@ -2,12 +2,15 @@
 
 import json
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import guarded
 import pytest
 import torch
+import torch.distributed as dist
 
+from fusedalign import reports
 from fusedalign.cli import main
 
 pytest.importorskip("trl")
@@ -143,6 +146,45 @@ def test_mixed_precision_of_the_launcher_is_read(monkeypatch, tmp_path, precisio
     assert mixed_precision(args) == {"no": None, "bf16": torch.bfloat16}[precision]
 
 
+def test_ranks_print_a_shared_error_once_and_an_error_of_their_own_with_the_rank(monkeypatch, capsys):
+    server = dist.TCPStore("localhost", 0, is_master=True)
+    launch = {"WORLD_SIZE": "2", "TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_ADDR": "localhost"}
+    for name, value in {**launch, "MASTER_PORT": str(server.port)}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(reports, "_PATIENCE", timedelta(seconds=1))
+    printed = []
+    for rank, words in ((0, ["of-both"]), (1, ["of-both"]), (1, ["of-one"])):
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("LOCAL_RANK", str(rank))
+        assert main(words) == 2
+        printed.append(capsys.readouterr().err)
+    assert printed[0].startswith("fusedalign: error: command must be")
+    assert printed[1] == ""
+    assert printed[2].startswith("[rank 1] fusedalign: error: command must be")
+    del server
+    assert main(["of-both"]) == 2  # the launcher has ended
+    assert capsys.readouterr().err.startswith("[rank 1] fusedalign: error: ")
+
+
+@pytest.mark.parametrize(
+    ("line", "rank", "command"),
+    [
+        ("python torchrun --nproc_per_node 2 -m fusedalign dpo --seed 3", "0", "torchrun --nproc_per_node 2 -m"),
+        ("python torchrun --nproc_per_node 2 script.py", "0", ""),
+        ("bash -c fusedalign dpo --seed 3", None, ""),
+    ],
+)
+def test_the_command_that_resumes_a_run_has_its_launcher(monkeypatch, line, rank, command):
+    from fusedalign.trl import launch
+
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if rank is not None:
+        monkeypatch.setenv("LOCAL_RANK", rank)
+    monkeypatch.setattr(launch.psutil.Process, "cmdline", lambda self: line.split())
+    expected = ["python", *command.split(), "fusedalign"] if command else ["fusedalign"]
+    assert launch.started_by("dpo", ["--seed", "3"]) == expected
+
+
 ROOT = Path(__file__).parents[1]
 PREFERENCES = ROOT / "recipes/data/preferences"
 COMMANDS = {
@@ -174,7 +216,7 @@ def test_two_ranks_train_into_one_folder_and_print_once(monkeypatch, tmp_path, l
     words = [method, *recipe, *TRAIN, f"--fused_packed={packed}", *LAUNCHER.get(launcher, [])]
     ended = guarded.run([*COMMANDS[launcher], *words], limit=240)
     assert ended.status == 0, ended.stderr[-4000:]
-    for line in ("batches: ", "model: ", "{'train_runtime'"):
+    for line in ("batches: ", "model: ", "trained "):
         assert sum(text.startswith(line) for text in ended.stdout.splitlines()) == 1, ended.stdout
     steps = [json.loads(line)["step"] for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 2]  # the last one is the summary

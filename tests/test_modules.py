@@ -1,9 +1,11 @@
 """`LinearCrossEntropyLoss` equals the model's own loss and never registers the head a second time."""
 
 import copy
+import pickle
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from helpers import IMPLS, Allocations
 
@@ -192,6 +194,29 @@ def test_an_owned_head_is_saved_copied_and_moved():
     assert torch.equal(copied(hidden, labels), want)
     assert copied.head.weight.data_ptr() != first.head.weight.data_ptr()
     torch.testing.assert_close(first.double()(hidden.double(), labels).float(), want)
+
+
+def test_copies_share_the_process_group_and_pickles_take_the_default_one():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        hidden, (_, labels) = torch.randn(3, 17, D), batch()
+        first = LinearCrossEntropyLoss(in_features=D, out_features=V, process_group=dist.group.WORLD)
+        want = linear_cross_entropy(hidden, first.head.weight, labels)
+        pickled = pickle.dumps(first)
+        for copied in (copy.deepcopy(first), copy.copy(first), pickle.loads(pickled)):
+            assert copied.group.handle is dist.group.WORLD
+            torch.testing.assert_close(copied(hidden, labels), want)
+        other = LinearCrossEntropyLoss(in_features=D, out_features=V, process_group=dist.new_group([0]))
+        assert copy.deepcopy(other).group.handle is other.group.handle
+        with pytest.raises(TypeError, match=r"default group .* state_dict"):
+            pickle.dumps(other)
+        assert "ProcessGroup" in repr(first)
+    finally:
+        dist.destroy_process_group()
+    with pytest.raises(RuntimeError, match="init_process_group first"):
+        pickle.loads(pickled)
+    alone = LinearCrossEntropyLoss(in_features=D, out_features=V)
+    assert pickle.loads(pickle.dumps(alone)).group.handle is None
 
 
 def test_peft_modules_to_save_are_used():

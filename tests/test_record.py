@@ -1,6 +1,8 @@
 """The record of a run survives resumes, second runs, Ctrl-C and full disks; failures of extras stop no training."""
 
+import contextlib
 import errno
+import io
 import json
 import os
 import re
@@ -83,11 +85,20 @@ def steps(output):
 
 
 @pytest.fixture(scope="module")
-def finished(model, tmp_path_factory):
+def printed_run(model, tmp_path_factory):
+    """The output folder of a run of four steps, and the lines that it has printed."""
+    output = tmp_path_factory.mktemp("runs") / "a finished run"
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        assert (
+            main(["sft", *words(model, output, eval_strategy="steps", eval_steps=4, dataset_test_split="train")]) == 0
+        )
+    return output, printed.getvalue().splitlines()
+
+
+@pytest.fixture(scope="module")
+def finished(printed_run):
     """The output folder of a run of four steps; tests copy it."""
-    output = tmp_path_factory.mktemp("runs") / "finished"
-    assert main(["sft", *words(model, output)]) == 0
-    return output
+    return printed_run[0]
 
 
 @pytest.fixture
@@ -445,7 +456,7 @@ def test_a_disk_that_stays_full_warns_and_saves_the_model(model, tmp_path, monke
     out = tmp_path / "out"
     assert main(["sft", *words(model, out)]) == 0
     printed = capsys.readouterr()
-    assert printed.out.splitlines()[-1] == f"model: {out}  plot: {out / 'metrics.png'}"
+    assert f"\nmodel: {out}  plot: {out / 'metrics.png'}  record: " in printed.out
     assert "metrics.jsonl lacks lines" in printed.err
     assert (out / "model.safetensors").is_file()
 
@@ -485,7 +496,7 @@ def test_a_failed_plot_does_not_fail_the_run(model, tmp_path, monkeypatch, capsy
     out = tmp_path / "out"
     assert main(["sft", *words(model, out, max_steps=1)]) == 0
     printed = capsys.readouterr()
-    assert printed.out.splitlines()[-1] == f"model: {out}  metrics: {out / 'metrics.jsonl'}"
+    assert f"\nmodel: {out}  metrics: {out / 'metrics.jsonl'}  record: {out / 'run.json'}" in printed.out
     messages = [line for line in printed.err.splitlines() if line.startswith("fusedalign: ")]
     assert len(messages) == 1
     assert messages[0].startswith("fusedalign: warning: the plot")
@@ -622,3 +633,282 @@ def test_killed_and_interrupted_processes_resume(model, tmp_path):
     end = max(int(path.name.partition("-")[2]) for path in out.glob("checkpoint-*")) + 5
     assert main(["sft", *argv, "--resume_from_checkpoint", "last", "--max_steps", str(end)]) == 0
     assert steps(out) == list(range(1, end + 1))
+
+
+# run.json
+
+
+def record(output):
+    return json.loads((output / "run.json").read_text(), parse_constant=pytest.fail)
+
+
+def test_a_run_is_recorded(model, finished):
+    run = record(finished)
+    assert run["state"] == "finished"
+    assert run["command"].startswith(f"fusedalign sft --model_name_or_path {model} --dataset_name ")
+    assert shlex.split(run["command"])[-2:] == ["--dataset_test_split", "train"]
+    assert run["started"] <= run["ended"]
+    assert run["versions"]["transformers"] == transformers.__version__
+    assert run["data"] == {"train_rows": 8, "eval_rows": 8}
+    assert run["changed"]["max_steps"] == 4
+    assert "learning_rate" not in run["changed"]
+    assert run["configuration"]["training"]["learning_rate"] == 2e-5  # of TRL's configuration
+    assert run["configuration"]["fused"]["fused_impl"] == "auto"
+    assert run["decisions"]["impl"] == {"option": "auto", "serving": "pytorch"}
+    assert run["decisions"]["batches"]["layout"] == "right-padded without a mask"
+    assert (run["machine"]["processes"], run["resumed_from"], run["previous"]) == (1, None, [])
+    rows = lines(finished)
+    assert run["steps"] == 4
+    assert run["tokens"] == rows[3]["num_tokens"] > 0
+    assert run["tokens_per_second"] == pytest.approx(run["tokens"] / run["training_seconds"])
+    last = {name: value for row in rows for name, value in row.items()}
+    assert run["metrics"] == last
+
+
+def test_a_resume_keeps_the_earlier_record_and_overwriting_does_not(model, finished_run):
+    first = record(finished_run)
+    assert main(["sft", *words(model, finished_run, max_steps=5, resume_from_checkpoint="last")]) == 0
+    second = record(finished_run)
+    first.pop("previous")
+    assert second["previous"] == [first]
+    assert second["resumed_from"] == {"checkpoint": str(finished_run / "checkpoint-4"), "step": 4}
+    assert main(["sft", *words(model, finished_run, max_steps=1, overwrite_output_dir="true")]) == 0
+    assert record(finished_run)["previous"] == []
+
+
+def test_a_run_that_ends_early_is_recorded_without_secrets(model, tmp_path, monkeypatch, capsys):
+    """Also quiet, with --log_level error."""
+    monkeypatch.setenv("TRACKER_API_KEY", "my-key-in-the-environment")
+    out = tmp_path / "out"
+    quiet = {"log_level": "error", "hub_token": "my-token", "overwrite_output_dir": "true"}
+    ends = {"interrupted": KeyboardInterrupt, "failed": RuntimeError("my-key-in-the-environment of hf_abcdefgh01 and")}
+    for state, end in ends.items():
+        with monkeypatch.context() as patch:
+            stop_at(patch, 2, end)
+            assert main(["sft", *words(model, out, **quiet)]) == (130 if state == "interrupted" else 2)
+        assert record(out)["state"] == state
+        assert record(out)["steps"] == 2
+        assert record(out)["configuration"]["training"]["hub_token"] == "<redacted>"
+    assert record(out)["error"] == "RuntimeError: <redacted> of <redacted> and"
+    text = (out / "run.json").read_text()
+    assert not [secret for secret in ("my-token", "my-key", "hf_abc") if secret in text]
+    assert " step " not in capsys.readouterr().out
+
+
+def test_a_record_that_cannot_be_written_or_described_costs_a_warning(model, tmp_path, monkeypatch, capsys):
+    from fusedalign.trl import run_file, train
+
+    def fail(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    out = tmp_path / "out"
+    monkeypatch.setattr(run_file, "replace_text", fail)
+    monkeypatch.setattr(train, "describe", lambda *_: [][1])
+    assert main(["sft", *words(model, out, max_steps=1)]) == 0
+    printed = capsys.readouterr()
+    assert "run.json cannot be written, the run goes on without it: No space left" in printed.err
+    assert "run.json is incomplete: IndexError" in printed.err
+    assert "record: " not in printed.out
+    assert (out / "model.safetensors").is_file()
+
+
+def test_secrets_are_hidden_by_name_and_wherever_their_values_occur():
+    from fusedalign.trl.redaction import Redactor
+
+    options = {"token": "swordfish", "eos_token": "</s>", "max_tokens": 5, "nested": [{"db_password": "abc"}]}
+    redactor = Redactor(options)
+    hidden = "<redacted>"
+    assert redactor.data(options) == {
+        "token": hidden,
+        "eos_token": "</s>",
+        "max_tokens": 5,
+        "nested": [{"db_password": hidden}],
+    }
+    argv = ["--hub_token", "a", "--api-key=b", "--eos_token", "c", "--init", '{"token": "swordfish"}', "http://u:p@h/d"]
+    shown = ["--hub_token", hidden, f"--api-key={hidden}", "--eos_token", "c", "--init", f'{{"token": "{hidden}"}}']
+    assert redactor.words(argv) == [*shown, f"http://{hidden}@h/d"]
+
+
+def test_commits_are_those_of_the_repositories_that_hold_the_files(tmp_path, monkeypatch):
+    from fusedalign import provenance
+
+    def git(*arguments):
+        name = ["-c", "user.name=n", "-c", "user.email=e@x"]
+        subprocess.run(["git", "-C", tmp_path, *name, *arguments], check=True, capture_output=True)
+
+    assert provenance.commit(tmp_path) is None
+    git("init")
+    (tmp_path / "a.txt").write_text("a")
+    git("add", "a.txt")
+    git("commit", "-m", "a")
+    head = provenance.commit(tmp_path)
+    assert len(head["commit"]) == 40
+    assert head["dirty"] is False
+    (tmp_path / "a.txt").write_text("b")
+    assert provenance.commit(tmp_path) == {**head, "dirty": True}
+    (tmp_path / "__init__.py").write_text("")  # installed into an environment in the repository
+    monkeypatch.setattr(provenance, "__file__", str(tmp_path / "provenance.py"))
+    assert provenance.package_commit() is None
+    git("add", "__init__.py")
+    assert provenance.package_commit()["commit"] == head["commit"]
+    monkeypatch.setenv("PATH", "")
+    assert provenance.commit(tmp_path) is None
+
+
+# What is printed
+
+
+def test_steps_are_lines_of_a_table(printed_run):
+    output, printed = printed_run
+    first = next(i for i, line in enumerate(printed) if " step " in line)
+    header, *table = printed[first : first + 6]
+    assert header.split() == ["step", "epoch", "loss", "accuracy", "entropy", "grad", "norm", "lr", "tokens/s"]
+    rows = [row for row in lines(output) if "loss" in row]
+    for text, row in zip(table, rows, strict=False):
+        cells = text.split()
+        assert cells[0] == f"{row['step']}/4"
+        assert [float(cell) for cell in cells[2:3] + cells[4:6]] == pytest.approx(
+            [row["loss"], row["entropy"], row["grad_norm"]], rel=1e-3
+        )
+        assert float(cells[7].replace(",", "")) > 0
+    assert table[4].split()[:2] == ["eval", "4/4"]
+    assert printed[first + 6].startswith("trained 4 steps in ")
+    assert all(len(line) <= 100 for line in printed[first : first + 7])
+    assert "{'" not in "".join(printed)
+
+
+def test_the_table_keeps_to_100_columns_and_repeats_its_header_rarely(monkeypatch, capsys):
+    from types import SimpleNamespace
+
+    from fusedalign.trl import steps
+
+    monkeypatch.setattr(steps, "peak_memory", lambda device: 1234.5678)
+    table = steps.StepTable(SimpleNamespace(rate=1234567.8, mean_rate=None))
+    state = SimpleNamespace(is_world_process_zero=True, global_step=123456, max_steps=1234567)
+    small = -1.23456e-05
+    logs = {
+        "loss": small,
+        "rewards/accuracies": 0.123456,
+        "rewards/margins": small,
+        "mean_token_accuracy": 0.5,
+        "grad_norm": float("nan"),
+        "learning_rate": 1.23456e-06,
+        "epoch": 123.456,
+    }
+    for _ in range(60):
+        table.on_log(SimpleNamespace(device=None), state, None, logs=logs)
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == 62
+    assert max(map(len, printed)) <= 100
+    assert "margin" in printed[0]
+    assert [i for i, line in enumerate(printed) if line == printed[0]] == [0, 41]
+    row = "123456 123.46 -1.23e-05 0.123 -1.23e-05 nan 1.23e-06 1,234,568 1234.57"
+    assert " ".join(printed[1].split()) == row
+
+
+def test_the_last_lines_name_the_files_and_commands_that_run(model, printed_run, tmp_path, monkeypatch, capsys):
+    output, printed = printed_run
+    quoted = shlex.quote(str(output / "run.json"))
+    (files,) = (i for i, line in enumerate(printed) if line.startswith("model: "))
+    assert f"  record: {quoted}  " in printed[files]
+    commands = {purpose: shlex.split(command) for purpose, command in (x.split(": ", 1) for x in printed[files + 1 :])}
+    train, score, answer = commands.values()
+    assert list(commands) == ["train on preferences (chosen and rejected in PAIRS.jsonl)", "score", "try"]
+    monkeypatch.chdir(tmp_path)
+    pairs = [{"prompt": "ab", "chosen": "a", "rejected": "b"}] * 2
+    (tmp_path / "PAIRS.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    quick = words(model, "", model_name_or_path=None, dataset_name=None, output_dir=None, max_steps=1)
+    assert main([*train[1:], *quick]) == 0
+    assert main([*score[1:-1], str(tmp_path / "scores.parquet")]) == 0
+    capsys.readouterr()
+    assert answer[:2] == ["python", "-c"]
+    exec(answer[2], {})
+    assert capsys.readouterr().out.strip()
+
+
+def test_commands_name_folders_beside_the_run(tmp_path, monkeypatch):
+    from fusedalign.trl.suggestions import _sibling
+
+    monkeypatch.chdir(tmp_path)
+    assert _sibling("runs/sft", "dpo") == os.path.join("runs", "sft-dpo")
+    assert _sibling(".", "dpo") == f"{tmp_path}-dpo"
+
+
+def test_an_adapters_card_record_and_next_commands(model, tmp_path, monkeypatch, capsys):
+    """CPO, whose trainer logs no tokens, with pairs and a progress bar on a terminal."""
+    rows = [{"prompt": "abc", "chosen": "a" * i, "rejected": "b"} for i in range(1, 5)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = tmp_path / "out"
+    options = {"use_peft": "true", "lora_target_modules": "q_proj", "disable_tqdm": "false", "save_strategy": "no"}
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    argv = words(model, out, dataset_name=tmp_path / "pairs.jsonl", max_steps=2, **options)
+    assert main(["cpo", *argv]) == 0
+    printed = capsys.readouterr()
+    # TRL ends a completion with an EOS and begins a prompt with a BOS where the tokenizer does.
+    assert record(out)["tokens"] == sum(3 + len(row[side]) + 1 for row in rows for side in ("chosen", "rejected"))
+    assert "2/2" in printed.err
+    assert " margin " in printed.out
+    assert "{'" not in printed.out + printed.err
+    assert f"\nmerge: fusedalign merge {out} --out {out}-merged\n" in printed.out
+    assert record(out)["decisions"]["parameters"]["trained"] < record(out)["decisions"]["parameters"]["all"]
+    card = (out / "README.md").read_text()
+    assert "library_name: peft" in card
+    assert f"base_model: {model}" in card
+
+
+# The model card
+
+
+def test_the_card_names_base_model_and_folder(model, finished):
+    card = (finished / "README.md").read_text()
+    assert card.startswith("---\n")
+    assert f"fine-tuned version of `{model}`." in card
+    assert f'pipeline("text-generation", model="{finished}"' in card
+    assert "trained with SFT" in card
+    assert "None" not in card
+
+
+def test_a_card_that_fails_or_would_replace_another_text_costs_a_warning(model, tmp_path, monkeypatch, capsys):
+    import trl
+
+    out = tmp_path / "out"
+    monkeypatch.setattr(trl.SFTTrainer, "create_model_card", lambda *_, **__: [][1])
+    assert main(["sft", *words(model, out, max_steps=1, save_strategy="no")]) == 0
+    assert "warning: the model card was left out: IndexError: list index out of range" in capsys.readouterr().err
+    assert not (out / "README.md").exists()
+    (out / "README.md").write_text("# My notes\n")
+    monkeypatch.undo()
+    argv = words(model, out, max_steps=1, save_strategy="no", overwrite_output_dir="true")
+    assert main(["sft", *argv]) == 0
+    assert f"the model card was left out: {out / 'README.md'} is another text" in capsys.readouterr().err
+    assert (out / "README.md").read_text() == "# My notes\n"
+
+
+# Trackers
+
+
+def test_an_unknown_or_missing_tracker_is_an_error_before_the_data_are_read(model, tmp_path, monkeypatch, capsys):
+    from fusedalign.trl.trackers import check_trackers
+
+    argv = words(model, tmp_path / "out", dataset_name="nowhere.jsonl")
+    assert main(["sft", *argv, "--report_to", "tensorbord"]) == 2
+    assert "got 'tensorbord'; did you mean tensorboard?" in error(capsys)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"report_to=trackio needs .* not installed: pip install trackio,"):
+        check_trackers(["trackio"])
+    monkeypatch.undo()
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "swanlab").mkdir()  # a folder of logs is no package
+    with pytest.raises(ValueError, match="pip install swanlab"):
+        check_trackers(["swanlab"])
+
+
+def test_tensorboard_gets_every_metric(model, tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    out = tmp_path / "out"
+    assert main(["sft", *words(model, out, max_steps=2, report_to="tensorboard")]) == 0
+    (folder,) = (out / "runs").iterdir()
+    events = accumulator.EventAccumulator(str(folder)).Reload()
+    assert [event.value for event in events.Scalars("train/loss")] == pytest.approx(
+        [row["loss"] for row in lines(out) if "loss" in row]
+    )

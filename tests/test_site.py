@@ -120,8 +120,8 @@ def test_numbers_in_tables_do_not_wrap():
 
 def test_docstrings_become_markdown():
     pytest.importorskip("griffe")
-    docstring = "Loss::\n\n    a\n\nArgs:\n    beta: > 0, see docs/trl.md.\n\nExample:\n    >>> 1\n"
-    want = "Loss:\n\n    a\n\nArgs:\n    beta: &gt; 0, see [trl](../trl.md).\n\nExamples:\n    >>> 1\n"
+    docstring = "Loss::\n\n    a\n\nArgs:\n    beta: > 0, see docs/trl.md.\n    a, b,\n        c: d\n\nExample:\n    >>> 1\n"
+    want = "Loss:\n\n    a\n\nArgs:\n    beta: &gt; 0, see [trl](../trl.md).\n    a, b, c: d\n\nExamples:\n    >>> 1\n"
     site = load("docstrings")
     assert site.markdown(docstring) == want
     assert site.linked("`fusedalign.f`, `x`", {"f": "fusedalign.ops.f"}) == "[`fusedalign.f`][fusedalign.ops.f], `x`"

@@ -104,6 +104,9 @@ def check_dtensors():
         reverse = DeviceMesh("cpu", [1, 0])
         with pytest.raises(TypeError, match="weight must be a plain tensor, or a DTensor"):
             linear_logps(case.hidden, distribute_tensor(case.weight.detach(), reverse, [Shard(0)]), case.targets)
+    plane = init_device_mesh("cpu", (dist.get_world_size() // 2, 2))
+    with pytest.raises(TypeError, match=r"grad_placements=\[Partial\(\), Partial\(\)\]\)"):
+        linear_logps(case.hidden, distribute_tensor(case.weight.detach(), plane, [Shard(0)] * 2), case.targets)
     for placements in ([Shard(1)], [Replicate()]):
         with pytest.raises(TypeError, match=r"weight must be .* sharded on dimension 0 .*full_tensor"):
             linear_logps(case.hidden, distribute_tensor(case.weight.detach(), mesh, placements), case.targets)
@@ -191,7 +194,7 @@ def check_errors():
     if rank != 0:
         outside = own.targets
     expect(ValueError, "targets must be", outside)
-    expect(ValueError, "outputs, the loss, dtypes and requires_grad must be the same", temperature=1.0 + rank)
+    expect(ValueError, "the loss, num_items, dtypes and requires_grad must be the same", temperature=1.0 + rank)
     expect(ValueError, "must be the same on all ranks", bias=None if rank else own.bias)
     wrong = {} if rank else {"softcap": -1.0}
     expect(RuntimeError if rank else ValueError, "rank 0 refused" if rank else "softcap must be > 0", **wrong)
@@ -200,6 +203,13 @@ def check_errors():
         options = {"process_group": dist.group.WORLD, **({} if rank else wrong)}
         with pytest.raises(RuntimeError if rank else ValueError, match="rank 0 refused" if rank else next(iter(wrong))):
             linear_cross_entropy(own.hidden, own.weight, own.targets, bias=own.bias, **options)
+    for num_items in (7 + rank, torch.tensor(7 + rank), None if rank else 7):
+        with pytest.raises(ValueError, match=r"num_items, .* must be the same on all ranks"):
+            linear_cross_entropy(
+                own.hidden, own.weight, own.targets, num_items=num_items, process_group=dist.group.WORLD
+            )
+    equal = torch.tensor(7) if rank else 7.0
+    linear_cross_entropy(own.hidden, own.weight, own.targets, num_items=equal, process_group=dist.group.WORLD)
     shorter = own.targets if rank else own.targets.roll(1)
     expect(ValueError, "must be the same on all ranks", shorter)
     assert run(own, process_group=dist.group.WORLD)["logps"].isfinite().all()

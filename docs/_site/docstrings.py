@@ -13,6 +13,7 @@ _REWRITES = [
     (r"^Example::$", "**Example:**"),
     (r"^Example:$", "Examples:"),
     (r"::$", ":"),  # before a literal block
+    (r"^( +(?:\w+, )*\w+,)\n +(?=(?:\w+, )*\w+: )", r"\1 "),  # names that share a description, on two lines
     (r"^(\s+[\w, ]+: )>", r"\1&gt;"),  # `beta: > 0` quotes nothing
     (r"`?\bdocs/(\w+)\.md`?", r"[\1](../\1.md)"),
 ]

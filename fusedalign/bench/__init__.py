@@ -11,12 +11,37 @@
     command.py    the command line
     microbatches.py  the command `microbatches`: a pipeline's last stage, with many forwards in flight
     training/        the command `trl`: whole training steps, stock TRL against the Fused trainers
+    sharded.py       the command `sharded`: a head sharded over GPUs
+    scaling.py       the command `scaling`: a head on many GPUs, calculated
     scoring.py       the command `score`: log-probabilities of preference pairs
 
-To add a benchmark of another kind: a module with its function, and a row in `SUBCOMMANDS` of command.py.
+To add a benchmark of another kind: a module with its function, and a row in `SUBCOMMANDS`.
 """
 
-from fusedalign.bench.command import bench
-from fusedalign.bench.runner import Report, Settings, run
+from fusedalign.commandline import Command
 
-__all__ = ["Report", "Settings", "bench", "run"]
+SUBCOMMANDS = {
+    "microbatches": Command(
+        "fusedalign.bench.microbatches:microbatches",
+        "a pipeline's last stage, with many forwards in flight",
+        "--count 8",
+    ),
+    "trl": Command(
+        "fusedalign.bench.training.command:trainings",
+        "whole training steps, stock TRL against the Fused trainers",
+        "dpo --sizes 0.6b",
+    ),
+    "sharded": Command(
+        "fusedalign.bench.sharded:sharded", "a head sharded over the GPUs of this machine, against one GPU", "--ranks 2"
+    ),
+    "scaling": Command(
+        "fusedalign.bench.scaling:scaling",
+        "a head on 8 to 1,024 GPUs, calculated: memory, compute, communication",
+        "--ranks 8,64",
+    ),
+    "score": Command(
+        "fusedalign.bench.scoring:scoring",
+        "log-probabilities of preference pairs, against other ways to score",
+        "--size 0.6b",
+    ),
+}

@@ -5,13 +5,11 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
-from fusedalign.bench import microbatches, scaling, scoring, sharded
+from fusedalign.bench import SUBCOMMANDS
 from fusedalign.bench.cases import CASES, DEFAULT_CPU, DEFAULT_CUDA, parse_cases
 from fusedalign.bench.data import KINDS
 from fusedalign.bench.peers import Implementation, choose, implementations
@@ -19,31 +17,14 @@ from fusedalign.bench.profiling import profile_row
 from fusedalign.bench.runner import Settings, free, inputs, reason, run
 from fusedalign.bench.table import case_footer, case_header, header, task_section, write
 from fusedalign.bench.tasks import TASKS, Task
-from fusedalign.bench.training import command as training
-from fusedalign.commandline import CommandParser
+from fusedalign.commandline import CommandParser, calm_threads, suggestion
 from fusedalign.reports import NO_MATPLOTLIB, check_writable, warn
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-class SubCommand(NamedTuple):
-    """A benchmark of another kind, with arguments of its own."""
-
-    run: Callable[[list[str]], None]
-    about: str
-
-
-SUBCOMMANDS = {
-    microbatches.WORD: SubCommand(microbatches.microbatches, "a pipeline's last stage, with many forwards in flight"),
-    training.WORD: SubCommand(training.trainings, "whole training steps, stock TRL against the Fused trainers"),
-    sharded.WORD: SubCommand(sharded.sharded, "a head sharded over the GPUs of this machine, against one GPU"),
-    scaling.WORD: SubCommand(scaling.scaling, "a head on 8 to 1,024 GPUs, calculated: memory, compute, communication"),
-    scoring.WORD: SubCommand(scoring.scoring, "log-probabilities of preference pairs, against other ways to score"),
-}
-
-
 def _parser() -> CommandParser:
-    subcommands = "\n".join(f"  {word:<12}  {subcommand.about}" for word, subcommand in SUBCOMMANDS.items())
+    subcommands = "\n".join(f"  {word:<12}  {command.about}" for word, command in SUBCOMMANDS.items())
     tasks = "\n".join(f"  {task.name:<8} {task.about}" for task in TASKS.values())
     cases = "\n".join(f"  {case.name:<12} {case}" for case in CASES.values())
     parser = CommandParser(
@@ -62,15 +43,13 @@ def _parser() -> CommandParser:
     add("--seed", type=int, default=0, help="of the data; default: 0")
     add("--dtype", choices=_DTYPES, help="of hidden states and head; default: bf16 on a GPU, fp32 on a CPU")
     add("--out", type=Path, metavar="DIR", help="also write bench.md, bench.json and bench.png there")
+    add("--wide", action="store_true", help="print all columns; the files of --out always have them")
     add("--profile", metavar="IMPL", help="profile one impl instead: the kernels of each task, by time")
     return parser
 
 
 def bench(argv: list[str]) -> None:
-    """Run `fusedalign bench`, or the sub-command that comes first. Raises ValueError, one line, for bad arguments."""
-    if argv and argv[0] in SUBCOMMANDS:
-        SUBCOMMANDS[argv[0]].run(argv[1:])
-        return
+    """Run `fusedalign bench`. Raises ValueError, one line, for bad arguments."""
     options = _parser().parse(argv)
     if options is None:
         return
@@ -82,10 +61,11 @@ def bench(argv: list[str]) -> None:
         check_writable(options.out, "--out")
         if importlib.util.find_spec("matplotlib") is None:
             warn(NO_MATPLOTLIB)
-    _run_tables(settings, options.out)
+    calm_threads()
+    _run_tables(settings, options.out, wide=options.wide)
 
 
-def _run_tables(settings: Settings, out: Path | None) -> None:
+def _run_tables(settings: Settings, out: Path | None, *, wide: bool) -> None:
     """Print each table when it is measured, and write the report so far into `out`."""
     write_error = no_plot = None
     for count, report in enumerate(run(settings, lambda line: print(line, file=sys.stderr, flush=True))):
@@ -94,7 +74,7 @@ def _run_tables(settings: Settings, out: Path | None) -> None:
         case = report.cases[-1]
         if len(case.tables) == 1:
             print("\n" + case_header(case, report))
-        print("\n" + task_section(case.tables[-1]), flush=True)
+        print("\n" + task_section(case.tables[-1], wide=wide), flush=True)
         if len(case.tables) == len(settings.tasks):
             print("\n" + case_footer(case), flush=True)
         if out is not None:
@@ -134,7 +114,8 @@ def _tasks(names: list[str], impls: list[Implementation]) -> list[Task]:
 def _settings(options: argparse.Namespace) -> Settings:
     for name in options.tasks:
         if name not in TASKS:
-            raise ValueError(f"a task must be one of {', '.join(TASKS)}, got {name!r}")
+            hint = suggestion(name, [*TASKS, *SUBCOMMANDS])
+            raise ValueError(f"a task must be one of {', '.join(TASKS)}, got {name!r}{hint}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     impls = choose(options.impls if options.profile is None else options.profile)
     if options.profile is not None and (len(impls) != 1 or options.out is not None):

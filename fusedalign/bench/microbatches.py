@@ -23,9 +23,9 @@ from fusedalign.bench.measure import median_ms, peak_bytes
 from fusedalign.bench.peers import Functions, Implementation
 from fusedalign.bench.runner import describe_machine, free, machine, reason
 from fusedalign.bench.tasks import BUDGETS, TASKS, Reference, reference, relative_error
-from fusedalign.commandline import CommandParser
+from fusedalign.commandline import CommandParser, calm_threads, fit
 from fusedalign.ops import linear_cross_entropy
-from fusedalign.reports import check_writable, markdown_table, replace_text, to_json
+from fusedalign.reports import bullets, check_writable, markdown_table, replace_text, selected, to_json
 
 WORD = "microbatches"
 CUDA, CPU = "qwen3-1.7b", "N=32,D=24,V=300"
@@ -156,6 +156,7 @@ def microbatches(argv: list[str]) -> None:
     options = _parser().parse(argv)
     if options is None:
         return
+    calm_threads()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     case, *extra_cases = parse_cases([options.case or (CUDA if device == "cuda" else CPU)])
     if extra_cases or options.count < 1:
@@ -171,18 +172,19 @@ def microbatches(argv: list[str]) -> None:
             print(f"{row.name}", file=sys.stderr, flush=True)
             figures.append(stage.measure(row))
     finally:  # print the rows measured so far after Ctrl-C too
-        text = report(case, options.count, figures, dtype, device)
         if figures:
-            print(text, flush=True)
+            print(report(case, options.count, figures, dtype, device, wide=options.wide), flush=True)
     if options.out is not None:
-        replace_text(options.out / f"{WORD}.md", text + "\n")
+        replace_text(options.out / f"{WORD}.md", report(case, options.count, figures, dtype, device) + "\n")
         results = {"machine": machine(device), "case": dataclasses.asdict(case), "count": options.count}
         results["rows"] = [dataclasses.asdict(f) for f in figures]
         replace_text(options.out / f"{WORD}.json", to_json(results, indent=1) + "\n")
 
 
-def report(case: Case, count: int, figures: list[Figures], dtype: torch.dtype, device: str) -> str:
-    """The table, in Markdown."""
+def report(
+    case: Case, count: int, figures: list[Figures], dtype: torch.dtype, device: str, *, wide: bool = True
+) -> str:
+    """The table, in Markdown; not `wide`: at most `WIDTH` columns, with reasons below."""
     budgets = BUDGETS[dtype]
     has_reported = (case.tokens, case.hidden_size, case.vocab, count) == (4096, 2048, 151936, COUNT)
     table = [["", "peak GB", *(["reported then"] if has_reported else []), "ms", "loss err.", "dH err.", "dW err.", ""]]
@@ -200,16 +202,27 @@ def report(case: Case, count: int, figures: list[Figures], dtype: torch.dtype, d
         [
             f"# {count} micro-batches in flight, {case.title}",
             "",
-            describe_machine(machine(device)),
+            fit(describe_machine(machine(device))),
             "",
             f"{str(dtype).removeprefix('torch.')}. GB: 10^9 bytes, the peak of allocated memory: head, hidden",
             "states, their gradients, saved tensors, and tiles. ms: all forwards and backwards. Errors: relative,",
             f"against an fp32 reference; exact: loss {budgets['loss']:g}, dH {budgets['dH']:g}. dW is the sum of",
             f"{count} gradients in the head's dtype, which rounds it the same in every row.",
             "",
-            *markdown_table(table),
+            *(markdown_table(table) if wide else _narrow(table, figures)),
         ]
     )
+
+
+def _narrow(table: list[list[str]], figures: list[Figures]) -> list[str]:
+    """The lines of the table without the errors that decide least, and the reasons below it."""
+    rows = selected(table, [title for title in table[0][:-1] if title not in ("loss err.", "dW err.")])
+    reasons = [f"{f.name}: {f.reason}" for f in figures if f.reason is not None]
+    rows[0].append("result")
+    for cells, full, f in zip(rows[1:], table[1:], figures, strict=True):
+        cells[0] = cells[0].strip("*")
+        cells.append(full[-1] if f.reason is None else "not run")
+    return [*markdown_table(rows), *(["", *bullets(reasons)] if reasons else [])]
 
 
 def _choose(words: str) -> list[Implementation]:
@@ -234,5 +247,6 @@ def _parser() -> CommandParser:
     add("--rows", default="all", help="all (default), or names with semicolons between")
     add("--data", default="trained", choices=("trained", "random"), help="as in `fusedalign bench`")
     add("--seed", type=int, default=0, help="of the data; default: 0")
+    add("--wide", action="store_true", help="print all columns; the files of --out always have them")
     add("--out", type=Path, metavar="DIR", help=f"also write {WORD}.md and {WORD}.json there")
     return parser

@@ -20,8 +20,8 @@ from fusedalign.bench.measure import synchronize
 from fusedalign.bench.runner import describe_machine, in_short, machine
 from fusedalign.bench.training.processes import run_program
 from fusedalign.bench.training.settings import MIXES, SIZES
-from fusedalign.commandline import CommandParser
-from fusedalign.reports import check_writable, markdown_row, markdown_table, replace_text, to_json
+from fusedalign.commandline import CommandParser, fit
+from fusedalign.reports import bullets, check_writable, markdown_row, markdown_table, replace_text, to_json
 from fusedalign.score.records import Answer, Example, Window
 
 WORD = "score"
@@ -35,7 +35,7 @@ SIDES = {
 
 #: The loop's batch size starts here and is halved until a batch of the longest rows fits.
 _LARGEST_BATCH = 128
-_COLUMNS = ("", "rows/s", "tokens/s", "s", "first rows, s", "peak over weights, GiB", "sum, nats")
+_COLUMNS = ("", "rows/s", "tokens/s", "s", "first rows, s", "peak, GiB", "sum, nats")
 _WIDTHS = [max(10, len(title)) for title in _COLUMNS]
 
 
@@ -127,7 +127,9 @@ def scoring(argv: list[str]) -> None:
             figures = run_program(__name__, Job(side, size, mix, options.rows))
             results.append(Measured(**({"side": side, "mix": mix} | figures)))
             print(table_row(results[-1]), flush=True)
-        print("\n".join(comparison([x for x in results if x.mix == mix])), flush=True)
+        rows = [x for x in results if x.mix == mix]
+        notes = ["", *bullets(f"{x.side}: {x.reason}" for x in rows if x.reason)]
+        print("\n".join([*(notes if len(notes) > 1 else []), *comparison(rows)]), flush=True)
     if options.out is not None:
         report = {"machine": machine("cuda" if cuda else "cpu"), "rows": [dataclasses.asdict(x) for x in results]}
         replace_text(options.out / f"{WORD}.json", to_json(report, indent=1) + "\n")
@@ -140,13 +142,15 @@ def _header(size: str, options: argparse.Namespace, sides: Sequence[str], cuda: 
     lines = [
         f"# fusedalign bench {WORD}",
         "",
-        describe_machine(machine("cuda" if cuda else "cpu")),
+        fit(describe_machine(machine("cuda" if cuda else "cpu"))),
         "",
-        f"{SIZES[size].about}, random weights, {'bf16' if cuda else 'fp32'}; {options.rows} rows: {options.rows // 2} "
-        "prompts with two answers each.",
-        "Each side is a process of its own. Rows/s and tokens/s are of a second pass, without compilation.",
+        fit(
+            f"{SIZES[size].about}, random weights, {'bf16' if cuda else 'fp32'}; {options.rows} rows: "
+            f"{options.rows // 2} prompts with two answers each. Each side is a process of its own. Rows/s and "
+            "tokens/s are of a second pass, without compilation. Peak: of memory beyond the weights."
+        ),
         "",
-        *(f"* {side}: {SIDES[side]}" for side in sides),
+        *bullets(f"{side}: {SIDES[side]}" for side in sides),
     ]
     return "\n".join(lines)
 
@@ -154,7 +158,7 @@ def _header(size: str, options: argparse.Namespace, sides: Sequence[str], cuda: 
 def table_row(x: Measured) -> str:
     """The row of one side."""
     if x.seconds is None:
-        return markdown_row([x.side, *["-"] * 5, x.reason], _WIDTHS)
+        return markdown_row([x.side, *["-"] * 5, "failed"], _WIDTHS)
     peak = "-" if x.peak_bytes is None else f"{x.peak_bytes / 2**30:.2f}"
     rates = [f"{x.rows / x.seconds:.1f}", f"{x.tokens / x.seconds:,.0f}"]
     return markdown_row([x.side, *rates, f"{x.seconds:.2f}", f"{x.first_seconds:.2f}", peak, f"{x.total:.1f}"], _WIDTHS)

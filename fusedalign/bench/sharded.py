@@ -7,7 +7,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,10 @@ from torch import Tensor
 
 from fusedalign.bench.cases import Case, parse_cases
 from fusedalign.bench.measure import peak_bytes, synchronize
-from fusedalign.bench.runner import machine
-from fusedalign.commandline import CommandParser
+from fusedalign.bench.runner import describe_machine, machine
+from fusedalign.commandline import CommandParser, fit
 from fusedalign.ops import linear_cross_entropy, linear_logps
+from fusedalign.reports import check_writable, markdown_table, replace_text, to_json
 
 WORD = "sharded"
 DEFAULT_CUDA, DEFAULT_CPU = "N=8192,D=4096,V=151936", "tiny"
@@ -60,38 +61,38 @@ def sharded(argv: list[str]) -> None:
     ranks = options.ranks or (torch.cuda.device_count() if cuda else 2)
     if ranks < 2 or (cuda and ranks > torch.cuda.device_count()):
         raise ValueError(f"--ranks must be from 2 to the number of GPUs ({torch.cuda.device_count()}), got {ranks}")
+    if options.out is not None:
+        check_writable(options.out, "--out")
     (case,) = parse_cases([options.case or (DEFAULT_CUDA if cuda else DEFAULT_CPU)])
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(_run_rank, (ranks, case, folder), nprocs=ranks)
         one = [Result(**x) for x in json.loads((Path(folder) / "one.json").read_text())]
         every = [[Result(**x) for x in json.loads((Path(folder) / f"{r}.json").read_text())] for r in range(ranks)]
-    print(f"# fusedalign bench {WORD}\n\n{case}; {ranks} ranks; {machine('cuda' if cuda else 'cpu')}\n")
-    print("\n".join(table(one, every)))
+    facts = machine("cuda" if cuda else "cpu")
+    print(f"# fusedalign bench {WORD}\n\n{fit(describe_machine(facts))}\n\n{case}; {ranks} ranks\n")
+    print("\n".join(table(one, every, wide=options.wide)))
+    if options.out is not None:
+        report = {"machine": facts, "case": asdict(case), "tasks": list(TASKS)}
+        figures = {"one": [asdict(x) for x in one], "ranks": [[asdict(x) for x in rank] for rank in every]}
+        replace_text(options.out / f"{WORD}.json", to_json(report | figures, indent=1) + "\n")
 
 
-def table(one: list[Result], ranks: list[list[Result]]) -> list[str]:
-    """Markdown lines: each task on one rank and on all, by the slowest and the fullest of them."""
-    columns = (
-        "",
-        "one ms",
-        "sharded ms",
-        "times as fast",
-        "one GiB",
-        "a rank GiB",
-        "of one",
-        "errors, one",
-        "errors, sharded",
-    )
-    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+def table(one: list[Result], ranks: list[list[Result]], *, wide: bool = True) -> list[str]:
+    """Markdown lines: each task on one rank and on all, by the slowest and the fullest of them.
+
+    Without `wide` the last column is the largest of all errors.
+    """
+    columns = ["", "one ms", "sharded ms", "times as fast", "one GiB", "a rank GiB", "of one"]
+    lines = [[*columns, *(("errors, one", "errors, sharded") if wide else ("error",))]]
     for i, task in enumerate(TASKS):
         results = [rank[i] for rank in ranks]
         ms, peak = max(x.ms for x in results), max(x.peak_bytes for x in results)
         errors = [", ".join(f"{k} {v:.1e}" for k, v in x.errors.items()) for x in (one[i], results[0])]
-        lines.append(
-            f"| {task} | {one[i].ms:.1f} | {ms:.1f} | {one[i].ms / ms:.2f} | {one[i].peak_bytes / _GIB:.2f} "
-            f"| {peak / _GIB:.2f} | {peak / one[i].peak_bytes:.2f} | {errors[0]} | {errors[1]} |"
-        )
-    return lines
+        if not wide:
+            errors = [f"{max(x for result in (one[i], *results) for x in result.errors.values()):.1e}"]
+        figures = [f"{one[i].ms:.1f}", f"{ms:.1f}", f"{one[i].ms / ms:.2f}", f"{one[i].peak_bytes / _GIB:.2f}"]
+        lines.append([task, *figures, f"{peak / _GIB:.2f}", f"{peak / one[i].peak_bytes:.2f}", *errors])
+    return markdown_table(lines)
 
 
 def _run_rank(rank: int, ranks: int, case: Case, folder: str) -> None:
@@ -172,5 +173,7 @@ def _parser() -> CommandParser:
         "of forward and backward, memory with head and gradients, and errors against fp32.",
     )
     parser.add_argument("--case", help=f"as --cases of bench; default: {DEFAULT_CUDA} on GPUs, {DEFAULT_CPU} on a CPU")
+    parser.add_argument("--wide", action="store_true", help="print the errors of each tensor")
+    parser.add_argument("--out", type=Path, metavar="DIR", help=f"also write {WORD}.json there")
     parser.add_argument("--ranks", type=int, help="default: all GPUs, on a CPU 2")
     return parser

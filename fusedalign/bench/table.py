@@ -9,7 +9,11 @@ from typing import Any
 from fusedalign.bench.data import TARGET
 from fusedalign.bench.runner import CaseReport, Report, Row, TaskTable, describe_machine
 from fusedalign.bench.tasks import TASKS
-from fusedalign.reports import markdown_table, plot_failure, replace_text, to_json
+from fusedalign.commandline import fit
+from fusedalign.reports import bullets, markdown_table, plot_failure, replace_text, selected, to_json
+
+#: The columns without --wide, before the speed-up.
+_NARROW = ("impl", "fwd ms", "fwd+bwd ms", "over grads MiB", "dH err.")
 
 
 def markdown(report: Report) -> str:
@@ -22,12 +26,12 @@ def header(report: Report) -> str:
     return f"""\
 # fusedalign bench
 
-{describe_machine(report.machine)}
+{fit(describe_machine(report.machine))}
 
-{report.dtype}, medians. U: the time of 2*N*D*V FLOPs at the rate of a large matrix product measured before the rows.
-MiB: the peak beyond the inputs; "over grads": that of fwd+bwd less the returned gradients. Errors: relative
-(Frobenius norms), against an fp32 reference, fp64 for fp32 inputs. A row with an error over its budget gets no
-speed-up."""
+{report.dtype}, medians. U: the time of 2*N*D*V FLOPs at the rate of a large matrix product measured
+before the rows. MiB: the peak beyond the inputs; "over grads": that of fwd+bwd less the returned
+gradients. Errors: relative (Frobenius norms), against an fp32 reference, fp64 for fp32 inputs. A
+row with an error over its budget gets no speed-up."""
 
 
 def section(case: CaseReport, report: Report) -> str:
@@ -54,15 +58,22 @@ def case_footer(case: CaseReport) -> str:
     return f"After the rows the large product ran at {case.rate_after / 1e12:.4g} TFLOP/s."
 
 
-def task_section(table: TaskTable) -> str:
-    """The title, the budgets and the table of one task."""
+def task_section(table: TaskTable, *, wide: bool = True) -> str:
+    """The title, the budgets and the table of one task; not `wide`: at most `WIDTH` columns, with reasons below."""
     budgets = ", ".join(f"{name} {value:g}" for name, value in table.budgets.items())
     speedup = f"speed-up over {table.baseline}" if table.baseline else "speed-up"
     titles = ["impl", "fwd ms", "fwd+bwd ms", "fwd U", "fwd+bwd U", "fwd MiB", "fwd+bwd MiB", "over grads MiB"]
     rows = [[*titles, "loss err.", "dH err.", "dW err.", speedup]]
     rows += [_cells(row, table) for row in table.rows]
     head = [f"### {table.task}: {TASKS[table.task].about}", "", f"Budgets: {budgets}."]
-    return "\n".join([*head, "", *markdown_table(rows)])
+    if wide:
+        return "\n".join([*head, "", *markdown_table(rows)])
+    reasons = [f"{row.impl}: {row.reason}" for row in table.rows if row.reason is not None]
+    rows = selected(rows, (*_NARROW, speedup))
+    for cells, row in zip(rows[1:], table.rows, strict=True):
+        cells[-1] = "not run" if row.reason is not None else cells[-1].removeprefix("baseline; ")
+    notes = ["", *bullets(reasons)] if reasons else []
+    return "\n".join([*head, "", *markdown_table(rows), *notes])
 
 
 def _cells(row: Row, table: TaskTable) -> list[str]:

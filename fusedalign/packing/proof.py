@@ -96,7 +96,8 @@ def enable_sharded(model: Any, device: torch.device, *, unmasked: bool = False) 
 def twin(model: Any, device: torch.device) -> Any:
     """A small model of the same class and dtype with random weights on `device`.
 
-    It has the first layers of the configuration, at least two and one of each kind, and few tokens.
+    It has the first layers of the configuration, at least two and one of each kind, few tokens, and few experts, which
+    act on each token alone.
 
     Raises:
         LayoutError: the class cannot be built from such a configuration.
@@ -112,6 +113,7 @@ def twin(model: Any, device: torch.device) -> Any:
     text.num_hidden_layers = count
     text.vocab_size = min(text.vocab_size, _TWIN_TOKENS)
     text.pad_token_id = None  # could be beyond the vocabulary
+    _reduce_experts(text)
     parameters = list(model.parameters())
     trains = any(parameter.requires_grad for parameter in parameters)
     try:
@@ -125,6 +127,17 @@ def twin(model: Any, device: torch.device) -> Any:
     return small
 
 
+def _reduce_experts(config: Any) -> None:
+    """Leave twice as many experts as a token takes, and as many in each group as routing by groups needs."""
+    taken = getattr(config, "num_experts_per_tok", None)
+    groups, taken_groups = (getattr(config, name, None) or 1 for name in ("n_group", "topk_group"))
+    for name in ("num_experts", "num_local_experts", "n_routed_experts"):
+        count = getattr(config, name, None)
+        if isinstance(count, int) and isinstance(taken, int) and count % groups == 0:
+            in_group = max(2, -(-2 * taken // groups), -(-taken // taken_groups))
+            setattr(config, name, min(count, groups * in_group))
+
+
 @contextlib.contextmanager
 def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
     previous = torch.get_default_dtype()
@@ -136,6 +149,8 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 
 def _enable(model: Any, reason: str | None, lay_out: Callable[[_Rows], Layout], training: bool) -> Proof:
+    if reason is None and any(parameter.is_meta for parameter in model.parameters()):
+        reason = f"{type(model).__name__} has weights that are not in memory"
     if reason is not None:
         raise LayoutError(reason)
     original = None if installed(model) else install(model)
@@ -175,8 +190,6 @@ def _structure(model: Any) -> str | None:
         return f"{name} has position biases in its attention (ALiBi)"
     if not getattr(model, "_can_set_attn_implementation", lambda: False)():
         return f"{name} has attention of its own, which takes no other function"
-    if any(parameter.is_meta for parameter in model.parameters()):
-        return f"{name} has weights that are not in memory"
     return None
 
 

@@ -10,7 +10,3 @@ plan.py        the complete plan
 table.py       its text
 command.py     the command line
 """
-
-from fusedalign.plan.command import plan_command
-
-__all__ = ["plan_command"]

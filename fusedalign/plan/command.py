@@ -94,22 +94,27 @@ def _parser() -> CommandParser:
         text = about if default is None else f"{about}; default: {default}"
         if "action" not in options:
             options["default"] = default
-        parser.add_argument(f"--{name}", help=text, **options)
+        parser.add_argument(name, help=text, **options)
 
-    add("model_name_or_path", "a folder with a config.json, a Hub model, or embedded", metavar="M")
-    add("method", "the training method", default.method, choices=METHODS)
+    add("--model_name_or_path", "a folder with a config.json, a Hub model, or embedded", metavar="M")
+    add("--method", "the training method", default.method, choices=METHODS)
     number: dict[str, Any] = {"type": int, "metavar": "N"}
-    add("batch", "rows, or pairs, per micro-batch", default.batch, **number)
-    add("length", "tokens per row, prompt and answer", default.length, **number)
-    add("prompt", "tokens of the prompt among them: no loss, packed once per pair", default.prompt, **number)
-    add("tokens", "tokens of the packed batch, if rows are shorter; default: all rows full", **number)
-    add("accumulation", "micro-batches per step", default.accumulation, **number)
-    add("dtype", "of the weights; matrix products are in bf16", default.dtype, choices=tuple(ITEM))
-    add("lora", f"train LoRA on all linear layers, r={LORA_R}", action="store_true")
-    add("lora_r", "the same with another rank", type=int, metavar="R")
-    add("gradient_checkpointing", "of the planned step; the peaks of both are shown", "true", choices=("true", "false"))
-    add("precompute_ref_log_probs", "train without a reference model in memory (dpo, kto)", action="store_true")
-    add("optim", "the optimiser, by its name in transformers", DEFAULT_OPTIMISER, choices=tuple(OPTIMISERS))
-    add("memory", "of the GPU, such as 24GiB: whether the step fits, and which change saves most", metavar="SIZE")
-    add("json", "print JSON", action="store_true")
+    add("--batch", "rows, or pairs, per micro-batch", default.batch, **number)
+    add("--length", "tokens per row, prompt and answer", default.length, **number)
+    add("--prompt", "tokens of the prompt among them: no loss, packed once per pair", default.prompt, **number)
+    add("--tokens", "tokens of the packed batch, if rows are shorter; default: all rows full", **number)
+    add("--accumulation", "micro-batches per step", default.accumulation, **number)
+    add("--dtype", "of the weights; matrix products are in bf16", default.dtype, choices=tuple(ITEM))
+    add("--lora", f"train LoRA on all linear layers, r={LORA_R}", action="store_true")
+    add("--lora_r", "the same with another rank", type=int, metavar="R")
+    add(
+        "--gradient_checkpointing",
+        "of the planned step; the peaks of both are shown",
+        "true",
+        choices=("true", "false"),
+    )
+    add("--precompute_ref_log_probs", "train without a reference model in memory (dpo, kto)", action="store_true")
+    add("--optim", "the optimiser, by its name in transformers", DEFAULT_OPTIMISER, choices=tuple(OPTIMISERS))
+    add("--memory", "of the GPU, such as 24GiB: whether the step fits, and which change saves most", metavar="SIZE")
+    add("--json", "print JSON", action="store_true")
     return parser

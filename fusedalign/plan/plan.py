@@ -56,21 +56,11 @@ class Plan:
 def plan(shapes: Shapes, step: Step, memory: int | None = None) -> Plan:
     """Plan a step on a GPU with `memory` bytes; None: unknown."""
     model, trace = shapes.model(step), shapes.trace(step)
-    stock_trace = shapes.trace(step, padded=True)
 
     def peak(other: Step) -> int:
         m = shapes.model(other)
         return sizes.peak(m, other, shapes.trace(other), sizes.head_layer(OURS, m, other).bytes)
 
-    def total(who: str, layers: Trace, head: int, checkpointing: bool) -> Total:
-        variant = replace(step, checkpointing=checkpointing)
-        held = sum(part.bytes for part in sizes.held(model, variant))
-        moment = sizes.largest(model, variant, layers, head)
-        return Total(who, held + moment.bytes, held, moment)
-
-    ours, stock = (sizes.head_layer(name, model, step).bytes for name in (OURS, STOCK))
-    totals = [total("fusedalign", trace, ours, on) for on in (True, False)]
-    totals += [total(STOCK, stock_trace, stock, on) for on in (True, False)]
     return Plan(
         model=model,
         step=step,
@@ -79,8 +69,22 @@ def plan(shapes: Shapes, step: Step, memory: int | None = None) -> Plan:
         gradients=sizes.gradients(model),
         activations=sizes.activations(trace),
         heads=sizes.head_layers(model, step),
-        totals=totals,
+        totals=totals(shapes, step),
         memory=memory,
         changes=ranked(step, peak),
         together=[] if memory is None else together(step, peak, memory - CONTEXT),
     )
+
+
+def totals(shapes: Shapes, step: Step) -> list[Total]:
+    """The peaks of ours, then of stock TRL's, each with gradient checkpointing and without."""
+    model = shapes.model(step)
+
+    def total(who: str, layers: Trace, head: str, checkpointing: bool) -> Total:
+        variant = replace(step, checkpointing=checkpointing)
+        held = sum(part.bytes for part in sizes.held(model, variant))
+        moment = sizes.largest(model, variant, layers, sizes.head_layer(head, model, step).bytes)
+        return Total(who, held + moment.bytes, held, moment)
+
+    ours = [total("fusedalign", shapes.trace(step), OURS, on) for on in (True, False)]
+    return ours + [total(STOCK, shapes.trace(step, padded=True), STOCK, on) for on in (True, False)]

@@ -6,20 +6,19 @@ import dataclasses
 import errno
 import functools
 import os
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from fusedalign.commandline import argument
-from fusedalign.reports import check_writable, plot_failure, silence_bars, warn
+from fusedalign.reports import check_writable, plot_failure, warn
 from fusedalign.score import columns, identity, summary
 from fusedalign.score.models import ModelNames
 from fusedalign.score.reference import FLAG, reference_command
 from fusedalign.score.rows import RowOptions, Rows
 from fusedalign.score.run import POLICY, REFERENCE, Finished, Ranks, Run, check_beta, refused_path, score_run
-from fusedalign.score.scorer import AUTO, BETA, PER_TOKEN, Scorer, check_per_token
+from fusedalign.score.scorer import AUTO, BETA, Scorer, check_per_token
 
 #: The exit status with `--strict` if rows were refused.
 STRICT_STATUS = 3
@@ -47,31 +46,26 @@ class ScoreArguments:
         AUTO, "Token positions that run together; auto: what fits, halved when memory runs out."
     )
     per_token: list[str] = field(
-        default_factory=list, metadata={"help": f"Also write lists with a value per token: {', '.join(PER_TOKEN)}."}
+        default_factory=list, metadata={"help": "Also write lists with a value per token: logps, entropy, ranks."}
     )
     accelerate_config: str | None = argument(
         None, "Start through `accelerate launch`, as in training: a file, or multi_gpu, ..."
     )
     trust_remote_code: bool = argument(False, "Run code that comes with the model or its tokenizer.")
-    strict: bool = argument(False, f"End with status {STRICT_STATUS} if a row could not be scored.")
+    strict: bool = argument(False, "End with status 3 if a row could not be scored.")
 
 
 def score_command(argv: list[str]) -> int:
     """Run `fusedalign score`; returns the exit status. Errors, of arguments, model or data set, are one line."""
     from fusedalign.trl.launch import launched_elsewhere
 
-    parser = _parser()
-    if {"-h", "--help", "--help_all"} & set(argv):
-        print(_help(parser))
-        return 0
     if any(word.partition("=")[0] == FLAG for word in argv):
         reference_command(argv)
         return 0
+    parser = _parser()
     if launched_elsewhere("score", parser, argv):
         return 0
     script, model, head, own = _parse(parser, argv)
-    if not sys.stderr.isatty():
-        silence_bars()
     out = _out(own)
     run, kind = _run(script, model, head, own, out)
     try:
@@ -125,37 +119,6 @@ def _parser() -> Any:
     parser.owner = "fusedalign score"
     parser.set_defaults(dtype="auto")
     return parser
-
-
-_USUAL = (
-    "model_name_or_path", "adapter", "dataset_name", "dataset_config", "dataset_train_split", "out", "ref_model",
-    "beta", "max_length", "truncation_mode", "stride", "completion_only_loss", "assistant_only_loss",
-    "dataset_text_field", "max_tokens_per_batch", "per_token", "strict", "dtype", "load_in_4bit", "load_in_8bit",
-    "trust_remote_code", "fused_impl", "fused_packed", "accelerate_config",
-)  # fmt: skip
-
-
-def _help(parser: Any) -> str:
-    from fusedalign.trl.help import help_line
-
-    actions = {action.dest: action for action in parser._actions}
-    lines = [help_line(actions[name]) for name in _USUAL if name in actions]
-    return "\n".join([_ABOUT, "", *lines])
-
-
-_ABOUT = """\
-fusedalign score: log-probabilities of a data set under a model
-usage: fusedalign score --model_name_or_path M --dataset_name D --out scores.parquet [--config FILE.yaml]
-
-Pairs (chosen, rejected), prompts with completions, conversations (messages), or plain text (text);
-tokens and truncation are those of TRL's trainers. An interrupted run continues when the same command
-is repeated. Rows that cannot be scored are listed in scores.refused.jsonl. Under `torchrun` or
-`accelerate launch` the processes share the work.
-
-       fusedalign score --ref_cache ref.parquet --method dpo --config recipes/dpo.yaml [--field VALUE ...]
-
-The reference log-probabilities of a DPO or KTO training, from the arguments of that training, which
-then needs --ref_logps ref.parquet and no reference model."""
 
 
 def _parse(parser: Any, argv: list[str]) -> tuple[Any, Any, Any, ScoreArguments]:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import importlib
 import json
 import os
 import re
 import warnings
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, NoReturn
 
@@ -17,9 +16,11 @@ import torch
 import trl
 from transformers.utils import is_torch_bf16_gpu_available, is_torch_xla_available
 
-from fusedalign.commandline import argument
+from fusedalign.commandline import argument, unknown_flag
 from fusedalign.methods import METHODS, WITH_REFERENCE
+from fusedalign.recipes import config_path
 from fusedalign.trl.config import file_value, kinds, read_config
+from fusedalign.trl.fields import NOT_PASSED_ON
 from fusedalign.trl.layouts import PACKED_DEFAULT
 from fusedalign.trl.options import HeadOptions
 
@@ -91,6 +92,7 @@ class FusedArguments(HeadArguments):
     overwrite_output_dir: bool = argument(
         False, "Start anew where output_dir holds a run: its checkpoints, metrics and model are removed."
     )
+    dry_run: bool = argument(False, "Only show what would be trained and on what, without weights; see `check`.")
 
     @property
     def trainer_options(self) -> dict[str, Any]:
@@ -191,13 +193,13 @@ def read_words(parser: Parser, argv: Sequence[str]) -> Words:
         FileNotFoundError: no such configuration file.
     """
     file, groups = _split_config(argv)
-    content = {} if file is None else read_config(file)
+    content = {} if file is None else read_config(config_path(file))
     env = content.pop("env", None) or {}
     if not isinstance(env, dict):
         raise ValueError(f"env in {file} must hold `NAME: value` lines, got {env!r}")
     actions = {action.dest: action for action in reversed(parser._actions) if action.dest != "help"}
     flags = {flag for action in parser._actions for flag in action.option_strings}
-    launch_flags = _launch_flags() - flags
+    launcher = launch_flags() - flags
     fields: list[str] = []
     launch: list[str] = []
     defaults: dict[str, Any] = {}
@@ -207,16 +209,16 @@ def read_words(parser: Parser, argv: Sequence[str]) -> Words:
             raise ValueError(f"{name} in {file} must be given once, got it under its older name too")
         if name in actions:
             defaults[name] = file_value(parser, actions[name], value, f"{key} in {file}")
-        elif f"--{name}" in launch_flags:
+        elif f"--{name}" in launcher:
             launch += [f"--{name}"] * (value is not False) + [str(value)] * (not isinstance(value, bool))
         else:
-            known = {f"--{dest}" for dest in actions} | launch_flags
-            raise ValueError(_unknown(f"--{name}", known, f"{parser.owner} in {file}"))
+            known = {f"--{dest}" for dest in actions} | launcher
+            raise ValueError(unknown_flag(f"--{name}", known, f"fields of {parser.owner} in {file}"))
     for word, *values in groups:
         flag = _current_flag(word, actions)
         name = flag.partition("=")[0]
-        if name not in flags | launch_flags:
-            raise ValueError(_unknown(name, flags | launch_flags | {"--config"}, parser.owner))
+        if name not in flags | launcher:
+            raise ValueError(unknown_flag(name, flags | launcher | {"--config"}, f"fields of {parser.owner}"))
         (fields if name in flags else launch).extend([flag, *values])
     parser.set_defaults(**defaults)
     namespace, unparsed = parser.parse_known_args(fields)
@@ -276,12 +278,12 @@ def _is_config(group: list[str]) -> bool:
     return group[0].partition("=")[0] == "--config"
 
 
-def _launch_flags() -> set[str]:
+def launch_flags() -> set[str]:
     """The flags of `accelerate launch` itself."""
     from accelerate.commands.launch import launch_command_parser
 
     flags = {flag for action in launch_command_parser()._actions for flag in action.option_strings}
-    return {flag for flag in flags if flag.startswith("--")} - {"--help", "--module", "--no_python", "--no-python"}
+    return {flag for flag in flags if flag.startswith("--")} - NOT_PASSED_ON
 
 
 def _check_json(parser: Parser, values: argparse.Namespace) -> None:
@@ -299,17 +301,6 @@ def _check_counts(values: argparse.Namespace) -> None:
             raise ValueError(f"{name} must be at least 1, got {getattr(values, name)}")
     if values.max_steps <= 0 and not values.num_train_epochs > 0:
         raise ValueError(f"num_train_epochs must be above 0 where max_steps is not, got {values.num_train_epochs}")
-
-
-def _unknown(name: str, known: Iterable[str], expected: str) -> str:
-    known = sorted(known)
-    # A renamed field often keeps one part of its name: torch_dtype, dtype.
-    parts = set(name.strip("-").split("_"))
-    nested = [flag for flag in known if "-" not in flag[2:] and set(flag[2:].split("_")) < parts]
-    matches = difflib.get_close_matches(name, known, n=1, cutoff=0.85) or sorted(nested, key=len, reverse=True)
-    matches = matches or difflib.get_close_matches(name, known, n=1)
-    hint = f"; did you mean {matches[0]}?" if matches else ""
-    return f"expected fields of {expected}, got the unknown {name}{hint}"
 
 
 def _no_pair(word: str) -> str:

@@ -34,6 +34,7 @@ from fusedalign.trl.refusals import (
     refuse_adapters,
     refuse_arguments,
     refuse_experts,
+    refuse_head_unit,
     refuse_numbers,
     unwrapped,
 )
@@ -119,6 +120,7 @@ def attach(trainer: Any, *, packed: bool | str = False, **options: Any) -> Any:
     refuse_numbers(trainer.args)
     refuse_adapters(trainer)
     refuse_experts(trainer, ("num_experts",), f"use Fused{type(trainer).__name__}")
+    refuse_head_unit(trainer)
     models = [model for model in (trainer.model, getattr(trainer, "ref_model", None)) if isinstance(model, nn.Module)]
     for model in models:
         _check_head(model, attachment.options, trainer)

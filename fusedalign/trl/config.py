@@ -21,8 +21,6 @@ def read_config(path: str) -> dict[str, Any]:
         raise ValueError(f"--config must name a YAML file, got the folder {path}")
     try:
         content = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"--config must name a YAML file that exists, got {path}") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"--config must name a YAML file in UTF-8, got {path} with other bytes: {error}") from None
     except yaml.YAMLError as error:

@@ -68,6 +68,8 @@ class _FusedPairs(_LateHead):
     def _adapt(self, arguments: dict[str, Any]) -> None:
         """Pass rows unchanged to `tokenize_row`, and load an encoder-decoder that is given by name."""
         _load_encoder_decoder(arguments)
+        if arguments.get("args") is not None and arguments.get("data_collator") is None:
+            arguments["args"].remove_unused_columns = False  # TRL sets it too, with a warning
         for name in ("train_dataset", "eval_dataset"):
             if hasattr(arguments.get(name), "map"):
                 split = name.partition("_")[0]

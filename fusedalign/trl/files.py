@@ -16,6 +16,12 @@ _ENDINGS = ".jsonl, .json, .parquet, .csv or .arrow"
 _NO_ROWS = " must have at least one row, got none"
 
 
+def is_local(name: str) -> bool:
+    """Whether a data set's name is that of a file or folder, or of the recipes' own data."""
+    path = Path(name).expanduser()
+    return path.exists() or path.parts[:2] == ("recipes", "data")
+
+
 def load_named(name: str, /, **options: Any) -> Any:
     """The splits of a data set: a file, a folder of them, or a name of the Hub.
 

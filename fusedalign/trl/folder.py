@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from fusedalign.trl.lock import Lock, locked
 
-METRICS, PLOT = "metrics.jsonl", "metrics.png"
+METRICS, PLOT, RECORD = "metrics.jsonl", "metrics.png", "run.json"
 _STATE = "trainer_state.json"
 #: Files of a model or an adapter, with the weights in one file or several.
 _MODEL = re.compile(
@@ -83,7 +83,7 @@ class RunFolder:
     def __init__(self, path: Path, checkpoint: Checkpoint | None = None, lock: Lock | None = None) -> None:
         self.path, self.checkpoint, self.lock = path, checkpoint, lock
         self.begun = False
-        self.metrics, self.plot = path / METRICS, path / PLOT
+        self.metrics, self.plot, self.record = path / METRICS, path / PLOT, path / RECORD
 
     @property
     def continues(self) -> bool:
@@ -136,8 +136,8 @@ class RunFolder:
         if not self.continues:
             self.plot.unlink(missing_ok=True)
 
-    def kept(self, method: str, argv: Sequence[str]) -> str:
-        """After an interruption: the saved files, and the command that resumes the run."""
+    def kept(self, command: Sequence[str], argv: Sequence[str]) -> str:
+        """After an interruption: the saved files, and what resumes the run, `command` with its arguments `argv`."""
         if not self.begun:
             return f"nothing was trained yet, what was there is unchanged: {self.path}"
         last = last_checkpoint(self.path)
@@ -149,7 +149,7 @@ class RunFolder:
         else:
             words += ["--overwrite_output_dir"] if saved else []
             lines.append("no checkpoint was saved: --save_strategy steps --save_steps N saves one every N steps")
-        return "\n".join([*lines, f"{'go on' if last else 'start anew'}: {shlex.join(['fusedalign', method, *words])}"])
+        return "\n".join([*lines, f"{'go on' if last else 'start anew'}: {shlex.join([*command, *words])}"])
 
 
 def _checkpoint_folders(output: Path) -> list[Path]:

@@ -69,6 +69,7 @@ def add_lm_head(
     loss_hint: str | None = None,
     mixed: torch.dtype | None = None,
     layouts: Layouts | None = None,
+    device: Any = None,
 ) -> None:
     """Give `model` the forward described above.
 
@@ -80,13 +81,14 @@ def add_lm_head(
         loss_hint: as in `linear_logps`.
         mixed: the dtype of mixed precision, if there is any.
         layouts: how the trainer's rows are laid out; default: with a mask.
+        device: of the head when it is used; default: its device now.
 
     Raises:
         TypeError, ValueError: the head cannot be read, see `lm_head`, the model's backbone cannot be told, or no impl
             does what the options ask for.
     """
     with gathered(model.get_output_embeddings()):
-        options.check(lm_head(model), our_names(outputs), mixed=mixed)
+        options.check(lm_head(model), our_names(outputs), mixed=mixed, device=device)
     if model.base_model is model:
         raise TypeError(f"expected a model whose base_model is its backbone, got {type(model).__name__}")
     layouts = Layouts() if layouts is None else layouts

@@ -1,16 +1,14 @@
-"""The text of `fusedalign METHOD --help`."""
+"""The texts of `fusedalign METHOD --help` and `fusedalign score --help`."""
 
 from __future__ import annotations
 
 import re
 import textwrap
-from dataclasses import fields
-from typing import Any
 
-import transformers
-
+from fusedalign.commandline import WIDTH, fit
 from fusedalign.methods import METHODS
-from fusedalign.trl.arguments import FusedArguments, method_parser, trl_class
+from fusedalign.sources import Field
+from fusedalign.trl.fields import score_fields, training_fields
 
 _USUAL = (
     "model_name_or_path", "dtype", "dataset_name", "dataset_train_split", "dataset_test_split", "output_dir",
@@ -20,43 +18,72 @@ _USUAL = (
     "eval_strategy", "save_strategy", "report_to", "seed", "use_peft", "lora_r", "lora_alpha", "lora_target_modules",
     "load_in_4bit",
 )  # fmt: skip
+_USUAL_OF_SCORE = (
+    "model_name_or_path", "adapter", "dataset_name", "dataset_config", "dataset_train_split", "out", "ref_model",
+    "beta", "max_length", "truncation_mode", "stride", "completion_only_loss", "assistant_only_loss",
+    "dataset_text_field", "max_tokens_per_batch", "per_token", "strict", "dtype", "load_in_4bit", "load_in_8bit",
+    "trust_remote_code", "fused_impl", "fused_packed", "accelerate_config",
+)  # fmt: skip
 #: Our own help for fields that take more values than TRL documents.
 _HELP = {"resume_from_checkpoint": "last: go on from the latest checkpoint in output_dir; or a checkpoint's folder"}
+_SCORE = """\
+fusedalign score: log-probabilities of a data set under a model
+usage: fusedalign score --model_name_or_path M --dataset_name D --out scores.parquet
+                        [--config FILE] [--field VALUE ...]
+
+Pairs (chosen, rejected), prompts with completions, conversations (messages), or plain text (text);
+tokens and truncation are those of TRL's trainers. An interrupted run continues when the same
+command is repeated. Rows that cannot be scored are listed in scores.refused.jsonl. Under `torchrun`
+or `accelerate launch` the processes share the work.
+
+       fusedalign score --ref_cache ref.parquet --method dpo --config dpo [--field VALUE ...]
+
+The reference log-probabilities of a DPO or KTO training, from the arguments of that training, which
+then needs --ref_logps ref.parquet and no reference model."""
 
 
 def help_text(method: str, *, everything: bool = False) -> str:
     """The text of `fusedalign METHOD --help`: the usual flags and the method's own; or all of several hundred."""
-    parser, row = method_parser(method), METHODS[method]
-    if everything:
-        return parser.format_help()
-    actions = {action.dest: action for action in parser._actions}
-    config = trl_class(row.config)
-    inherited = {f.name for f in fields(transformers.TrainingArguments)} | set(_USUAL)
-    own = [f.name for f in fields(config) if f.name not in inherited and f.name in actions]
+    fields, row = training_fields(method), METHODS[method]
     columns = " or ".join("+".join(choice) for choice in row.columns)
     parts = [
-        f"fusedalign {method}: {row.about}",
-        f"usage: fusedalign {method} --config recipes/{method}.yaml [--field VALUE ...]",
-        textwrap.fill(f"Data with the columns {columns}. Flags win over the file; both have the same names.", 112),
+        fit(f"fusedalign {method}: {row.about}"),
+        f"usage: fusedalign {method} --config {method} [--field VALUE ...]",
+        fit(
+            "--config takes a YAML file, or the name of a recipe that `fusedalign recipes` lists. Flags win over the "
+            f"file; both have the same names. Data with the columns {columns}."
+        ),
     ]
     groups = {
         "The usual": _USUAL,
-        f"{row.config}'s own": own,
-        "fusedalign's own": [f.name for f in fields(FusedArguments) if f.name not in _USUAL],
+        f"{row.config}'s own": [name for name in fields.own if name not in _USUAL],
+        "fusedalign's own": [name for name in fields.ours if name not in _USUAL],
     }
+    if everything:
+        listed = {name for names in groups.values() for name in names}
+        groups["The others of TRL and transformers"] = [name for name in fields.every if name not in listed]
     for title, names in groups.items():
-        parts.append("\n".join([f"{title}:", *(help_line(actions[name]) for name in names if name in actions)]))
-    parts.append(
-        f"fusedalign {method} --help_all lists the other fields of TRL's and transformers' configurations.\n"
-        "Flags of accelerate launch, such as --num_processes 2, are passed on to it."
-    )
+        parts.append(
+            "\n".join([f"{title}:", *(help_line(fields.every[name]) for name in names if name in fields.every)])
+        )
+    if not everything:
+        parts.append(
+            f"fusedalign {method} --help_all lists the other fields of TRL's and transformers' configurations."
+        )
+    parts.append("Flags of accelerate launch, such as --num_processes 2, are passed on to it.")
     return "\n\n".join(parts)
 
 
-def help_line(action: Any) -> str:
-    """A flag with its meaning and default, on lines of 112 characters."""
-    text = re.sub(r"\s+", " ", _HELP.get(action.dest, action.help) or "").replace("%%", "%").replace("`", "")
+def score_help() -> str:
+    """The text of `fusedalign score --help`."""
+    fields = score_fields()
+    return "\n".join([_SCORE, "", *(help_line(fields.every[name]) for name in _USUAL_OF_SCORE)])
+
+
+def help_line(field: Field) -> str:
+    """A flag with its meaning and default, on lines of `WIDTH` characters."""
+    text = re.sub(r"\s+", " ", _HELP.get(field.name, field.help)).replace("%%", "%").replace("`", "")
     text = re.split(r"(?<=[a-z)\]])\. ", text)[0].rstrip(".")
-    default = "" if action.default in (None, "==SUPPRESS==", []) else f" [{action.default}]"
+    default = "" if field.default in (None, "", [], {}) else f" [{field.default}]"
     body = textwrap.shorten(text, 150, placeholder=" ...") + default
-    return textwrap.fill(body, 112, initial_indent=f"  --{action.dest:<30} ", subsequent_indent=" " * 35)
+    return textwrap.fill(body, WIDTH, initial_indent=f"  --{field.name:<30} ", subsequent_indent=" " * 35)

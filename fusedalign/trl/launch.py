@@ -9,6 +9,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import psutil
+
 from fusedalign.trl.arguments import Parser, read_words
 
 
@@ -53,3 +55,13 @@ def config_file(name: str) -> str:
         names = ", ".join(sorted(stem for stem in shipped if not stem.startswith("_")))
         raise ValueError(f"accelerate_config must be a file that exists or one of {names}, got {name!r}")
     return str(shipped[name])
+
+
+def started_by(method: str, argv: Sequence[str]) -> list[str]:
+    """The words before `method` in the command that started this process: `fusedalign`, or that of its launcher."""
+    words = [method, *argv]
+    try:
+        line = psutil.Process(os.getppid()).cmdline() if "LOCAL_RANK" in os.environ else []
+    except psutil.Error:
+        line = []
+    return line[: -len(words)] if line[-len(words) :] == words else ["fusedalign"]

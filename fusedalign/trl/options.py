@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from fusedalign.head import LMHead
-from fusedalign.impls import check_name, resolve
+from fusedalign.impls import check_name, explain, resolve
 from fusedalign.problem import MemoryOptions, Problem, as_head
 
 
@@ -37,9 +37,15 @@ class HeadOptions(NamedTuple):
             mixed: the dtype of mixed precision; None: operands have the head's.
             device: of the head when it is used; default: its device now.
         """
-        parts = head.weight if isinstance(head.weight, tuple) else (head.weight,)
-        empty = tuple(x.new_empty((0, x.shape[-1]), device=device or x.device) for x in parts)
-        resolve(self.impl, self._problem(head._replace(weight=empty), outputs, mixed))
+        resolve(self.impl, self._problem(_without_rows(head, device), outputs, mixed))
+
+    def automatic(
+        self, head: LMHead, outputs: Iterable[str] = (), *, mixed: torch.dtype | None = None, device: Any = None
+    ) -> str | None:
+        """The name of the impl that "auto" takes for a head, None without one; arguments as in `check`."""
+        verdicts = explain(self._problem(_without_rows(head, device), outputs, mixed))
+        able = (verdict for verdict in verdicts if verdict.auto and verdict.reason is None)
+        return next((verdict.impl for verdict in able if verdict.caveat is None), None)
 
     def prepare(
         self, head: LMHead, outputs: Iterable[str] = (), *, mixed: torch.dtype | None = None, trains: bool = True
@@ -76,6 +82,12 @@ class HeadOptions(NamedTuple):
             filter_eps=self.filter_eps,
             memory=MemoryOptions(workspace=None if self.workspace == "auto" else self.workspace),
         )
+
+
+def _without_rows(head: LMHead, device: Any) -> LMHead:
+    """A head for an empty vocabulary, on `device` or on its own."""
+    parts = head.weight if isinstance(head.weight, tuple) else (head.weight,)
+    return head._replace(weight=tuple(x.new_empty((0, x.shape[-1]), device=device or x.device) for x in parts))
 
 
 def mixed_precision(args: Any) -> torch.dtype | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,10 +10,11 @@ from typing import Any, NamedTuple
 import transformers
 
 from fusedalign.reports import replace_text, to_json, warn
+from fusedalign.trl.suggestions import Suggestion
 
 
 class Written(NamedTuple):
-    """The files that a run has written."""
+    """The files that a run has written, and what can be done with them."""
 
     model: Path
     metrics: Path | None
@@ -21,9 +23,15 @@ class Written(NamedTuple):
     """None if there is none"""
     warnings: tuple[str, ...] = ()
     """the reasons for missing files or lines"""
+    record: Path | None = None
+    """what was run, with what, and how it ended"""
+    card: Path | None = None
+    suggestions: tuple[Suggestion, ...] = ()
 
     def __str__(self) -> str:
-        return "  ".join(f"{name}: {path}" for name, path in zip(self._fields, self[:3], strict=False) if path)
+        names = ("model", "metrics", "plot", "record", "card")
+        files = "  ".join(f"{name}: {shlex.quote(str(path))}" for name in names if (path := getattr(self, name)))
+        return "\n".join([files, *map(str, self.suggestions)])
 
 
 class MetricsFile(transformers.TrainerCallback):

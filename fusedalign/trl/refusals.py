@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sized
 from typing import Any
 
 from accelerate.utils import is_peft_model
@@ -111,6 +112,66 @@ def refuse_experts(trainer: Any, names: Iterable[str], remedy: str) -> None:
         )
 
 
+def refuse_head_unit(trainer: Any) -> None:
+    """Raise ValueError if the first FSDP would make the head, or a part of it, a unit of its own.
+
+    Its parameters are then one flat shard, from which no head can be read.
+    """
+    plugin = copy.copy(getattr(trainer.accelerator.state, "fsdp_plugin", None))
+    if plugin is None or plugin.fsdp_version != 1:
+        return
+    plugin.set_auto_wrap_policy(trainer.model)
+    policy = plugin.auto_wrap_policy
+    if is_peft_model(trainer.model):  # as transformers sets it when the training starts
+        from peft.utils.other import fsdp_auto_wrap_policy
+
+        policy = fsdp_auto_wrap_policy(trainer.model)
+    if policy is None:
+        return
+    own = set(unwrapped(trainer, trainer.model).get_output_embeddings().parameters())
+    for name, module in trainer.model.named_modules():
+        parameters = set(module.parameters())
+        numel = sum(x.numel() for x in parameters)
+        if parameters and parameters <= own and policy(module=module, recurse=False, nonwrapped_numel=numel):
+            raise ValueError(
+                f"{type(trainer).__name__} needs the head in the unit of the whole model under the first FSDP, got a "
+                f"policy that makes {name} a unit of its own: leave its class out of transformer_layer_cls_to_wrap, or "
+                "raise min_num_params, or LoRA off the head, or use FSDP2 (fsdp_version: 2), which can have it"
+            )
+
+
+def refuse_uneven_batches(trainer: Any) -> None:
+    """Raise ValueError if the last batches of the ranks would differ in their rows.
+
+    The trainers of pairs gather a number of each row from all ranks, for which these must have as many.
+    """
+    accelerator, args = trainer.accelerator, trainer.args
+    if accelerator.num_processes == 1 or accelerator.even_batches:
+        return
+    evals = trainer.eval_dataset if isinstance(trainer.eval_dataset, dict) else {"": trainer.eval_dataset}
+    datasets = [(trainer.train_dataset, args.train_batch_size), *((x, args.eval_batch_size) for x in evals.values())]
+    for dataset, batch_size in datasets:
+        rows = batch_size if accelerator.split_batches else batch_size * accelerator.num_processes
+        if isinstance(dataset, Sized) and not args.dataloader_drop_last and len(dataset) % rows:
+            raise ValueError(
+                f"{type(trainer).__name__} needs last batches of one size on all ranks, got even_batches=False with "
+                f"{len(dataset)} rows, {rows} in the batches of a step: leave even_batches out of accelerator_config, "
+                "or set dataloader_drop_last=True"
+            )
+
+
+def refuse_data_in_memory(dataset: Any, trainer: Any) -> None:
+    """Raise ValueError if several ranks would exchange a precomputed reference through files that they do not share.
+
+    The first rank writes it next to the files of the data set; for one in memory that is a folder of its process.
+    """
+    if trainer.accelerator.num_processes > 1 and not getattr(dataset, "cache_files", True):
+        raise ValueError(
+            f"{type(trainer).__name__} needs a data set in files for precompute_ref_log_probs on several ranks, got "
+            "one in memory: pass load_from_disk(folder) after save_to_disk(folder), load_dataset's, or ref_logps"
+        )
+
+
 def unwrapped(trainer: Any, model: Any) -> Any:
     """A trainer's model without the wrappers of PEFT, `torch.compile` and parallel schemes."""
     return base_of(trainer.accelerator.unwrap_model(model, keep_torch_compile=False))
@@ -122,7 +183,7 @@ def base_of(model: Any) -> Any:
 
 
 def is_sharded(trainer: Any) -> bool:
-    """Whether FSDP, ZeRO-3 or tensor parallelism keeps a shard of the weights on each rank."""
+    """Whether the weights are not whole on this rank: FSDP, ZeRO-3, tensor parallelism, or none were loaded."""
     plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
     is_zero3 = trainer.is_deepspeed_enabled and plugin is not None and plugin.zero_stage == 3
-    return trainer.is_fsdp_enabled or is_zero3 or any(map(is_dtensor, trainer.model.parameters()))
+    return trainer.is_fsdp_enabled or is_zero3 or any(is_dtensor(p) or p.is_meta for p in trainer.model.parameters())

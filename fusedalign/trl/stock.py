@@ -59,6 +59,7 @@ SOURCE_NAMES = {
     "transformers.configuration_utils": {"_attn_implementation": "name of the attention function"},
     "transformers.modeling_utils": {
         "_can_set_attn_implementation": "whether a model's attention function can be replaced",
+        "_from_config": "builds a model from its configuration, without weights",
         "_is_stateful": "whether a model carries a state along the row",
     },
     "transformers.utils.hub": {
@@ -111,8 +112,13 @@ def reference_replacements(trainer: Any, load: Callable[..., Any], config: Calla
 
     Both are called with the original before its arguments.
     """
+    return {"create_model_from_path": load, **hash_replacements(), f"{trainer._name}Config": config}
+
+
+def hash_replacements() -> dict[str, Any]:
+    """For `construction.replaced`: the weights are not hashed."""
     no_hash: Any = lambda original, module: None  # noqa: E731
-    return {"create_model_from_path": load, "hash_module": no_hash, f"{trainer._name}Config": config}
+    return {"hash_module": no_hash}
 
 
 def sharding_replacements(shard: Callable[..., Any]) -> dict[str, Any]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,11 +16,15 @@ from jinja2 import TemplateError
 
 import fusedalign.trl
 from fusedalign.methods import METHODS
-from fusedalign.reports import plot_failure
+from fusedalign.reports import plot_failure, silence_bars
 from fusedalign.trl.adapters import Adapter, find_adapter, load_adapter, merge
 from fusedalign.trl.arguments import Arguments, is_experimental, parse, trl_class
+from fusedalign.trl.card import Card
 from fusedalign.trl.data import load_data
+from fusedalign.trl.description import changed_fields, describe, progress
+from fusedalign.trl.files import is_local
 from fusedalign.trl.folder import RunFolder, claimed
+from fusedalign.trl.launch import started_by
 from fusedalign.trl.lengths import check_lengths
 from fusedalign.trl.models import (
     check_ends,
@@ -30,8 +36,14 @@ from fusedalign.trl.models import (
     refused_row,
 )
 from fusedalign.trl.record import MetricsFile, Written, plot_metrics
+from fusedalign.trl.redaction import Redactor
 from fusedalign.trl.ref_cache import read_cache
 from fusedalign.trl.reference import keyed
+from fusedalign.trl.run_file import RunFile, read_previous
+from fusedalign.trl.steps import show_steps, shows_bars
+from fusedalign.trl.suggestions import suggest
+from fusedalign.trl.trackers import check_trackers
+from fusedalign.trl.trainers import Fused
 
 
 def build(method: str, arguments: Arguments, *, fused: bool = True) -> Any:
@@ -41,10 +53,17 @@ def build(method: str, arguments: Arguments, *, fused: bool = True) -> Any:
         ValueError: no model or data named, a data set without the split or columns, a model without an LM head.
         FileNotFoundError: a folder without a model.
     """
-    script, training, model, *_ = arguments
     if fused and arguments.fused.ref_logps is not None:
         read_cache(arguments.fused.ref_logps)  # fails before data and model are loaded
-    train_dataset, eval_dataset = load_data(method, arguments)
+    name = METHODS[method].trainer
+    cls = getattr(fusedalign.trl, f"Fused{name}") if fused else keyed(trl_class(name))
+    return assemble(method, arguments, cls, *load_data(method, arguments))
+
+
+def assemble(method: str, arguments: Arguments, cls: Any, train_dataset: Any, eval_dataset: Any) -> Any:
+    """The trainer of the class `cls` on the model that `arguments` name and on data of `load_data`; see `build`."""
+    script, training, model, *_ = arguments
+    fused = issubclass(cls, Fused)
     _check_evaluated(script, training, eval_dataset)
     path, adapter, training.model_init_kwargs, processing_class = find_model(method, arguments)
     options: dict[str, Any] = {"quantization_config": trl.get_quantization_config(model)}
@@ -59,8 +78,6 @@ def build(method: str, arguments: Arguments, *, fused: bool = True) -> Any:
     if adapter is not None:
         instance = load_adapter(adapter, {**training.model_init_kwargs, **options})
         training.model_init_kwargs, options = None, {}
-    name = METHODS[method].trainer
-    cls = getattr(fusedalign.trl, f"Fused{name}") if fused else keyed(trl_class(name))
     try:
         trainer = cls(
             model=instance,
@@ -175,22 +192,43 @@ def _check_evaluated(script: Any, training: Any, eval_dataset: Any) -> None:
             )
 
 
-def run(trainer: Any, folder: RunFolder) -> Written:
+class Extras(NamedTuple):
+    """What a command writes in addition to model, metrics and plot."""
+
+    record: RunFile
+    card: Card
+
+
+def run(trainer: Any, folder: RunFolder, extras: Extras | None = None) -> Written:
     """Train, then save model, metrics and plot into the trainer's output directory, held by `folder.claimed`."""
     metrics = MetricsFile(folder.metrics)
     trainer.add_callback(metrics)
     folder.begin()
-    trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
-    trainer.save_model(str(folder.path))
+    with extras.record if extras else contextlib.nullcontext():
+        trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
+        trainer.save_model(str(folder.path))
+        written = _written(trainer, folder, metrics, extras)
+        if extras:
+            extras.record.finish()
+            written = written._replace(record=folder.record if extras.record.complete else None)
+        if trainer.args.push_to_hub:
+            trainer.push_to_hub(**({"dataset_name": extras.card.dataset_name} if extras else {}))
+    return written
+
+
+def _written(trainer: Any, folder: RunFolder, metrics: MetricsFile, extras: Extras | None) -> Written:
+    """Draw the plot and write the card, in the first process."""
     failures = [] if metrics.complete else [f"{folder.metrics} lacks lines that could not be written"]
-    plot = None
+    plot, card = None, None
     if trainer.is_world_process_zero():
         failure = plot_failure(lambda path: plot_metrics(trainer.state.log_history, path), folder.plot)
         plot = folder.plot if failure is None else None
         failures += [failure] if failure else []
-    if trainer.args.push_to_hub:
-        trainer.push_to_hub()
-    return Written(folder.path, folder.metrics if metrics.complete else None, plot, tuple(failures))
+        if extras:
+            failure = extras.card.failure(trainer)
+            card = extras.card.path if failure is None else None
+            failures += [failure] if failure else []
+    return Written(folder.path, folder.metrics if metrics.complete else None, plot, tuple(failures), card=card)
 
 
 def train(method: str, argv: Sequence[str]) -> tuple[Any, Written]:
@@ -200,15 +238,47 @@ def train(method: str, argv: Sequence[str]) -> tuple[Any, Written]:
         KeyboardInterrupt: its text names the saved files and the command that resumes the run.
     """
     arguments = parse(method, argv)
+    check_trackers(arguments.training.report_to)
+    if not shows_bars(arguments.training):
+        silence_bars()
     with claimed(arguments) as folder:
         try:
             trainer = build(method, arguments)
-            if trainer.is_world_process_zero():
+            is_main = trainer.is_world_process_zero()
+            if is_main:
                 print(trainer.layouts, flush=True)
-            return trainer, run(trainer, folder)
+            changed = changed_fields(method, argv)
+            extras = Extras(_record(method, argv, arguments, changed, trainer, folder), _card(arguments))
+            written = run(trainer, folder, extras)
+            return trainer, written._replace(
+                suggestions=suggest(method, arguments, changed, trainer) if is_main else ()
+            )
         except KeyboardInterrupt:
             is_main = arguments.training.process_index == 0
-            raise KeyboardInterrupt(folder.kept(method, argv) if is_main else "") from None
+            command = [*started_by(method, argv), method]
+            raise KeyboardInterrupt(folder.kept(command, argv) if is_main else "") from None
+
+
+def _record(
+    method: str, argv: Sequence[str], arguments: Arguments, changed: Sequence[str], trainer: Any, folder: RunFolder
+) -> RunFile:
+    """The record of a run, in which its steps are shown as lines of a table."""
+    throughput = show_steps(trainer, counts=is_experimental(method))
+    redactor = Redactor(*arguments)
+    command = redactor.words(["fusedalign", method, *argv])
+    return RunFile(
+        folder.record if folder.lock else None,
+        lambda: {"command": shlex.join(command), **describe(method, arguments, changed, trainer, folder)},
+        lambda: progress(trainer, throughput),
+        read_previous(folder.record) if folder.continues else [],
+        redactor,
+    )
+
+
+def _card(arguments: Arguments) -> Card:
+    name = None if arguments.mixture.datasets else arguments.script.dataset_name
+    on_hub = name if name and not is_local(name) else None
+    return Card(Path(arguments.training.output_dir), str(arguments.model.model_name_or_path), on_hub)
 
 
 def tokenizer_of(trainer: Any) -> transformers.PreTrainedTokenizerBase:

@@ -52,8 +52,11 @@ from fusedalign.trl.refusals import (
     is_sharded,
     refuse_adapters,
     refuse_arguments,
+    refuse_data_in_memory,
     refuse_experts,
+    refuse_head_unit,
     refuse_numbers,
+    refuse_uneven_batches,
 )
 
 __all__ = ["FusedDPOTrainer", "FusedKTOTrainer", "FusedSFTTrainer"]
@@ -66,6 +69,8 @@ class Fused:
     _trl_has_head = True
     #: Whether padded rows may run without their mask.
     _may_unmask = True
+    #: Of the heads when they are used; None: their device when they are added.
+    _head_device: Any = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.head_options = HeadOptions.of(kwargs)
@@ -92,6 +97,9 @@ class Fused:
             )
         refuse_adapters(self)
         refuse_experts(self, EXPERTS, "set its router_aux_loss_coef to 0")
+        refuse_head_unit(self)
+        if self._groups() > 1:
+            refuse_uneven_batches(self)
         self._add_late_head()
         self._settle()
 
@@ -179,6 +187,7 @@ class Fused:
             loss_hint=loss_hint(type(self), getattr(self, "args", None)),
             mixed=self._mixed,
             layouts=self.layouts,
+            device=self._head_device,
         )
         self._heads.append((model, outputs))
 
@@ -252,6 +261,7 @@ class FusedWithReference(KeyedReference, Fused):
             trainer: Any = self
             collator = trainer.data_collator
             return with_reference(dataset, self._ref_cache, getattr(collator, "collator", collator), name)
+        refuse_data_in_memory(dataset, self)
         self._settle()  # TRL precomputes while the trainer is built
         return super()._precompute_ref_logps(dataset, name, *args, **kwargs)
 

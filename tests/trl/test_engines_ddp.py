@@ -87,6 +87,8 @@ FOUR = {
 KL = {"kto with KL": Case("kto"), "kto with KL, packed": Case("kto", packed=True)}
 #: Rank 1 has a label that is no id in the second step.
 BAD = {"bad": Case("sft", rows=list(sft_rows(8, bad=6)), config=TOKENISED), "next": Case("sft")}
+#: TRL gathers the rewards of each pair, and rank 1 has one pair fewer than rank 0 at the end of an epoch.
+REFUSED = {"refused": Case("dpo", rows=UNEVEN["rows"], config={"accelerator_config": {"even_batches": False}})}
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +98,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def outcomes(folder):
-    return engines.run(CASES | BAD, folder, ranks=2)
+    return engines.run(CASES | BAD | REFUSED, folder, ranks=2)
 
 
 @pytest.fixture(scope="module")
@@ -163,3 +165,8 @@ def test_a_label_out_of_range_on_one_rank_ends_both(outcomes):
     assert "419" in raising.error.splitlines()[-1]
     assert "by peer" in waiting.error.splitlines()[-1]  # the connection is closed or reset
     engines.assert_ranks_equal(outcomes["next"])
+
+
+def test_last_batches_of_unequal_size_are_refused_on_both(outcomes):
+    for outcome in outcomes["refused"]:
+        assert "FusedDPOTrainer needs last batches of one size on all ranks" in outcome.error.splitlines()[-1]

@@ -8,7 +8,7 @@ import tiny
 import torch
 import torch.distributed as dist
 from engines import Case
-from test_engines_ddp import ACCUMULATED, NO_TARGETS, with_lora
+from test_engines_ddp import ACCUMULATED, NO_TARGETS, with_lora, write_reference
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 
@@ -98,7 +98,9 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def outcomes(folder):
     parallel = {f"tp, {name}": case for name, case in PARALLEL.items()}  # FSDP leaves settings in the environment
-    return engines.run(parallel | CASES | HALF, folder, ranks=2)
+    cached_reference = Case("dpo", "fsdp2", packed=True, options={"ref_logps": str(folder / "ref.parquet")})
+    write_reference(cached_reference, folder)
+    return engines.run(parallel | CASES | HALF | {"dpo, cached reference": cached_reference}, folder, ranks=2)
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +129,11 @@ def test_tensor_parallel_ranks_equal_one_process(parallel_outcomes, folder, name
     """Ranks have the same tokens, and each a part of the head."""
     equals = engines.alone(_without_engine(PARALLEL[name]), folder, ranks=1)
     engines.assert_trained_alike(parallel_outcomes[name], equals)
+
+
+def test_two_ranks_with_a_cached_reference_equal_one_process(outcomes, folder):
+    equals = engines.alone(_without_engine(CASES["dpo, packed"]), folder)
+    engines.assert_trained_alike(outcomes["dpo, cached reference"], equals)
 
 
 def _without_engine(case):

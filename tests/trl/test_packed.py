@@ -13,8 +13,9 @@ import transformers
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, TrainerCallback
 
-from fusedalign.packing import PackedBatch, RightPadded
+from fusedalign.packing import PackedBatch, RightPadded, enable_sharded
 from fusedalign.packing.attention import PREFIX
+from fusedalign.packing.proof import twin
 from fusedalign.trl import attach, attachment, detach
 from fusedalign.trl import layouts as trl_layouts
 from fusedalign.trl.layouts import MASKED, PACKED, UNMASKED
@@ -39,6 +40,29 @@ def long_prompts(kind, n=8, longest=12):
     if kind == "kto":
         rows = [{"prompt": r["prompt"], "completion": r[sides[i % 2]], "label": i % 2 == 0} for i, r in enumerate(rows)]
     return Dataset.from_list(rows)
+
+
+# The proof on a small model
+
+
+@pytest.mark.parametrize(
+    ("options", "experts"),
+    [
+        ({"num_experts": 64, "num_experts_per_tok": 3}, 6),
+        ({"num_experts": 4, "num_experts_per_tok": 3}, 4),
+        ({"num_experts": 64, "num_experts_per_tok": 3, "n_group": 8, "topk_group": 1}, 24),
+    ],
+)
+def test_a_mixture_is_proven_with_few_experts(options, experts):
+    """n_group and topk_group are read as DeepSeek routes: the groups that a token takes must hold its experts."""
+    torch.manual_seed(0)
+    config = transformers.Qwen3MoeConfig(**tiny.SMALL, **options, head_dim=8, moe_intermediate_size=16)
+    model = transformers.Qwen3MoeForCausalLM._from_config(config, attn_implementation="sdpa")
+    small = twin(model, torch.device("cpu"))
+    assert small.config.num_experts == experts
+    assert config.num_experts == options["num_experts"]
+    proof = enable_sharded(model, torch.device("cpu"))
+    assert proof.difference <= proof.allowed
 
 
 # Metrics

@@ -1,10 +1,14 @@
 """Everything that trainers refuse at construction or attach(), by message."""
 
+import contextlib
 import dataclasses
+import functools
 import inspect
 import json
 import types
 
+import accelerate
+import datasets
 import peft
 import pytest
 import tiny
@@ -18,7 +22,8 @@ from fusedalign.cli import main
 from fusedalign.impls import pytorch
 from fusedalign.trl import FusedSFTTrainer, attach
 from fusedalign.trl.forward import fused_by
-from fusedalign.trl.refusals import refuse_numbers
+from fusedalign.trl.reference import KeyedReference
+from fusedalign.trl.refusals import refuse_head_unit, refuse_numbers, refuse_uneven_batches
 
 KINDS = ("sft", "dpo", "kto", "cpo", "orpo", "tpo")
 
@@ -275,3 +280,80 @@ def test_compute_loss_func_is_refused(build, variant):
     instead = "it is given the logits; override compute_loss of a subclass instead"
     with pytest.raises(ValueError, match=f"needs compute_loss_func=None, got a function: {instead}"):
         build("sft", variant, arguments=[("compute_loss_func", lambda: lambda *a, **k: None)])
+
+
+# Several processes
+
+
+def fsdp1(**options):
+    """The plugin of the first FSDP, without its environment variables."""
+    return accelerate.FullyShardedDataParallelPlugin(fsdp_version=1, reshard_after_forward="FULL_SHARD", **options)
+
+
+def with_lora(*names):
+    return peft.get_peft_model(tiny.MODELS["qwen3"](), peft.LoraConfig(target_modules=["q_proj", *names]))
+
+
+LAYERS = {"auto_wrap_policy": "transformer_based_wrap", "transformer_cls_names_to_wrap": ["Qwen3DecoderLayer"]}
+LINEAR = LAYERS | {"transformer_cls_names_to_wrap": ["Linear"]}
+EMBEDDINGS = LAYERS | {"transformer_cls_names_to_wrap": ["Embedding"]}
+
+
+@pytest.mark.parametrize(
+    ("model", "plugin", "unit"),
+    [
+        ("qwen3", LAYERS, None),
+        ("qwen3", EMBEDDINGS, None),
+        ("qwen3", {"auto_wrap_policy": "no_wrap"}, None),
+        ("qwen3", {"auto_wrap_policy": "size_based_wrap", "min_num_params": 10**9}, None),
+        ("qwen3", {"auto_wrap_policy": "size_based_wrap", "min_num_params": 10}, "lm_head"),
+        ("qwen3", LINEAR, "lm_head"),
+        ("tied", EMBEDDINGS, "model.embed_tokens"),
+        ("lora", LAYERS, None),
+        ("lora on the head", LAYERS, "base_model.model.lm_head.lora_A.default"),
+    ],
+)
+def test_a_head_that_is_a_unit_of_the_first_fsdp_is_refused(monkeypatch, model, plugin, unit):
+    monkeypatch.delenv("FSDP_TRANSFORMER_CLS_TO_WRAP", raising=False)
+    models = {**tiny.MODELS, "lora": with_lora, "lora on the head": functools.partial(with_lora, "lm_head")}
+    model = models[model]()
+    accelerator = types.SimpleNamespace(
+        state=types.SimpleNamespace(fsdp_plugin=fsdp1(**plugin)), unwrap_model=lambda model, **_: model
+    )
+    trainer = types.SimpleNamespace(model=model, accelerator=accelerator)
+    expected = contextlib.nullcontext()
+    if unit is not None:
+        expected = pytest.raises(ValueError, match=rf"policy that makes {unit} a unit of its own: .* FSDP2")
+    with expected:
+        refuse_head_unit(trainer)
+
+
+@pytest.mark.parametrize("kind", ["dpo", "orpo"])
+def test_last_batches_of_unequal_size_are_refused(build, kind):
+    trainer = build(kind, "fused", accelerator_config={"even_batches": False})  # one process
+    several = types.SimpleNamespace(num_processes=2, even_batches=False, split_batches=False)
+    ranks = types.SimpleNamespace(accelerator=several, args=trainer.args, eval_dataset=None)
+    for rows, refused in ((8, False), (16, False), (15, True), (12, True)):
+        ranks.train_dataset = range(rows)
+        with pytest.raises(ValueError, match="even_batches=False") if refused else contextlib.nullcontext():
+            refuse_uneven_batches(ranks)
+    ranks.train_dataset, ranks.eval_dataset = range(8), {"one": range(8), "two": range(9)}
+    with pytest.raises(ValueError, match="with 9 rows, 8 in the batches of a step"):
+        refuse_uneven_batches(ranks)
+    several.even_batches = True
+    refuse_uneven_batches(ranks)
+
+
+@pytest.mark.parametrize("kind", ["dpo", "kto"])
+def test_a_reference_of_data_in_memory_is_refused_on_several_ranks(build, monkeypatch, tmp_path, kind):
+    """Data of files reach TRL's precomputation."""
+    reached = []
+    trainer = build(kind, "fused")
+    monkeypatch.setattr(KeyedReference, "_precompute_ref_logps", lambda self, *args: reached.append(args))
+    monkeypatch.setattr(trainer.accelerator.state, "num_processes", 2)
+    data = tiny.data(kind, 4)
+    with pytest.raises(ValueError, match="needs a data set in files for precompute_ref_log_probs on several ranks"):
+        trainer._precompute_ref_logps(data, "train", 4)
+    data.save_to_disk(tmp_path / "data")
+    trainer._precompute_ref_logps(datasets.load_from_disk(tmp_path / "data"), "train", 4)
+    assert len(reached) == 1

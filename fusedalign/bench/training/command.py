@@ -20,6 +20,7 @@ from fusedalign.bench.training.settings import ALL_MIXES, ENGINES, EQUAL, MIXES,
 from fusedalign.bench.training.table import (
     COLUMNS,
     LENGTHS,
+    NARROW,
     Result,
     describe_mix,
     failures,
@@ -53,7 +54,7 @@ def trainings(argv: list[str]) -> None:
         check_writable(options.out, "--out")
         if importlib.util.find_spec("matplotlib") is None:
             warn(NO_MATPLOTLIB)
-    results = _run(planned, options.out)
+    results = _run(planned, options.out, tuple(COLUMNS) if options.wide else NARROW)
     failed = failures(results)
     if failed:
         raise ValueError(f"bench {WORD}: {'; '.join(failed)}")
@@ -124,19 +125,19 @@ def _names(option: str, words: str, known: Iterable[str]) -> list[str]:
     return names
 
 
-def _run(planned: Sequence[Job], out: Path | None) -> list[Result]:
+def _run(planned: Sequence[Job], out: Path | None, columns: Sequence[str]) -> list[Result]:
     """Measure all jobs; print each row when it is measured, and write the results so far into `out`."""
-    print(header(planned), flush=True)
+    print(header(planned, columns), flush=True)
     results: list[Result] = []
     try:
         for _, group in groupby(planned, group_title):
             rows: list[Result] = []
             for job in group:
                 if not rows:
-                    print(f"\n{head(job)}", flush=True)
+                    print(f"\n{head(job, columns)}", flush=True)
                 print(f"{group_title(job)}: {SIDES[job.side].title}", file=sys.stderr, flush=True)
                 result = Result(job, processes.measure_alone(job))
-                print(line(result, rows), flush=True)
+                print(line(result, rows, columns), flush=True)
                 rows.append(result)
                 results.append(result)
                 if out is not None:
@@ -204,5 +205,6 @@ def _parser() -> CommandParser:
     add("--ranks", type=int, default=1, metavar="R", help="GPUs, each with the rows of --batch; default: 1")
     add("--engine", default=ENGINES[0], metavar="NAME", help=f"of several ranks: {' or '.join(ENGINES)}; default: DDP")
     add("--impl", default="auto", help="of the Fused trainers; default: auto")
+    add("--wide", action="store_true", help="print all columns; the files of --out always have them")
     add("--out", type=Path, metavar="DIR", help=f"also write {WORD}.md, {WORD}.json and {WORD}.png there")
     return parser

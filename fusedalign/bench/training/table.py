@@ -9,7 +9,8 @@ from typing import NamedTuple
 from fusedalign.bench.runner import OUT_OF_MEMORY, describe_machine, machine
 from fusedalign.bench.training.settings import ALL_MIXES, SIDES, SIZES, STOCK, STOCK_LIGER, TRAININGS, Job
 from fusedalign.bench.training.worker import Measured
-from fusedalign.reports import markdown_row, markdown_table
+from fusedalign.commandline import fit
+from fusedalign.reports import bullets, markdown_row, markdown_table
 
 #: Title and meaning of each column after the row's name.
 COLUMNS = {
@@ -25,8 +26,10 @@ COLUMNS = {
     "x +Liger": "how many times as fast as TRL + Liger",
     "loss": "the largest relative difference of a step's loss from the first row's",
 }
+#: The columns without --wide.
+NARROW = ("median", "GPU", "tokens/s", "peak", "passes", "x TRL", "x +Liger", "loss")
 LENGTHS = "lengths in tokens, log-normal, as median / sigma / cap"
-_WIDTHS = [max(len(side.title) for side in SIDES.values()), *(max(5, len(title)) for title in COLUMNS)]
+_NAME_WIDTH = max(len(side.title) for side in SIDES.values())
 
 
 class Result(NamedTuple):
@@ -41,8 +44,8 @@ class Result(NamedTuple):
         return f"{group_title(self.job)}, {SIDES[self.job.side].title}"
 
 
-def header(jobs: Sequence[Job]) -> str:
-    """Device, versions, the settings of the trainings, and the meaning of rows and columns."""
+def header(jobs: Sequence[Job], columns: Sequence[str] = tuple(COLUMNS)) -> str:
+    """Device, versions, the settings of the trainings, and the meaning of rows and of the shown columns."""
     job = jobs[0]
     precision = "bf16 weights, mixed precision" if job.device == "cuda" else "fp32"
     mixes, sides = dict.fromkeys(job.mix for job in jobs), dict.fromkeys(job.side for job in jobs)
@@ -52,24 +55,26 @@ def header(jobs: Sequence[Job]) -> str:
     lines = [
         "# fusedalign bench trl",
         "",
-        describe_machine(machine(job.device)),
+        fit(describe_machine(machine(job.device))),
         "",
-        f"Random weights, {precision}, gradient checkpointing, AdamW, impl {job.impl}; {batch};",
-        f"{job.steps} steps after the first. Each row is a process of its own, without compiled kernels.",
-        "All rows of a table train on the same data.",
+        fit(
+            f"Random weights, {precision}, gradient checkpointing, AdamW, impl {job.impl}; {batch}; {job.steps} steps "
+            "after the first. Each row is a process of its own, without compiled kernels. All rows of a table train on "
+            "the same data."
+        ),
         "",
         f"Mixes, {LENGTHS}:",
         "",
-        *(f"* {describe_mix(name)}" for name in mixes),
-        *(f"* {about}: all lengths divided by {shrink}" for about, shrink in shrunk.items()),
+        *bullets(describe_mix(name) for name in mixes),
+        *bullets(f"{about}: all lengths divided by {shrink}" for about, shrink in shrunk.items()),
         "",
         "Rows:",
         "",
-        *(f"* {SIDES[name].title}: {SIDES[name].about}" for name in sides),
+        *bullets(f"{SIDES[name].title}: {SIDES[name].about}" for name in sides),
         "",
         "Columns:",
         "",
-        *(f"* {title}: {about}" for title, about in COLUMNS.items()),
+        *bullets(f"{title}: {COLUMNS[title]}" for title in columns),
     ]
     return "\n".join(lines)
 
@@ -87,17 +92,21 @@ def group_title(job: Job) -> str:
     return f"{TRAININGS[job.training].about}: {SIZES[job.size].about}, {job.mix}{ranks}"
 
 
-def head(job: Job) -> str:
+def head(job: Job, columns: Sequence[str] = tuple(COLUMNS)) -> str:
     """The title of a table and its first two lines."""
-    return "\n".join([f"## {group_title(job)}", "", *markdown_table([["", *COLUMNS]], _WIDTHS)])
+    return "\n".join([f"## {group_title(job)}", "", *markdown_table([["", *columns]], _widths(columns))])
 
 
-def line(result: Result, earlier: Sequence[Result]) -> str:
+def _widths(columns: Sequence[str]) -> list[int]:
+    return [_NAME_WIDTH, *(max(5, len(title)) for title in columns)]
+
+
+def line(result: Result, earlier: Sequence[Result], columns: Sequence[str] = tuple(COLUMNS)) -> str:
     """A row of a table; `earlier` are the rows above it, among them the baselines."""
     measured, title = result.measured, SIDES[result.job.side].title
     if measured.reason:
         outcome = OUT_OF_MEMORY if measured.reason == OUT_OF_MEMORY else "failed"
-        return markdown_row([title, *["-"] * (len(COLUMNS) - 1), outcome], _WIDTHS)
+        return markdown_row([title, *["-"] * (len(columns) - 1), outcome], _widths(columns))
     medians = {other.job.side: other.measured.median_ms for other in [*earlier, result]}
     first_losses = next((other.measured.losses for other in earlier if other.measured.losses), None)
     gib = 2.0**30
@@ -114,7 +123,8 @@ def line(result: Result, earlier: Sequence[Result]) -> str:
         _ratio(medians.get(STOCK_LIGER), measured.median_ms),
         "-" if first_losses is None else f"{difference(first_losses, measured.losses):.0e}",
     ]
-    return markdown_row([title, *cells], _WIDTHS)
+    every = dict(zip(COLUMNS, cells, strict=True))
+    return markdown_row([title, *(every[name] for name in columns)], _widths(columns))
 
 
 def notes(results: Sequence[Result]) -> str:
@@ -124,7 +134,7 @@ def notes(results: Sequence[Result]) -> str:
         if measured.precompute_seconds is not None:
             seconds = f"{measured.precompute_seconds:.3g} s for the {job.all_steps * job.batch} rows of all steps"
             lines.append(f"{SIDES[job.side].title}: the reference took {seconds}, before the first one")
-    return "\n".join(f"* {text}" for text in lines)
+    return "\n".join(bullets(lines))
 
 
 def failures(results: Sequence[Result]) -> list[str]:

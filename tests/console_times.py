@@ -1,0 +1,33 @@
+"""Seconds of the console's light commands, each in a fresh process: `python tests/console_times.py`."""
+
+import subprocess
+import sys
+import time
+
+WORDS = (
+    "",
+    "--version",
+    "sfft",
+    "recipes",
+    "sft --help",
+    "dpo --help_all",
+    "dpo --bata 0.2",
+    "score --help",
+    "completion bash",
+)
+
+
+def seconds(words: str) -> float:
+    """The shortest of three runs."""
+    command = [sys.executable, "-m", "fusedalign", *words.split()]
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=60)
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+if __name__ == "__main__":
+    for words in WORDS:
+        print(f"{seconds(words):6.2f} s  fusedalign {words}")
