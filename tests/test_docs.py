@@ -1,4 +1,4 @@
-"""The pages under docs/: Python blocks run, every loss is described, links lead to files and headings, the figure can be drawn."""
+"""The pages under docs/: Python blocks run, losses are described, links lead somewhere, the figure can be drawn."""
 
 import json
 import re

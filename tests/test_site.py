@@ -86,8 +86,9 @@ def test_every_command_is_on_the_page_of_commands():
 
 
 @pytest.mark.parametrize("figure", sorted(DOCS.glob("figures/*.png")), ids=lambda figure: figure.name)
-def test_each_figure_is_on_a_page_with_the_command_that_draws_it(figure):
-    commands = []
+def test_each_figure_is_drawn_by_a_script_or_by_a_command_on_its_page(figure):
+    script = figure.with_suffix(".py")
+    commands = [script] if script.exists() else []
     for page in [ROOT / "README.md", *DOCS.rglob("*.md")]:
         lines = page.read_text().splitlines()
         for number, line in enumerate(lines):
@@ -120,7 +121,9 @@ def test_numbers_in_tables_do_not_wrap():
 
 def test_docstrings_become_markdown():
     pytest.importorskip("griffe")
-    docstring = "Loss::\n\n    a\n\nArgs:\n    beta: > 0, see docs/trl.md.\n    a, b,\n        c: d\n\nExample:\n    >>> 1\n"
+    docstring = (
+        "Loss::\n\n    a\n\nArgs:\n    beta: > 0, see docs/trl.md.\n    a, b,\n        c: d\n\nExample:\n    >>> 1\n"
+    )
     want = "Loss:\n\n    a\n\nArgs:\n    beta: &gt; 0, see [trl](../trl.md).\n    a, b, c: d\n\nExamples:\n    >>> 1\n"
     site = load("docstrings")
     assert site.markdown(docstring) == want
