@@ -99,7 +99,7 @@ def test_each_figure_is_drawn_by_a_script_or_by_a_command_on_its_page(figure):
 
 
 def test_links_out_of_the_site_lead_to_the_repository():
-    included = SimpleNamespace(inclusion=SimpleNamespace(is_included=lambda: True))
+    included = SimpleNamespace(inclusion=SimpleNamespace(is_included=lambda: True), page=SimpleNamespace(title="Title"))
     files = SimpleNamespace(get_file_from_path={"api/trl.md": included, "losses.md": included}.get)
     page = SimpleNamespace(file=SimpleNamespace(src_uri="api/index.md"))
     config = SimpleNamespace(repo_url="https://host/repo")
@@ -108,6 +108,7 @@ def test_links_out_of_the_site_lead_to_the_repository():
         return load("links").on_page_markdown(text, page=page, config=config, files=files)
 
     assert rewrite("[a](trl.md#b) [c](../losses.md)") == "[a](trl.md#b) [c](../losses.md)"
+    assert rewrite("[losses.md](../losses.md#b)") == "[Title](../losses.md#b)"
     assert rewrite("[d](../../README.md#e)") == "[d](https://host/repo/blob/main/README.md#e)"
     assert rewrite("[f](../figures/losses.py)") == "[f](https://host/repo/blob/main/docs/figures/losses.py)"
     for text in ("`[g](../../h)`", "```\n[i](../../j)\n```", "[k](#l)", "[m](https://n)"):

@@ -1,4 +1,4 @@
-"""Hooks of MkDocs: links to files outside of the site lead to the repository; numbers in tables stay on a line."""
+"""Hooks of MkDocs: links out of the site lead to the repository, links to pages show titles, numbers stay on a line."""
 
 from __future__ import annotations
 
@@ -6,8 +6,12 @@ import posixpath
 import re
 from typing import Any
 
-#: A fenced block or a code span, in which nothing is a link; or a relative link's target.
-_LINK = re.compile(r"(?P<code>^```.*?^```|`[^`\n]*`)|(?<=\]\()(?P<target>(?![a-z]+:|#|/)[^)\s]+)", re.S | re.M)
+#: A fenced block or a code span, in which nothing is a link; or a relative link's target, and its text if a file's name.
+_LINK = re.compile(
+    r"(?P<code>^```.*?^```|`[^`\n]*`)"
+    r"|(?P<text>\[\w+\.md(?=\]\())?(?P<open>\]\()(?P<target>(?![a-z]+:|#|/)[^)\s]+)",
+    re.S | re.M,
+)
 
 
 def on_page_markdown(markdown: str, *, page: Any, config: Any, files: Any) -> str:
@@ -21,9 +25,11 @@ def on_page_markdown(markdown: str, *, page: Any, config: Any, files: Any) -> st
         uri = posixpath.normpath(posixpath.join(folder, path))
         file = files.get_file_from_path(uri)
         if file is not None and file.inclusion.is_included():
-            return match["target"]
+            text = f"[{file.page.title}" if match["text"] else ""
+            return text + match["open"] + match["target"]
         address = posixpath.normpath(posixpath.join("docs", uri))
-        return f"{config.repo_url}/blob/main/{address}" + (f"#{anchor}" if anchor else "")
+        target = f"{config.repo_url}/blob/main/{address}" + (f"#{anchor}" if anchor else "")
+        return (match["text"] or "") + match["open"] + target
 
     return _LINK.sub(replace, markdown)
 
