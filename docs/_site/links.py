@@ -6,7 +6,7 @@ import posixpath
 import re
 from typing import Any
 
-#: A fenced block or a code span, in which nothing is a link; or a link's relative target, and its text if that is a file.
+#: A fenced block or a code span, in which nothing is a link; or the target of a relative link, and its text if a page.
 _LINK = re.compile(
     r"(?P<code>^```.*?^```|`[^`\n]*`)"
     r"|(?P<text>\[\w+\.md(?=\]\())?(?P<open>\]\()(?P<target>(?![a-z]+:|#|/)[^)\s]+)",
