@@ -120,12 +120,22 @@ def test_numbers_in_tables_do_not_wrap():
     assert html == '<td class="number">1.6e-07</td><td>error</td><td class="number">12</td>'
 
 
-def test_docstrings_become_markdown():
+@pytest.mark.parametrize(
+    ("docstring", "want"),
+    [
+        ("Loss::\n\n    a\n", "Loss:\n\n    a\n"),
+        ("    beta: > 0, see docs/trl.md.", "    beta: &gt; 0, see [trl](../trl.md)."),
+        ("Args:\n    a, b,\n        c: d\n", "Args:\n    a, b, c: d\n"),
+        ("Returns:\n    T: x, or\n    y: z\n\nRaises:\n", "Returns:\n    T&#58; x, or\n    y&#58; z\n\nRaises:\n"),
+        ("Example:\n    >>> 1\n", "Examples:\n    >>> 1\n"),
+    ],
+)
+def test_docstrings_become_markdown(docstring, want):
     pytest.importorskip("griffe")
-    docstring = (
-        "Loss::\n\n    a\n\nArgs:\n    beta: > 0, see docs/trl.md.\n    a, b,\n        c: d\n\nExample:\n    >>> 1\n"
-    )
-    want = "Loss:\n\n    a\n\nArgs:\n    beta: &gt; 0, see [trl](../trl.md).\n    a, b, c: d\n\nExamples:\n    >>> 1\n"
-    site = load("docstrings")
-    assert site.markdown(docstring) == want
-    assert site.linked("`fusedalign.f`, `x`", {"f": "fusedalign.ops.f"}) == "[`fusedalign.f`][fusedalign.ops.f], `x`"
+    assert load("docstrings").markdown(docstring) == want
+
+
+def test_names_of_public_objects_become_links():
+    pytest.importorskip("griffe")
+    text = load("docstrings").linked("`fusedalign.f`, `x`", {"f": "fusedalign.ops.f"})
+    assert text == "[`fusedalign.f`][fusedalign.ops.f], `x`"

@@ -15,7 +15,7 @@ _REWRITES = [
     (r"::$", ":"),  # before a literal block
     (r"^( +(?:\w+, )*\w+,)\n +(?=(?:\w+, )*\w+: )", r"\1 "),  # names that share a description, on two lines
     (r"^(\s+[\w, ]+: )>", r"\1&gt;"),  # `beta: > 0` quotes nothing
-    (r"^(Returns:\n +[^:\n]*):", r"\1&#58;"),  # what precedes the colon is no type
+    (r"(?<=^Returns:\n)(?: +\S.*\n?)+", lambda match: re.sub(r":(?=\s)", "&#58;", match[0])),  # no type before a colon
     (r"`?\bdocs/(\w+)\.md`?", r"[\1](../\1.md)"),
 ]
 #: A name in a code span, perhaps with its module.
