@@ -94,7 +94,8 @@ lint: $(STAMP)  ## ruff (lint and format) and mypy
 	$(BIN)/mypy
 
 docs: $(DOCS)  ## the documentation site in site/; a page without a place in it or a dead link is an error
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@# Without --quiet, which would hide warnings from --strict.
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 $(DOCS): $(STAMP)
 	$(PIP) -c constraints.txt -e '.[docs]'

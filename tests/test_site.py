@@ -102,7 +102,7 @@ def test_links_out_of_the_site_lead_to_the_repository():
     included = SimpleNamespace(inclusion=SimpleNamespace(is_included=lambda: True), page=SimpleNamespace(title="Title"))
     files = SimpleNamespace(get_file_from_path={"api/trl.md": included, "losses.md": included}.get)
     page = SimpleNamespace(file=SimpleNamespace(src_uri="api/index.md"))
-    config = SimpleNamespace(repo_url="https://host/repo")
+    config = SimpleNamespace(repo_url="https://host/repo", docs_dir=str(DOCS))
 
     def rewrite(text: str) -> str:
         return load("links").on_page_markdown(text, page=page, config=config, files=files)
@@ -111,7 +111,7 @@ def test_links_out_of_the_site_lead_to_the_repository():
     assert rewrite("[losses.md](../losses.md#b)") == "[Title](../losses.md#b)"
     assert rewrite("[d](../../README.md#e)") == "[d](https://host/repo/blob/main/README.md#e)"
     assert rewrite("[f](../figures/losses.py)") == "[f](https://host/repo/blob/main/docs/figures/losses.py)"
-    for text in ("`[g](../../h)`", "```\n[i](../../j)\n```", "[k](#l)", "[m](https://n)"):
+    for text in ("[dead](../../nothing.md)", "`[g](../../h)`", "```\n[i](../../j)\n```", "[k](#l)", "[m](https://n)"):
         assert rewrite(text) == text
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import posixpath
 import re
+from pathlib import Path
 from typing import Any
 
 #: A fenced block or a code span, in which nothing is a link; or the target of a relative link, and its text if a page.
@@ -28,6 +29,8 @@ def on_page_markdown(markdown: str, *, page: Any, config: Any, files: Any) -> st
             text = f"[{file.page.title}" if match["text"] else ""
             return text + match["open"] + match["target"]
         address = posixpath.normpath(posixpath.join("docs", uri))
+        if not (Path(config.docs_dir).parent / address).exists():
+            return match[0]  # a dead link, of which MkDocs warns
         target = f"{config.repo_url}/blob/main/{address}" + (f"#{anchor}" if anchor else "")
         return (match["text"] or "") + match["open"] + target
 
