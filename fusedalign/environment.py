@@ -12,12 +12,8 @@ import fusedalign
 from fusedalign.commandline import CommandParser, fit
 from fusedalign.impls import explain
 from fusedalign.impls.survey import auto_choices, coverage
+from fusedalign.provenance import PACKAGES, versions
 from fusedalign.reports import MISSING, package_version, text_table, to_json, wrapped_table
-
-_PACKAGES = (
-    *("triton", "transformers", "trl", "datasets", "accelerate", "peft", "bitsandbytes", "deepspeed"),
-    *("liger-kernel", "cut-cross-entropy", "numpy"),
-)
 
 
 def env_command(argv: Sequence[str]) -> None:
@@ -43,7 +39,7 @@ def environment() -> dict[str, Any]:
             "cudnn": torch.backends.cudnn.version(),
             "nccl": _nccl(),
         },
-        "packages": {name: package_version(name) for name in _PACKAGES},
+        "packages": {name: package_version(name) for name in PACKAGES},
         "devices": [_device(i) for i in range(torch.cuda.device_count())],
         "driver": _driver(),
         "impls": [
@@ -85,10 +81,9 @@ def _nccl() -> str | None:
 
 
 def _text() -> str:
-    versions = [("python", platform.python_version()), ("fusedalign", fusedalign.__version__)]
-    versions += [("torch", torch.__version__), *((name, package_version(name) or MISSING) for name in _PACKAGES)]
+    rows = [(name, version or MISSING) for name, version in versions().items()]
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    lines = [*text_table([*versions, ("CUDA devices", ", ".join(devices) or "none")]), ""]
+    lines = [*text_table([*rows, ("CUDA devices", ", ".join(devices) or "none")]), ""]
     table: list[tuple[str, ...]] = [("impl", "here", "auto", "version", "devices", "dtypes", "exact in")]
     notes: list[tuple[str, str]] = []
     for verdict in explain():

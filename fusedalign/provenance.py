@@ -11,14 +11,18 @@ import torch
 import fusedalign
 from fusedalign.reports import package_version
 
-_PACKAGES = ("triton", "transformers", "trl", "datasets", "accelerate", "peft", "liger-kernel")
+#: Packages that results depend on, in addition to torch.
+PACKAGES = (
+    *("triton", "transformers", "trl", "datasets", "accelerate", "peft", "bitsandbytes", "deepspeed"),
+    *("liger-kernel", "cut-cross-entropy", "numpy"),
+)
 _PATIENCE = 5.0  # seconds for a git command: a repository may lie on a slow network disk
 
 
 def versions() -> dict[str, str | None]:
-    """The versions of Python, this package and the packages that results depend on; None: not installed."""
+    """The versions of Python, this package, torch and `PACKAGES`; None: not installed."""
     own = {"python": platform.python_version(), "fusedalign": fusedalign.__version__, "torch": torch.__version__}
-    return {**own, **{name: package_version(name) for name in _PACKAGES}}
+    return {**own, **{name: package_version(name) for name in PACKAGES}}
 
 
 def package_commit() -> dict[str, str | bool | None] | None:

@@ -65,9 +65,8 @@ def wrapped_table(rows: Iterable[tuple[str, str]], indent: int = 0) -> list[str]
     lines = []
     for name, text in rows:
         first = f"{'':{indent}}{name:<{width}}  "
-        lines += textwrap.wrap(text, WIDTH, initial_indent=first, subsequent_indent=" " * len(first)) or [
-            first.rstrip()
-        ]
+        wrapper = textwrap.TextWrapper(WIDTH, first, " " * len(first), break_on_hyphens=False)
+        lines += wrapper.wrap(text) or [first.rstrip()]
     return lines
 
 

@@ -126,7 +126,7 @@ def small_model(config: Any) -> Any:
 def support_command(argv: Sequence[str]) -> None:
     """Print what works with a model. Raises ValueError, one line, for a model that cannot be built."""
     parser = CommandParser(
-        "fusedalign support", "What works with a model, from its configuration; no weights are read."
+        "python -m fusedalign.support", "What works with a model, from its configuration; no weights are read."
     )
     parser.add_argument(
         "--model_name_or_path", default="", help="a folder with a config.json, a name of the Hub, embedded"

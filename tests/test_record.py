@@ -729,6 +729,19 @@ def test_secrets_are_hidden_by_name_and_wherever_their_values_occur():
     assert redactor.words(argv) == [*shown, f"http://{hidden}@h/d"]
 
 
+def test_secrets_are_hidden_where_only_their_name_tells():
+    """No source holds their values: a trainer may have dropped the field."""
+    from fusedalign.trl.redaction import HIDDEN, Redactor
+
+    redactor = Redactor()
+    argv = ["--model_init_kwargs", '{"token": "a \\"b", "revision": "main"}', "https://h/d?access_token=abc&page=2"]
+    shown = [f'{{"token": "{HIDDEN}", "revision": "main"}}', f"https://h/d?access_token={HIDDEN}&page=2"]
+    assert redactor.words(argv) == ["--model_init_kwargs", *shown]
+    assert redactor.words(["--eos-token", "</s>", "--pad-token=<p>"]) == ["--eos-token", "</s>", "--pad-token=<p>"]
+    keys = {"aws_secret_access_key": "abc", "account_key": "abc", "sort_key": "abc"}
+    assert redactor.data(keys) == {"aws_secret_access_key": HIDDEN, "account_key": HIDDEN, "sort_key": "abc"}
+
+
 def test_commits_are_those_of_the_repositories_that_hold_the_files(tmp_path, monkeypatch):
     from fusedalign import provenance
 

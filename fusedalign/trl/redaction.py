@@ -10,11 +10,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 HIDDEN = "<redacted>"
-_SECRET = re.compile(r"(token|password|passwd|secret|api[-_]?key|credential)s?$", re.IGNORECASE)
+_SECRET = re.compile(
+    r"(token|password|passwd|passphrase|secret|(api|access|secret|private|account)[-_]?key|credential)s?$",
+    re.IGNORECASE,
+)
 #: Fields that name a token of the vocabulary.
 _VOCABULARY = frozenset(["eos_token", "pad_token", "bos_token", "unk_token", "image_token"])
 #: An access token of the Hub, and the user and password of a URL, wherever they occur in a text.
 _IN_TEXT = re.compile(r"\bhf_[A-Za-z0-9]{8,}|(?<=://)[^/\s@]+(?=@)")
+#: A name and its value in JSON or in the query of a URL.
+_NAMED = re.compile(
+    r'(?P<start>"(?P<key>[^"]+)"\s*:\s*"|[?&](?P<field>[\w-]+)=)(?P<value>(?(key)(\\.|[^"\\])|[^&\s])+)'
+)
 #: Shorter values are hidden under their name only: replaced in a text they would take away words.
 _SHORTEST = 6
 
@@ -22,8 +29,9 @@ _SHORTEST = 6
 class Redactor:
     """Replaces secrets in plain data and texts.
 
-    A secret is text under a name such as `hub_token` or `password`, also where its value occurs again, a value of an
-    environment variable of such a name, an access token of the Hub, or the user and password of a URL.
+    A secret is text under a name such as `hub_token` or `password` (in data, in JSON, in the query of a URL), also
+    where its value occurs again; a value of an environment variable of such a name; an access token of the Hub; or the
+    user and password of a URL.
 
     Args:
         sources: data that may hold secrets; environment variables are added.
@@ -61,12 +69,17 @@ class Redactor:
         """A text without the secrets in it."""
         for value in self._values:
             text = text.replace(value, HIDDEN)
-        return _IN_TEXT.sub(HIDDEN, text)
+        return _NAMED.sub(_without_value, _IN_TEXT.sub(HIDDEN, text))
+
+
+def _without_value(match: re.Match[str]) -> str:
+    """A match of `_NAMED`, its value hidden if that is a secret by its name."""
+    return match["start"] + (HIDDEN if _is_secret(match["key"] or match["field"]) else match["value"])
 
 
 def _is_secret(name: str) -> bool:
     """Whether a field, an environment variable or a flag of this name holds a secret."""
-    return name.lstrip("-") not in _VOCABULARY and _SECRET.search(name) is not None
+    return name.lstrip("-").replace("-", "_") not in _VOCABULARY and _SECRET.search(name) is not None
 
 
 def _unwrapped(value: Any) -> Any:
