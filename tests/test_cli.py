@@ -39,8 +39,8 @@ def test_a_command_without_arguments_prints_its_help(capsys):
     [
         (
             ["ppo"],
-            "command must be one of sft, dpo, kto, cpo, simpo, orpo, check, merge, score, plan, bench, demo, recipes, env, "
-            "completion, got 'ppo'; did you mean ",
+            "command must be one of sft, dpo, kto, cpo, simpo, orpo, check, merge, score, plan, bench, demo, recipes, "
+            "env, completion, got 'ppo'; did you mean ",
         ),
         (["env", "now"], "env: expected flags of fusedalign env, got the unknown now"),
         (["demo", "fast"], "demo takes no arguments, got fast"),
