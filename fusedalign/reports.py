@@ -9,14 +9,13 @@ import math
 import os
 import sys
 import tempfile
-import textwrap
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from fusedalign.commandline import WIDTH, fit
+from fusedalign.commandline import fit, fold
 
 NO_MATPLOTLIB = "the plot was left out: it needs matplotlib (pip install matplotlib)"
 #: Stands for the version of a package.
@@ -64,9 +63,7 @@ def wrapped_table(rows: Iterable[tuple[str, str]], indent: int = 0) -> list[str]
     width = max((len(name) for name, _ in rows), default=0)
     lines = []
     for name, text in rows:
-        first = f"{'':{indent}}{name:<{width}}  "
-        wrapper = textwrap.TextWrapper(WIDTH, first, " " * len(first), break_on_hyphens=False)
-        lines += wrapper.wrap(text) or [first.rstrip()]
+        lines += fold(text, f"{'':{indent}}{name:<{width}}  ")
     return lines
 
 

@@ -20,7 +20,7 @@ from fusedalign.plan.command import parse_memory
 from fusedalign.plan.model import Shapes, build
 from fusedalign.plan.plan import plan
 from fusedalign.plan.shape import METHODS, OPTIMISERS, Layer, Model, Step, Trace
-from fusedalign.plan.table import WIDTH, describe, render
+from fusedalign.plan.table import describe, render
 from fusedalign.plan.trace import LayersError, trace
 
 SMALL = {
@@ -493,7 +493,7 @@ def test_the_command_prints_every_part_in_a_hundred_columns(tmp_path, capsys):
     words = ["plan", "--model_name_or_path", saved_config(tmp_path), "--batch", "8", "--length", "4096"]
     assert main([*words, "--method", "dpo", "--memory", "1GiB"]) == 0
     out = capsys.readouterr().out
-    assert max(map(len, out.splitlines())) <= WIDTH == 100
+    assert max(map(len, out.splitlines())) <= 100
     for text in (
         *("weights", "reference model", "optimiser", "gradients", "with checkpointing", "without checkpointing"),
         *("triton", "pytorch", "liger", "cce", "stock TRL", "fits on 1.00 GiB: ", "changes that help"),

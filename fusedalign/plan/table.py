@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import textwrap
-
+from fusedalign.commandline import fold
 from fusedalign.plan.advice import Change
 from fusedalign.plan.plan import Plan, Total
 from fusedalign.plan.shape import Step
 from fusedalign.plan.sizes import CONTEXT, Component
 from fusedalign.reports import text_row
 
-WIDTH = 100
 _NAME, _SIZE = 25, 11
 _INDENT, _GAP = 2, 3
 
@@ -22,7 +20,7 @@ def size(number: int) -> str:
 
 
 def render(plan: Plan) -> str:
-    """The text of a plan, in lines of at most `WIDTH` characters."""
+    """The text of a plan, in lines of at most 100 characters."""
     model = plan.model
     counts = f"{model.parameters:,} parameters, {plan.layers} layers, V = {model.vocab:,}, D = {model.width:,}"
     lines = [*_wrapped(f"{model.name}: {counts}"), *_wrapped(describe(plan.step))]
@@ -59,11 +57,11 @@ def _section(title: str, parts: list[Component]) -> list[str]:
 
 def _lines(name: str, number: int, text: str) -> list[str]:
     start = text_row(["", name, size(number), ""], [_INDENT, _NAME, -_SIZE, _GAP], gap="")
-    return textwrap.wrap(text, WIDTH, initial_indent=start, subsequent_indent=" " * len(start), break_on_hyphens=False)
+    return fold(text, start)
 
 
 def _wrapped(text: str) -> list[str]:
-    return textwrap.wrap(text, WIDTH, subsequent_indent=" " * _INDENT, break_on_hyphens=False, break_long_words=False)
+    return fold(text, indent=_INDENT)
 
 
 def _total(plan: Plan, total: Total) -> list[str]:

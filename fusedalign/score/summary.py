@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import textwrap
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fusedalign.commandline import fold
 from fusedalign.reports import text_row
 from fusedalign.score.columns import prefixed
 from fusedalign.score.rows import reason_kind
@@ -18,7 +18,6 @@ from fusedalign.score.rows import reason_kind
 if TYPE_CHECKING:
     import pyarrow
 
-WIDTH = 100
 #: The number of reasons for refused rows that are shown.
 REASONS = 5
 _LABEL, _CELL = 30, 14
@@ -27,7 +26,7 @@ _BINS = 60
 
 
 def summary(table: pyarrow.Table, about: Mapping[str, Any]) -> str:
-    """A table in text, in lines of at most `WIDTH` characters.
+    """A table in text, in lines of at most 100 characters.
 
     Means and percentiles are over finite values; the others are counted.
 
@@ -43,7 +42,7 @@ def summary(table: pyarrow.Table, about: Mapping[str, Any]) -> str:
         lines += ["", *_scores(table, answers)]
     if "margin" in table.column_names and table.num_rows:
         lines += ["", *_margins(table)]
-    return "\n".join(wrapped for line in lines for wrapped in _wrapped(line))
+    return "\n".join(wrapped for line in lines for wrapped in fold(line.rstrip(), indent=_LABEL))
 
 
 def histogram(table: pyarrow.Table, path: Path) -> None:
@@ -187,7 +186,3 @@ def _number(x: float) -> str:
 def _line(label: str, cells: Iterable[Any]) -> str:
     texts = [label, *cells]
     return text_row(texts, [_LABEL, *[-_CELL] * (len(texts) - 1)], gap="")
-
-
-def _wrapped(line: str) -> list[str]:
-    return textwrap.wrap(line.rstrip(), WIDTH, subsequent_indent=" " * _LABEL) or [""]
