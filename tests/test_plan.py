@@ -553,7 +553,7 @@ def test_the_embedded_model_is_planned_without_being_built(capsys, monkeypatch):
             ["--method", "sft", "--precompute_ref_log_probs"],
             "--precompute_ref_log_probs needs a method with a reference",
         ),
-        (["--colour", "red"], "unrecognized arguments: --colour red"),
+        (["--colour", "red"], "expected flags of fusedalign plan, got the unknown --colour"),
     ],
 )
 def test_a_wrong_argument_is_a_one_line_error(words, message, capsys):

@@ -59,7 +59,13 @@ def shapes():
     return plan.Shapes(Qwen3Config(**SIZES["1.7b"].config), "Qwen/Qwen3-1.7B")
 
 
-@pytest.mark.parametrize("name", [*recipes.configurations(), SCRIPT.stem])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name == "dpo" else [pytest.mark.slow])  # each kind of step is a trace of its own
+        for name in [*recipes.configurations(), SCRIPT.stem]
+    ],
+)
 def test_the_stated_memory_is_that_of_the_stated_command(name, shapes, monkeypatch, capsys):
     needs = re.search(r"Needs .*?([0-9.]+) GiB.*?: fusedalign (plan .*)", recipes.find_recipe(name).read_text())
     monkeypatch.setattr(plan, "read_config", {"Qwen/Qwen3-1.7B": shapes.config}.__getitem__)
