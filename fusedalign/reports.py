@@ -58,7 +58,7 @@ def bullets(lines: Iterable[str]) -> list[str]:
 
 
 def wrapped_table(rows: Iterable[tuple[str, str]], indent: int = 0) -> list[str]:
-    """Lines of a table of two columns, of which the second is wrapped; no line is longer than `WIDTH`."""
+    """Lines of a table of two columns, the second wrapped at 100 characters."""
     rows = list(rows)
     width = max((len(name) for name, _ in rows), default=0)
     lines = []

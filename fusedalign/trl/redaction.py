@@ -29,8 +29,8 @@ _SHORTEST = 6
 class Redactor:
     """Replaces secrets in plain data and texts.
 
-    A secret is text under a name such as `hub_token` or `password` (in data, in JSON, in the query of a URL), also
-    where its value occurs again; a value of an environment variable of such a name; an access token of the Hub; or the
+    Secrets are: text under a name like `hub_token` or `password`, in data, in JSON or in the query of a URL, and the
+    same text elsewhere; the value of an environment variable with a name like these; an access token of the Hub; the
     user and password of a URL.
 
     Args:
