@@ -47,19 +47,20 @@ def fit(text: str, width: int = WIDTH) -> str:
     return "\n".join(lines)
 
 
-def fold(text: str, start: str = "", indent: int | None = None) -> list[str]:
-    """Wrap a text at `WIDTH`, not at hyphens: flags, names and paths stay whole where they fit.
+def fold(text: str, start: str = "", indent: int | None = None, width: int = WIDTH) -> list[str]:
+    """Wrap a text at `width`, not at hyphens: flags, names and paths stay whole where they fit.
 
     Args:
         text: its line breaks count as spaces.
         start: of the first line.
         indent: spaces before the other lines; default: the length of `start`.
+        width: of a line, in characters.
 
     Returns:
         At least one line.
     """
     later = " " * (len(start) if indent is None else indent)
-    wrapper = textwrap.TextWrapper(WIDTH, initial_indent=start, subsequent_indent=later, break_on_hyphens=False)
+    wrapper = textwrap.TextWrapper(width, initial_indent=start, subsequent_indent=later, break_on_hyphens=False)
     return wrapper.wrap(text) or [start.rstrip()]
 
 

@@ -19,7 +19,10 @@ from transformers import Qwen3Config
 from fusedalign import recipes
 from fusedalign.bench.training.settings import SIZES
 from fusedalign.cli import main
-from fusedalign.plan import command as plan
+from fusedalign.plan.command import _parser, step_of
+from fusedalign.plan.model import Shapes
+from fusedalign.plan.plan import plan
+from fusedalign.plan.table import render
 from fusedalign.trl import launch
 
 TRAINED = [name for name in recipes.configurations() if name != "score"]
@@ -56,7 +59,7 @@ def test_a_recipe_starts_with_what_it_does_what_it_needs_and_what_to_change(path
 @pytest.fixture(scope="module")
 def shapes():
     """The layers of Qwen3-1.7B, traced once for all plans."""
-    return plan.Shapes(Qwen3Config(**SIZES["1.7b"].config), "Qwen/Qwen3-1.7B")
+    return Shapes(Qwen3Config(**SIZES["1.7b"].config), "Qwen/Qwen3-1.7B")
 
 
 @pytest.mark.parametrize(
@@ -66,13 +69,13 @@ def shapes():
         for name in [*recipes.configurations(), SCRIPT.stem]
     ],
 )
-def test_the_stated_memory_is_that_of_the_stated_command(name, shapes, monkeypatch, capsys):
+def test_the_stated_memory_is_that_of_the_stated_command(name, shapes):
     needs = re.search(r"Needs .*?([0-9.]+) GiB.*?: fusedalign (plan .*)", recipes.find_recipe(name).read_text())
-    monkeypatch.setattr(plan, "read_config", {"Qwen/Qwen3-1.7B": shapes.config}.__getitem__)
-    monkeypatch.setattr(plan, "Shapes", lambda config, name: shapes)
-    assert main(needs[2].split()) == 0
+    options = _parser().parse(needs[2].split()[1:])
+    assert options.model_name_or_path == "Qwen/Qwen3-1.7B"
+    text = render(plan(shapes, step_of(options)))
     line = r"^ +weights +([0-9.]+) GiB" if name == "score" else r"^needs ([0-9.]+) GiB of a card"
-    assert needs[1] == f"{float(re.search(line, capsys.readouterr().out, re.MULTILINE)[1]):.1f}"
+    assert needs[1] == f"{float(re.search(line, text, re.MULTILINE)[1]):.1f}"
 
 
 @pytest.fixture(scope="module")
