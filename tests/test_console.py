@@ -325,3 +325,11 @@ def test_bench_prints_100_columns_and_all_with_wide(capsys):
     for title in ("fwd U", "fwd MiB", "loss err."):
         assert title in titles[1]
         assert title not in titles[0]
+
+
+def test_folded_lines_keep_flags_whole_below_the_end_of_their_start():
+    from fusedalign.commandline import fold
+
+    assert fold("a --per-device flag", "name  ", width=18) == ["name  a", "      --per-device", "      flag"]
+    assert fold("one two", indent=2, width=5) == ["one", "  two"]
+    assert fold("", "name  ") == ["name"]
