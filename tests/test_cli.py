@@ -39,8 +39,8 @@ def test_a_command_without_arguments_prints_its_help(capsys):
     [
         (
             ["ppo"],
-            "command must be one of sft, dpo, kto, cpo, simpo, orpo, merge, score, plan, bench, demo, recipes, env, "
-            "completion, got 'ppo'; did you mean ",
+            "command must be one of sft, dpo, kto, cpo, simpo, orpo, check, merge, score, plan, bench, demo, recipes, "
+            "env, completion, got 'ppo'; did you mean ",
         ),
         (["env", "now"], "env: expected flags of fusedalign env, got the unknown now"),
         (["demo", "fast"], "demo takes no arguments, got fast"),
@@ -246,17 +246,14 @@ def test_accelerate_config_relaunches_the_command(tmp_path, llama, monkeypatch, 
 
     calls = []
 
-    class Process:
-        returncode = 0
-
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
-    monkeypatch.setattr(module.subprocess, "run", lambda command: calls.append(command) or Process())
+    monkeypatch.setattr(module, "_run", lambda command, variables: calls.append(command) or 0)
     config = tmp_path / "mine.yaml"
     config.write_text("accelerate_config: multi_gpu\nlearning_rate: 0.1\n")
     assert main(["dpo", "--config", str(config)]) == 0
     assert main(["sft", "--accelerate_config", "fsdp2", "--seed", "3"]) == 0
     (first, second) = calls
-    assert first[1:4] == ["-m", "accelerate.commands.launch", "--config_file"]
+    assert first[1:4] == ["-m", "fusedalign.trl.launcher", "--config_file"]
     assert first[4].endswith("multi_gpu.yaml")
     assert first[5:] == ["-m", "fusedalign", "dpo", "--config", str(config)]
     assert second[5:] == ["-m", "fusedalign", "sft", "--accelerate_config", "fsdp2", "--seed", "3"]

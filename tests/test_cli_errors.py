@@ -44,7 +44,7 @@ FILES = {
         "save_strategy in FILE must not be false, which is also how YAML reads a bare no",
     ),
     "nothing": ("learning_rate:\n", "learning_rate in FILE must have a value, got nothing"),
-    "no choice": ("dtype: float8\n", "dtype in FILE: invalid choice: 'float8' (choose from"),
+    "no choice": ("dtype: float8\n", "dtype in FILE: invalid choice: 'float8'; did you mean float"),
     "unknown": ("learning_rat: 1\n", "in FILE, got the unknown --learning_rat; did you mean --learning_rate?"),
     "hyphens": ("learning-rate: 1\n", "in FILE, got the unknown --learning-rate; did you mean --learning_rate?"),
     "environment": ("env: 3\n", "env in FILE must hold `NAME: value` lines, got 3"),

@@ -24,12 +24,9 @@ def launched(monkeypatch):
 
     calls = []
 
-    class Process:
-        returncode = 0
-
     for name in ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(launch.subprocess, "run", lambda command: calls.append(command[3:]) or Process())
+    monkeypatch.setattr(launch, "_run", lambda command, variables: calls.append(command[3:]) or 0)
     return calls
 
 
@@ -182,7 +179,10 @@ def test_the_command_that_resumes_a_run_has_its_launcher(monkeypatch, line, rank
         monkeypatch.setenv("LOCAL_RANK", rank)
     monkeypatch.setattr(launch.psutil.Process, "cmdline", lambda self: line.split())
     expected = ["python", *command.split(), "fusedalign"] if command else ["fusedalign"]
-    assert launch.started_by("dpo", ["--seed", "3"]) == expected
+    assert launch.command_line("dpo", ["--seed", "3"]) == ([*expected, "dpo"], ["--seed", "3"])
+    monkeypatch.setenv("FUSEDALIGN_WORDS", "--num_processes 2 --run_name 'a b'")  # started by this command itself
+    words = ["--num_processes", "2", "--run_name", "a b"]
+    assert launch.command_line("dpo", ["--run_name", "a b"]) == (["fusedalign", "dpo"], words)
 
 
 ROOT = Path(__file__).parents[1]
