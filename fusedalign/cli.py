@@ -16,7 +16,7 @@ from typing import TextIO
 
 import fusedalign
 from fusedalign.bench import SUBCOMMANDS
-from fusedalign.commandline import Command, calm_threads, fit, suggestion, unknown_flag
+from fusedalign.commandline import Command, calm_threads, fit, suggestion, terminal_width, unknown_flag
 from fusedalign.methods import METHODS
 from fusedalign.reports import print_error
 
@@ -141,13 +141,11 @@ def _usage() -> str:
     examples = [f"  fusedalign {name} {example}" for name, example in shown.items()]
     parts.append("\n".join(["Examples:", *examples]))
     parts.append(
-        fit(
-            "The training commands take every field of TRL's configurations as --field VALUE, --field=VALUE or as a "
-            "key of the YAML file; flags win. `fusedalign COMMAND --help` lists the flags of a command, `fusedalign "
-            "--version` prints the version, --debug shows the traceback of an error."
-        )
+        "The training commands take every field of TRL's configurations as --field VALUE, --field=VALUE or as a "
+        "key of the YAML file; flags win. `fusedalign COMMAND --help` lists the flags of a command, `fusedalign "
+        "--version` prints the version, --debug shows the traceback of an error."
     )
-    return "\n\n".join(parts)
+    return fit("\n\n".join(parts), terminal_width())
 
 
 def _closed_streams() -> list[TextIO]:
@@ -241,7 +239,7 @@ COMMANDS: dict[str, Command] = {
         "dpo --config dpo",
     ),
     "merge": Command(
-        "fusedalign.trl.adapters:merge_command",
+        "fusedalign.trl.mergecommand:merge_command",
         "an adapter's folder and its base model into one model",
         "runs/sft --out runs/merged",
     ),
@@ -269,7 +267,7 @@ COMMANDS: dict[str, Command] = {
         "fusedalign.recipes:recipes_command", "configurations to start from: lists them, or prints one", "dpo > my.yaml"
     ),
     "env": Command(
-        "fusedalign.environment:env_command", "versions, devices, and which impl can run here", "--json > env.json"
+        "fusedalign.envcommand:env_command", "versions, devices, and which impl can run here", "--json > env.json"
     ),
     "completion": Command(
         "fusedalign.cli:_completion", "a script that completes commands and flags in a shell", "bash"

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import field
 from typing import Any, NamedTuple, NoReturn
 
-#: Columns of help texts and tables.
+#: Columns of help texts and tables, at most.
 WIDTH = 100
 
 
@@ -34,6 +34,11 @@ class Command(NamedTuple):
         """Import the function and call it."""
         module, function = self.target.split(":")
         return getattr(importlib.import_module(module), function)(*self.words, arguments)
+
+
+def terminal_width() -> int:
+    """Columns of a help text: those of the terminal, or `WIDTH` if it is wider or there is none."""
+    return max(40, min(WIDTH, shutil.get_terminal_size((WIDTH, 24)).columns))
 
 
 def fit(text: str, width: int = WIDTH) -> str:
@@ -91,7 +96,7 @@ class CommandParser(OneLineParser):
     """The parser of a command: its description keeps line breaks, `--help` does not exit."""
 
     def __init__(self, prog: str, description: str, epilog: str | None = None) -> None:
-        width = min(WIDTH, shutil.get_terminal_size((WIDTH, 24)).columns)
+        width = terminal_width()
         about = fit(description, width)
         super().__init__(prog, None, about, epilog and fit(epilog, width), add_help=False, allow_abbrev=False)
         self.formatter_class = functools.partial(argparse.RawDescriptionHelpFormatter, width=width)

@@ -1,32 +1,22 @@
-"""The command `fusedalign env`: versions, devices, and which impl can run here; as JSON for bug reports."""
+"""Versions, devices, and which impl can run here: what `fusedalign env` prints."""
 
 from __future__ import annotations
 
 import platform
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 import fusedalign
-from fusedalign.commandline import CommandParser, fit
+from fusedalign.commandline import fit
 from fusedalign.impls import explain
 from fusedalign.impls.survey import auto_choices, coverage
-from fusedalign.reports import MISSING, package_version, text_table, to_json, wrapped_table
+from fusedalign.reports import MISSING, package_version, text_table, wrapped_table
 
 _PACKAGES = (
     *("triton", "transformers", "trl", "datasets", "accelerate", "peft", "bitsandbytes", "deepspeed"),
     *("liger-kernel", "cut-cross-entropy", "numpy"),
 )
-
-
-def env_command(argv: Sequence[str]) -> None:
-    """Run `fusedalign env`."""
-    parser = CommandParser("fusedalign env", "Versions, devices, and which impl can run here.")
-    parser.add_argument("--json", action="store_true", help="print JSON, to be pasted into a bug report")
-    options = parser.parse(argv)
-    if options is not None:
-        print(to_json(environment(), indent=1) if options.json else _text())
 
 
 def environment() -> dict[str, Any]:
@@ -84,7 +74,8 @@ def _nccl() -> str | None:
         return None
 
 
-def _text() -> str:
+def environment_text() -> str:
+    """The environment as text of `WIDTH` columns, with what each impl serves."""
     versions = [("python", platform.python_version()), ("fusedalign", fusedalign.__version__)]
     versions += [("torch", torch.__version__), *((name, package_version(name) or MISSING) for name in _PACKAGES)]
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]

@@ -58,14 +58,14 @@ def bullets(lines: Iterable[str]) -> list[str]:
     return [fit(f"* {line}") for line in lines]
 
 
-def wrapped_table(rows: Iterable[tuple[str, str]], indent: int = 0) -> list[str]:
-    """Lines of a table of two columns, of which the second is wrapped; no line is longer than `WIDTH`."""
+def wrapped_table(rows: Iterable[tuple[str, str]], indent: int = 0, columns: int = WIDTH) -> list[str]:
+    """Lines of a table of two columns, of which the second is wrapped; no line is longer than `columns`."""
     rows = list(rows)
     width = max((len(name) for name, _ in rows), default=0)
     lines = []
     for name, text in rows:
         first = f"{'':{indent}}{name:<{width}}  "
-        lines += textwrap.wrap(text, WIDTH, initial_indent=first, subsequent_indent=" " * len(first)) or [
+        lines += textwrap.wrap(text, columns, initial_indent=first, subsequent_indent=" " * len(first)) or [
             first.rstrip()
         ]
     return lines

@@ -72,7 +72,7 @@ def test_a_closed_pipe_prints_no_error(capsys, monkeypatch, argv):
 def test_a_pipe_closed_halfway_prints_no_error(capsys, monkeypatch):
     """The output exceeds the buffer, so the command itself writes to the closed pipe."""
     lines = "one line more\n" * 1000
-    monkeypatch.setattr("fusedalign.environment.env_command", lambda argv: print(lines))
+    monkeypatch.setattr("fusedalign.envcommand.env_command", lambda argv: print(lines))
     with closed_pipe(monkeypatch):
         assert main(["env"]) == 141
     assert capsys.readouterr().err == ""
@@ -82,7 +82,7 @@ def test_a_broken_pipe_other_than_stdout_is_an_error(capsys, monkeypatch):
     def command(argv):
         raise BrokenPipeError(32, "Broken pipe")
 
-    monkeypatch.setattr("fusedalign.environment.env_command", command)
+    monkeypatch.setattr("fusedalign.envcommand.env_command", command)
     assert main(["env"]) == 2
     assert "fusedalign: error: [Errno 32] Broken pipe" in capsys.readouterr().err
 

@@ -175,7 +175,7 @@ def test_long_messages_are_truncated(monkeypatch, capsys):
     def fail(argv):
         raise ValueError("expected this,\n\n  got " + "that and " * 200)
 
-    monkeypatch.setattr("fusedalign.environment.env_command", fail)
+    monkeypatch.setattr("fusedalign.envcommand.env_command", fail)
     error = error_of(capsys, ["env"])
     assert error.startswith("expected this, got that and that")
     assert error.endswith("that and ...")
@@ -191,7 +191,7 @@ def test_empty_messages_and_missing_packages_are_explained(monkeypatch, capsys):
         (ModuleNotFoundError("No module named 'trl'", name="trl"), "this command needs: pip install 'fusedalign[trl]'"),
         (ModuleNotFoundError("No module named 'wandb'", name="wandb"), "ModuleNotFoundError: No module named 'wandb'"),
     ):
-        monkeypatch.setattr("fusedalign.environment.env_command", functools.partial(fail, error=raised))
+        monkeypatch.setattr("fusedalign.envcommand.env_command", functools.partial(fail, error=raised))
         error = error_of(capsys, ["env"])
         assert message in error
         assert ("pip install" in error) == ("'trl'" in error)
