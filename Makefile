@@ -4,6 +4,7 @@ VENV   ?= .venv
 BIN     = $(VENV)/bin
 STAMP   = $(VENV)/.installed
 LIGER   = $(VENV)/.liger
+DOCS    = $(VENV)/.docs
 PIP     = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 HARNESS = lm_eval sacrebleu portalocker tabulate colorama lxml requests charset-normalizer certifi urllib3
@@ -11,7 +12,7 @@ HARNESS = lm_eval sacrebleu portalocker tabulate colorama lxml requests charset-
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help install demo test test-all test-oldest test-newest test-deepspeed models notebooks dist lint format clean
+.PHONY: help install demo test test-all test-oldest test-newest test-deepspeed models notebooks docs dist lint format clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -92,6 +93,14 @@ lint: $(STAMP)  ## ruff (lint and format) and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: $(DOCS)  ## the documentation site in site/; a page without a place in it or a dead link is an error
+	@# Without --quiet, which would hide warnings from --strict.
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+$(DOCS): $(STAMP)
+	$(PIP) -c constraints.txt -e '.[docs]'
+	@touch $@
+
 format: $(STAMP)  ## let ruff rewrite what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -105,4 +114,4 @@ dist: $(STAMP)  ## the wheel and the source distribution in dist/, checked for t
 	$(BIN)/twine check --strict dist/*
 
 clean:  ## remove the environments, runs/ and caches
-	rm -rf $(VENV) $(OLDEST) $(NEWEST) $(DEEPSPEED) runs .pytest_cache .ruff_cache .mypy_cache .hypothesis build dist
+	rm -rf $(VENV) $(OLDEST) $(NEWEST) $(DEEPSPEED) runs .pytest_cache .ruff_cache .mypy_cache .hypothesis build dist site

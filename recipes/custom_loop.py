@@ -1,4 +1,10 @@
-"""DPO, then SimPO, in a plain PyTorch loop: no trainer, and no logits. `python recipes/custom_loop.py`"""
+"""DPO, then SimPO, in a plain PyTorch loop: no trainer, and no logits.
+
+Needs a CPU and half a minute; on a GPU, move the models and the batches to it.
+For your data change build_embedded_model to the name of a model, and the data set in `train`.
+
+    python custom_loop.py
+"""
 
 import torch
 from datasets import load_dataset

@@ -1,9 +1,9 @@
-"""A Qwen3 split over two ranks with torch.distributed.pipelining, its loss on the last stage without logits.
+"""A pipeline over two GPUs, with the loss on the last stage and without logits.
 
-    torchrun --nproc-per-node 2 recipes/pipeline.py --impl auto --schedule 1F1B
+Needs two GPUs, in bf16 with NCCL, or a CPU, in fp32 with gloo; the Qwen3 is a small one.
+For your data change `build`, the layers of the stages, and `batch`, token ids and labels.
 
-The model is small, with random weights; use your own layers in `build`. On a machine with two GPUs
-it runs on them in bf16 (NCCL), else on the CPU in fp32 (gloo).
+    torchrun --nproc-per-node 2 pipeline.py --impl auto --schedule 1F1B
 """
 
 import argparse

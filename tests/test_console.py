@@ -254,6 +254,7 @@ def test_a_recipe_is_a_configuration_by_name(tmp_path, monkeypatch, form):
     assert (arguments.model.model_name_or_path, arguments.training.max_steps) == ("embedded", 3)
 
 
+@pytest.mark.slow
 def test_a_recipe_trains_in_an_empty_folder_and_prints_no_bars(tmp_path):
     pytest.importorskip("trl")
     words = ["sft", "--config", "sft", "--max_steps", "2", "--eval_strategy", "no", "--use_cpu", "true"]

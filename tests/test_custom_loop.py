@@ -20,5 +20,5 @@ def test_the_recipe_trains(tmp_path, name):
     assert sum(losses[-3:]) < 0.8 * 3 * losses[0]
 
 
-def test_the_recipe_is_at_most_40_lines():
-    assert len(PATH.read_text().splitlines()) <= 40
+def test_the_recipe_is_at_most_40_lines_below_its_docstring():
+    assert len(PATH.read_text().rpartition('"""')[2].strip().splitlines()) <= 40

@@ -1,5 +1,6 @@
-"""The pages under docs/: Python blocks run, every loss is described, links resolve, the figure can be drawn."""
+"""The pages under docs/: Python blocks run, losses are described, links lead somewhere, the figure can be drawn."""
 
+import json
 import re
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from fusedalign.score import columns
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs/losses.md").read_text()
-PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md"]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md")), *sorted(ROOT.glob("notebooks/*.ipynb"))]
 
 
 def test_python_blocks_of_the_losses_page_run():
@@ -78,13 +79,49 @@ def test_every_dpo_type_has_a_section(name):
     assert f"\n### {name}\n" in PAGE
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_relative_links_and_images_exist(page):
-    text = re.sub(r"```.*?```|`[^`\n]*`", "", page.read_text(), flags=re.S)
-    for target in re.findall(r"\]\(([^)\s]+)", text):
-        path = target.partition("#")[0]
-        if path and not re.match(r"[a-z]+:", path):
-            assert (page.parent / path).exists(), target
+def markdown(page: Path) -> str:
+    """The text of a page or of a notebook's cells, without fenced blocks."""
+    text = page.read_text()
+    if page.suffix == ".ipynb":
+        cells = [cell for cell in json.loads(text)["cells"] if cell["cell_type"] == "markdown"]
+        text = "\n\n".join("".join(cell["source"]) for cell in cells)
+    return re.sub(r"^( *)```.*?^\1```", "", text, flags=re.S | re.M)
+
+
+def links(text: str) -> list[str]:
+    """The targets of links and images, in Markdown and in HTML."""
+    text = re.sub(r"`[^`\n]*`", "`code`", text)
+    return re.findall(r"\]\(([^)\s]+)", text) + re.findall(r"""(?:href|src|srcset)="([^"]+)""", text)
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    seen: dict[str, int] = {}
+    for heading in re.findall(r"^#+ +(.+?) *$", markdown(page), flags=re.M):
+        words = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading)
+        slug = re.sub(r"[^\w\- ]", "", words).lower().replace(" ", "-")
+        count = seen[slug] = seen.get(slug, -1) + 1
+        if count:
+            seen[f"{slug}-{count}"] = 0
+    return set(seen)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_relative_links_lead_to_files_and_headings(page):
+    for target in links(markdown(page)):
+        path, _, anchor = target.partition("#")
+        if re.match(r"[a-z]+:", target):
+            continue
+        file = page.parent / path if path else page
+        assert file.exists(), target
+        if anchor and file.suffix == ".md":
+            assert anchor in anchors(file), target
+
+
+def test_anchors_are_those_of_github(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("# `a_b`: [C](c.md) & D-e\n## Same\n## Same\n```sh\n# no heading\n```\n")
+    assert anchors(page) == {"a_b-c--d-e", "same", "same-1"}
 
 
 def test_the_figure_draws(tmp_path):

@@ -27,6 +27,7 @@ def launched(monkeypatch):
     for name in ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(launch, "_run", lambda command, variables: calls.append(command[3:]) or 0)
+    monkeypatch.setattr(launch.torch.accelerator, "device_count", lambda: 8)  # TRL's configurations start 8 processes
     return calls
 
 

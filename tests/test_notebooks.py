@@ -81,7 +81,14 @@ def test_stored_outputs_are_complete_and_small(path):
     assert any("compare" in cell.metadata for cell in notebook.cells)
 
 
-@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
+#: The notebooks that take longer than half of a minute on two cores.
+LONG = ("03_align_a_small_model",)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, id=path.stem, marks=[pytest.mark.slow] if path.stem in LONG else []) for path in PATHS],
+)
 def test_a_fresh_execution_agrees_with_the_stored_outputs(path, execute, tmp_path, monkeypatch):
     if path.stem.startswith(NEED_TRL):
         pytest.importorskip("trl")

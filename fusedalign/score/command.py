@@ -6,13 +6,14 @@ import dataclasses
 import errno
 import functools
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from fusedalign.commandline import argument
-from fusedalign.reports import check_writable, plot_failure, warn
+from fusedalign.reports import check_writable, plot_failure, silence_bars, warn
 from fusedalign.score import columns, identity, summary
 from fusedalign.score.models import ModelNames
 from fusedalign.score.reference import FLAG, reference_command
@@ -66,6 +67,8 @@ def score_command(argv: list[str]) -> int:
     if launched_elsewhere("score", parser, argv):
         return 0
     script, model, head, own = _parse(parser, argv)
+    if not sys.stderr.isatty():
+        silence_bars()
     out = _out(own)
     run, kind = _run(script, model, head, own, out)
     try:

@@ -84,7 +84,7 @@ def attach(trainer: Any, *, packed: bool | str = False, **options: Any) -> Any:
     Attaching again replaces the options. `detach` undoes it.
 
     Args:
-        trainer: one of TRL's trainers in `SUPPORTED`, or an instance of a subclass.
+        trainer: an instance of TRL's SFTTrainer, DPOTrainer, KTOTrainer, GRPOTrainer or RLOOTrainer, or of a subclass.
         packed: True runs batches packed, "auto" on CUDA where that is proven to be right; see docs/packing.md.
             Hidden states are then padded for TRL's forward, a copy that the Fused trainers do not need.
         options: the fields of `HeadOptions`.

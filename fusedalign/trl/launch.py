@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import psutil
+import torch
+from accelerate.utils import is_deepspeed_available
 
 from fusedalign.trl.arguments import Parser, read_words
 
@@ -26,7 +28,7 @@ def launched_elsewhere(command: str, parser: Parser, argv: Sequence[str]) -> boo
 
     Raises:
         ValueError: no such configuration; a word that neither the command nor the launcher knows; a word for the
-            launcher where another one has started this process.
+            launcher where another one has started this process; this machine lacks DeepSpeed, or GPUs.
         RuntimeError: the launched command failed; it has printed why.
     """
     words = read_words(parser, argv)
@@ -42,6 +44,7 @@ def launched_elsewhere(command: str, parser: Parser, argv: Sequence[str]) -> boo
         word = words.launch[0] if name is None else "accelerate_config"
         raise ValueError(f"{word} must be left out under torchrun, which has started the processes already, got it")
     config = [] if name is None else ["--config_file", config_file(str(name))]
+    check_machine([*config, *words.launch])
     launcher = [sys.executable, "-m", "fusedalign.trl.launcher", *config, *words.launch]
     os.environ.update(words.env)
     status = _run([*launcher, "-m", "fusedalign", command, *words.fields], {_WORDS: shlex.join(argv)})
@@ -80,6 +83,27 @@ def command_line(method: str, argv: Sequence[str]) -> tuple[list[str], list[str]
     if _WORDS in os.environ:
         return ["fusedalign", method], shlex.split(os.environ[_WORDS])
     return [*started_by(method, argv), method], list(argv)
+
+
+def check_machine(flags: Sequence[str]) -> None:
+    """Raise ValueError if `accelerate launch` with these flags needs DeepSpeed, or GPUs, that this machine lacks."""
+    from accelerate.commands.config import load_config_from_file
+    from accelerate.commands.launch import launch_command_parser
+
+    options = launch_command_parser().parse_args([*flags, "-m", "fusedalign"])
+    config = load_config_from_file(options.config_file) if options.config_file else None
+    by_deepspeed = options.use_deepspeed or getattr(config, "distributed_type", None) == "DEEPSPEED"
+    if by_deepspeed and not is_deepspeed_available():
+        raise ValueError("ZeRO needs DeepSpeed, which is not installed: pip install deepspeed, or use fsdp2")
+    processes, machines = (
+        getattr(options, name) or getattr(config, name, None) or 1 for name in ("num_processes", "num_machines")
+    )
+    gpus = torch.accelerator.device_count()  # without any the ranks run on the CPU
+    if 0 < gpus < processes // machines and not (options.cpu or getattr(config, "use_cpu", False)):
+        raise ValueError(
+            f"num_processes must be at most {gpus}, the GPUs of this machine, got {processes // machines}: "
+            f"add --num_processes {gpus * machines}"
+        )
 
 
 def started_by(method: str, argv: Sequence[str]) -> list[str]:
