@@ -186,6 +186,31 @@ def test_the_command_that_resumes_a_run_has_its_launcher(monkeypatch, line, rank
     assert launch.command_line("dpo", ["--run_name", "a b"]) == (["fusedalign", "dpo"], words)
 
 
+def test_after_ctrl_c_a_launcher_is_waited_for(monkeypatch):
+    """It gets Ctrl-C too, and ends its processes; killed at once it would leave them behind."""
+    from fusedalign.trl import launch
+
+    waits = iter([KeyboardInterrupt(), 130])
+
+    class Process:
+        def __init__(self, command, env):
+            assert env["FUSEDALIGN_WORDS"] == "--seed 3"
+
+        __enter__ = lambda self: self  # noqa: E731
+        __exit__ = lambda *_: None  # noqa: E731
+
+        def wait(self):
+            result = next(waits)
+            if isinstance(result, KeyboardInterrupt):
+                raise result
+            return result
+
+    monkeypatch.setattr(launch.subprocess, "Popen", Process)
+    with pytest.raises(KeyboardInterrupt):
+        launch._run(["accelerate"], {"FUSEDALIGN_WORDS": "--seed 3"})
+    assert not list(waits)
+
+
 ROOT = Path(__file__).parents[1]
 PREFERENCES = ROOT / "recipes/data/preferences"
 COMMANDS = {
