@@ -7,6 +7,7 @@ import re
 import pytest
 
 from fusedalign.cli import main
+from fusedalign.recipes import configurations
 
 pytest.importorskip("trl")
 
@@ -66,9 +67,9 @@ def test_a_file_that_is_not_a_configuration_is_a_one_line_error(tmp_path, capsys
     binary.write_bytes(b"\xff\xfe\x00a")
     assert f"in UTF-8, got {binary} with other bytes" in error_of(capsys, ["sft", "--config", str(binary)])
     assert f"got the folder {tmp_path}" in error_of(capsys, ["sft", f"--config={tmp_path}"])
-    assert "a YAML file that exists or a recipe (cpo, dpo, kto, orpo, sft, simpo), got nowhere.yaml" in error_of(
-        capsys, ["sft", "--config=nowhere.yaml"]
-    )
+    names = ", ".join(configurations())
+    error = error_of(capsys, ["sft", "--config=nowhere.yaml"])
+    assert f"a YAML file that exists or a recipe ({names}), got nowhere.yaml" in error
     assert "must be given once, got a and b" in error_of(capsys, ["sft", "--config", "a", "--config=b"])
 
 
