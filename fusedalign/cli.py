@@ -9,17 +9,24 @@ import select
 import sys
 import textwrap
 import traceback
+import warnings
 from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError
 from typing import TextIO
 
 import fusedalign
 from fusedalign.bench import SUBCOMMANDS
-from fusedalign.commandline import Command, calm_threads, fit, suggestion, unknown_flag
+from fusedalign.commandline import Command, calm_threads, fit, suggestion, terminal_width, unknown_flag
 from fusedalign.methods import METHODS
 from fusedalign.reports import print_error
 
 _EXTRA = ("trl", "transformers", "datasets", "accelerate", "peft", "matplotlib", "yaml")
 _LONGEST = 400  # characters of a message: other libraries' messages span many lines
+#: Warnings of other libraries about their own defaults, which a user has not chosen and need not change.
+_NOISE = (
+    (r".*gradient_checkpointing\w*` is deprecated", FutureWarning),
+    (r"'pin_memory' argument is set as true but no accelerator is found", UserWarning),
+)
 _HELP, _VERSION = ("-h", "--help"), ("-V", "--version")
 
 
@@ -36,6 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # progress bars fill a file with carriage returns
+    for message, category in _NOISE:
+        warnings.filterwarnings("ignore", message, category)
     try:
         status = _run(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()
@@ -64,7 +73,8 @@ def _run(words: list[str]) -> int:
         _check_flags(name, command, arguments)
         return command.run(arguments) or 0
     except KeyboardInterrupt as interrupt:  # its arguments say what the command has saved
-        print("\n".join(["", "fusedalign: interrupted", *map(str, interrupt.args)]).rstrip(), file=sys.stderr)
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # the processes of a launch are interrupted together
+            print("\n".join(["", "fusedalign: interrupted", *map(str, interrupt.args)]).rstrip(), file=sys.stderr)
         return 130
     except Exception as error:  # a user reads one line first, whatever the error
         if isinstance(error, BrokenPipeError) and _closed_streams():
@@ -91,18 +101,20 @@ def _find(words: list[str]) -> tuple[str, Command, list[str]]:
 
 
 def _check_flags(name: str, command: Command, arguments: list[str]) -> None:
-    """Raise ValueError for a flag that the command does not have, before it imports torch."""
+    """Raise for a flag or a key of the configuration that the command does not have, before it imports torch."""
     if name == "check" and arguments and arguments[0] in METHODS:
         name, *arguments = arguments
     flags = [word.partition("=")[0] for word in arguments if word.startswith("--") and word != "--"]
     if not flags or (name == "score" and "--ref_cache" in flags):  # that is checked with the flags of a training
         return
-    from fusedalign.flags import command_flags, flags_owner
+    from fusedalign.flags import check_configuration, command_flags, flags_owner
 
     known = command_flags(name, command)
     for flag in flags:
         if flag not in known:
             raise ValueError(unknown_flag(flag, known, flags_owner(name)))
+    if name in METHODS and not {*_HELP, "--help_all"} & set(arguments):
+        check_configuration(name, arguments)
 
 
 def _split_debug(words: list[str]) -> tuple[list[str], bool]:
@@ -129,13 +141,11 @@ def _usage() -> str:
     examples = [f"  fusedalign {name} {example}" for name, example in shown.items()]
     parts.append("\n".join(["Examples:", *examples]))
     parts.append(
-        fit(
-            "The training commands take every field of TRL's configurations as --field VALUE, --field=VALUE or as a "
-            "key of the YAML file; flags win. `fusedalign COMMAND --help` lists the flags of a command, `fusedalign "
-            "--version` prints the version, --debug shows the traceback of an error."
-        )
+        "The training commands take every field of TRL's configurations as --field VALUE, --field=VALUE or as a "
+        "key of the YAML file; flags win. `fusedalign COMMAND --help` lists the flags of a command, `fusedalign "
+        "--version` prints the version, --debug shows the traceback of an error."
     )
-    return "\n\n".join(parts)
+    return fit("\n\n".join(parts), terminal_width())
 
 
 def _closed_streams() -> list[TextIO]:
@@ -153,7 +163,11 @@ def _closed_streams() -> list[TextIO]:
 
 
 def _one_line(error: Exception) -> str:
-    text = textwrap.shorten(str(error), _LONGEST, placeholder=" ...")
+    # The name of a missing package is sometimes a sentence of its own.
+    missing = error.name if isinstance(error, PackageNotFoundError) and " " in error.name else None
+    text = textwrap.shorten(missing or str(error), _LONGEST, placeholder=" ...")
+    if missing:
+        return text
     if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] in _EXTRA:
         return f"{text}; this command needs: pip install 'fusedalign[trl]', on Python 3.11 or later"
     if text and isinstance(error, (ValueError, TypeError, OSError)):
@@ -225,7 +239,7 @@ COMMANDS: dict[str, Command] = {
         "dpo --config dpo",
     ),
     "merge": Command(
-        "fusedalign.trl.adapters:merge_command",
+        "fusedalign.trl.mergecommand:merge_command",
         "an adapter's folder and its base model into one model",
         "runs/sft --out runs/merged",
     ),
@@ -253,7 +267,7 @@ COMMANDS: dict[str, Command] = {
         "fusedalign.recipes:recipes_command", "configurations to start from: lists them, or prints one", "dpo > my.yaml"
     ),
     "env": Command(
-        "fusedalign.environment:env_command", "versions, devices, and which impl can run here", "--json > env.json"
+        "fusedalign.envcommand:env_command", "versions, devices, and which impl can run here", "--json > env.json"
     ),
     "completion": Command(
         "fusedalign.cli:_completion", "a script that completes commands and flags in a shell", "bash"

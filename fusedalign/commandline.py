@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import field
 from typing import Any, NamedTuple, NoReturn
 
-#: Columns of help texts and tables.
+#: Columns of help texts and tables, at most.
 WIDTH = 100
 
 
@@ -34,6 +34,11 @@ class Command(NamedTuple):
         """Import the function and call it."""
         module, function = self.target.split(":")
         return getattr(importlib.import_module(module), function)(*self.words, arguments)
+
+
+def terminal_width() -> int:
+    """Columns of a help text: those of the terminal, or `WIDTH` if it is wider or there is none."""
+    return max(40, min(WIDTH, shutil.get_terminal_size((WIDTH, 24)).columns))
 
 
 def fit(text: str, width: int = WIDTH) -> str:
@@ -69,10 +74,10 @@ def argument(default: Any, help_text: str) -> Any:
     return field(default=default, metadata={"help": help_text})
 
 
-def suggestion(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+def suggestion(name: str, known: Iterable[str], cutoff: float = 0.65) -> str:
     """The end of an error about a name: "; did you mean ...?", or "" where no known name is similar."""
-    matches = difflib.get_close_matches(name, sorted(known), n=3, cutoff=cutoff)
-    matches.sort(key=lambda match: sorted(match) != sorted(name))  # swapped letters first: --otu, --out
+    matches = difflib.get_close_matches(name.lower(), sorted(known), n=3, cutoff=cutoff)
+    matches.sort(key=lambda match: sorted(match) != sorted(name.lower()))  # swapped letters first: --otu, --out
     return f"; did you mean {matches[0]}?" if matches else ""
 
 
@@ -86,19 +91,29 @@ def unknown_flag(name: str, known: Iterable[str], expected: str) -> str:
     return f"expected {expected}, got the unknown {name}{hint or suggestion(name, known)}"
 
 
+def argument_error(message: str) -> str:
+    """An error of argparse with one spelling of the flag, and a suggestion where a choice is misspelt."""
+    message = re.sub(r"^(argument --\w+)(/--?[\w-]+)+", r"\1", message)
+    match = re.search(r"invalid choice: (.*?) \(choose from (.*)\)", message, re.DOTALL)
+    if match is None:
+        return message
+    hint = suggestion(match[1].strip("'\""), [choice.strip("'\"") for choice in match[2].split(", ")])
+    return message.replace(match[1], f"{match[1]}{hint}", 1) if hint else message
+
+
 class OneLineParser(argparse.ArgumentParser):
     """A parser that raises its errors as one line, which starts with `prog` without "fusedalign"."""
 
     def error(self, message: str) -> NoReturn:
         """Raise ValueError instead of printing the usage and exiting."""
-        raise ValueError(f"{self.prog.removeprefix('fusedalign ')}: {message}")
+        raise ValueError(f"{self.prog.removeprefix('fusedalign ')}: {argument_error(message)}")
 
 
 class CommandParser(OneLineParser):
     """The parser of a command: its description keeps line breaks, `--help` does not exit."""
 
     def __init__(self, prog: str, description: str, epilog: str | None = None) -> None:
-        width = min(WIDTH, shutil.get_terminal_size((WIDTH, 24)).columns)
+        width = terminal_width()
         about = fit(description, width)
         super().__init__(prog, None, about, epilog and fit(epilog, width), add_help=False, allow_abbrev=False)
         self.formatter_class = functools.partial(argparse.RawDescriptionHelpFormatter, width=width)

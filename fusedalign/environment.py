@@ -1,28 +1,18 @@
-"""The command `fusedalign env`: versions, devices, and which impl can run here; as JSON for bug reports."""
+"""Versions, devices, and which impl can run here: what `fusedalign env` prints."""
 
 from __future__ import annotations
 
 import platform
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 import fusedalign
-from fusedalign.commandline import CommandParser, fit
+from fusedalign.commandline import fit
 from fusedalign.impls import explain
 from fusedalign.impls.survey import auto_choices, coverage
 from fusedalign.provenance import PACKAGES, versions
-from fusedalign.reports import MISSING, package_version, text_table, to_json, wrapped_table
-
-
-def env_command(argv: Sequence[str]) -> None:
-    """Run `fusedalign env`."""
-    parser = CommandParser("fusedalign env", "Versions, devices, and which impl can run here.")
-    parser.add_argument("--json", action="store_true", help="print JSON, to be pasted into a bug report")
-    options = parser.parse(argv)
-    if options is not None:
-        print(to_json(environment(), indent=1) if options.json else _text())
+from fusedalign.reports import MISSING, package_version, text_table, wrapped_table
 
 
 def environment() -> dict[str, Any]:
@@ -80,7 +70,8 @@ def _nccl() -> str | None:
         return None
 
 
-def _text() -> str:
+def environment_text() -> str:
+    """The environment as text of `WIDTH` columns, with what each impl serves."""
     rows = [(name, version or MISSING) for name, version in versions().items()]
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     lines = [*text_table([*rows, ("CUDA devices", ", ".join(devices) or "none")]), ""]

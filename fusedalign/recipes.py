@@ -6,7 +6,7 @@ import ast
 from collections.abc import Sequence
 from pathlib import Path
 
-from fusedalign.commandline import CommandParser, suggestion
+from fusedalign.commandline import CommandParser, suggestion, terminal_width
 from fusedalign.embedded import data_directory
 from fusedalign.reports import wrapped_table
 
@@ -71,4 +71,5 @@ def recipes_command(argv: Sequence[str]) -> None:
     if options.name is not None:
         print(find_recipe(options.name).read_text(encoding="utf-8"), end="")
         return
-    print("\n".join(wrapped_table((name, about(path)) for name, path in recipes().items())))
+    rows = [(name, about(path)) for name, path in recipes().items()]
+    print("\n".join(wrapped_table(rows, columns=terminal_width())))

@@ -1,4 +1,4 @@
-"""Seconds of the console's light commands, each in a fresh process: `python tests/console_times.py`."""
+"""Seconds of the console's commands before any training, each in a fresh process: `python tests/console_times.py`."""
 
 import subprocess
 import sys
@@ -12,7 +12,13 @@ WORDS = (
     "sft --help",
     "dpo --help_all",
     "dpo --bata 0.2",
+    "dpo --config dop",
     "score --help",
+    "plan --help",
+    "merge --help",
+    "env --help",
+    "env",
+    "check dpo",
     "completion bash",
 )
 

@@ -72,7 +72,7 @@ def test_a_closed_pipe_prints_no_error(capsys, monkeypatch, argv):
 def test_a_pipe_closed_halfway_prints_no_error(capsys, monkeypatch):
     """The output exceeds the buffer, so the command itself writes to the closed pipe."""
     lines = "one line more\n" * 1000
-    monkeypatch.setattr("fusedalign.environment.env_command", lambda argv: print(lines))
+    monkeypatch.setattr("fusedalign.envcommand.env_command", lambda argv: print(lines))
     with closed_pipe(monkeypatch):
         assert main(["env"]) == 141
     assert capsys.readouterr().err == ""
@@ -82,7 +82,7 @@ def test_a_broken_pipe_other_than_stdout_is_an_error(capsys, monkeypatch):
     def command(argv):
         raise BrokenPipeError(32, "Broken pipe")
 
-    monkeypatch.setattr("fusedalign.environment.env_command", command)
+    monkeypatch.setattr("fusedalign.envcommand.env_command", command)
     assert main(["env"]) == 2
     assert "fusedalign: error: [Errno 32] Broken pipe" in capsys.readouterr().err
 
@@ -237,18 +237,15 @@ def test_accelerate_config_relaunches_the_command(tmp_path, llama, monkeypatch, 
 
     calls = []
 
-    class Process:
-        returncode = 0
-
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    monkeypatch.setattr(module, "_run", lambda command, variables: calls.append(command) or 0)
     monkeypatch.setattr(module.torch.accelerator, "device_count", lambda: 8)
-    monkeypatch.setattr(module.subprocess, "run", lambda command: calls.append(command) or Process())
     config = tmp_path / "mine.yaml"
     config.write_text("accelerate_config: multi_gpu\nlearning_rate: 0.1\n")
     assert main(["dpo", "--config", str(config)]) == 0
     assert main(["sft", "--accelerate_config", "fsdp2", "--seed", "3"]) == 0
     (first, second) = calls
-    assert first[1:4] == ["-m", "accelerate.commands.launch", "--config_file"]
+    assert first[1:4] == ["-m", "fusedalign.trl.launcher", "--config_file"]
     assert first[4].endswith("multi_gpu.yaml")
     assert first[5:] == ["-m", "fusedalign", "dpo", "--config", str(config)]
     assert second[5:] == ["-m", "fusedalign", "sft", "--accelerate_config", "fsdp2", "--seed", "3"]

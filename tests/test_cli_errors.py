@@ -7,6 +7,7 @@ import re
 import pytest
 
 from fusedalign.cli import main
+from fusedalign.recipes import configurations
 
 pytest.importorskip("trl")
 
@@ -44,7 +45,7 @@ FILES = {
         "save_strategy in FILE must not be false, which is also how YAML reads a bare no",
     ),
     "nothing": ("learning_rate:\n", "learning_rate in FILE must have a value, got nothing"),
-    "no choice": ("dtype: float8\n", "dtype in FILE: invalid choice: 'float8' (choose from"),
+    "no choice": ("dtype: float8\n", "dtype in FILE: invalid choice: 'float8'; did you mean float"),
     "unknown": ("learning_rat: 1\n", "in FILE, got the unknown --learning_rat; did you mean --learning_rate?"),
     "hyphens": ("learning-rate: 1\n", "in FILE, got the unknown --learning-rate; did you mean --learning_rate?"),
     "environment": ("env: 3\n", "env in FILE must hold `NAME: value` lines, got 3"),
@@ -66,9 +67,9 @@ def test_a_file_that_is_not_a_configuration_is_a_one_line_error(tmp_path, capsys
     binary.write_bytes(b"\xff\xfe\x00a")
     assert f"in UTF-8, got {binary} with other bytes" in error_of(capsys, ["sft", "--config", str(binary)])
     assert f"got the folder {tmp_path}" in error_of(capsys, ["sft", f"--config={tmp_path}"])
-    assert "a YAML file that exists or a recipe (cpo, dpo, kto, orpo, sft, simpo), got nowhere.yaml" in error_of(
-        capsys, ["sft", "--config=nowhere.yaml"]
-    )
+    names = ", ".join(configurations())
+    error = error_of(capsys, ["sft", "--config=nowhere.yaml"])
+    assert f"a YAML file that exists or a recipe ({names}), got nowhere.yaml" in error
     assert "must be given once, got a and b" in error_of(capsys, ["sft", "--config", "a", "--config=b"])
 
 
@@ -175,7 +176,7 @@ def test_long_messages_are_truncated(monkeypatch, capsys):
     def fail(argv):
         raise ValueError("expected this,\n\n  got " + "that and " * 200)
 
-    monkeypatch.setattr("fusedalign.environment.env_command", fail)
+    monkeypatch.setattr("fusedalign.envcommand.env_command", fail)
     error = error_of(capsys, ["env"])
     assert error.startswith("expected this, got that and that")
     assert error.endswith("that and ...")
@@ -191,7 +192,7 @@ def test_empty_messages_and_missing_packages_are_explained(monkeypatch, capsys):
         (ModuleNotFoundError("No module named 'trl'", name="trl"), "this command needs: pip install 'fusedalign[trl]'"),
         (ModuleNotFoundError("No module named 'wandb'", name="wandb"), "ModuleNotFoundError: No module named 'wandb'"),
     ):
-        monkeypatch.setattr("fusedalign.environment.env_command", functools.partial(fail, error=raised))
+        monkeypatch.setattr("fusedalign.envcommand.env_command", functools.partial(fail, error=raised))
         error = error_of(capsys, ["env"])
         assert message in error
         assert ("pip install" in error) == ("'trl'" in error)

@@ -33,6 +33,11 @@ LIGHT = {
     "score --otu x": (2, 10),
     "bench trl --step 3": (2, 5),
     "plan --memori 24GiB": (2, 5),
+    "plan --help": (0, 5),
+    "merge --help": (0, 5),
+    "env --help": (0, 5),
+    "sft": (2, 5),
+    "sft --config dop": (2, 10),
     "completion bash": (0, 20),
 }
 
@@ -103,6 +108,16 @@ def test_every_command_has_a_help_of_100_columns(capsys, words):
     text = capsys.readouterr().out
     assert f"fusedalign {words}" in text
     assert max(map(len, text.splitlines())) <= WIDTH
+
+
+@pytest.mark.parametrize("words", ["--help", "dpo --help", "recipes", "score --help", "plan --help"])
+def test_help_fits_a_narrow_terminal(capsys, monkeypatch, words):
+    if "dpo" in words or "score" in words:
+        pytest.importorskip("trl")
+    monkeypatch.setenv("COLUMNS", "60")
+    assert main(words.split()) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert all(len(line) <= 60 or len(line.split()) <= 2 for line in lines)  # a long name is not broken
 
 
 def test_the_usage_lists_every_command_and_sub_command(capsys):

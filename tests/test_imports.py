@@ -44,6 +44,7 @@ ROOMS = [
     "harness",
     "demo",
     "environment",
+    "envcommand",
     "flags",
     "completion",
     "cli",

@@ -24,13 +24,10 @@ def launched(monkeypatch):
 
     calls = []
 
-    class Process:
-        returncode = 0
-
     for name in ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(launch, "_run", lambda command, variables: calls.append(command[3:]) or 0)
     monkeypatch.setattr(launch.torch.accelerator, "device_count", lambda: 8)  # TRL's configurations start 8 processes
-    monkeypatch.setattr(launch.subprocess, "run", lambda command: calls.append(command[3:]) or Process())
     return calls
 
 
@@ -183,7 +180,35 @@ def test_the_command_that_resumes_a_run_has_its_launcher(monkeypatch, line, rank
         monkeypatch.setenv("LOCAL_RANK", rank)
     monkeypatch.setattr(launch.psutil.Process, "cmdline", lambda self: line.split())
     expected = ["python", *command.split(), "fusedalign"] if command else ["fusedalign"]
-    assert launch.started_by("dpo", ["--seed", "3"]) == expected
+    assert launch.command_line("dpo", ["--seed", "3"]) == ([*expected, "dpo"], ["--seed", "3"])
+    monkeypatch.setenv("FUSEDALIGN_WORDS", "--num_processes 2 --run_name 'a b'")  # started by this command itself
+    words = ["--num_processes", "2", "--run_name", "a b"]
+    assert launch.command_line("dpo", ["--run_name", "a b"]) == (["fusedalign", "dpo"], words)
+
+
+def test_after_ctrl_c_a_launcher_is_waited_for(monkeypatch):
+    """It gets Ctrl-C too, and ends its processes; killed at once it would leave them behind."""
+    from fusedalign.trl import launch
+
+    waits = iter([KeyboardInterrupt(), 130])
+
+    class Process:
+        def __init__(self, command, env):
+            assert env["FUSEDALIGN_WORDS"] == "--seed 3"
+
+        __enter__ = lambda self: self  # noqa: E731
+        __exit__ = lambda *_: None  # noqa: E731
+
+        def wait(self):
+            result = next(waits)
+            if isinstance(result, KeyboardInterrupt):
+                raise result
+            return result
+
+    monkeypatch.setattr(launch.subprocess, "Popen", Process)
+    with pytest.raises(KeyboardInterrupt):
+        launch._run(["accelerate"], {"FUSEDALIGN_WORDS": "--seed 3"})
+    assert not list(waits)
 
 
 ROOT = Path(__file__).parents[1]

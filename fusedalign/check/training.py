@@ -43,7 +43,7 @@ def check(method: str, argv: list[str]) -> Check:
         except ValueError as error:
             memory = str(error)
         decisions = describe(sample, slots, _processes(method, argv))
-        findings = find(sample, rows)
+        findings = [*filter(None, [sample.obstacle]), *find(sample, rows)]
     return Check(sample, rows, slots, memory, decisions, findings + logged)
 
 

@@ -54,6 +54,8 @@ class Sample(NamedTuple):
     """rows of the whole split; None: a stream"""
     output: str
     """the output directory of the training"""
+    obstacle: str | None
+    """why the training would not start in its output directory as that is now"""
 
     @property
     def is_partial(self) -> bool:
@@ -71,7 +73,7 @@ def sampled_training(method: str, argv: list[str]) -> Iterator[Sample]:
     arguments = parse(method, argv)
     training, output = arguments.training, arguments.training.output_dir
     check_trackers(training.report_to)
-    _check_output(arguments)
+    obstacle = _obstacle(arguments)
     if arguments.fused.ref_logps is not None:
         read_cache(arguments.fused.ref_logps)
     train_dataset, eval_dataset = load_data(method, arguments)
@@ -81,7 +83,7 @@ def sampled_training(method: str, argv: list[str]) -> Iterator[Sample]:
         dataset = _sampled(train_dataset, SAMPLE, training.seed)
         evaluated = eval_dataset if eval_dataset is None else _sampled(eval_dataset, EVAL_SAMPLE, training.seed)
         trainer = train.assemble(method, arguments, weightless(method), dataset, evaluated)
-        yield Sample(method, arguments, trainer, dataset, total, output)
+        yield Sample(method, arguments, trainer, dataset, total, output, obstacle)
 
 
 def weightless(method: str) -> Any:
@@ -187,10 +189,18 @@ def _sampled(dataset: Any, count: int, seed: int) -> Any:
     return dataset.select(sorted(random.Random(seed).sample(range(len(dataset)), count)))
 
 
-def _check_output(arguments: Arguments) -> None:
-    """Raise ValueError where the training would not start in its output directory."""
+def _obstacle(arguments: Arguments) -> str | None:
+    """Why the training would not start in its output directory: one that holds a run is no fault of the rest.
+
+    Raises:
+        ValueError: the checkpoint to resume from does not exist.
+    """
     output = Path(arguments.training.output_dir)
     checkpoint = find_checkpoint(arguments.training.resume_from_checkpoint, output)
     if output.is_dir():
         folder = RunFolder(output, checkpoint)
-        folder.check(arguments.fused.overwrite_output_dir, arguments.model.model_name_or_path)
+        try:
+            folder.check(arguments.fused.overwrite_output_dir, arguments.model.model_name_or_path)
+        except ValueError as error:
+            return f"the training would not start: {error}"
+    return None

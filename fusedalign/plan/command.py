@@ -11,10 +11,7 @@ from typing import Any
 from fusedalign.commandline import CommandParser
 from fusedalign.methods import WITH_REFERENCE
 from fusedalign.plan.advice import LORA_R
-from fusedalign.plan.model import Shapes, read_config
-from fusedalign.plan.plan import plan
 from fusedalign.plan.shape import DEFAULT_OPTIMISER, ITEM, METHODS, OPTIMISERS, Step
-from fusedalign.plan.table import render
 from fusedalign.reports import to_json, warn
 
 WORD = "plan"
@@ -31,6 +28,10 @@ def plan_command(argv: Sequence[str]) -> None:
         raise ValueError(
             f"{WORD} needs --model_name_or_path: a folder with a config.json, a name of the Hub or embedded"
         )
+    from fusedalign.plan.model import Shapes, read_config  # these import torch
+    from fusedalign.plan.plan import plan
+    from fusedalign.plan.table import render
+
     step = step_of(options)
     memory = None if options.memory is None else parse_memory(options.memory)
     config = read_config(options.model_name_or_path)

@@ -16,11 +16,11 @@ import torch
 import trl
 from transformers.utils import is_torch_bf16_gpu_available, is_torch_xla_available
 
-from fusedalign.commandline import argument, unknown_flag
+from fusedalign.commandline import argument, argument_error, unknown_flag
 from fusedalign.methods import METHODS, WITH_REFERENCE
 from fusedalign.recipes import config_path
 from fusedalign.trl.config import file_value, kinds, read_config
-from fusedalign.trl.fields import NOT_PASSED_ON
+from fusedalign.trl.fields import NOT_PASSED_ON, RENAMED
 from fusedalign.trl.layouts import PACKED_DEFAULT
 from fusedalign.trl.options import HeadOptions
 
@@ -132,7 +132,7 @@ class Parser(trl.TrlParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise instead of printing a usage of several hundred flags."""
-        raise ValueError(message)
+        raise ValueError(argument_error(message))
 
 
 def parse(method: str, argv: Sequence[str]) -> Arguments:
@@ -228,16 +228,9 @@ def read_words(parser: Parser, argv: Sequence[str]) -> Words:
     return Words([*config, *fields], namespace, {name: str(value) for name, value in env.items()}, launch)
 
 
-#: Fields that transformers 5.23 renamed: old name -> new name.
-_RENAMED = {
-    "gradient_checkpointing": "activation_checkpointing",
-    "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
-}
-
-
 def _current_name(name: str, actions: Container[str]) -> str:
     """The name that this version of transformers prefers for a field, so that flags and file speak of one field."""
-    for old, new in _RENAMED.items():
+    for old, new in RENAMED.items():
         if name in (old, new):
             return new if new in actions else old
     return name

@@ -14,6 +14,11 @@ def training_command(method: str, argv: list[str], preview: Callable[[], None]) 
     if {"-h", "--help", "--help_all"} & set(argv):
         print(help_text(method, everything="--help_all" in argv))
         return
+    if not argv:
+        raise ValueError(
+            f"{method} needs a model and data, got nothing: `fusedalign {method} --config {method}` runs the recipe, "
+            f"`fusedalign {method} --help` lists the flags"
+        )
     from fusedalign.trl.arguments import method_parser, read_words
     from fusedalign.trl.launch import launched_elsewhere
     from fusedalign.trl.train import train

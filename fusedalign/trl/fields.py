@@ -23,6 +23,11 @@ _FILES = {
     "ScoreArguments": "fusedalign/score/command.py",
 }
 _CONFIGS = ("trl/trainer/{0}_config.py", "trl/experimental/{0}/{0}_config.py")
+#: Fields that transformers 5.23 renamed: old name -> new name.
+RENAMED = {
+    "gradient_checkpointing": "activation_checkpointing",
+    "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
+}
 #: Flags of the launcher that have no meaning here.
 NOT_PASSED_ON = {"--help", "--module", "--no_python", "--no-python"}
 #: A package with other source files than those known here is imported.

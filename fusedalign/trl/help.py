@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import textwrap
 
-from fusedalign.commandline import WIDTH, fit
+from fusedalign.commandline import fit, terminal_width
 from fusedalign.methods import METHODS
 from fusedalign.sources import Field
 from fusedalign.trl.fields import score_fields, training_fields
@@ -24,6 +24,8 @@ _USUAL_OF_SCORE = (
     "dataset_text_field", "max_tokens_per_batch", "per_token", "strict", "dtype", "load_in_4bit", "load_in_8bit",
     "trust_remote_code", "fused_impl", "fused_packed", "accelerate_config",
 )  # fmt: skip
+#: Columns below which a flag has a line of its own.
+_NARROW = 80
 #: Our own help for fields that take more values than TRL documents.
 _HELP = {"resume_from_checkpoint": "last: go on from the latest checkpoint in output_dir; or a checkpoint's folder"}
 _SCORE = """\
@@ -31,15 +33,15 @@ fusedalign score: log-probabilities of a data set under a model
 usage: fusedalign score --model_name_or_path M --dataset_name D --out scores.parquet
                         [--config FILE] [--field VALUE ...]
 
-Pairs (chosen, rejected), prompts with completions, conversations (messages), or plain text (text);
-tokens and truncation are those of TRL's trainers. An interrupted run continues when the same
-command is repeated. Rows that cannot be scored are listed in scores.refused.jsonl. Under `torchrun`
-or `accelerate launch` the processes share the work.
+Pairs (chosen, rejected), prompts with completions, conversations (messages), or plain text (text); \
+tokens and truncation are those of TRL's trainers. An interrupted run continues when the same command is \
+repeated. Rows that cannot be scored are listed in scores.refused.jsonl. Under `torchrun` or `accelerate \
+launch` the processes share the work.
 
        fusedalign score --ref_cache ref.parquet --method dpo --config dpo [--field VALUE ...]
 
-The reference log-probabilities of a DPO or KTO training, from the arguments of that training, which
-then needs --ref_logps ref.parquet and no reference model."""
+The reference log-probabilities of a DPO or KTO training, from the arguments of that training, which then needs \
+--ref_logps ref.parquet and no reference model."""
 
 
 def help_text(method: str, *, everything: bool = False) -> str:
@@ -47,12 +49,10 @@ def help_text(method: str, *, everything: bool = False) -> str:
     fields, row = training_fields(method), METHODS[method]
     columns = " or ".join("+".join(choice) for choice in row.columns)
     parts = [
-        fit(f"fusedalign {method}: {row.about}"),
+        f"fusedalign {method}: {row.about}",
         f"usage: fusedalign {method} --config {method} [--field VALUE ...]",
-        fit(
-            "--config takes a YAML file, or the name of a recipe that `fusedalign recipes` lists. Flags win over the "
-            f"file; both have the same names. Data with the columns {columns}."
-        ),
+        "--config takes a YAML file, or the name of a recipe that `fusedalign recipes` lists. Flags win over the "
+        f"file; both have the same names. Data with the columns {columns}.",
     ]
     groups = {
         "The usual": _USUAL,
@@ -71,19 +71,23 @@ def help_text(method: str, *, everything: bool = False) -> str:
             f"fusedalign {method} --help_all lists the other fields of TRL's and transformers' configurations."
         )
     parts.append("Flags of accelerate launch, such as --num_processes 2, are passed on to it.")
-    return "\n\n".join(parts)
+    return fit("\n\n".join(parts), terminal_width())
 
 
 def score_help() -> str:
     """The text of `fusedalign score --help`."""
     fields = score_fields()
-    return "\n".join([_SCORE, "", *(help_line(fields.every[name]) for name in _USUAL_OF_SCORE)])
+    lines = [_SCORE, "", *(help_line(fields.every[name]) for name in _USUAL_OF_SCORE)]
+    return fit("\n".join(lines), terminal_width())
 
 
 def help_line(field: Field) -> str:
-    """A flag with its meaning and default, on lines of `WIDTH` characters."""
+    """A flag with its meaning and default, in two columns, or below each other on a narrow terminal."""
     text = re.sub(r"\s+", " ", _HELP.get(field.name, field.help)).replace("%%", "%").replace("`", "")
     text = re.split(r"(?<=[a-z)\]])\. ", text)[0].rstrip(".")
     default = "" if field.default in (None, "", [], {}) else f" [{field.default}]"
     body = textwrap.shorten(text, 150, placeholder=" ...") + default
-    return textwrap.fill(body, WIDTH, initial_indent=f"  --{field.name:<30} ", subsequent_indent=" " * 35)
+    width, flag = terminal_width(), f"  --{field.name:<30} "
+    if width < _NARROW:
+        return "\n".join([flag.rstrip(), textwrap.fill(body, width, initial_indent=" " * 6, subsequent_indent=" " * 6)])
+    return textwrap.fill(body, width, initial_indent=flag, subsequent_indent=" " * len(flag))

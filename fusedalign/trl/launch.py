@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import importlib.resources
 import os
+import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import psutil
@@ -14,6 +15,9 @@ import torch
 from accelerate.utils import is_deepspeed_available
 
 from fusedalign.trl.arguments import Parser, read_words
+
+#: Environment variable with the words of the command that has started the launcher of this process.
+_WORDS = "FUSEDALIGN_WORDS"
 
 
 def launched_elsewhere(command: str, parser: Parser, argv: Sequence[str]) -> bool:
@@ -41,12 +45,26 @@ def launched_elsewhere(command: str, parser: Parser, argv: Sequence[str]) -> boo
         raise ValueError(f"{word} must be left out under torchrun, which has started the processes already, got it")
     config = [] if name is None else ["--config_file", config_file(str(name))]
     check_machine([*config, *words.launch])
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", *config, *words.launch]
+    launcher = [sys.executable, "-m", "fusedalign.trl.launcher", *config, *words.launch]
     os.environ.update(words.env)
-    status = subprocess.run([*launcher, "-m", "fusedalign", command, *words.fields]).returncode
+    status = _run([*launcher, "-m", "fusedalign", command, *words.fields], {_WORDS: shlex.join(argv)})
     if status:
         raise RuntimeError(f"accelerate launch ended with status {status}")
     return True
+
+
+def _run(command: Sequence[str], variables: Mapping[str, str]) -> int:
+    """The exit status of a launcher; after Ctrl-C, which it gets too, it has the time to end its processes.
+
+    Raises:
+        KeyboardInterrupt: after the launcher has ended.
+    """
+    with subprocess.Popen(command, env=os.environ | variables) as process:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:
+            process.wait()
+            raise
 
 
 def config_file(name: str) -> str:
@@ -58,6 +76,13 @@ def config_file(name: str) -> str:
         names = ", ".join(sorted(stem for stem in shipped if not stem.startswith("_")))
         raise ValueError(f"accelerate_config must be a file that exists or one of {names}, got {name!r}")
     return str(shipped[name])
+
+
+def command_line(method: str, argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The command that has started this run, up to its method, and the words after that, the launcher's included."""
+    if _WORDS in os.environ:
+        return ["fusedalign", method], shlex.split(os.environ[_WORDS])
+    return [*started_by(method, argv), method], list(argv)
 
 
 def check_machine(flags: Sequence[str]) -> None:

@@ -24,7 +24,7 @@ from fusedalign.trl.data import load_data
 from fusedalign.trl.description import changed_fields, describe, progress
 from fusedalign.trl.files import is_local
 from fusedalign.trl.folder import RunFolder, claimed
-from fusedalign.trl.launch import started_by
+from fusedalign.trl.launch import command_line
 from fusedalign.trl.lengths import check_lengths
 from fusedalign.trl.models import (
     check_ends,
@@ -255,8 +255,7 @@ def train(method: str, argv: Sequence[str]) -> tuple[Any, Written]:
             )
         except KeyboardInterrupt:
             is_main = arguments.training.process_index == 0
-            command = [*started_by(method, argv), method]
-            raise KeyboardInterrupt(folder.kept(command, argv) if is_main else "") from None
+            raise KeyboardInterrupt(folder.kept(*command_line(method, argv)) if is_main else "") from None
 
 
 def _record(

@@ -202,6 +202,16 @@ def test_findings_name_what_trains_nothing(words):
     assert [text for text in tokens if "vocabulary" in text and "row 2" in text]
 
 
+def test_an_output_directory_with_a_run_is_a_finding(words, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "model.safetensors").touch()
+    assert cli.main(["check", "sft", *words("text")]) == 0
+    text = " ".join(capsys.readouterr().out.partition("what to look at")[2].split())
+    assert "- the training would not start: output_dir must hold no earlier run, got " in text
+    assert cli.main(["check", "sft", *words("text"), "--overwrite_output_dir"]) == 0
+    assert "would not start" not in capsys.readouterr().out
+
+
 def test_a_large_data_set_is_sampled_and_a_stream_is_read_in_part(words, monkeypatch):
     monkeypatch.setattr("fusedalign.check.weightless.SAMPLE", 3)
     rows = [{"prompt": f"Q{i}: ", "completion": "yes"} for i in range(10)]
