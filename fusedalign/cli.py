@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import re
 import select
@@ -43,6 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # progress bars fill a file with carriage returns
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a character that the encoding lacks must not end the command
+            stream.reconfigure(errors="backslashreplace")
     for message, category in _NOISE:
         warnings.filterwarnings("ignore", message, category)
     try:
@@ -252,6 +256,11 @@ COMMANDS: dict[str, Command] = {
         "fusedalign.plan.command:plan_command",
         "the memory of a training step",
         "--model_name_or_path Qwen/Qwen3-1.7B --memory 24GiB",
+    ),
+    "support": Command(
+        "fusedalign.support:support_command",
+        "what works with a model: its head, packed batches, kernels",
+        "--model_name_or_path Qwen/Qwen3-1.7B",
     ),
     "bench": Command(
         "fusedalign.bench.command:bench",

@@ -36,6 +36,8 @@ def config_path(name: str) -> str:
     Raises:
         FileNotFoundError: neither exists.
     """
+    if not name:
+        raise ValueError("--config must name a YAML file or a recipe, got nothing")
     if Path(name).exists() and not (Path(name).is_dir() and name in configurations()):
         return name
     known = configurations()

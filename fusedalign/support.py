@@ -1,4 +1,4 @@
-"""What this package can do with a model: `python -m fusedalign.support --model_name_or_path M`, and docs/models.md.
+"""What this package can do with a model: `fusedalign support --model_name_or_path M`, and docs/models.md.
 
 There is no list of models: a small copy with random weights is built from the configuration, its log-probabilities are
 compared with those of its full logits, and packed batches and Liger Kernel's layers are tried.
@@ -7,7 +7,6 @@ compared with those of its full logits, and packed batches and Liger Kernel's la
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -126,7 +125,7 @@ def small_model(config: Any) -> Any:
 def support_command(argv: Sequence[str]) -> None:
     """Print what works with a model. Raises ValueError, one line, for a model that cannot be built."""
     parser = CommandParser(
-        "python -m fusedalign.support", "What works with a model, from its configuration; no weights are read."
+        "fusedalign support", "What works with a model, from its configuration; no weights are read."
     )
     parser.add_argument(
         "--model_name_or_path", default="", help="a folder with a config.json, a name of the Hub, embedded"
@@ -152,7 +151,3 @@ def render(support: ModelSupport) -> str:
     liger = f"no: {support.liger}" if isinstance(support.liger, str) else ", ".join(support.liger)
     rows += [("packed batches", "yes" if support.packed is None else f"no: {support.packed}"), ("Liger kernels", liger)]
     return "\n".join(text_table(rows))
-
-
-if __name__ == "__main__":
-    support_command(sys.argv[1:])

@@ -11,7 +11,7 @@ import sys
 import pytest
 import torch
 
-from fusedalign.cli import main
+from fusedalign.cli import COMMANDS, main
 
 
 def test_env_prints_the_table_of_impls(capsys):
@@ -37,11 +37,7 @@ def test_a_command_without_arguments_prints_its_help(capsys):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (
-            ["ppo"],
-            "command must be one of sft, dpo, kto, cpo, simpo, orpo, check, merge, score, plan, bench, demo, recipes, "
-            "env, completion, got 'ppo'; did you mean ",
-        ),
+        (["ppo"], f"command must be one of {', '.join(COMMANDS)}, got 'ppo'; did you mean "),
         (["env", "now"], "env: expected flags of fusedalign env, got the unknown now"),
         (["demo", "fast"], "demo takes no arguments, got fast"),
     ],

@@ -55,7 +55,7 @@ def progress(trainer: Any, throughput: Throughput) -> dict[str, Any]:
     return {
         "steps": trainer.state.global_step,
         "metrics": {name: value for row in history for name, value in row.items()},
-        "tokens": throughput.tokens,
+        "tokens": throughput.tokens or None,
         "training_seconds": throughput.seconds,
         "tokens_per_second": throughput.mean_rate,
         "peak_memory_gib": peak,

@@ -169,11 +169,11 @@ def _without(words: Sequence[str], flag: str) -> list[str]:
     words = list(words)
     while words:
         word = words.pop(0)
-        if word == flag:
-            if words and not words[0].startswith("--"):
-                words.pop(0)
-        elif not word.startswith(f"{flag}="):
+        name, equals, _ = word.partition("=")
+        if name.replace("-", "_") != flag.replace("-", "_"):
             others.append(word)
+        elif not equals and words and not words[0].startswith("--"):
+            words.pop(0)
     return others
 
 

@@ -26,7 +26,8 @@ class RunFile:
 
     Args:
         path: of the file; None in all processes but the first, where nothing is written.
-        facts: returns what is known at the start.
+        command: the command line.
+        facts: returns what else is known at the start.
         progress: returns what has been reached so far; called when the run ends, however it does.
         previous: records of earlier runs that this one goes on from, oldest first.
         redactor: applied to all of it.
@@ -35,19 +36,26 @@ class RunFile:
     def __init__(
         self,
         path: Path | None,
+        command: str,
         facts: Callable[[], Mapping[str, Any]],
         progress: Callable[[], Mapping[str, Any]],
         previous: list[dict[str, Any]],
         redactor: Redactor,
     ) -> None:
         self.path, self.complete = path, path is not None
-        self._describe, self._progress, self._previous, self._redactor = facts, progress, previous, redactor
+        self._command, self._describe, self._progress, self._previous, self._redactor = (
+            command,
+            facts,
+            progress,
+            previous,
+            redactor,
+        )
         self._facts: Mapping[str, Any] = {}
         self._started = time.time()
 
     def __enter__(self) -> RunFile:
         if self.path is not None:
-            self._facts = self._gathered(self._describe)
+            self._facts = {"command": self._command, **self._gathered(self._describe)}
         self._write(RUNNING)
         return self
 

@@ -238,6 +238,7 @@ def train(method: str, argv: Sequence[str]) -> tuple[Any, Written]:
         KeyboardInterrupt: its text names the saved files and the command that resumes the run.
     """
     arguments = parse(method, argv)
+    redactor = Redactor(*arguments)  # before `build` clears fields
     check_trackers(arguments.training.report_to)
     if not shows_bars(arguments.training):
         silence_bars()
@@ -248,7 +249,7 @@ def train(method: str, argv: Sequence[str]) -> tuple[Any, Written]:
             if is_main:
                 print(trainer.layouts, flush=True)
             changed = changed_fields(method, argv)
-            extras = Extras(_record(method, argv, arguments, changed, trainer, folder), _card(arguments))
+            extras = Extras(_record(method, argv, arguments, changed, trainer, folder, redactor), _card(arguments))
             written = run(trainer, folder, extras)
             return trainer, written._replace(
                 suggestions=suggest(method, arguments, changed, trainer) if is_main else ()
@@ -259,15 +260,20 @@ def train(method: str, argv: Sequence[str]) -> tuple[Any, Written]:
 
 
 def _record(
-    method: str, argv: Sequence[str], arguments: Arguments, changed: Sequence[str], trainer: Any, folder: RunFolder
+    method: str,
+    argv: Sequence[str],
+    arguments: Arguments,
+    changed: Sequence[str],
+    trainer: Any,
+    folder: RunFolder,
+    redactor: Redactor,
 ) -> RunFile:
     """The record of a run, in which its steps are shown as lines of a table."""
     throughput = show_steps(trainer, counts=is_experimental(method))
-    redactor = Redactor(*arguments)
-    command = redactor.words(["fusedalign", method, *argv])
     return RunFile(
         folder.record if folder.lock else None,
-        lambda: {"command": shlex.join(command), **describe(method, arguments, changed, trainer, folder)},
+        shlex.join(redactor.words(["fusedalign", method, *argv])),
+        lambda: describe(method, arguments, changed, trainer, folder),
         lambda: progress(trainer, throughput),
         read_previous(folder.record) if folder.continues else [],
         redactor,

@@ -24,7 +24,7 @@ everything is tried (torch {torch}, transformers {transformers}, Liger Kernel {l
 no list of models, so a family that is missing here may well work. Ask for your own, by its configuration alone:
 
 ```sh
-python -m fusedalign.support --model_name_or_path Qwen/Qwen3-0.6B
+fusedalign support --model_name_or_path Qwen/Qwen3-0.6B
 ```
 
 * **tied, bias, scale, softcap**: the head as `fusedalign.head.lm_head` reads it, or why it is refused. Checkpoints
