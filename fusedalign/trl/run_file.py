@@ -43,13 +43,8 @@ class RunFile:
         redactor: Redactor,
     ) -> None:
         self.path, self.complete = path, path is not None
-        self._command, self._describe, self._progress, self._previous, self._redactor = (
-            command,
-            facts,
-            progress,
-            previous,
-            redactor,
-        )
+        self._command, self._describe, self._progress = command, facts, progress
+        self._previous, self._redactor = previous, redactor
         self._facts: Mapping[str, Any] = {}
         self._started = time.time()
 
