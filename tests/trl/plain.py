@@ -8,7 +8,15 @@ from fusedalign.trl.forward import FusedOutput
 
 
 def add_plain_head(
-    model, outputs=("log_probs",), *, options, loss_hint=None, mean_positions=None, mixed=None, layouts=None
+    model,
+    outputs=("log_probs",),
+    *,
+    options,
+    loss_hint=None,
+    mean_positions=None,
+    mixed=None,
+    layouts=None,
+    device=None,
 ):
     """Replacement for `fusedalign.trl.forward.add_lm_head` that uses the model's own forward and head."""
     original = model.forward
