@@ -61,6 +61,23 @@ def test_python_block_of_the_scoring_page_runs(tmp_path, monkeypatch):
     assert names["out"].logps.shape == (2,)
 
 
+def test_every_page_with_python_blocks_is_run():
+    """Blocks marked `py` are fragments, or use other libraries."""
+    pages = {path.stem for path in (ROOT / "docs").glob("*.md") if "```python\n" in path.read_text()}
+    assert pages == {"impls", "losses", "migrating", "packing", "precision", "scoring"}
+
+
+@pytest.mark.parametrize("page", ["migrating", "precision"])
+def test_python_blocks_of_a_page_run_as_one_program(page, tmp_path, monkeypatch):
+    pytest.importorskip("trl")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    names: dict = {}
+    for block in re.findall(r"```python\n(.*?)```", (ROOT / f"docs/{page}.md").read_text(), flags=re.S):
+        exec(compile(block, f"docs/{page}.md", "exec"), names)
+    assert names["linear_logps"]
+
+
 @pytest.mark.parametrize("name", {**columns.PER_ANSWER, **columns.PER_ROW, **columns.WITH_REFERENCE})
 def test_every_column_is_on_the_scoring_page(name):
     assert f"`{name}`" in (ROOT / "docs/scoring.md").read_text()
