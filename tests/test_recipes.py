@@ -129,8 +129,7 @@ def test_the_recipe_of_scoring_scores(chained, tmp_path, monkeypatch, capsys):
 def test_a_recipe_for_several_gpus_starts_a_process_for_each(name, monkeypatch, capsys):
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
     commands = []
-    start = lambda words: commands.append(words[3:]) or subprocess.CompletedProcess(words, 0)  # noqa: E731
-    monkeypatch.setattr(launch.subprocess, "run", start)
+    monkeypatch.setattr(launch, "_run", lambda command, variables: commands.append(command[3:]) or 0)
     monkeypatch.setattr(launch, "is_deepspeed_available", lambda: False)
     words = [method_of(name), "--config", name]
     if name.endswith("zero3"):
