@@ -193,7 +193,8 @@ def test_the_flags_of_the_head_reach_the_trainer(tmp_path, llama):
 
 
 @pytest.mark.parametrize("method", ["sft", "dpo", "kto", "cpo", "simpo", "orpo"])
-def test_training_help_is_short_and_names_the_main_flags(capsys, method):
+def test_training_help_is_short_and_names_the_main_flags(capsys, monkeypatch, method):
+    monkeypatch.setenv("COLUMNS", "100")  # the width of the terminal
     assert main([method, "--help"]) == 0
     text = capsys.readouterr().out
     assert len(text.splitlines()) < 120
