@@ -264,7 +264,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "bench": Command(
         "fusedalign.bench.command:bench",
-        "time, memory and error of our impls beside other libraries",
+        "time, memory and error of our impls and of other libraries",
         "logps --cases qwen3-1.7b",
         subcommands=SUBCOMMANDS,
     ),

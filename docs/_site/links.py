@@ -30,7 +30,7 @@ def on_page_markdown(markdown: str, *, page: Any, config: Any, files: Any) -> st
             return text + match["open"] + match["target"]
         address = posixpath.normpath(posixpath.join("docs", uri))
         if not (Path(config.docs_dir).parent / address).exists():
-            return match[0]  # a dead link, of which MkDocs warns
+            return match[0]  # a dead link: MkDocs warns of it
         target = f"{config.repo_url}/blob/main/{address}" + (f"#{anchor}" if anchor else "")
         return (match["text"] or "") + match["open"] + target
 

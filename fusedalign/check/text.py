@@ -162,7 +162,7 @@ def _batches(check: Check) -> str:
     padded, tokens = sum(x.padded for x in slots), sum(x.tokens for x in slots)
     text = (
         f"the first {len(slots):,} of {args.per_device_train_batch_size} {unit}, with seed {args.seed}: "
-        f"{padded:,} slots padded, of which {1 - tokens / max(1, padded):.0%} are padding"
+        f"{padded:,} slots padded, {1 - tokens / max(1, padded):.0%} of them padding"
     )
     packed = [x.packed for x in slots if x.packed is not None]
     if len(packed) < len(slots):

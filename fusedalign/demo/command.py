@@ -73,7 +73,7 @@ class Progress(transformers.TrainerCallback):
             self.bar.set_description_str(text)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Advance by one step of the training, each of which has an equal share of the bar."""
+        """Advance by one step of the training; all trainings have equal shares of the bar."""
         self.bar.update(1 / state.max_steps)
 
 

@@ -64,7 +64,7 @@ def suggest(method: str, arguments: Arguments, changed: Collection[str], trainer
 
 
 def _sibling(folder: str, name: str) -> str:
-    """A folder beside another one: runs/sft-dpo beside runs/sft."""
+    """A folder next to another one: runs/sft-dpo next to runs/sft."""
     path = Path(folder)
     path = path if path.name.strip(".") else path.resolve()
     return str(path.with_name(f"{path.name}-{name}"))
