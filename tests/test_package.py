@@ -94,7 +94,7 @@ def test_links_on_the_index_are_absolute_and_lead_to_files(metadata):
         if target.startswith(base) and target not in (base, urls["Issues"]):
             kind, path = target.removeprefix(f"{base}/").split("/main/")
             path = path.partition("#")[0]
-            assert (ROOT / path).exists(), target
+            assert (ROOT / path).is_file(), target
             assert (kind == "raw") == (Path(path).suffix in (".png", ".svg", ".gif")), target
 
 

@@ -12,7 +12,7 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.S)
 
 
 def test_python_blocks_run(tmp_path, monkeypatch):
-    assert len(BLOCKS) >= 3
+    assert len(BLOCKS) >= 4
     shutil.copytree(ROOT / "recipes", tmp_path / "recipes")
     monkeypatch.chdir(tmp_path)
     names: dict = {}
