@@ -37,7 +37,8 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)  ## SFT, then DPO with stock TRL and with fusedalign: one table and one picture
 	$(BIN)/fusedalign demo
 
-PYTEST = $(BIN)/python -m pytest -q -n logical --maxprocesses 8
+# A file runs on one worker, which makes its fixtures (two ranks, trained models) once.
+PYTEST = $(BIN)/python -m pytest -q -n logical --maxprocesses 8 --dist loadfile
 
 test: $(STAMP)  ## what CI runs
 	$(PYTEST) -m 'not slow'

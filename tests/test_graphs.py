@@ -74,13 +74,10 @@ def test_fullgraph_compilation_gives_the_same_numbers(impl, device, f, needs):
 @pytest.mark.parametrize(
     "options",
     [
-        {"temperature": (0.7, 0.8)},
-        {"scale": (0.7, 0.8)},
-        {"softcap": (3.0, 4.0)},
-        {"workspace": (3000, 4000)},
-        {"ignore_index": (-1, 3)},
+        {"temperature": (0.7, 0.8), "scale": (0.7, 0.8), "softcap": (3.0, 4.0)},
+        {"workspace": (3000, 4000), "ignore_index": (-1, 3)},
     ],
-    ids=lambda options: next(iter(options)),
+    ids=["numbers", "integers"],
 )
 def test_one_compiled_function_takes_different_shapes_and_options(impl, dynamic, options):
     def f(hidden, weight, targets, **options):
@@ -89,12 +86,11 @@ def test_one_compiled_function_takes_different_shapes_and_options(impl, dynamic,
 
     torch._dynamo.reset()
     compiled = torch.compile(f, fullgraph=True, backend="aot_eager", dynamic=dynamic)
-    ((name, values),) = options.items()
-    for n, value in zip((7, 5), values, strict=True):
+    for n, values in zip((7, 5), zip(*options.values(), strict=True), strict=True):
         results = []
         for call in (f, compiled):
             hidden, weight, _ = tensors("cpu", torch.float32, (1, 1, 0))
-            loss = call(hidden[:, :n], weight, TARGETS[:, :n].clamp(min=0), **{name: value})
+            loss = call(hidden[:, :n], weight, TARGETS[:, :n].clamp(min=0), **dict(zip(options, values, strict=True)))
             loss.backward()
             results.append([loss.detach(), hidden.grad, weight.grad])
         for eager, got in zip(*results, strict=True):

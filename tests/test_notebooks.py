@@ -81,8 +81,8 @@ def test_stored_outputs_are_complete_and_small(path):
     assert any("compare" in cell.metadata for cell in notebook.cells)
 
 
-#: The notebooks that take longer than half of a minute on two cores.
-LONG = ("03_align_a_small_model",)
+#: The notebooks that take half of a minute or longer on two busy cores.
+LONG = ("03_align_a_small_model", "04_which_impl")
 
 
 @pytest.mark.parametrize(

@@ -249,7 +249,7 @@ def failures(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", CHECKS)
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_equals_one_process(failures, ranks, name):
     for rank, failed in enumerate(failures(ranks)):
         assert name not in failed, f"rank {rank}: {failed[name]}"

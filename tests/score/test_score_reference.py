@@ -42,8 +42,15 @@ def metrics(folder):
     return [{name: x for name, x in line.items() if not any(clock in name for clock in clocks)} for line in lines]
 
 
-@pytest.mark.parametrize("method", ["dpo", "kto"])
-@pytest.mark.parametrize("adapters", [False, True])
+@pytest.mark.parametrize(
+    ("method", "adapters"),
+    [
+        ("dpo", True),
+        ("kto", False),
+        pytest.param("dpo", False, marks=pytest.mark.slow),
+        pytest.param("kto", True, marks=pytest.mark.slow),
+    ],
+)
 def test_training_with_the_cache_equals_a_live_reference(config, tmp_path, capsys, method, adapters):
     words = ["--use_peft", "--lora_target_modules", "all-linear", "--lora_r", "2"] if adapters else []
     cache = tmp_path / "ref.parquet"

@@ -69,15 +69,24 @@ def cases(names, slow=lambda name: False):
     return [pytest.param(name, marks=[pytest.mark.slow] if slow(name) else []) for name in names]
 
 
+#: Losses that TRL computes from the same log-probabilities as another case: their own code is TRL's alone.
+SAME_FORWARD = {
+    *(f"dpo, {name}" for name in DPO_LOSSES if name not in ("sigmoid", "ipo", "bco_pair", "aot_unpaired", "sft")),
+    *("dpo, forward_kl", "dpo, js_divergence", "kto, apo", "cpo, hinge", "cpo, ipo", "cpo, smoothing", "cpo-simpo"),
+    *("tpo, hinge", "tpo, ipo"),
+}
+
+
 def is_slow(name):
-    """The slowest family, with a kind of head that others have too: tested in two of four trainers."""
-    return name in ("dpo, falcon_h1", "orpo, falcon_h1")
+    """Cases that others cover: a loss on the same forward, a family in ORPO, the slowest family in DPO."""
+    kind, _, option = name.partition(", ")
+    return name in SAME_FORWARD | {"dpo, falcon_h1"} or (kind == "orpo" and option in FAMILIES)
 
 
 def also_fused(name):
     """Cases already covered by the Fused trainers: the switch of `attach` depends on neither loss nor family."""
     kind, _, option = name.partition(", ")
-    return kind == "dpo" and (option in FAMILIES or (option in DPO_LOSSES and option != "sigmoid"))
+    return name in SAME_FORWARD or (kind == "dpo" and (option in FAMILIES or option in set(DPO_LOSSES) - {"sigmoid"}))
 
 
 @pytest.mark.parametrize("name", cases(CASES, is_slow))

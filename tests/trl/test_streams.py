@@ -38,7 +38,10 @@ def run(method, tmp_path, **options):
     return [row for row in lines if "loss" in row or "eval_loss" in row]
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method",
+    [pytest.param(method, marks=[pytest.mark.slow] if method in ("cpo", "orpo") else []) for method in METHODS],
+)
 def test_a_stream_trains_like_the_same_rows_in_memory(method, tmp_path, embedded_folder, capsys):
     source, data = data_directory() / ("sft" if method == "sft" else "preferences"), tmp_path / "data"
     data.mkdir()
