@@ -119,23 +119,9 @@ def without_mean_logits(kind, rows):
 
 #: Cases that packing treats as others: another loss of the same log-probabilities, or another trainer's option.
 LIKE_OTHERS = {
-    *(
-        "sft, dft",
-        "sft, packed and wrapped",
-        "sft, prompts too",
-        "sft, gradient checkpointing",
-        "dpo, ipo",
-        "dpo, ld_alpha",
-    ),
-    *(
-        "dpo, wpo",
-        "dpo, a scale",
-        "orpo, experts",
-        "kto, apo",
-        "cpo, gradient checkpointing",
-        "tpo, tpo-l",
-        "tpo, no gold",
-    ),
+    *("sft, dft", "sft, packed and wrapped", "sft, prompts too", "sft, gradient checkpointing"),
+    *("dpo, ipo", "dpo, ld_alpha", "dpo, wpo", "dpo, a scale", "kto, apo"),
+    *("orpo, experts", "cpo, gradient checkpointing", "tpo, tpo-l", "tpo, no gold"),
 }
 
 
