@@ -16,6 +16,8 @@ from typing import Any, NamedTuple, NoReturn
 
 #: Columns of help texts and tables, at most.
 WIDTH = 100
+#: Characters of an error, at most: messages of other libraries span many lines.
+LONGEST_ERROR = 400
 
 
 class Command(NamedTuple):
@@ -69,6 +71,15 @@ def fold(text: str, start: str = "", indent: int | None = None, width: int = WID
     return wrapper.wrap(text) or [start.rstrip()]
 
 
+def one_line(text: object, longest: int | None = None) -> str:
+    """A text, such as an exception, with its line breaks as spaces; cut at `longest` characters, default: not."""
+    line = " ".join(str(text).split())
+    if longest is None or len(line) <= longest:
+        return line
+    start = line[: longest - 4]
+    return f"{start.rpartition(' ')[0] or start} ..."
+
+
 def argument(default: Any, help_text: str) -> Any:
     """A field of a dataclass from which TRL's parser makes a flag."""
     return field(default=default, metadata={"help": help_text})
@@ -79,6 +90,16 @@ def suggestion(name: str, known: Iterable[str], cutoff: float = 0.65) -> str:
     matches = difflib.get_close_matches(name.lower(), sorted(known), n=3, cutoff=cutoff)
     matches.sort(key=lambda match: sorted(match) != sorted(name.lower()))  # swapped letters first: --otu, --out
     return f"; did you mean {matches[0]}?" if matches else ""
+
+
+def listed_names(option: str, words: str, known: Iterable[str]) -> list[str]:
+    """The names of a list with commas, each once. Raises ValueError, naming `option`, for one that is not known."""
+    known = list(known)
+    names = list(dict.fromkeys(word.strip() for word in words.split(",")))
+    for name in names:
+        if name not in known:
+            raise ValueError(f"{option} must be one of {', '.join(known)}, got {name!r}{suggestion(name, known)}")
+    return names
 
 
 def unknown_flag(name: str, known: Iterable[str], expected: str) -> str:

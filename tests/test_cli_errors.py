@@ -199,13 +199,13 @@ def test_empty_messages_and_missing_packages_are_explained(monkeypatch, capsys):
 
 
 def test_bench_checks_its_output_folder_first(tmp_path, monkeypatch, capsys):
-    from fusedalign.bench import command, microbatches
+    from fusedalign.bench import runner, stage
 
     def measured(*args, **kwargs):
         raise AssertionError("it was measured first")
 
-    monkeypatch.setattr(command, "run", measured)
-    monkeypatch.setattr(microbatches, "Stage", measured)
+    monkeypatch.setattr(runner, "run", measured)
+    monkeypatch.setattr(stage, "Stage", measured)
     (tmp_path / "file").write_text("")
     for words in (["logps"], ["microbatches"]):
         error = error_of(capsys, ["bench", *words, "--out", str(tmp_path / "file" / "out")])

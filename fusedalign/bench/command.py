@@ -6,21 +6,21 @@ import argparse
 import importlib.util
 import sys
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from fusedalign.bench import SUBCOMMANDS
-from fusedalign.bench.cases import CASES, DEFAULT_CPU, DEFAULT_CUDA, parse_cases
-from fusedalign.bench.data import KINDS
-from fusedalign.bench.peers import Implementation, choose, implementations
-from fusedalign.bench.profiling import profile_row
-from fusedalign.bench.runner import Settings, free, inputs, reason, run
-from fusedalign.bench.table import case_footer, case_header, header, task_section, write
+from fusedalign.bench.cases import CASES, DEFAULT_CPU, DEFAULT_CUDA, KINDS, parse_cases
+from fusedalign.bench.machine import device_type
+from fusedalign.bench.peers import Implementation, choose, implementations, reason
 from fusedalign.bench.tasks import TASKS, Task
 from fusedalign.commandline import CommandParser, calm_threads, suggestion
 from fusedalign.reports import NO_MATPLOTLIB, check_writable, warn
 
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+if TYPE_CHECKING:
+    from fusedalign.bench.runner import Settings
+
+#: Short names of torch's dtypes.
+_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
 def _parser() -> CommandParser:
@@ -39,7 +39,7 @@ def _parser() -> CommandParser:
     cases_help = f"names with commas between, or N=..,D=..,V=..[,softcap=..]; may be repeated; {default}"
     add("--cases", action="append", help=cases_help)
     add("--impls", default="all", help="all, ours, or names with commas between; default: all")
-    add("--data", default="trained", choices=KINDS, help="statistics like a trained model's (default), or Gaussians")
+    add("--data", default=KINDS[0], choices=KINDS, help="statistics like a trained model's (default), or Gaussians")
     add("--seed", type=int, default=0, help="of the data; default: 0")
     add("--dtype", choices=_DTYPES, help="of hidden states and head; default: bf16 on a GPU, fp32 on a CPU")
     add("--out", type=Path, metavar="DIR", help="also write bench.md, bench.json and bench.png there")
@@ -67,6 +67,9 @@ def bench(argv: list[str]) -> None:
 
 def _run_tables(settings: Settings, out: Path | None, *, wide: bool) -> None:
     """Print each table when it is measured, and write the report so far into `out`."""
+    from fusedalign.bench.runner import run
+    from fusedalign.bench.table import case_footer, case_header, header, task_section, write
+
     write_error = no_plot = None
     for count, report in enumerate(run(settings, lambda line: print(line, file=sys.stderr, flush=True))):
         if count == 0:
@@ -89,6 +92,9 @@ def _run_tables(settings: Settings, out: Path | None, *, wide: bool) -> None:
 
 
 def _profile(settings: Settings) -> None:
+    from fusedalign.bench.profiling import profile_row
+    from fusedalign.bench.runner import free, inputs
+
     (impl,) = settings.impls
     for case in settings.cases:
         data = inputs(case, settings)
@@ -116,11 +122,16 @@ def _settings(options: argparse.Namespace) -> Settings:
         if name not in TASKS:
             hint = suggestion(name, [*TASKS, *SUBCOMMANDS])
             raise ValueError(f"a task must be one of {', '.join(TASKS)}, got {name!r}{hint}")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     impls = choose(options.impls if options.profile is None else options.profile)
     if options.profile is not None and (len(impls) != 1 or options.out is not None):
         raise ValueError(f"--profile must name one impl and prints only, without --out, got {options.profile!r}")
     tasks = _tasks(options.tasks, impls)
-    cases = parse_cases(options.cases or (DEFAULT_CUDA if device == "cuda" else DEFAULT_CPU))
-    dtype = _DTYPES[options.dtype or ("bf16" if device == "cuda" else "fp32")]
+    cases = None if options.cases is None else parse_cases(options.cases)
+    import torch  # once all words are known to be right
+
+    from fusedalign.bench.runner import Settings
+
+    device = device_type()
+    cases = cases or parse_cases(DEFAULT_CUDA if device == "cuda" else DEFAULT_CPU)
+    dtype = getattr(torch, _DTYPES[options.dtype or ("bf16" if device == "cuda" else "fp32")])
     return Settings(tasks, cases, impls, options.data, options.seed, dtype, device)

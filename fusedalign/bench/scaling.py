@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fusedalign.commandline import CommandParser
-from fusedalign.problem import DEFAULT_WORKSPACE
 from fusedalign.reports import check_writable, markdown_table, replace_text, to_json
 
 WORD = "scaling"
@@ -180,6 +179,8 @@ def products(use: str, tokens: int, width: int) -> float:
 
 def _path_bytes(head: Head, tokens: int, use: str, *, is_summed: bool) -> int:
     """What a gradient path takes at most: workspace, gradient of hidden (its sum too), and a frozen head's Jacobian."""
+    from fusedalign.problem import DEFAULT_WORKSPACE  # imports torch
+
     items = head.itemsize + 4 * is_summed + 2 * (use == "frozen")
     return DEFAULT_WORKSPACE + (use != "none") * tokens * head.width * items
 
