@@ -15,7 +15,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from fusedalign.commandline import WIDTH, fit, fold
+from fusedalign.commandline import WIDTH, fit, fold, one_line
 
 NO_MATPLOTLIB = "the plot was left out: it needs matplotlib (pip install matplotlib)"
 #: Stands for the version of a package.
@@ -137,7 +137,7 @@ def plot_failure(draw: Callable[[Path], None], path: Path) -> str | None:
             path.unlink(missing_ok=True)
         if isinstance(error, ModuleNotFoundError) and (error.name or "").split(".")[0] == "matplotlib":
             return NO_MATPLOTLIB
-        return f"the plot {path} was left out: {type(error).__name__}: {' '.join(str(error).split())}"
+        return f"the plot {path} was left out: {type(error).__name__}: {one_line(error)}"
     return None
 
 

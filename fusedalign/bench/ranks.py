@@ -70,7 +70,7 @@ def table(one: list[Result], ranks: list[list[Result]], *, wide: bool = True) ->
     Without `wide` the last column is the largest of all errors.
     """
     columns = ["", "one ms", "sharded ms", "times as fast", "one GiB", "a rank GiB", "of one"]
-    lines = [[*columns, *(("errors, one", "errors, sharded") if wide else ("error",))]]
+    lines = [[*columns, *(("errors, one", "errors, sharded") if wide else ("largest error",))]]
     for i, task in enumerate(TASKS):
         results = [rank[i] for rank in ranks]
         ms, peak = max(x.ms for x in results), max(x.peak_bytes for x in results)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fusedalign.commandline import calm_threads
 from fusedalign.methods import METHODS
+from fusedalign.recipes import config_path
 
 USAGE = """\
 usage: fusedalign check METHOD --config CONFIG [--field VALUE ...]
@@ -24,13 +25,15 @@ def check_command(argv: list[str]) -> None:
         return
     if not argv:
         raise ValueError("check needs METHOD --config CONFIG, or CONFIG, got nothing")
+    first, *words = argv
+    config = None
+    if first == "--config" or first.startswith("--config="):
+        config, words = first.partition("=")[2] or (words or [""])[0], argv
+    elif first not in METHODS or not words:
+        config, words = first, ["--config", first, *words]
+    if config is not None:
+        config_path(config)  # raises before torch is imported
     calm_threads()
     from fusedalign.check.training import check_training, find_method
 
-    first, *words = argv
-    if first in METHODS and words:
-        check_training(first, words)
-    elif first == "--config" or first.startswith("--config="):
-        check_training(find_method(first.partition("=")[2] or (words or [""])[0]), argv)
-    else:
-        check_training(find_method(first), ["--config", first, *words])
+    check_training(first if config is None else find_method(config), words)
