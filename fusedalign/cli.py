@@ -19,6 +19,7 @@ from fusedalign.bench import SUBCOMMANDS
 from fusedalign.commandline import (
     LONGEST_ERROR,
     Command,
+    CommandParser,
     calm_threads,
     fit,
     one_line,
@@ -79,7 +80,7 @@ def _run(words: list[str]) -> int:
     try:
         name, command, arguments = _find(words)
         if not command.example and arguments in ([word] for word in _HELP):
-            print(f"usage: fusedalign {name}\n\n{command.about[0].upper()}{command.about[1:]}.")
+            CommandParser(f"fusedalign {name}", f"{command.about[0].upper()}{command.about[1:]}.").parse(arguments)
             return 0
         _check_flags(name, command, arguments)
         if arguments and not command.example:
@@ -142,7 +143,7 @@ def _split_debug(words: list[str]) -> tuple[list[str], bool]:
 
 
 def _usage() -> str:
-    titles = {"Training": METHODS, "Other commands": [name for name in COMMANDS if name not in METHODS]}
+    titles = {"training": METHODS, "other commands": [name for name in COMMANDS if name not in METHODS]}
     width = max(len(f"{name} {sub}") for name, command in COMMANDS.items() for sub in ("", *command.subcommands))
     parts = ["usage: fusedalign COMMAND [--flag VALUE ...]"]
     for title, names in titles.items():
@@ -154,7 +155,7 @@ def _usage() -> str:
     brief = [name for name, method in METHODS.items() if not method.example]
     shown = {name: command.example for name, command in COMMANDS.items() if command.example and name not in brief}
     examples = [f"  fusedalign {name} {example}" for name, example in shown.items()]
-    parts.append("\n".join(["Examples:", *examples]))
+    parts.append("\n".join(["examples:", *examples]))
     parts.append(
         "The training commands take every field of TRL's configurations as --field VALUE, --field=VALUE or as a "
         "key of the YAML file; flags win. `fusedalign COMMAND --help` lists the flags of a command, `fusedalign "

@@ -71,6 +71,16 @@ def fold(text: str, start: str = "", indent: int | None = None, width: int = WID
     return wrapper.wrap(text) or [start.rstrip()]
 
 
+def wrapped_table(rows: Iterable[tuple[str, str]], indent: int = 0, columns: int = WIDTH) -> list[str]:
+    """Lines of a table of two columns, the second wrapped; no line is longer than `columns`."""
+    rows = list(rows)
+    width = max((len(name) for name, _ in rows), default=0)
+    lines = []
+    for name, text in rows:
+        lines += fold(text, f"{'':{indent}}{name:<{width}}  ", width=columns)
+    return lines
+
+
 def one_line(text: object, longest: int | None = None) -> str:
     """A text, such as an exception, with its line breaks as spaces; cut at `longest` characters, default: not."""
     line = " ".join(str(text).split())
@@ -131,11 +141,25 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 class CommandParser(OneLineParser):
-    """The parser of a command: its description keeps line breaks, `--help` does not exit."""
+    """The parser of a command: its description keeps line breaks, `--help` does not exit.
 
-    def __init__(self, prog: str, description: str, epilog: str | None = None) -> None:
+    Args:
+        prog: the words of the command.
+        description: what the command does.
+        tables: title -> names and their meanings, shown below the description.
+        epilog: shown at the end.
+    """
+
+    def __init__(
+        self, prog: str, description: str, tables: Mapping[str, Mapping[str, str]] = {}, epilog: str | None = None
+    ) -> None:
         width = terminal_width()
-        about = fit(description, width)
+        parts = [fit(description, width)]
+        parts += [
+            "\n".join([fit(f"{title}:", width), *wrapped_table(rows.items(), 2, width)])
+            for title, rows in tables.items()
+        ]
+        about = "\n\n".join(parts)
         super().__init__(prog, None, about, epilog and fit(epilog, width), add_help=False, allow_abbrev=False)
         self.formatter_class = functools.partial(argparse.RawDescriptionHelpFormatter, width=width)
         self.add_argument("-h", "--help", action="store_true", help="show this text")

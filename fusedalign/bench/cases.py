@@ -48,6 +48,8 @@ CASES = {
 }
 DEFAULT_CUDA = ("qwen3-1.7b", "llama3-8b", "gemma2-2b")
 DEFAULT_CPU = ("tiny",)
+#: Of `--case`.
+CASE_HELP = "a case that `fusedalign bench --help` lists, or N=..,D=..,V=..[,softcap=..]"
 #: Of data: like those of a trained model, the default, or Gaussian. `data.py` makes them.
 KINDS = ("trained", "random")
 

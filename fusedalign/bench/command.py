@@ -24,27 +24,33 @@ _DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
 def _parser() -> CommandParser:
-    subcommands = "\n".join(f"  {word:<12}  {command.about}" for word, command in SUBCOMMANDS.items())
-    tasks = "\n".join(f"  {task.name:<8} {task.about}" for task in TASKS.values())
-    cases = "\n".join(f"  {case.name:<12} {case}" for case in CASES.values())
     parser = CommandParser(
         "fusedalign bench",
-        "Time, memory and error of head and loss: this package's impls against other libraries.\n"
-        f"\ncommands, each with its own --help\n{subcommands}\n"
-        f"\ntasks (default: all)\n{tasks}\n\ncases\n{cases}\n\nimpls\n  {', '.join(implementations())}",
+        "Time, memory and error of head and loss: this package's impls against other libraries.",
+        {
+            "commands, each with its own --help": {word: command.about for word, command in SUBCOMMANDS.items()},
+            "tasks": {task.name: task.about for task in TASKS.values()},
+            "cases": {case.name: str(case) for case in CASES.values()},
+        },
     )
     add = parser.add_argument
-    add("tasks", nargs="*", metavar="TASK", help="which tasks to run")
+    add("tasks", nargs="*", metavar="TASK", help="default: all")
     default = f"default: {','.join(DEFAULT_CUDA)} on a GPU, {','.join(DEFAULT_CPU)} on a CPU"
     cases_help = f"names with commas between, or N=..,D=..,V=..[,softcap=..]; may be repeated; {default}"
-    add("--cases", action="append", help=cases_help)
-    add("--impls", default="all", help="all, ours, or names with commas between; default: all")
-    add("--data", default=KINDS[0], choices=KINDS, help="statistics like a trained model's (default), or Gaussians")
-    add("--seed", type=int, default=0, help="of the data; default: 0")
+    impls_help = f"ours, or names with commas between, of {', '.join(implementations())}; default: all"
+    add("--cases", action="append", metavar="CASES", help=cases_help)
+    add("--impls", default="all", metavar="NAMES", help=impls_help)
+    add(
+        "--data",
+        default=KINDS[0],
+        choices=KINDS,
+        help=f"statistics like a trained model's, or Gaussians; default: {KINDS[0]}",
+    )
+    add("--seed", type=int, default=0, metavar="N", help="of the data; default: 0")
     add("--dtype", choices=_DTYPES, help="of hidden states and head; default: bf16 on a GPU, fp32 on a CPU")
     add("--out", type=Path, metavar="DIR", help="also write bench.md, bench.json and bench.png there")
     add("--wide", action="store_true", help="print all columns; the files of --out always have them")
-    add("--profile", metavar="IMPL", help="profile one impl instead: the kernels of each task, by time")
+    add("--profile", metavar="NAME", help="profile one impl instead: the kernels of each task, by time")
     return parser
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fusedalign.bench.cases import KINDS, parse_case
+from fusedalign.bench.cases import CASE_HELP, KINDS, parse_case
 from fusedalign.bench.machine import device_type, machine
 from fusedalign.bench.peers import Functions, Implementation, fused
 from fusedalign.commandline import CommandParser, calm_threads, suggestion
@@ -122,15 +122,15 @@ def _choose(words: str) -> list[Implementation]:
 def _parser() -> CommandParser:
     parser = CommandParser(
         f"fusedalign bench {WORD}",
-        "A pipeline's last stage: all micro-batches forward, then all backward, one gradient of the head.\n"
-        f"\nrows\n  {'; '.join(ROWS)}",
+        "A pipeline's last stage: all micro-batches forward, then all backward, one gradient of the head.",
+        {"rows": dict.fromkeys(ROWS, "")},
     )
     add = parser.add_argument
-    add("--case", help=f"a name of `fusedalign bench`, or N=..,D=..,V=..; default: {CUDA} on a GPU, {CPU} on a CPU")
-    add("--count", type=int, default=COUNT, help=f"micro-batches; default: {COUNT}")
-    add("--rows", default="all", help="all (default), or names with semicolons between")
-    add("--data", default=KINDS[0], choices=KINDS, help="as in `fusedalign bench`")
-    add("--seed", type=int, default=0, help="of the data; default: 0")
+    add("--case", help=f"{CASE_HELP}; default: {CUDA} on a GPU, {CPU} on a CPU")
+    add("--count", type=int, default=COUNT, metavar="N", help=f"micro-batches; default: {COUNT}")
+    add("--rows", default="all", metavar="NAMES", help="names with semicolons between; default: all")
+    add("--data", default=KINDS[0], choices=KINDS, help=f"as in `fusedalign bench`; default: {KINDS[0]}")
+    add("--seed", type=int, default=0, metavar="N", help="of the data; default: 0")
     add("--wide", action="store_true", help="print all columns; the files of --out always have them")
     add("--out", type=Path, metavar="DIR", help=f"also write {WORD}.md and {WORD}.json there")
     return parser

@@ -19,6 +19,7 @@ from fusedalign.reports import check_writable, markdown_table, replace_text, to_
 WORD = "scaling"
 GIB = 2**30
 RANKS = (8, 16, 64, 256, 1024)
+TOKENS = 8192
 USES = ("none", "frozen", "trained")
 
 #: Bytes a parameter of the optimizer: an fp32 copy of the weight and two states of Adam.
@@ -268,15 +269,39 @@ def _parser() -> CommandParser:
         "Memory, compute and communication of a head on many GPUs, for each way to hold it; calculated, without a GPU.",
     )
     add, default = parser.add_argument, Cluster()
-    add("--head", choices=HEADS, help="default: all")
-    add("--vocab_size", type=int, help="V, with --hidden_size, instead of --head")
-    add("--hidden_size", type=int, help="D")
-    add("--tokens", type=int, default=8192, help="N of each GPU in a step; default: 8192")
-    add("--use", choices=USES, default="trained", help="which gradient of the head; default: trained")
-    add("--ranks", default=",".join(map(str, RANKS)), help="numbers of GPUs; default: 8 to 1024")
-    add("--node", type=int, default=default.node, help=f"GPUs of a node; default: {default.node}")
-    add("--tflops", type=float, default=default.tflops, help=f"sustained by a GPU; default: {default.tflops}")
-    add("--nvlink", type=float, default=default.nvlink, help=f"GB/s a GPU in a node; default: {default.nvlink}")
-    add("--network", type=float, default=default.network, help=f"GB/s a GPU between nodes; default: {default.network}")
+    add("--head", choices=HEADS, help="of which model; default: all")
+    add("--vocab_size", type=int, metavar="N", help="V, with --hidden_size, instead of --head")
+    add("--hidden_size", type=int, metavar="N", help="D")
+    add("--tokens", type=int, default=TOKENS, metavar="N", help=f"of each GPU in a step; default: {TOKENS}")
+    add(
+        "--use",
+        choices=USES,
+        default=USES[-1],
+        help=f"gradients: none, of a frozen head, of a trained one; default: {USES[-1]}",
+    )
+    ranks = ",".join(map(str, RANKS))
+    add("--ranks", default=ranks, metavar="NUMBERS", help=f"GPUs, with commas between; default: {ranks}")
+    add("--node", type=int, default=default.node, metavar="N", help=f"GPUs of a node; default: {default.node}")
+    add(
+        "--tflops",
+        type=float,
+        default=default.tflops,
+        metavar="X",
+        help=f"TFLOP/s that a GPU sustains in large products; default: {default.tflops}",
+    )
+    add(
+        "--nvlink",
+        type=float,
+        default=default.nvlink,
+        metavar="X",
+        help=f"GB/s that a GPU receives in a node; default: {default.nvlink}",
+    )
+    add(
+        "--network",
+        type=float,
+        default=default.network,
+        metavar="X",
+        help=f"GB/s that it receives from others; default: {default.network}",
+    )
     add("--out", type=Path, metavar="DIR", help=f"also write {WORD}.json there")
     return parser

@@ -164,16 +164,21 @@ def comparison(results: Sequence[Measured]) -> Iterator[str]:
 
 
 def _parser() -> CommandParser:
-    sides = "\n".join(f"  {name:<10}  {about}" for name, about in SIDES.items())
     parser = CommandParser(
         f"fusedalign bench {WORD}",
-        "Log-probabilities of preference pairs of uneven length, by this package and by others, each in a\n"
-        f"process of its own.\n\nsides\n{sides}",
+        "Log-probabilities of preference pairs of uneven length, by this package and by others, each in a process of "
+        "its own.",
+        {"sides": SIDES},
     )
     add = parser.add_argument
     add("--size", choices=SIZES, help=f"of the model; default: {DEFAULT_CUDA} on a GPU, {DEFAULT_CPU} on a CPU")
-    add("--mixes", default=",".join(MIXES), help="names with commas between; default: all")
-    add("--rows", type=int, default=DEFAULT_ROWS, help=f"answers, two a prompt; default: {DEFAULT_ROWS}")
-    add("--sides", help="names with commas between; default: all that are installed")
+    add(
+        "--mixes",
+        default=",".join(MIXES),
+        metavar="NAMES",
+        help=f"{', '.join(MIXES)}, with commas between; default: all",
+    )
+    add("--rows", type=int, default=DEFAULT_ROWS, metavar="N", help=f"answers, two a prompt; default: {DEFAULT_ROWS}")
+    add("--sides", metavar="NAMES", help="names with commas between; default: all that are installed")
     add("--out", type=Path, metavar="DIR", help=f"also write {WORD}.json there")
     return parser

@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import asdict
 from pathlib import Path
 
-from fusedalign.bench.cases import parse_case
+from fusedalign.bench.cases import CASE_HELP, parse_case
 from fusedalign.bench.machine import describe_machine, device_type, gpu_count, machine
 from fusedalign.commandline import CommandParser, fit
 from fusedalign.reports import check_writable, replace_text, to_json
 
 WORD = "sharded"
 DEFAULT_CUDA, DEFAULT_CPU = "N=8192,D=4096,V=151936", "tiny"
+CPU_RANKS = 2
 
 
 def sharded(argv: list[str]) -> None:
@@ -29,7 +30,7 @@ def sharded(argv: list[str]) -> None:
     if options.out is not None:
         check_writable(options.out, "--out")
     device, gpus = device_type(), gpu_count()
-    ranks = options.ranks or gpus or 2
+    ranks = options.ranks or gpus or CPU_RANKS
     if device == "cuda" and not 2 <= ranks <= gpus:
         raise ValueError(f"--ranks must be from 2 to the number of GPUs ({gpus}), got {ranks}")
     from fusedalign.bench.ranks import TASKS, measure, table
@@ -48,11 +49,12 @@ def sharded(argv: list[str]) -> None:
 def _parser() -> CommandParser:
     parser = CommandParser(
         f"fusedalign bench {WORD}",
-        "A head with its rows sharded over the GPUs of this machine (on a CPU: over processes), against one GPU: time\n"
+        "A head with its rows sharded over the GPUs of this machine (on a CPU: over processes), against one GPU: time "
         "of forward and backward, memory with head and gradients, and errors against fp32.",
     )
-    parser.add_argument("--case", help=f"as --cases of bench; default: {DEFAULT_CUDA} on GPUs, {DEFAULT_CPU} on a CPU")
-    parser.add_argument("--wide", action="store_true", help="print the errors of each tensor")
-    parser.add_argument("--out", type=Path, metavar="DIR", help=f"also write {WORD}.json there")
-    parser.add_argument("--ranks", type=int, help="default: all GPUs, on a CPU 2")
+    add = parser.add_argument
+    add("--case", help=f"{CASE_HELP}; default: {DEFAULT_CUDA} on a GPU, {DEFAULT_CPU} on a CPU")
+    add("--ranks", type=int, metavar="N", help=f"GPUs or processes; default: all GPUs, {CPU_RANKS} on a CPU")
+    add("--wide", action="store_true", help="print the errors of each tensor; the file of --out always has them")
+    add("--out", type=Path, metavar="DIR", help=f"also write {WORD}.json there")
     return parser

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fusedalign.commandline import calm_threads
+from fusedalign.commandline import calm_threads, fit, terminal_width
 from fusedalign.methods import METHODS
 from fusedalign.recipes import config_path
 
@@ -10,18 +10,18 @@ USAGE = """\
 usage: fusedalign check METHOD --config CONFIG [--field VALUE ...]
        fusedalign check CONFIG [--field VALUE ...]
 
-Shows what a training command would do, without the weights of its model: three rows as the model
-will see them, lengths, what is cut, batches, memory, what was decided, and what to look at.
+Shows what a training command would do, without the weights of its model: three rows as the model will \
+see them, lengths, what is cut, batches, memory, what was decided, and what to look at.
 
-METHOD is one of {methods}; the words after it are those of
-`fusedalign METHOD`, which does the same with --dry_run. CONFIG is a YAML file, or the name of a
-recipe. Where neither its name, its keys nor the columns of its data tell the method, name it."""
+METHOD is one of {methods}; the words after it are those of `fusedalign METHOD`, which does \
+the same with --dry_run. CONFIG is a YAML file, or the name of a recipe. \
+Where neither its name, its keys nor the columns of its data tell the method, name it."""
 
 
 def check_command(argv: list[str]) -> None:
     """Run `fusedalign check` with the words that follow it; raises as the training command would."""
     if {"-h", "--help"} & set(argv):
-        print(USAGE.format(methods=", ".join(METHODS)))
+        print(fit(USAGE.format(methods=", ".join(METHODS)), terminal_width()))
         return
     if not argv:
         raise ValueError("check needs METHOD --config CONFIG, or CONFIG, got nothing")

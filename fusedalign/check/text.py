@@ -10,10 +10,10 @@ from fusedalign.check.memory import Memory
 from fusedalign.check.rows import Row
 from fusedalign.check.tokens import Style, render_tokens
 from fusedalign.check.weightless import Sample
-from fusedalign.commandline import fold
+from fusedalign.commandline import fold, wrapped_table
 from fusedalign.plan.sizes import CONTEXT
 from fusedalign.plan.table import describe, size
-from fusedalign.reports import text_table, wrapped_table
+from fusedalign.reports import text_table
 from fusedalign.trl.train import tokenizer_of
 
 _BAR, _BINS = 16, 10

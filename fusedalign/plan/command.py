@@ -85,8 +85,8 @@ def _parser() -> CommandParser:
     default = Step()
     parser = CommandParser(
         f"fusedalign {WORD}",
-        "Predicts the peak memory of a training step on one GPU from a model's configuration; no weights\n"
-        "are loaded. Each line is a component with its formula: docs/plan.md.",
+        "Predicts the peak memory of a training step on one GPU from a model's configuration; no weights are loaded. "
+        "Each line is a component with its formula: docs/plan.md.",
         epilog="example: fusedalign plan --model_name_or_path Qwen/Qwen3-1.7B --method dpo --batch 8 --length 4096 "
         "--memory 24GiB",
     )

@@ -20,7 +20,6 @@ from fusedalign.bench.training.table import (
     LENGTHS,
     NARROW,
     Result,
-    describe_mix,
     failures,
     group_title,
     head,
@@ -160,39 +159,30 @@ def _text(planned: Sequence[Job], results: Sequence[Result]) -> str:
 
 
 def _parser() -> CommandParser:
-    def listed(entries: dict[str, str]) -> str:
-        width = max(map(len, entries))
-        return "\n".join(f"  {name:<{width}}  {about}" for name, about in entries.items())
-
-    sections = {
-        "trainings": listed({name: training.about for name, training in TRAININGS.items()}),
-        f"mixes, {LENGTHS}": "\n".join(f"  {describe_mix(name)}" for name in MIXES),
-        "rows": listed({name: side.about for name, side in SIDES.items()}),
-        "columns": listed(COLUMNS),
-    }
     parser = CommandParser(
         f"fusedalign bench {WORD}",
-        "Training steps on rows of uneven length, new lengths at every step: stock TRL and the Fused\n"
-        "trainers, each in a new process without compiled kernels.\n\n"
-        + "\n\n".join(f"{title}\n{text}" for title, text in sections.items()),
+        "Training steps on rows of uneven length, new lengths at every step: stock TRL and the Fused trainers, each in "
+        "a new process without compiled kernels.",
+        {
+            "trainings": {name: training.about for name, training in TRAININGS.items()},
+            f"mixes, {LENGTHS}": {name: str(mix) for name, mix in MIXES.items()},
+            "rows": {name: side.about for name, side in SIDES.items()},
+            "columns": COLUMNS,
+        },
     )
     add, all_of = parser.add_argument, "names with commas between; default: all"
     add("trainings", nargs="*", metavar="TRAINING", help=f"default: {DEFAULT_TRAINING}")
-    size_help = f"{', '.join(SIZES)}; with commas between; default: {DEFAULT_CUDA} on a GPU, {DEFAULT_CPU} on a CPU"
+    size_help = f"{', '.join(SIZES)}, with commas between; default: {DEFAULT_CUDA} on a GPU, {DEFAULT_CPU} on a CPU"
     add("--sizes", metavar="NAMES", help=size_help)
     add("--mixes", metavar="NAMES", help=all_of)
     add("--equal", action="store_true", help="rows of 2048 tokens, half of them prompt, 8 a step, instead of the mixes")
     add("--rows", metavar="NAMES", help=f"{all_of} that can run here")
-    add(
-        "--batch",
-        type=int,
-        metavar="ROWS",
-        help="rows per step and GPU, half as many pairs; default: 16, or 8",
-    )
-    add("--steps", type=int, default=STEPS, help=f"measured steps, after the first; default: {STEPS}")
-    add("--ranks", type=int, default=1, metavar="R", help="GPUs, each with the rows of --batch; default: 1")
+    rows = f"{MIXES['chat'].rows}, or {ALL_MIXES[EQUAL].rows} with --equal"
+    add("--batch", type=int, metavar="N", help=f"rows per step and GPU, half as many pairs; default: {rows}")
+    add("--steps", type=int, default=STEPS, metavar="N", help=f"measured steps, after the first; default: {STEPS}")
+    add("--ranks", type=int, default=1, metavar="N", help="GPUs, each with the rows of --batch; default: 1")
     add("--engine", choices=ENGINES, default=ENGINES[0], help=f"of several ranks; default: {ENGINES[0]}")
-    add("--impl", default="auto", help="of the Fused trainers; default: auto")
+    add("--impl", default="auto", metavar="NAME", help="of the Fused trainers; default: auto")
     add("--wide", action="store_true", help="print all columns; the files of --out always have them")
     add("--out", type=Path, metavar="DIR", help=f"also write {WORD}.md, {WORD}.json and {WORD}.png there")
     return parser

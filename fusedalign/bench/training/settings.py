@@ -111,6 +111,10 @@ class Mix:
     rows: int = 16
     """prompts with an answer per step: half as many pairs"""
 
+    def __str__(self) -> str:
+        parts = ", ".join(f"{part} {getattr(self, part)}" for part in ("prompt", "chosen", "rejected"))
+        return f"{parts} ({self.about})"
+
 
 _CHOSEN, _REJECTED = LogNormal(280, 0.8, 1024), LogNormal(240, 0.8, 1024)
 _HALF = LogNormal(1023, 0.0, 1023)

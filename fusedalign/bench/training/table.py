@@ -81,9 +81,7 @@ def header(jobs: Sequence[Job], columns: Sequence[str] = tuple(COLUMNS)) -> str:
 
 def describe_mix(name: str) -> str:
     """A mix and its parameters in one line."""
-    mix = ALL_MIXES[name]
-    parts = ", ".join(f"{part} {getattr(mix, part)}" for part in ("prompt", "chosen", "rejected"))
-    return f"{name}: {parts} ({mix.about})"
+    return f"{name}: {ALL_MIXES[name]}"
 
 
 def group_title(job: Job) -> str:
