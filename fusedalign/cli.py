@@ -143,18 +143,15 @@ def _split_debug(words: list[str]) -> tuple[list[str], bool]:
 
 
 def _usage() -> str:
-    titles = {"training": METHODS, "other commands": [name for name in COMMANDS if name not in METHODS]}
-    width = max(len(f"{name} {sub}") for name, command in COMMANDS.items() for sub in ("", *command.subcommands))
+    rows = every_command()
+    width = max(map(len, rows))
     parts = ["usage: fusedalign COMMAND [--flag VALUE ...]"]
-    for title, names in titles.items():
-        lines = [f"{title}:"]
-        for name in names:
-            rows = {name: COMMANDS[name]} | {f"{name} {sub}": x for sub, x in COMMANDS[name].subcommands.items()}
-            lines += [f"  {words:<{width}}  {command.about}" for words, command in rows.items()]
-        parts.append("\n".join(lines))
+    for title, is_training in {"training": True, "other commands": False}.items():
+        shown = {words: row for words, row in rows.items() if (words in METHODS) == is_training}
+        parts.append("\n".join([f"{title}:", *(f"  {words:<{width}}  {row.about}" for words, row in shown.items())]))
     brief = [name for name, method in METHODS.items() if not method.example]
-    shown = {name: command.example for name, command in COMMANDS.items() if command.example and name not in brief}
-    examples = [f"  fusedalign {name} {example}" for name, example in shown.items()]
+    named = {name: command.example for name, command in COMMANDS.items() if command.example and name not in brief}
+    examples = [f"  fusedalign {name} {example}" for name, example in named.items()]
     parts.append("\n".join(["examples:", *examples]))
     parts.append(
         "The training commands take every field of TRL's configurations as --field VALUE, --field=VALUE or as a "
@@ -230,10 +227,8 @@ def _completion(argv: list[str]) -> None:
     if shell is None:
         return
     tree: dict[str, list[str]] = {"": [*COMMANDS, "--help", "--version"]}
-    for name, command in COMMANDS.items():
-        rows = {name: command} | {f"{name} {word}": sub for word, sub in command.subcommands.items()}
-        for words, row in rows.items():
-            tree[words] = [*row.subcommands, *sorted(command_flags(words, row))]
+    for words, row in every_command().items():
+        tree[words] = [*row.subcommands, *sorted(command_flags(words, row))]
     tree["check"] += [name for name in {**METHODS, **configurations()} if name in METHODS or name not in COMMANDS]
     tree["recipes"] += recipes()
     tree["completion"] += SHELLS
@@ -295,6 +290,15 @@ COMMANDS: dict[str, Command] = {
         "fusedalign.cli:_completion", "a script that completes commands and flags in a shell", "bash"
     ),
 }
+
+
+def every_command() -> dict[str, Command]:
+    """The commands and their sub-commands, by all their words: "bench", "bench trl"."""
+    rows: dict[str, Command] = {}
+    for name, command in COMMANDS.items():
+        rows |= {name: command} | {f"{name} {word}": row for word, row in command.subcommands.items()}
+    return rows
+
 
 if __name__ == "__main__":
     sys.exit(main())

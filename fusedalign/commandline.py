@@ -155,10 +155,8 @@ class CommandParser(OneLineParser):
     ) -> None:
         width = terminal_width()
         parts = [fit(description, width)]
-        parts += [
-            "\n".join([fit(f"{title}:", width), *wrapped_table(rows.items(), 2, width)])
-            for title, rows in tables.items()
-        ]
+        for title, rows in tables.items():
+            parts.append("\n".join([fit(f"{title}:", width), *wrapped_table(rows.items(), 2, width)]))
         about = "\n\n".join(parts)
         super().__init__(prog, None, about, epilog and fit(epilog, width), add_help=False, allow_abbrev=False)
         self.formatter_class = functools.partial(argparse.RawDescriptionHelpFormatter, width=width)
