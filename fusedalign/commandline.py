@@ -122,22 +122,27 @@ def unknown_flag(name: str, known: Iterable[str], expected: str) -> str:
     return f"expected {expected}, got the unknown {name}{hint or suggestion(name, known)}"
 
 
+#: Types of arguments as errors name them.
+_KINDS = {"int": "an integer", "float": "a number"}
+
+
 def argument_error(message: str) -> str:
-    """An error of argparse with one spelling of the flag, and a suggestion where a choice is misspelt."""
-    message = re.sub(r"^(argument --\w+)(/--?[\w-]+)+", r"\1", message)
-    match = re.search(r"invalid choice: (.*?) \(choose from (.*)\)", message, re.DOTALL)
-    if match is None:
-        return message
-    hint = suggestion(match[1].strip("'\""), [choice.strip("'\"") for choice in match[2].split(", ")])
-    return message.replace(match[1], f"{match[1]}{hint}", 1) if hint else message
+    """An error of argparse as ours are: the flag in one spelling, what was expected and what came; a suggestion."""
+    message = re.sub(r"^argument (--\w+)(/--?[\w-]+)*", r"\1", message)
+    if match := re.fullmatch(r"(.*?): invalid (\w+) value: (.*)", message, re.DOTALL):
+        return f"{match[1]} must be {_KINDS.get(match[2], match[2])}, got {match[3]}"
+    if match := re.fullmatch(r"(.*?): invalid choice: (.*?) \(choose from (.*)\)", message, re.DOTALL):
+        value, *choices = (word.strip("'\"") for word in (match[2], *match[3].split(", ")))
+        return f"{match[1]} must be one of {', '.join(choices)}, got {value!r}{suggestion(value, choices)}"
+    return message
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """A parser that raises its errors as one line, which starts with `prog` without "fusedalign"."""
+    """A parser that raises its errors as one line."""
 
     def error(self, message: str) -> NoReturn:
         """Raise ValueError instead of printing the usage and exiting."""
-        raise ValueError(f"{self.prog.removeprefix('fusedalign ')}: {argument_error(message)}")
+        raise ValueError(argument_error(message))
 
 
 class CommandParser(OneLineParser):

@@ -398,7 +398,7 @@ def test_help_names_every_option(capsys):
         (["--cases", "N=8,D=x,V=9"], "N, D and V of a case must be integers and softcap a number, got"),
         (["--cases", "N=6,D=8,V=9"], "a case must have N a multiple of 4"),
         (["--impls", "pytorch,vllm"], "impls must be among all, ours, "),
-        (["--data", "real"], "invalid choice: 'real'"),
+        (["--data", "real"], "--data must be one of trained, random, got 'real'"),
         (["--seed"], "--seed: expected one argument"),
         (["--fast"], "expected flags of fusedalign bench, got the unknown --fast"),
         (["--profile", "all"], "--profile must name one impl"),

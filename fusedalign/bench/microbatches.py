@@ -115,7 +115,7 @@ def _choose(words: str) -> list[Implementation]:
     names = [word.strip() for word in words.split(";")]
     for name in names:
         if name not in ROWS:
-            raise ValueError(f"rows must be all, or among {'; '.join(ROWS)}, got {name!r}{suggestion(name, ROWS)}")
+            raise ValueError(f"--rows must be all, or among {'; '.join(ROWS)}, got {name!r}{suggestion(name, ROWS)}")
     return [ROWS[name] for name in names]
 
 

@@ -196,15 +196,16 @@ def scaling(argv: list[str]) -> None:
     if options is None:
         return
     cluster = Cluster(options.node, options.tflops, options.nvlink, options.network)
-    if not all(x > 0 for x in (options.tokens, *dataclasses.astuple(cluster))):
-        raise ValueError("--tokens, --node, --tflops, --nvlink and --network must be above 0")
-    ranks = _ranks(options.ranks, cluster.node)
+    for name in ("tokens", *dataclasses.asdict(cluster)):
+        if not getattr(options, name) > 0:
+            raise ValueError(f"--{name} must be above 0, got {getattr(options, name)}")
+    ranks, heads = _ranks(options.ranks, cluster.node), _heads(options)
     if options.out is not None:
         check_writable(options.out, "--out")
     rates = f"{cluster.tflops:g} TFLOP/s, NVLink {cluster.nvlink:g} GB/s, network {cluster.network:g} GB/s a GPU"
     print(f"# fusedalign bench {WORD}\n\nNodes of {cluster.node} GPUs: {rates}. Calculated, not measured.")
     results = []
-    for head in _heads(options):
+    for head in heads:
         rows = [layouts(head, options.tokens, options.use, r, cluster.node) for r in ranks]
         print("\n" + section(head, options.tokens, options.use, rows, cluster))
         results += [{"head": head.name, **_figures(x, cluster)} for row in rows for x in row]
