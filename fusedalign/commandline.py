@@ -86,8 +86,8 @@ def one_line(text: object, longest: int | None = None) -> str:
     line = " ".join(str(text).split())
     if longest is None or len(line) <= longest:
         return line
-    start = line[: longest - 4]
-    return f"{start.rpartition(' ')[0] or start} ..."
+    words = line[: longest - 3].rpartition(" ")[0]
+    return f"{words or line[: longest - 4]} ..."
 
 
 def argument(default: Any, help_text: str) -> Any:

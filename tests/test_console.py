@@ -387,6 +387,34 @@ def test_bench_prints_100_columns_and_all_with_wide(capsys):
         assert title not in titles[0]
 
 
+def test_a_message_is_one_line_that_ends_with_a_word_where_it_can():
+    from fusedalign.commandline import one_line
+
+    assert one_line(ValueError("one\n  two three ")) == "one two three"
+    assert one_line("one two three", 13) == "one two three"
+    assert one_line("one two three", 12) == one_line("one two three", 11) == "one two ..."
+    assert one_line("abcdefgh", 7) == "abc ..."
+
+
+@pytest.mark.parametrize(
+    ("message", "error"),
+    [
+        ("argument --beta/-b: invalid float value: 'x'", "--beta must be a number, got 'x'"),
+        ("argument --max_steps/--max-steps: invalid int value: '2.5'", "--max_steps must be an integer, got '2.5'"),
+        ("argument --a: invalid choice: 'xz' (choose from 'xy', 'b')", "--a must be one of xy, b, got 'xz'"),
+        (
+            "argument --a: invalid choice: 'on' (choose from one, two)",
+            "--a must be one of one, two, got 'on'; did you mean one?",
+        ),
+        ("argument --seed: expected one argument", "--seed: expected one argument"),
+    ],
+)
+def test_errors_of_the_parser_say_what_was_expected_and_what_came(message, error):
+    from fusedalign.commandline import argument_error
+
+    assert argument_error(message) == error
+
+
 def test_folded_lines_keep_flags_whole_below_the_end_of_their_start():
     from fusedalign.commandline import fold
 
