@@ -31,7 +31,7 @@ def test_help_lists_the_commands(capsys):
 
 def test_a_command_without_arguments_prints_its_help(capsys):
     assert main(["demo", "--help"]) == 0
-    assert capsys.readouterr().out.startswith("usage: fusedalign demo\n\n")
+    assert capsys.readouterr().out.startswith("usage: fusedalign demo [-h]\n\n")
 
 
 @pytest.mark.parametrize(

@@ -52,13 +52,13 @@ def help_text(method: str, *, everything: bool = False) -> str:
     columns = " or ".join("+".join(choice) for choice in row.columns)
     parts = [
         f"usage: fusedalign {method} --config {method} [--field VALUE ...]",
-        f"{row.about[0].upper()}{row.about[1:]}.",
-        "--config takes a YAML file, or the name of a recipe that `fusedalign recipes` lists. Flags win over the "
-        f"file; both have the same names. Data with the columns {columns}.",
+        f"{row.about[0].upper()}{row.about[1:]}; data with the columns {columns}. --config takes a YAML file, or the "
+        "name of a recipe that `fusedalign recipes` lists. Flags win over the file; both have the same names.",
     ]
+    current = [name for name in fields.own if not fields.every[name].help.startswith("Deprecated")]
     groups = {
         "the usual": _USUAL,
-        f"{row.config}'s own": [name for name in fields.own if name not in _USUAL],
+        f"{row.config}'s own": [name for name in current if name not in _USUAL],
         "fusedalign's own": [name for name in fields.ours if name not in _USUAL],
     }
     if everything:
@@ -88,7 +88,8 @@ def help_line(field: Field) -> str:
     text = one_line(_HELP.get(field.name, field.help)).replace("%%", "%").replace("`", "")
     text = re.sub(r"\[([^]]+)\]\([^)]+\)", r"\1", text)  # links
     text = re.split(r"(?<=[a-z)\]])\. ", text)[0].rstrip(".")
-    default = "" if field.default in (None, "", [], {}) else f"; default: {_value(field.default)}"
+    is_off = field.default is False or field.default in (None, "", [], {})
+    default = "" if is_off else f"; default: {_value(field.default)}"
     body = textwrap.shorten(text, 150, placeholder=" ...") + default
     width, flag = terminal_width(), f"  --{field.name:<30} "
     if width < _NARROW:
