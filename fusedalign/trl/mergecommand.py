@@ -26,9 +26,9 @@ def merge_command(argv: list[str]) -> None:
     options = parser.parse(argv)
     if options is None:
         return
-    for name in ("adapter", "out"):
-        if not getattr(options, name):
-            raise ValueError(f"merge needs ADAPTER --out DIR, got no {name}")
+    for word, value in {"ADAPTER": options.adapter, "--out": options.out}.items():
+        if not value:
+            raise ValueError(f"merge needs ADAPTER --out DIR, got no {word}")
     from fusedalign.trl.adapters import find_adapter, merge
     from fusedalign.trl.models import ADAPTER_CONFIG, check_folder
 
