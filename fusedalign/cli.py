@@ -8,7 +8,6 @@ import os
 import re
 import select
 import sys
-import textwrap
 import traceback
 import warnings
 from collections.abc import Sequence
@@ -17,12 +16,21 @@ from typing import TextIO
 
 import fusedalign
 from fusedalign.bench import SUBCOMMANDS
-from fusedalign.commandline import Command, calm_threads, fit, suggestion, terminal_width, unknown_flag
+from fusedalign.commandline import (
+    LONGEST_ERROR,
+    Command,
+    CommandParser,
+    calm_threads,
+    fit,
+    one_line,
+    suggestion,
+    terminal_width,
+    unknown_flag,
+)
 from fusedalign.methods import METHODS
 from fusedalign.reports import print_error
 
 _EXTRA = ("trl", "transformers", "datasets", "accelerate", "peft", "matplotlib", "yaml")
-_LONGEST = 400  # characters of a message: other libraries' messages span many lines
 #: Warnings of other libraries about their own defaults, which a user has not chosen and need not change.
 _NOISE = (
     (r".*gradient_checkpointing\w*` is deprecated", FutureWarning),
@@ -72,9 +80,11 @@ def _run(words: list[str]) -> int:
     try:
         name, command, arguments = _find(words)
         if not command.example and arguments in ([word] for word in _HELP):
-            print(f"usage: fusedalign {name}\n\n{command.about[0].upper()}{command.about[1:]}.")
+            CommandParser(f"fusedalign {name}", f"{command.about[0].upper()}{command.about[1:]}.").parse(arguments)
             return 0
         _check_flags(name, command, arguments)
+        if arguments and not command.example:
+            raise ValueError(f"{name} takes no arguments, got {' '.join(arguments)}")
         return command.run(arguments) or 0
     except KeyboardInterrupt as interrupt:  # its arguments say what the command has saved
         if os.environ.get("LOCAL_RANK", "0") == "0":  # the processes of a launch are interrupted together
@@ -106,6 +116,8 @@ def _find(words: list[str]) -> tuple[str, Command, list[str]]:
 
 def _check_flags(name: str, command: Command, arguments: list[str]) -> None:
     """Raise for a flag or a key of the configuration that the command does not have, before it imports torch."""
+    if {*_HELP, "--help_all"} & set(arguments):
+        return
     if name == "check" and arguments and arguments[0] in METHODS:
         name, *arguments = arguments
     flags = [word.partition("=")[0] for word in arguments if word.startswith("--") and word != "--"]
@@ -117,7 +129,7 @@ def _check_flags(name: str, command: Command, arguments: list[str]) -> None:
     for flag in flags:
         if flag not in known:
             raise ValueError(unknown_flag(flag, known, flags_owner(name)))
-    if name in METHODS and not {*_HELP, "--help_all"} & set(arguments):
+    if name in METHODS:
         check_configuration(name, arguments)
 
 
@@ -131,19 +143,16 @@ def _split_debug(words: list[str]) -> tuple[list[str], bool]:
 
 
 def _usage() -> str:
-    titles = {"Training": METHODS, "Other commands": [name for name in COMMANDS if name not in METHODS]}
-    width = max(len(f"{name} {sub}") for name, command in COMMANDS.items() for sub in ("", *command.subcommands))
+    rows = every_command()
+    width = max(map(len, rows))
     parts = ["usage: fusedalign COMMAND [--flag VALUE ...]"]
-    for title, names in titles.items():
-        lines = [f"{title}:"]
-        for name in names:
-            rows = {name: COMMANDS[name]} | {f"{name} {sub}": x for sub, x in COMMANDS[name].subcommands.items()}
-            lines += [f"  {words:<{width}}  {command.about}" for words, command in rows.items()]
-        parts.append("\n".join(lines))
+    for title, is_training in {"training": True, "other commands": False}.items():
+        shown = {words: row for words, row in rows.items() if (words in METHODS) == is_training}
+        parts.append("\n".join([f"{title}:", *(f"  {words:<{width}}  {row.about}" for words, row in shown.items())]))
     brief = [name for name, method in METHODS.items() if not method.example]
-    shown = {name: command.example for name, command in COMMANDS.items() if command.example and name not in brief}
-    examples = [f"  fusedalign {name} {example}" for name, example in shown.items()]
-    parts.append("\n".join(["Examples:", *examples]))
+    named = {name: command.example for name, command in COMMANDS.items() if command.example and name not in brief}
+    examples = [f"  fusedalign {name} {example}" for name, example in named.items()]
+    parts.append("\n".join(["examples:", *examples]))
     parts.append(
         "The training commands take every field of TRL's configurations as --field VALUE, --field=VALUE or as a "
         "key of the YAML file; flags win. `fusedalign COMMAND --help` lists the flags of a command, `fusedalign "
@@ -169,7 +178,7 @@ def _closed_streams() -> list[TextIO]:
 def _one_line(error: Exception) -> str:
     # The name of a missing package is sometimes a sentence of its own.
     missing = error.name if isinstance(error, PackageNotFoundError) and " " in error.name else None
-    text = textwrap.shorten(missing or str(error), _LONGEST, placeholder=" ...")
+    text = one_line(missing or error, LONGEST_ERROR)
     if missing:
         return text
     if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] in _EXTRA:
@@ -206,22 +215,21 @@ def _demo(argv: list[str]) -> None:
     from fusedalign.demo import demo
 
     calm_threads()
-    demo(argv)
+    demo()
 
 
 def _completion(argv: list[str]) -> None:
     from fusedalign.completion import SHELLS, completion_script, shell_of
     from fusedalign.flags import command_flags
-    from fusedalign.recipes import recipes
+    from fusedalign.recipes import configurations, recipes
 
     shell = shell_of(argv)
     if shell is None:
         return
     tree: dict[str, list[str]] = {"": [*COMMANDS, "--help", "--version"]}
-    for name, command in COMMANDS.items():
-        rows = {name: command} | {f"{name} {word}": sub for word, sub in command.subcommands.items()}
-        for words, row in rows.items():
-            tree[words] = [*row.subcommands, *sorted(command_flags(words, row))]
+    for words, row in every_command().items():
+        tree[words] = [*row.subcommands, *sorted(command_flags(words, row))]
+    tree["check"] += [name for name in {**METHODS, **configurations()} if name in METHODS or name not in COMMANDS]
     tree["recipes"] += recipes()
     tree["completion"] += SHELLS
     print(completion_script(shell, tree), end="")
@@ -258,7 +266,7 @@ COMMANDS: dict[str, Command] = {
         "--model_name_or_path Qwen/Qwen3-1.7B --memory 24GiB",
     ),
     "support": Command(
-        "fusedalign.support:support_command",
+        "fusedalign.supportcommand:support_command",
         "what works with a model: its head, packed batches, kernels",
         "--model_name_or_path Qwen/Qwen3-1.7B",
     ),
@@ -282,6 +290,15 @@ COMMANDS: dict[str, Command] = {
         "fusedalign.cli:_completion", "a script that completes commands and flags in a shell", "bash"
     ),
 }
+
+
+def every_command() -> dict[str, Command]:
+    """The commands and their sub-commands, by all their words: "bench", "bench trl"."""
+    rows: dict[str, Command] = {}
+    for name, command in COMMANDS.items():
+        rows |= {name: command} | {f"{name} {word}": row for word, row in command.subcommands.items()}
+    return rows
+
 
 if __name__ == "__main__":
     sys.exit(main())

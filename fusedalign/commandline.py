@@ -16,6 +16,8 @@ from typing import Any, NamedTuple, NoReturn
 
 #: Columns of help texts and tables, at most.
 WIDTH = 100
+#: Characters of an error, at most: messages of other libraries span many lines.
+LONGEST_ERROR = 400
 
 
 class Command(NamedTuple):
@@ -69,6 +71,25 @@ def fold(text: str, start: str = "", indent: int | None = None, width: int = WID
     return wrapper.wrap(text) or [start.rstrip()]
 
 
+def wrapped_table(rows: Iterable[tuple[str, str]], indent: int = 0, columns: int = WIDTH) -> list[str]:
+    """Lines of a table of two columns, the second wrapped; no line is longer than `columns`."""
+    rows = list(rows)
+    width = max((len(name) for name, _ in rows), default=0)
+    lines = []
+    for name, text in rows:
+        lines += fold(text, f"{'':{indent}}{name:<{width}}  ", width=columns)
+    return lines
+
+
+def one_line(text: object, longest: int | None = None) -> str:
+    """A text, such as an exception, with its line breaks as spaces; cut at `longest` characters, default: not."""
+    line = " ".join(str(text).split())
+    if longest is None or len(line) <= longest:
+        return line
+    words = line[: longest - 3].rpartition(" ")[0]
+    return f"{words or line[: longest - 4]} ..."
+
+
 def argument(default: Any, help_text: str) -> Any:
     """A field of a dataclass from which TRL's parser makes a flag."""
     return field(default=default, metadata={"help": help_text})
@@ -81,6 +102,16 @@ def suggestion(name: str, known: Iterable[str], cutoff: float = 0.65) -> str:
     return f"; did you mean {matches[0]}?" if matches else ""
 
 
+def listed_names(option: str, words: str, known: Iterable[str]) -> list[str]:
+    """The names of a list with commas, each once. Raises ValueError, naming `option`, for one that is not known."""
+    known = list(known)
+    names = list(dict.fromkeys(word.strip() for word in words.split(",")))
+    for name in names:
+        if name not in known:
+            raise ValueError(f"{option} must be one of {', '.join(known)}, got {name!r}{suggestion(name, known)}")
+    return names
+
+
 def unknown_flag(name: str, known: Iterable[str], expected: str) -> str:
     """The error about a flag that does not exist; `expected` says what it should be one of."""
     known = sorted(known)
@@ -91,30 +122,47 @@ def unknown_flag(name: str, known: Iterable[str], expected: str) -> str:
     return f"expected {expected}, got the unknown {name}{hint or suggestion(name, known)}"
 
 
+#: Types of arguments as errors name them.
+_KINDS = {"int": "an integer", "float": "a number"}
+
+
 def argument_error(message: str) -> str:
-    """An error of argparse with one spelling of the flag, and a suggestion where a choice is misspelt."""
-    message = re.sub(r"^(argument --\w+)(/--?[\w-]+)+", r"\1", message)
-    match = re.search(r"invalid choice: (.*?) \(choose from (.*)\)", message, re.DOTALL)
-    if match is None:
-        return message
-    hint = suggestion(match[1].strip("'\""), [choice.strip("'\"") for choice in match[2].split(", ")])
-    return message.replace(match[1], f"{match[1]}{hint}", 1) if hint else message
+    """An error of argparse as ours are: the flag in one spelling, what was expected and what came; a suggestion."""
+    message = re.sub(r"^argument (--\w+)(/--?[\w-]+)*", r"\1", message)
+    if match := re.fullmatch(r"(.*?): invalid (\w+) value: (.*)", message, re.DOTALL):
+        return f"{match[1]} must be {_KINDS.get(match[2], match[2])}, got {match[3]}"
+    if match := re.fullmatch(r"(.*?): invalid choice: (.*?) \(choose from (.*)\)", message, re.DOTALL):
+        value, *choices = (word.strip("'\"") for word in (match[2], *match[3].split(", ")))
+        return f"{match[1]} must be one of {', '.join(choices)}, got {value!r}{suggestion(value, choices)}"
+    return message
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """A parser that raises its errors as one line, which starts with `prog` without "fusedalign"."""
+    """A parser that raises its errors as one line."""
 
     def error(self, message: str) -> NoReturn:
         """Raise ValueError instead of printing the usage and exiting."""
-        raise ValueError(f"{self.prog.removeprefix('fusedalign ')}: {argument_error(message)}")
+        raise ValueError(argument_error(message))
 
 
 class CommandParser(OneLineParser):
-    """The parser of a command: its description keeps line breaks, `--help` does not exit."""
+    """The parser of a command: its description keeps line breaks, `--help` does not exit.
 
-    def __init__(self, prog: str, description: str, epilog: str | None = None) -> None:
+    Args:
+        prog: the words of the command.
+        description: what the command does.
+        tables: title -> names and their meanings, shown below the description.
+        epilog: shown at the end.
+    """
+
+    def __init__(
+        self, prog: str, description: str, tables: Mapping[str, Mapping[str, str]] = {}, epilog: str | None = None
+    ) -> None:
         width = terminal_width()
-        about = fit(description, width)
+        parts = [fit(description, width)]
+        for title, rows in tables.items():
+            parts.append("\n".join([fit(f"{title}:", width), *wrapped_table(rows.items(), 2, width)]))
+        about = "\n\n".join(parts)
         super().__init__(prog, None, about, epilog and fit(epilog, width), add_help=False, allow_abbrev=False)
         self.formatter_class = functools.partial(argparse.RawDescriptionHelpFormatter, width=width)
         self.add_argument("-h", "--help", action="store_true", help="show this text")

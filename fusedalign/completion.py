@@ -68,13 +68,13 @@ def shell_of(argv: Sequence[str]) -> str | None:
     """The shell that the words of `fusedalign completion` name; None after its help. ValueError for other words."""
     parser = CommandParser(
         "fusedalign completion",
-        "Prints a script that completes commands, sub-commands and flags; no Python starts while you type.\n"
+        "Prints a script that completes commands, sub-commands and flags; no Python starts while you type. "
         "Print it again after an upgrade of TRL or transformers, for their new flags.\n\n"
         "  bash  fusedalign completion bash > ~/.local/share/bash-completion/completions/fusedalign\n"
         "  zsh   fusedalign completion zsh > ~/.fusedalign.zsh, and in .zshrc: source ~/.fusedalign.zsh\n"
         "  fish  fusedalign completion fish > ~/.config/fish/completions/fusedalign.fish",
     )
-    parser.add_argument("shell", nargs="?", metavar="SHELL", help=f"{', '.join(SHELLS)}")
+    parser.add_argument("shell", nargs="?", metavar="SHELL", help=" or ".join(SHELLS))
     options = parser.parse(argv)
     if options is not None and options.shell not in SHELLS:
         raise ValueError(f"the shell must be one of {', '.join(SHELLS)}, got {options.shell or 'nothing'}")

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 
 import fusedalign
-from fusedalign.commandline import fit
+from fusedalign.commandline import fit, wrapped_table
 from fusedalign.impls import explain
 from fusedalign.impls.survey import auto_choices, coverage
 from fusedalign.provenance import PACKAGES, versions
-from fusedalign.reports import MISSING, package_version, text_table, wrapped_table
+from fusedalign.reports import MISSING, package_version, text_table
 
 
 def environment() -> dict[str, Any]:

@@ -6,9 +6,8 @@ import ast
 from collections.abc import Sequence
 from pathlib import Path
 
-from fusedalign.commandline import CommandParser, suggestion, terminal_width
+from fusedalign.commandline import CommandParser, suggestion, terminal_width, wrapped_table
 from fusedalign.embedded import data_directory
-from fusedalign.reports import wrapped_table
 
 
 def recipes() -> dict[str, Path]:

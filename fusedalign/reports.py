@@ -15,7 +15,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from fusedalign.commandline import WIDTH, fit, fold
+from fusedalign.commandline import fit, one_line
 
 NO_MATPLOTLIB = "the plot was left out: it needs matplotlib (pip install matplotlib)"
 #: Stands for the version of a package.
@@ -55,16 +55,6 @@ def selected(rows: Sequence[Sequence[str]], titles: Iterable[str]) -> list[list[
 def bullets(lines: Iterable[str]) -> list[str]:
     """A Markdown list, wrapped at `WIDTH`."""
     return [fit(f"* {line}") for line in lines]
-
-
-def wrapped_table(rows: Iterable[tuple[str, str]], indent: int = 0, columns: int = WIDTH) -> list[str]:
-    """Lines of a table of two columns, the second wrapped; no line is longer than `columns`."""
-    rows = list(rows)
-    width = max((len(name) for name, _ in rows), default=0)
-    lines = []
-    for name, text in rows:
-        lines += fold(text, f"{'':{indent}}{name:<{width}}  ", width=columns)
-    return lines
 
 
 def text_row(cells: Iterable[str], widths: Sequence[int], gap: str = "  ") -> str:
@@ -137,7 +127,7 @@ def plot_failure(draw: Callable[[Path], None], path: Path) -> str | None:
             path.unlink(missing_ok=True)
         if isinstance(error, ModuleNotFoundError) and (error.name or "").split(".")[0] == "matplotlib":
             return NO_MATPLOTLIB
-        return f"the plot {path} was left out: {type(error).__name__}: {' '.join(str(error).split())}"
+        return f"the plot {path} was left out: {type(error).__name__}: {one_line(error)}"
     return None
 
 

@@ -7,19 +7,16 @@ compared with those of its full logits, and packed batches and Liger Kernel's la
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fusedalign.commandline import CommandParser
 from fusedalign.head import LMHead, lm_head
-from fusedalign.packing import LayoutError, enable
 from fusedalign.packing.model import head_logps
 from fusedalign.packing.proof import twin
-from fusedalign.plan.model import read_config
 from fusedalign.reports import MISSING, package_version, text_table
+from fusedalign.score.batch import packing_refusal
 
 #: Standard deviation of an examined model's logits, large enough for a softcap that is missed to show.
 _LOGITS_STD = 5.0
@@ -87,15 +84,6 @@ def _difference(model: Any, head: LMHead, vocab: int) -> float:
     return float((logps - expected).abs().max())
 
 
-def packing_refusal(model: Any) -> str | None:
-    """Why a model cannot run packed batches, see `fusedalign.packing.enable`; None: it can, and now does."""
-    try:
-        enable(model)
-    except LayoutError as error:
-        return str(error)
-    return None
-
-
 def liger_support(model: Any) -> tuple[str, ...] | str:
     """Put Liger's kernels into a model; returns their names, or why they are refused."""
     if package_version("liger-kernel") is None:
@@ -120,19 +108,6 @@ def small_model(config: Any) -> Any:
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     return twin(model, torch.device("cpu"))
-
-
-def support_command(argv: Sequence[str]) -> None:
-    """Print what works with a model. Raises ValueError, one line, for a model that cannot be built."""
-    parser = CommandParser(
-        "fusedalign support", "What works with a model, from its configuration; no weights are read."
-    )
-    parser.add_argument(
-        "--model_name_or_path", default="", help="a folder with a config.json, a name of the Hub, embedded"
-    )
-    options = parser.parse(argv)
-    if options is not None:
-        print(render(examine(small_model(read_config(options.model_name_or_path)))))
 
 
 def render(support: ModelSupport) -> str:

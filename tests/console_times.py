@@ -4,22 +4,24 @@ import subprocess
 import sys
 import time
 
+from fusedalign.cli import every_command
+
 WORDS = (
     "",
     "--version",
     "sfft",
-    "recipes",
-    "sft --help",
+    *(f"{words} --help" for words in every_command()),
     "dpo --help_all",
     "dpo --bata 0.2",
     "dpo --config dop",
-    "score --help",
-    "plan --help",
-    "merge --help",
-    "env --help",
+    "bench logpz",
+    "bench --dtype bf17",
+    "bench trl ppo",
+    "check dop",
+    "recipes",
+    "completion bash",
     "env",
     "check dpo",
-    "completion bash",
 )
 
 
@@ -36,4 +38,4 @@ def seconds(words: str) -> float:
 
 if __name__ == "__main__":
     for words in WORDS:
-        print(f"{seconds(words):6.2f} s  fusedalign {words}")
+        print(f"{seconds(words):6.2f} s  fusedalign {words}", flush=True)

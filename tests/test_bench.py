@@ -11,11 +11,13 @@ from fusedalign import impls
 from fusedalign.bench import peers
 from fusedalign.bench.cases import CASES, Case, parse_cases
 from fusedalign.bench.data import TARGET, make_data, statistics
+from fusedalign.bench.exact import BUDGETS, reference, relative_error
 from fusedalign.bench.measure import covered, median_ms, peak_bytes
-from fusedalign.bench.microbatches import ROWS, Figures, Stage, _row, _with, report
+from fusedalign.bench.microbatches import ROWS
 from fusedalign.bench.runner import Settings, run
+from fusedalign.bench.stage import Figures, Stage, report
 from fusedalign.bench.table import header, markdown, section
-from fusedalign.bench.tasks import BUDGETS, TASKS, reference, relative_error
+from fusedalign.bench.tasks import TASKS
 from fusedalign.cli import main
 
 SMALL = Case("small", 32, 24, 300)
@@ -198,7 +200,7 @@ def wrong_eager(factor):
     def logps(d):
         if factor is None:
             raise RuntimeError("a | kernel\nbroke")
-        return peers._eager_logps(d._replace(hidden=Scaled.apply(d.hidden, factor)))
+        return peers._eager().logps(d._replace(hidden=Scaled.apply(d.hidden, factor)))
 
     return peers.Implementation("wrong", lambda: peers.Functions(logps))
 
@@ -256,7 +258,7 @@ def test_a_missing_peer_says_what_to_install(monkeypatch, impl, module, command)
 
 
 def test_a_peer_without_softcap_reports_it_for_its_tasks(monkeypatch):
-    eager = peers.Implementation("plain", lambda: peers.Functions(peers._eager_logps), tasks=("sft",), softcap=False)
+    eager = peers.Implementation("plain", peers._eager, tasks=("sft",), softcap=False)
     monkeypatch.setattr(peers, "PEERS", (eager,))
     _, rows = report_of("plain", case=dataclasses.replace(SMALL, softcap=5.0))
     assert {key: row.reason for key, row in rows.items()} == {("sft", "plain"): "has no softcap"}
@@ -351,7 +353,8 @@ def test_microbatches_prints_what_the_forwards_hold(tmp_path, capsys):
 def test_microbatches_in_flight_hold_head_gradients_only_with_keep_head():
     stage = Stage(Case("", 64, 16, 200), 6, data="trained", seed=0, dtype=torch.float32, device="cpu")
     head = 200 * 16 * 4 / 1e9
-    kept, lean = (stage.measure(_row("x", _with("pytorch", keep_head=keep))) for keep in (True, False))
+    loads = [peers.fused(impl="pytorch", keep_head=keep) for keep in (True, False)]
+    kept, lean = (stage.measure(peers.Implementation("x", load)) for load in loads)
     assert kept.peak_gb - lean.peak_gb > 3 * head
     assert max(kept.errors["dH"], lean.errors["dH"]) < 1e-5
 
@@ -387,14 +390,15 @@ def test_help_names_every_option(capsys):
         (["gpro"], "a task must be one of logps, sft, frozen, dpo, got 'gpro'"),
         (["trll"], "got 'trll'; did you mean trl?"),
         (["microbatches", "--rows", "full logits; vllm"], "rows must be all, or among full logits; full logits, fp32;"),
-        (["microbatches", "--count", "0"], "a count of at least 1"),
+        (["microbatches", "--count", "0"], "--count must be at least 1, got 0"),
+        (["microbatches", "--case", "tiny,llama3-8b"], "--case must be one case, got 'tiny,llama3-8b'"),
         (["microbatches", "--fast"], "expected flags of fusedalign bench microbatches, got the unknown --fast"),
         (["--cases", "llama"], "a case must be one of qwen3-1.7b, llama3-8b, qwen3-4b, gemma2-2b, tiny, or like N="),
         (["--cases", "N=8,D=8"], "a case must have N, D and V, and may have a softcap, got 'N=8,D=8'"),
         (["--cases", "N=8,D=x,V=9"], "N, D and V of a case must be integers and softcap a number, got"),
         (["--cases", "N=6,D=8,V=9"], "a case must have N a multiple of 4"),
         (["--impls", "pytorch,vllm"], "impls must be among all, ours, "),
-        (["--data", "real"], "invalid choice: 'real'"),
+        (["--data", "real"], "--data must be one of trained, random, got 'real'"),
         (["--seed"], "--seed: expected one argument"),
         (["--fast"], "expected flags of fusedalign bench, got the unknown --fast"),
         (["--profile", "all"], "--profile must name one impl"),
@@ -491,10 +495,8 @@ def test_nan_is_null_in_json(monkeypatch, tmp_path):
 
 
 def test_nan_is_null_in_the_json_of_microbatches(monkeypatch, tmp_path):
-    from fusedalign.bench import microbatches
-
     nan = Figures("full logits", False, None, 1.0, float("inf"), {"loss": float("nan"), "dH": 0.0, "dW": 0.0})
-    monkeypatch.setattr(microbatches.Stage, "measure", lambda *_: nan)
+    monkeypatch.setattr(Stage, "measure", lambda *_: nan)
     assert main(["bench", "microbatches", "--rows", "full logits", "--out", str(tmp_path)]) == 0
     text = (tmp_path / "microbatches.json").read_text()
     (row,) = json.loads(text, parse_constant=pytest.fail)["rows"]
@@ -547,13 +549,11 @@ def test_a_failed_case_or_table_does_not_stop_the_others(monkeypatch, capsys, tm
 
 
 def test_ctrl_c_keeps_the_rows_of_microbatches(monkeypatch, capsys):
-    from fusedalign.bench import microbatches
-
     def measure(self, row):
         if row.name == "pytorch":
             raise KeyboardInterrupt
         return Figures(row.name, False, None, 1.0, 1.0, {"loss": 0.0, "dH": 0.0, "dW": 0.0})
 
-    monkeypatch.setattr(microbatches.Stage, "measure", measure)
+    monkeypatch.setattr(Stage, "measure", measure)
     assert main(["bench", "microbatches", "--rows", "full logits;pytorch"]) == 130
     assert "| full logits | 1 " in capsys.readouterr().out

@@ -27,9 +27,10 @@ from fusedalign.bench.training.settings import (
     TRAININGS,
     Job,
     LogNormal,
+    Measured,
 )
 from fusedalign.bench.training.table import COLUMNS, Result, describe_mix, difference, header, line
-from fusedalign.bench.training.worker import Measured, build, measure
+from fusedalign.bench.training.worker import build, measure
 from fusedalign.cli import main
 
 
@@ -311,7 +312,7 @@ def test_ctrl_c_keeps_the_measured_rows(figures, capsys, tmp_path):
 
 
 def test_a_note_reports_the_time_of_the_reference(figures, capsys, monkeypatch):
-    monkeypatch.setattr(command, "_sides", lambda *_: ["trl", "precomputed"])
+    monkeypatch.setattr(command, "_sides", lambda *_, **__: ["trl", "precomputed"])
     figures["precomputed"] = dataclasses.replace(FIGURES["packed"], precompute_seconds=12.34)
     assert run_command("dpo", "--mixes", "chat") == 0
     out = capsys.readouterr().out
@@ -399,7 +400,7 @@ def test_batch_sets_the_rows_per_step(figures, capsys):
 
 
 def test_rows_unknown_to_the_training_are_refused(figures, capsys, monkeypatch):
-    monkeypatch.setattr(command, "_sides", lambda *_: ["precomputed"])
+    monkeypatch.setattr(command, "_sides", lambda *_, **__: ["precomputed"])
     assert run_command("sft", "orpo", "--rows", "precomputed") == 2
     assert "--rows must name a row that sft, orpo has, got precomputed" in capsys.readouterr().err
 

@@ -31,14 +31,14 @@ def test_help_lists_the_commands(capsys):
 
 def test_a_command_without_arguments_prints_its_help(capsys):
     assert main(["demo", "--help"]) == 0
-    assert capsys.readouterr().out.startswith("usage: fusedalign demo\n\n")
+    assert capsys.readouterr().out.startswith("usage: fusedalign demo [-h]\n\n")
 
 
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
         (["ppo"], f"command must be one of {', '.join(COMMANDS)}, got 'ppo'; did you mean "),
-        (["env", "now"], "env: expected flags of fusedalign env, got the unknown now"),
+        (["env", "now"], "expected flags of fusedalign env, got the unknown now"),
         (["demo", "fast"], "demo takes no arguments, got fast"),
     ],
 )
@@ -315,7 +315,7 @@ BAD = {
     "config file": (["--config", "nowhere.yaml"], "nowhere.yaml"),
     "config without a file": (["--config"], "--config must be followed by a YAML file, got nothing"),
     "field": (["--bata", "0.2"], "got the unknown --bata; did you mean --beta?"),
-    "value": (["--beta", "much"], "argument --beta: invalid float value: 'much'"),
+    "value": (["--beta", "much"], "--beta must be a number, got 'much'"),
     "no model": ([], "model_name_or_path must name a model folder, a Hub model or 'embedded', got nothing"),
     "missing folder": (["--model_name_or_path", "./nowhere"], "must name a folder that exists, got ./nowhere"),
     "missing file": (

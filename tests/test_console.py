@@ -6,19 +6,22 @@ import re
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 import fusedalign
-from fusedalign.cli import COMMANDS, main
-from fusedalign.commandline import WIDTH, suggestion, unknown_flag
+from fusedalign.cli import COMMANDS, every_command, main
+from fusedalign.commandline import WIDTH, CommandParser, suggestion, unknown_flag
 from fusedalign.flags import command_flags
 from fusedalign.methods import METHODS
 from fusedalign.recipes import config_path, recipes
 
 ROOT = Path(__file__).parents[1]
-SUBCOMMANDS = {f"bench {name}": command for name, command in COMMANDS["bench"].subcommands.items()}
+EVERY = every_command()
+#: Commands with flags that are fields of TRL's configurations.
+WITH_FIELDS = (*METHODS, "score", "check")
 #: Words -> exit status, and the seconds that they may take on a busy machine.
 LIGHT = {
     "": (2, 5),
@@ -33,9 +36,7 @@ LIGHT = {
     "score --otu x": (2, 10),
     "bench trl --step 3": (2, 5),
     "plan --memori 24GiB": (2, 5),
-    "plan --help": (0, 5),
-    "merge --help": (0, 5),
-    "env --help": (0, 5),
+    "bench --help": (0, 5),
     "sft": (2, 5),
     "sft --config dop": (2, 10),
     "completion bash": (0, 20),
@@ -58,6 +59,56 @@ def test_what_needs_no_torch_imports_none(words):
     assert "\x1b" not in done.stdout + done.stderr
     if not words.startswith("completion"):
         assert max(map(len, done.stdout.splitlines()), default=0) <= WIDTH
+
+
+#: Words that are wrong, as the console knows without torch.
+WRONG = (
+    "bench logpz",
+    "bench --dtype bf17",
+    "bench --impls vllm",
+    "bench --cases llama",
+    "bench --profile ours",
+    "bench trl ppo",
+    "bench trl --sizes 7b",
+    "bench trl --impl cuda",
+    "bench microbatches --rows vllm",
+    "bench microbatches --count 0",
+    "bench sharded --case llama",
+    "bench sharded --ranks 1",
+    "bench scaling --head gpt",
+    "bench scaling --ranks 12",
+    "bench score --mixes code",
+    "bench score --size 7b",
+    "check dop",
+    "check --config dop",
+    "completion tcsh",
+    "demo fast",
+    "env fast",
+    "merge",
+    "plan --method ppo",
+    "plan",
+    "recipes dop",
+    "support",
+)
+
+
+def test_no_help_and_no_wrong_word_of_any_command_imports_torch():
+    """All in one process, so that it is quick; the first that imports torch is named."""
+    words = dict.fromkeys(WRONG, 2)
+    for name in EVERY:
+        if find_spec("trl") is not None or name not in WITH_FIELDS:
+            words |= {f"{name} --help": 0, f"{name} --nosuch": 2}
+    script = f"""
+import sys
+from fusedalign.cli import main
+for words, status in {words!r}.items():
+    assert main(words.split()) == status, words
+    heavy = {{"torch", "transformers", "trl", "accelerate", "numpy"}} & {{*sys.modules}}
+    assert not heavy, (words, heavy)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stderr.splitlines()) == list(words.values()).count(2)
 
 
 def test_the_version_is_printed(capsys):
@@ -100,54 +151,45 @@ def test_help_follows_and_precedes_a_command(capsys):
     assert "usage: fusedalign recipes" in text
 
 
-@pytest.mark.parametrize("words", [*(name for name in COMMANDS if name not in METHODS), *SUBCOMMANDS])
-def test_every_command_has_a_help_of_100_columns(capsys, words):
-    if words in ("merge", "score", "demo"):
-        pytest.importorskip("trl")
-    assert main([*words.split(), "--help"]) == 0
-    text = capsys.readouterr().out
-    assert f"fusedalign {words}" in text
-    assert max(map(len, text.splitlines())) <= WIDTH
+@pytest.mark.parametrize("width", [60, WIDTH])
+def test_every_help_has_the_width_of_the_terminal_and_begins_with_its_usage(capsys, monkeypatch, width):
+    monkeypatch.setenv("COLUMNS", str(width))
+    for words in ("", *EVERY):
+        if find_spec("trl") is not None or words not in WITH_FIELDS:
+            assert main([*words.split(), "--help"]) == 0
+            text = capsys.readouterr().out
+            assert text.startswith(f"usage: fusedalign {words}")
+            for line in text.splitlines():
+                assert len(line) <= width or len(line.split()) <= 2, line  # a long name is not broken
 
 
-@pytest.mark.parametrize("words", ["--help", "dpo --help", "recipes", "score --help", "plan --help"])
-def test_help_fits_a_narrow_terminal(capsys, monkeypatch, words):
-    if "dpo" in words or "score" in words:
-        pytest.importorskip("trl")
+def test_the_list_of_recipes_fits_a_narrow_terminal(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "60")
-    assert main(words.split()) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert all(len(line) <= 60 or len(line.split()) <= 2 for line in lines)  # a long name is not broken
+    assert main(["recipes"]) == 0
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 60
 
 
 def test_the_usage_lists_every_command_and_sub_command(capsys):
     assert main(["--help"]) == 0
     text = capsys.readouterr().out
-    for words in (*COMMANDS, *SUBCOMMANDS):
+    for words in EVERY:
         assert re.search(rf"^  {words} ", text, re.MULTILINE), words
 
 
 # Names read from sources
 
 
-def parser_of(words):
-    from fusedalign.bench import command, microbatches, scaling, scoring, sharded
-    from fusedalign.bench.training import command as training
-    from fusedalign.plan import command as plan
-
-    modules = {"bench": command, "bench trl": training, "bench microbatches": microbatches, "plan": plan}
-    modules |= {"bench sharded": sharded, "bench scaling": scaling, "bench score": scoring}
-    return modules[words]._parser()
-
-
 def spellings(parser):
     return {flag for action in parser._actions for flag in action.option_strings if flag.startswith("--")}
 
 
-@pytest.mark.parametrize("words", ["plan", "bench", *SUBCOMMANDS])
-def test_the_flags_of_a_command_are_those_of_its_parser(words):
-    command = SUBCOMMANDS.get(words) or COMMANDS[words]
-    assert command_flags(words, command) == spellings(parser_of(words))
+@pytest.mark.parametrize("words", [words for words in EVERY if words not in WITH_FIELDS])
+def test_the_flags_of_a_command_are_those_of_its_parser(monkeypatch, words):
+    parsers, parse = [], CommandParser.parse
+    monkeypatch.setattr(CommandParser, "parse", lambda self, argv: parsers.append(self) or parse(self, argv))
+    assert main([*words.split(), "--help"]) == 0
+    (parser,) = parsers
+    assert command_flags(words, EVERY[words]) == spellings(parser)
 
 
 @pytest.mark.parametrize("name", [*METHODS, "score"])
@@ -281,6 +323,9 @@ TYPED = {
     "dpo --config simp": "simpo",
     "recipes cust": "custom_loop",
     "completion z": "zsh",
+    "check kt": "kto",
+    "check dpo_mu": "dpo_multi_gpu",
+    "check scor": "",
     "ver": "",
 }
 
@@ -306,7 +351,7 @@ def test_the_other_shells_get_every_flag(capsys, shell):
     pytest.importorskip("trl")
     assert main(["completion", shell]) == 0
     text = capsys.readouterr().out
-    for word in (*COMMANDS, *SUBCOMMANDS, "gradient_accumulation_steps", "simpo", "count"):
+    for word in (*EVERY, "gradient_accumulation_steps", "simpo", "count"):
         assert word.split()[-1] in text
 
 
@@ -340,6 +385,34 @@ def test_bench_prints_100_columns_and_all_with_wide(capsys):
     for title in ("fwd U", "fwd MiB", "loss err."):
         assert title in titles[1]
         assert title not in titles[0]
+
+
+def test_a_message_is_one_line_that_ends_with_a_word_where_it_can():
+    from fusedalign.commandline import one_line
+
+    assert one_line(ValueError("one\n  two three ")) == "one two three"
+    assert one_line("one two three", 13) == "one two three"
+    assert one_line("one two three", 12) == one_line("one two three", 11) == "one two ..."
+    assert one_line("abcdefgh", 7) == "abc ..."
+
+
+@pytest.mark.parametrize(
+    ("message", "error"),
+    [
+        ("argument --beta/-b: invalid float value: 'x'", "--beta must be a number, got 'x'"),
+        ("argument --max_steps/--max-steps: invalid int value: '2.5'", "--max_steps must be an integer, got '2.5'"),
+        ("argument --a: invalid choice: 'xz' (choose from 'xy', 'b')", "--a must be one of xy, b, got 'xz'"),
+        (
+            "argument --a: invalid choice: 'on' (choose from one, two)",
+            "--a must be one of one, two, got 'on'; did you mean one?",
+        ),
+        ("argument --seed: expected one argument", "--seed: expected one argument"),
+    ],
+)
+def test_errors_of_the_parser_say_what_was_expected_and_what_came(message, error):
+    from fusedalign.commandline import argument_error
+
+    assert argument_error(message) == error
 
 
 def test_folded_lines_keep_flags_whole_below_the_end_of_their_start():

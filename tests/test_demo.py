@@ -6,7 +6,7 @@ import torch
 trl = pytest.importorskip("trl")
 
 from fusedalign.demo.memory import LOGIT_BYTES, computed, full_logits_peak  # noqa: E402
-from fusedalign.demo.slots import Slots, count_slots  # noqa: E402
+from fusedalign.demo.slots import EpochSlots, count_slots  # noqa: E402
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -37,5 +37,5 @@ def test_packed_slots_count_the_prompt_of_a_pair_once():
             return [{"input_ids": ids, "attention_mask": mask}] * 3
 
     slots = count_slots(Pair())
-    assert slots == Slots(padded=600, packed=384)
+    assert slots == EpochSlots(padded=600, packed=384)
     assert slots.change == pytest.approx(-0.36)

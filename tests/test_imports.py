@@ -39,6 +39,7 @@ ROOMS = [
     "score",
     "plan",
     "support",
+    "supportcommand",
     "check",
     "bench",
     "harness",

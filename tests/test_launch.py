@@ -92,7 +92,7 @@ def test_flags_known_to_both_stay_training_fields(launched, tmp_path):
 def test_arguments_are_checked_before_the_launch(launched, capsys):
     for words, message in (
         (["--accelerate_config", "fsdp2", "--bata", "1"], "unknown --bata"),
-        (["--num_processes", "2", "--seed", "x"], "invalid int value"),
+        (["--num_processes", "2", "--seed", "x"], "--seed must be an integer, got 'x'"),
         (["--accelerate_config=nowhere"], "accelerate_config must be a file that exists or one of"),
     ):
         assert main(["dpo", *words]) == 2

@@ -539,7 +539,7 @@ def test_the_embedded_model_is_planned_without_being_built(capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--method", "ppo"], "argument --method: invalid choice: 'ppo'"),
+        (["--method", "ppo"], "--method must be one of sft, dpo, kto, cpo, simpo, orpo, got 'ppo'"),
         (["--batch", "0"], "--batch must be at least 1, got 0"),
         (["--length", "1"], "--length must be at least 2, got 1"),
         (["--length", "8", "--prompt", "8"], "--prompt must be below --length 8, got 8"),
@@ -547,7 +547,7 @@ def test_the_embedded_model_is_planned_without_being_built(capsys, monkeypatch):
         (["--memory", "24 apples"], "--memory must be a number with a unit, such as 24GiB or 80GB, got '24 apples'"),
         (["--memory", "-3GiB"], "--memory: expected one argument"),
         (["--memory", "24"], "--memory must be at least 1MiB, got '24'"),
-        (["--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
+        (["--dtype", "int8"], "--dtype must be one of bfloat16, float32, got 'int8'"),
         (["--batch", "2", "--length", "8", "--tokens", "33"], "--tokens must be at most the 32 of full rows, got 33"),
         (
             ["--method", "sft", "--precompute_ref_log_probs"],

@@ -191,9 +191,9 @@ def test_another_head_and_other_rates(capsys, tmp_path):
         (["--ranks", "12"], "--ranks must be numbers up to 8 or whole nodes of 8, as 8,16, got '12'"),
         (["--ranks", "8,x"], "--ranks must be numbers up to 8"),
         (["--vocab_size", "9"], "--vocab_size and --hidden_size must be given together"),
-        (["--node", "0"], "--node, --tflops, --nvlink and --network must be above 0"),
-        (["--network", "nan"], "--nvlink and --network must be above 0"),
-        (["--head", "gpt"], "invalid choice: 'gpt'"),
+        (["--node", "0"], "--node must be above 0, got 0"),
+        (["--network", "nan"], "--network must be above 0, got nan"),
+        (["--head", "gpt"], "--head must be one of llama3-70b, qwen3-235b, got 'gpt'"),
     ],
 )
 def test_invalid_arguments_are_errors_in_one_line(capsys, words, message):

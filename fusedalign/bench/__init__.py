@@ -1,21 +1,33 @@
 """`fusedalign bench`: time, memory and error of our impls and of other libraries, measured in one run.
 
-    cases.py      the shapes
-    data.py       inputs for them, random or like a trained model's, and their statistics
-    tasks.py      the losses on top of the head, and their exact values
-    peers.py      the rows: our impls and other implementations
+The command lines, and what they name; none of these imports torch before it measures:
+
+    command.py       `bench`: one table per case and task
+    microbatches.py  `bench microbatches`: a pipeline's last stage, with many forwards in flight
+    training/        `bench trl`: whole training steps, stock TRL against the Fused trainers
+    sharded.py       `bench sharded`: a head sharded over GPUs
+    scaling.py       `bench scaling`: a head on many GPUs, calculated
+    scoring.py       `bench score`: log-probabilities of preference pairs
+    cases.py         the shapes, and the kinds of data
+    tasks.py         the losses on top of the head
+    peers.py         the rows: our impls and other implementations
+    machine.py       the device, and the versions of what is compared
+    failures.py      exceptions of rows in one line
+
+What measures:
+
+    data.py       inputs for a case, random or like a trained model's, and their statistics
+    exact.py      the exact values of a task
     measure.py    time, memory, the rate of a large product
     runner.py     one table per case and task
     table.py      Markdown, JSON, plot
     profiling.py  the time of one row by kernel
-    command.py    the command line
-    microbatches.py  the command `microbatches`: a pipeline's last stage, with many forwards in flight
-    training/        the command `trl`: whole training steps, stock TRL against the Fused trainers
-    sharded.py       the command `sharded`: a head sharded over GPUs
-    scaling.py       the command `scaling`: a head on many GPUs, calculated
-    scoring.py       the command `score`: log-probabilities of preference pairs
+    stage.py      the micro-batches of `bench microbatches`
+    ranks.py      the ranks of `bench sharded`
+    scorers.py    the sides of `bench score`
 
-To add a benchmark of another kind: a module with its function, and a row in `SUBCOMMANDS`.
+To add a benchmark of another kind: a module with its function, which imports torch after its arguments are checked, and
+a row in `SUBCOMMANDS`.
 """
 
 from fusedalign.commandline import Command

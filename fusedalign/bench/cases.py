@@ -1,9 +1,11 @@
-"""The shapes to measure: named heads, or one written out as `N=4096,D=2048,V=151936,softcap=30`."""
+"""What is measured: heads, by name or written out as `N=4096,D=2048,V=151936,softcap=30`, and kinds of data."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+
+from fusedalign.commandline import suggestion
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,10 @@ CASES = {
 }
 DEFAULT_CUDA = ("qwen3-1.7b", "llama3-8b", "gemma2-2b")
 DEFAULT_CPU = ("tiny",)
+#: Of `--case`.
+CASE_HELP = "a case that `fusedalign bench --help` lists, or N=..,D=..,V=..[,softcap=..]"
+#: Of data: like those of a trained model, the default, or Gaussian. `data.py` makes them.
+KINDS = ("trained", "random")
 
 
 def parse_cases(words: Iterable[str]) -> list[Case]:
@@ -63,9 +69,18 @@ def parse_cases(words: Iterable[str]) -> list[Case]:
     return cases
 
 
+def parse_case(word: str) -> Case:
+    """Parse the value of `--case`. Raises ValueError as `parse_cases` does, and for several cases."""
+    case, *others = parse_cases([word])
+    if others:
+        raise ValueError(f"--case must be one case, got {word!r}")
+    return case
+
+
 def _named(name: str) -> Case:
     if name not in CASES:
-        raise ValueError(f"a case must be one of {', '.join(CASES)}, or like N=4096,D=2048,V=151936, got {name!r}")
+        known, hint = ", ".join(CASES), suggestion(name, CASES)
+        raise ValueError(f"a case must be one of {known}, or like N=4096,D=2048,V=151936, got {name!r}{hint}")
     return CASES[name]
 
 

@@ -6,45 +6,51 @@ import argparse
 import importlib.util
 import sys
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from fusedalign.bench import SUBCOMMANDS
-from fusedalign.bench.cases import CASES, DEFAULT_CPU, DEFAULT_CUDA, parse_cases
-from fusedalign.bench.data import KINDS
-from fusedalign.bench.peers import Implementation, choose, implementations
-from fusedalign.bench.profiling import profile_row
-from fusedalign.bench.runner import Settings, free, inputs, reason, run
-from fusedalign.bench.table import case_footer, case_header, header, task_section, write
+from fusedalign.bench.cases import CASES, DEFAULT_CPU, DEFAULT_CUDA, KINDS, parse_cases
+from fusedalign.bench.machine import device_type
+from fusedalign.bench.peers import Implementation, choose, implementations, reason
 from fusedalign.bench.tasks import TASKS, Task
 from fusedalign.commandline import CommandParser, calm_threads, suggestion
 from fusedalign.reports import NO_MATPLOTLIB, check_writable, warn
 
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+if TYPE_CHECKING:
+    from fusedalign.bench.runner import Settings
+
+#: Short names of torch's dtypes.
+_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
 def _parser() -> CommandParser:
-    subcommands = "\n".join(f"  {word:<12}  {command.about}" for word, command in SUBCOMMANDS.items())
-    tasks = "\n".join(f"  {task.name:<8} {task.about}" for task in TASKS.values())
-    cases = "\n".join(f"  {case.name:<12} {case}" for case in CASES.values())
     parser = CommandParser(
         "fusedalign bench",
-        "Time, memory and error of head and loss: this package's impls against other libraries.\n"
-        f"\ncommands, each with its own --help\n{subcommands}\n"
-        f"\ntasks (default: all)\n{tasks}\n\ncases\n{cases}\n\nimpls\n  {', '.join(implementations())}",
+        "Time, memory and error of head and loss: this package's impls against other libraries.",
+        {
+            "commands, each with its own --help": {word: command.about for word, command in SUBCOMMANDS.items()},
+            "tasks": {task.name: task.about for task in TASKS.values()},
+            "cases": {case.name: str(case) for case in CASES.values()},
+        },
     )
     add = parser.add_argument
-    add("tasks", nargs="*", metavar="TASK", help="which tasks to run")
+    add("tasks", nargs="*", metavar="TASK", help="default: all")
     default = f"default: {','.join(DEFAULT_CUDA)} on a GPU, {','.join(DEFAULT_CPU)} on a CPU"
     cases_help = f"names with commas between, or N=..,D=..,V=..[,softcap=..]; may be repeated; {default}"
-    add("--cases", action="append", help=cases_help)
-    add("--impls", default="all", help="all, ours, or names with commas between; default: all")
-    add("--data", default="trained", choices=KINDS, help="statistics like a trained model's (default), or Gaussians")
-    add("--seed", type=int, default=0, help="of the data; default: 0")
+    impls_help = f"ours, or names with commas between, of {', '.join(implementations())}; default: all"
+    add("--cases", action="append", metavar="CASES", help=cases_help)
+    add("--impls", default="all", metavar="NAMES", help=impls_help)
+    add(
+        "--data",
+        default=KINDS[0],
+        choices=KINDS,
+        help=f"statistics like a trained model's, or Gaussians; default: {KINDS[0]}",
+    )
+    add("--seed", type=int, default=0, metavar="N", help="of the data; default: 0")
     add("--dtype", choices=_DTYPES, help="of hidden states and head; default: bf16 on a GPU, fp32 on a CPU")
     add("--out", type=Path, metavar="DIR", help="also write bench.md, bench.json and bench.png there")
     add("--wide", action="store_true", help="print all columns; the files of --out always have them")
-    add("--profile", metavar="IMPL", help="profile one impl instead: the kernels of each task, by time")
+    add("--profile", metavar="NAME", help="profile one impl instead: the kernels of each task, by time")
     return parser
 
 
@@ -67,6 +73,9 @@ def bench(argv: list[str]) -> None:
 
 def _run_tables(settings: Settings, out: Path | None, *, wide: bool) -> None:
     """Print each table when it is measured, and write the report so far into `out`."""
+    from fusedalign.bench.runner import run
+    from fusedalign.bench.table import case_footer, case_header, header, task_section, write
+
     write_error = no_plot = None
     for count, report in enumerate(run(settings, lambda line: print(line, file=sys.stderr, flush=True))):
         if count == 0:
@@ -89,6 +98,9 @@ def _run_tables(settings: Settings, out: Path | None, *, wide: bool) -> None:
 
 
 def _profile(settings: Settings) -> None:
+    from fusedalign.bench.profiling import profile_row
+    from fusedalign.bench.runner import free, inputs
+
     (impl,) = settings.impls
     for case in settings.cases:
         data = inputs(case, settings)
@@ -116,11 +128,16 @@ def _settings(options: argparse.Namespace) -> Settings:
         if name not in TASKS:
             hint = suggestion(name, [*TASKS, *SUBCOMMANDS])
             raise ValueError(f"a task must be one of {', '.join(TASKS)}, got {name!r}{hint}")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     impls = choose(options.impls if options.profile is None else options.profile)
     if options.profile is not None and (len(impls) != 1 or options.out is not None):
         raise ValueError(f"--profile must name one impl and prints only, without --out, got {options.profile!r}")
     tasks = _tasks(options.tasks, impls)
-    cases = parse_cases(options.cases or (DEFAULT_CUDA if device == "cuda" else DEFAULT_CPU))
-    dtype = _DTYPES[options.dtype or ("bf16" if device == "cuda" else "fp32")]
+    cases = None if options.cases is None else parse_cases(options.cases)
+    import torch  # once all words are known to be right
+
+    from fusedalign.bench.runner import Settings
+
+    device = device_type()
+    cases = cases or parse_cases(DEFAULT_CUDA if device == "cuda" else DEFAULT_CPU)
+    dtype = getattr(torch, _DTYPES[options.dtype or ("bf16" if device == "cuda" else "fp32")])
     return Settings(tasks, cases, impls, options.data, options.seed, dtype, device)

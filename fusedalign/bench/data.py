@@ -14,9 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fusedalign.bench.cases import Case
-
-KINDS = ("trained", "random")
+from fusedalign.bench.cases import KINDS, Case
 
 _HEAD_CHUNK = 16384  # rows of the head that are in fp32 at a time
 _LOGITS_CHUNK = 2**26  # fp32 logits in memory at a time

@@ -1,22 +1,22 @@
 """The rows of the benchmark: our impls, and one small function for each other implementation.
 
-A library is imported when its row is measured, so a missing or broken one affects only its own row.
+A library, torch too, is imported when its row is measured, so a missing or broken one affects only its own row.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-
-from fusedalign.bench.data import Data, capped
+from fusedalign.bench.failures import in_short
 from fusedalign.bench.tasks import TASKS
+from fusedalign.commandline import suggestion
 from fusedalign.impls import impl_names
-from fusedalign.ops import linear_cross_entropy, linear_logps
-from fusedalign.problem import DEFAULT_WORKSPACE
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fusedalign.bench.data import Data
 
 
 class UnavailableError(Exception):
@@ -48,9 +48,9 @@ class Implementation(NamedTuple):
 
 def implementations() -> dict[str, Implementation]:
     """All rows by name: our impls, then the peers."""
-    ours = [_ours(name) for name in impl_names("own")]
+    ours = [Implementation(name, fused(impl=name), ours=True) for name in impl_names("own")]
     # The scalar loss is the only task with a choice of workspace.
-    least = _ours("triton", workspace=DEFAULT_WORKSPACE)._replace(name="triton-256MiB", tasks=("sft",))
+    least = Implementation("triton-256MiB", fused(impl="triton", workspace=256 * 2**20), tasks=("sft",), ours=True)
     return {x.name: x for x in (*ours, least, *PEERS)}
 
 
@@ -70,34 +70,46 @@ def choose(words: str) -> list[Implementation]:
         elif word in known:
             names.add(word)
         else:
-            raise ValueError(f"impls must be among all, ours, {', '.join(known)}, got {word!r}")
+            hint = suggestion(word, known)
+            raise ValueError(f"impls must be among all, ours, {', '.join(known)}, got {word!r}{hint}")
     return [x for name, x in known.items() if name in names]
 
 
-def _ours(name: str, *, workspace: int | Literal["auto"] = "auto") -> Implementation:
-    options: dict[str, Any] = {"impl": name, "workspace": workspace}
+def fused(**options: Any) -> Callable[[], Functions]:
+    """The functions of this package, with options of `linear_logps`."""
 
-    def logps(d: Data) -> Tensor:
-        return linear_logps(d.hidden, d.weight, d.targets, softcap=d.softcap, **options).logps
+    def load() -> Functions:
+        from fusedalign.ops import linear_cross_entropy, linear_logps
 
-    def nll(d: Data) -> Tensor:
-        return linear_cross_entropy(d.hidden, d.weight, d.targets, softcap=d.softcap, **options)
+        def logps(d: Data) -> Tensor:
+            return linear_logps(d.hidden, d.weight, d.targets, softcap=d.softcap, **options).logps
 
-    return Implementation(name, lambda: Functions(logps, nll), ours=True)
+        def nll(d: Data) -> Tensor:
+            return linear_cross_entropy(d.hidden, d.weight, d.targets, softcap=d.softcap, **options)
+
+        return Functions(logps, nll)
+
+    return load
 
 
-def _eager_nll(d: Data, reduction: str = "mean") -> Tensor:
-    logits = capped(F.linear(d.hidden, d.weight), d.softcap)
-    return F.cross_entropy(logits.float(), d.targets, reduction=reduction)
+def _eager() -> Functions:
+    import torch.nn.functional as F
 
+    from fusedalign.bench.data import capped
 
-def _eager_logps(d: Data) -> Tensor:
-    return -_eager_nll(d, "none")
+    def losses(d: Data, reduction: str) -> Tensor:
+        logits = capped(F.linear(d.hidden, d.weight), d.softcap)
+        return F.cross_entropy(logits.float(), d.targets, reduction=reduction)
+
+    return Functions(lambda d: -losses(d, "none"), lambda d: losses(d, "mean"))
 
 
 def _compile() -> Functions:
+    import torch
+
     torch.compiler.reset()  # shapes of earlier tables would count against the recompilation limit
-    return Functions(torch.compile(_eager_logps, dynamic=False), torch.compile(_eager_nll, dynamic=False))
+    functions: tuple[Any, ...] = _eager()
+    return Functions(*(torch.compile(function, dynamic=False) for function in functions))
 
 
 def _trl() -> Functions:
@@ -155,7 +167,7 @@ _LIGER = "pip install 'liger-kernel>=0.8.5'"
 _CCE = "pip install 'cut-cross-entropy @ git+https://github.com/apple/ml-cross-entropy.git'"
 
 PEERS = (
-    Implementation("eager", lambda: Functions(_eager_logps, _eager_nll)),
+    Implementation("eager", _eager),
     Implementation("compile", _compile),
     Implementation("trl", _trl, "pip install 'trl>=1.16'"),
     Implementation("liger-fused", _liger_fused, _LIGER, tasks=("sft",)),
@@ -163,3 +175,12 @@ PEERS = (
     Implementation("cce", lambda: _cce(exact=False), _CCE),
     Implementation("cce-exact", lambda: _cce(exact=True), _CCE),
 )
+
+
+def reason(error: Exception, impl: Implementation) -> str:
+    """Why an implementation has no figures, in one line."""
+    if isinstance(error, UnavailableError):
+        return str(error)
+    if isinstance(error, ModuleNotFoundError) and impl.install:
+        return f"not installed: {impl.install} (no module {error.name})"
+    return in_short(error, named=not impl.ours)  # our own messages are full sentences

@@ -6,10 +6,11 @@ from torch.profiler import ProfilerActivity, profile
 
 from fusedalign.bench.cases import Case
 from fusedalign.bench.data import Data
+from fusedalign.bench.exact import reference
 from fusedalign.bench.measure import covered, does_work, spans, synchronize
 from fusedalign.bench.peers import Implementation
 from fusedalign.bench.runner import Calls
-from fusedalign.bench.tasks import Task, reference
+from fusedalign.bench.tasks import Task
 
 _TOP = 15
 

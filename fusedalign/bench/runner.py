@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import platform
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-import fusedalign
 from fusedalign.bench.cases import Case
 from fusedalign.bench.data import Data, Statistics, make_data, statistics
+from fusedalign.bench.exact import BUDGETS, Reference, reference, relative_error
+from fusedalign.bench.failures import in_short
+from fusedalign.bench.machine import machine
 from fusedalign.bench.measure import median_ms, peak_bytes, product_rate
-from fusedalign.bench.peers import Implementation, UnavailableError
-from fusedalign.bench.tasks import BUDGETS, Reference, Task, reference, relative_error
-from fusedalign.reports import MISSING, package_version
+from fusedalign.bench.peers import Implementation, UnavailableError, reason
+from fusedalign.bench.tasks import Task
 
-OUT_OF_MEMORY = "out of memory"
 #: Speed-ups are relative to the first of these that ran.
 BASELINES = ("trl", "eager")
 
@@ -154,20 +153,6 @@ def inputs(case: Case, settings: Settings) -> Data:
     return make_data(settings.data, case, dtype=settings.dtype, device=settings.device, seed=settings.seed)
 
 
-def machine(device: str) -> dict[str, str]:
-    """The device, and the version of every package that is compared."""
-    cpu = f"{platform.machine()} CPU, {torch.get_num_threads()} thread(s)"
-    facts = {"device": torch.cuda.get_device_name() if device == "cuda" else cpu, "torch": torch.__version__}
-    facts["fusedalign"] = fusedalign.__version__
-    packages = ("triton", "trl", "liger-kernel", "cut-cross-entropy")
-    return facts | {name: package_version(name) or MISSING for name in packages}
-
-
-def describe_machine(facts: dict[str, str]) -> str:
-    """The facts of `machine` in one line."""
-    return ", ".join(fact if name == "device" else f"{name} {fact}" for name, fact in facts.items())
-
-
 def free(device: str) -> None:
     """Free the memory of a row, so that every row starts from the same state."""
     gc.collect()
@@ -280,22 +265,3 @@ def _measure(impl: Implementation, workload: _Workload) -> Row:
         # Not "error > budget": that is False for NaN.
         over_budget=tuple(name for name, budget in workload.budgets.items() if not errors[name] <= budget),
     )
-
-
-def reason(error: Exception, impl: Implementation) -> str:
-    """Why an implementation has no figures, in one line."""
-    if isinstance(error, UnavailableError):
-        return str(error)
-    if isinstance(error, ModuleNotFoundError) and impl.install:
-        return f"not installed: {impl.install} (no module {error.name})"
-    return in_short(error, named=not impl.ours)  # our own messages are full sentences
-
-
-def in_short(error: Exception, *, named: bool = True) -> str:
-    """An exception in one line of at most 160 characters, which starts with its class if `named`."""
-    if isinstance(error, torch.OutOfMemoryError):
-        return OUT_OF_MEMORY
-    text = " ".join(str(error).split())
-    if named:
-        text = f"{type(error).__name__}: {text}"
-    return text if len(text) <= 160 else f"{text[:157]}..."

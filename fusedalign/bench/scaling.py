@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fusedalign.commandline import CommandParser
-from fusedalign.problem import DEFAULT_WORKSPACE
 from fusedalign.reports import check_writable, markdown_table, replace_text, to_json
 
 WORD = "scaling"
 GIB = 2**30
 RANKS = (8, 16, 64, 256, 1024)
+TOKENS = 8192
 USES = ("none", "frozen", "trained")
 
 #: Bytes a parameter of the optimizer: an fp32 copy of the weight and two states of Adam.
@@ -180,6 +180,8 @@ def products(use: str, tokens: int, width: int) -> float:
 
 def _path_bytes(head: Head, tokens: int, use: str, *, is_summed: bool) -> int:
     """What a gradient path takes at most: workspace, gradient of hidden (its sum too), and a frozen head's Jacobian."""
+    from fusedalign.problem import DEFAULT_WORKSPACE  # imports torch
+
     items = head.itemsize + 4 * is_summed + 2 * (use == "frozen")
     return DEFAULT_WORKSPACE + (use != "none") * tokens * head.width * items
 
@@ -194,15 +196,16 @@ def scaling(argv: list[str]) -> None:
     if options is None:
         return
     cluster = Cluster(options.node, options.tflops, options.nvlink, options.network)
-    if not all(x > 0 for x in (options.tokens, *dataclasses.astuple(cluster))):
-        raise ValueError("--tokens, --node, --tflops, --nvlink and --network must be above 0")
-    ranks = _ranks(options.ranks, cluster.node)
+    for name in ("tokens", *dataclasses.asdict(cluster)):
+        if not getattr(options, name) > 0:
+            raise ValueError(f"--{name} must be above 0, got {getattr(options, name)}")
+    ranks, heads = _ranks(options.ranks, cluster.node), _heads(options)
     if options.out is not None:
         check_writable(options.out, "--out")
     rates = f"{cluster.tflops:g} TFLOP/s, NVLink {cluster.nvlink:g} GB/s, network {cluster.network:g} GB/s a GPU"
     print(f"# fusedalign bench {WORD}\n\nNodes of {cluster.node} GPUs: {rates}. Calculated, not measured.")
     results = []
-    for head in _heads(options):
+    for head in heads:
         rows = [layouts(head, options.tokens, options.use, r, cluster.node) for r in ranks]
         print("\n" + section(head, options.tokens, options.use, rows, cluster))
         results += [{"head": head.name, **_figures(x, cluster)} for row in rows for x in row]
@@ -267,15 +270,39 @@ def _parser() -> CommandParser:
         "Memory, compute and communication of a head on many GPUs, for each way to hold it; calculated, without a GPU.",
     )
     add, default = parser.add_argument, Cluster()
-    add("--head", choices=HEADS, help="default: all")
-    add("--vocab_size", type=int, help="V, with --hidden_size, instead of --head")
-    add("--hidden_size", type=int, help="D")
-    add("--tokens", type=int, default=8192, help="N of each GPU in a step; default: 8192")
-    add("--use", choices=USES, default="trained", help="which gradient of the head; default: trained")
-    add("--ranks", default=",".join(map(str, RANKS)), help="numbers of GPUs; default: 8 to 1024")
-    add("--node", type=int, default=default.node, help=f"GPUs of a node; default: {default.node}")
-    add("--tflops", type=float, default=default.tflops, help=f"sustained by a GPU; default: {default.tflops}")
-    add("--nvlink", type=float, default=default.nvlink, help=f"GB/s a GPU in a node; default: {default.nvlink}")
-    add("--network", type=float, default=default.network, help=f"GB/s a GPU between nodes; default: {default.network}")
+    add("--head", choices=HEADS, help="of which model; default: all")
+    add("--vocab_size", type=int, metavar="N", help="V, with --hidden_size, instead of --head")
+    add("--hidden_size", type=int, metavar="N", help="D")
+    add("--tokens", type=int, default=TOKENS, metavar="N", help=f"of each GPU in a step; default: {TOKENS}")
+    add(
+        "--use",
+        choices=USES,
+        default=USES[-1],
+        help=f"gradients: none, of a frozen head, of a trained one; default: {USES[-1]}",
+    )
+    ranks = ",".join(map(str, RANKS))
+    add("--ranks", default=ranks, metavar="NUMBERS", help=f"GPUs, with commas between; default: {ranks}")
+    add("--node", type=int, default=default.node, metavar="N", help=f"GPUs of a node; default: {default.node}")
+    add(
+        "--tflops",
+        type=float,
+        default=default.tflops,
+        metavar="X",
+        help=f"TFLOP/s that a GPU sustains in large products; default: {default.tflops}",
+    )
+    add(
+        "--nvlink",
+        type=float,
+        default=default.nvlink,
+        metavar="X",
+        help=f"GB/s that a GPU receives in a node; default: {default.nvlink}",
+    )
+    add(
+        "--network",
+        type=float,
+        default=default.network,
+        metavar="X",
+        help=f"GB/s that it receives from others; default: {default.network}",
+    )
     add("--out", type=Path, metavar="DIR", help=f"also write {WORD}.json there")
     return parser

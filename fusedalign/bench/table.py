@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from fusedalign.bench.data import TARGET
-from fusedalign.bench.runner import CaseReport, Report, Row, TaskTable, describe_machine
+from fusedalign.bench.machine import describe_machine
+from fusedalign.bench.runner import CaseReport, Report, Row, TaskTable
 from fusedalign.bench.tasks import TASKS
 from fusedalign.commandline import fit
 from fusedalign.reports import bullets, markdown_table, plot_failure, replace_text, selected, to_json

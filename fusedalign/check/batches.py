@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from fusedalign.check.rows import inner_collator, sequences
-from fusedalign.check.weightless import packing_refusal
+from fusedalign.check.weightless import layout_refusal
 from fusedalign.packing import PackedBatch
 from fusedalign.packing.batch import GPU_MULTIPLE
 from fusedalign.trl.layouts import PACKED, Layouts
@@ -39,7 +39,7 @@ def read_batches(trainer: Any) -> list[Slots]:
     trainer.data_collator, trainer.args.dataloader_num_workers = inner_collator(trainer), 0
     try:
         batches = itertools.islice(trainer.get_train_dataloader(), BATCHES)
-        can_pack = packing_refusal(trainer) is None
+        can_pack = layout_refusal(trainer) is None
         layouts = Layouts(trainer.layouts.groups, PACKED, "on a GPU", multiple=GPU_MULTIPLE) if can_pack else None
         return [_slots(trainer, layouts, batch) for batch in batches]
     finally:

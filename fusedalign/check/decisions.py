@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fusedalign.check.batches import Slots
-from fusedalign.check.weightless import Sample, packing_refusal
+from fusedalign.check.weightless import Sample, layout_refusal
 from fusedalign.trl.description import decisions, reference_source
 from fusedalign.trl.layouts import PACKED
 from fusedalign.trl.options import mixed_precision
@@ -67,7 +67,7 @@ def _batches(sample: Sample) -> str:
     text = str(trainer.layouts).removeprefix("batches: ")
     if packed is False or trainer.layouts.kind == PACKED or trainer.accelerator.device.type == "cuda":
         return text
-    reason = packing_refusal(trainer)
+    reason = layout_refusal(trainer)
     if reason is not None and reason in text:
         return text
     there = "packed, if the proof at the start agrees" if reason is None else f"not packed, {reason}"

@@ -11,6 +11,7 @@ from typing import Any
 
 from fusedalign.check.rows import Row
 from fusedalign.check.weightless import Sample
+from fusedalign.commandline import one_line
 from fusedalign.trl import lengths
 from fusedalign.trl.refusals import unwrapped
 from fusedalign.trl.train import tokenizer_of
@@ -100,7 +101,7 @@ def recorded_warnings() -> Iterator[list[str]]:
 
     class Recorder(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            text = " ".join(record.getMessage().split()).removeprefix("[RANK 0] ")
+            text = one_line(record.getMessage()).removeprefix("[RANK 0] ")
             if text not in texts and record.name != lengths.__name__:
                 texts.append(text)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import textwrap
 from typing import Any, NamedTuple
 
 from fusedalign.check.batches import Slots
@@ -11,7 +10,7 @@ from fusedalign.check.memory import Memory
 from fusedalign.check.rows import Row
 from fusedalign.check.tokens import Style, render_tokens
 from fusedalign.check.weightless import Sample
-from fusedalign.commandline import WIDTH
+from fusedalign.commandline import fold, wrapped_table
 from fusedalign.plan.sizes import CONTEXT
 from fusedalign.plan.table import describe, size
 from fusedalign.reports import text_table
@@ -41,7 +40,7 @@ def render(check: Check, style: Style) -> str:
         "truncation": _wrapped(_truncation(check)),
         "batches": _wrapped(_batches(check)),
         "memory of a step on one GPU": _memory(check),
-        "what was decided": _decisions(check.decisions),
+        "what was decided": wrapped_table(check.decisions, indent=len(_INDENT)),
         "what to look at": [line for text in check.findings for line in _wrapped(text, "- ")] or [f"{_INDENT}nothing"],
     }
     parts = [_title(check), *("\n".join([title, *lines]) for title, lines in sections.items())]
@@ -59,7 +58,7 @@ def _title(check: Check) -> str:
     if sample.is_partial:
         which = "its first" if sample.total is None else "a random sample of"
         text += f"; what follows is of {which} {len(check.rows):,} rows"
-    return "\n".join(textwrap.wrap(text, WIDTH, break_on_hyphens=False))
+    return "\n".join(fold(text))
 
 
 def _shown_rows(check: Check, style: Style) -> list[str]:
@@ -192,18 +191,5 @@ def _memory(check: Check) -> list[str]:
     return lines + [line for note in memory.notes for line in _wrapped(note)]
 
 
-def _decisions(decisions: list[tuple[str, str]]) -> list[str]:
-    width = max(len(name) for name, _ in decisions) + len(_INDENT)
-    lines = []
-    for name, text in decisions:
-        start = f"{_INDENT}{name:<{width}}"
-        lines += textwrap.wrap(text, WIDTH, initial_indent=start, subsequent_indent=" " * len(start), **_WHOLE_WORDS)
-    return lines
-
-
-_WHOLE_WORDS: Any = {"break_on_hyphens": False}
-
-
 def _wrapped(text: str, mark: str = "") -> list[str]:
-    indent = _INDENT + " " * len(mark)
-    return textwrap.wrap(text, WIDTH, initial_indent=_INDENT + mark, subsequent_indent=indent, **_WHOLE_WORDS)
+    return fold(text, _INDENT + mark)

@@ -131,7 +131,7 @@ class Weightless:
         return dataset if trainer._ref_cache is None else parent._precompute_ref_logps(dataset, name, *args, **kwargs)
 
 
-def packing_refusal(trainer: Any) -> str | None:
+def layout_refusal(trainer: Any) -> str | None:
     """Why the model cannot run packed on any device, as far as its configuration shows."""
     return refusal(unwrapped(trainer, trainer.model))
 

@@ -77,10 +77,8 @@ class Progress(transformers.TrainerCallback):
         self.bar.update(1 / state.max_steps)
 
 
-def demo(argv: list[str]) -> None:
-    """Run the trainings, print the table, save the plot. Raises ValueError for arguments: there are none."""
-    if argv:
-        raise ValueError(f"demo takes no arguments, got {' '.join(argv)}")
+def demo() -> None:
+    """Run the trainings, print the table, save the plot."""
     start = time.perf_counter()
     progress = Progress(trainings=3)
     with contextlib.closing(progress.bar):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fusedalign.demo.memory import CASE, LossMemory, computed
-from fusedalign.demo.slots import Slots
+from fusedalign.demo.slots import EpochSlots
 from fusedalign.plan.sizes import TRL_TILE
 
 FULL_LOGITS, STOCK, FUSED = "full logits", "stock TRL", "fusedalign"
@@ -27,7 +27,7 @@ class Results(NamedTuple):
     tokens: int
     """token positions of the measured batch"""
     vocab: int
-    slots: Mapping[str, Slots]
+    slots: Mapping[str, EpochSlots]
     """training -> slots of an epoch"""
 
 
@@ -69,7 +69,7 @@ def _plot_losses(axes: Any, losses: Mapping[str, Sequence[tuple[int, float]]]) -
     axes.legend(frameon=False)
 
 
-def _plot_slots(axes: Any, slots: Mapping[str, Slots]) -> None:
+def _plot_slots(axes: Any, slots: Mapping[str, EpochSlots]) -> None:
     width, places = 0.36, range(len(slots))
     padded, packed = zip(*slots.values(), strict=True)
     for shift, values, name in ((-width / 2, padded, STOCK), (width / 2, packed, FUSED)):

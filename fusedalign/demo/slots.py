@@ -10,7 +10,7 @@ from fusedalign.packing.batch import GPU_MULTIPLE
 from fusedalign.trl.layouts import PACKED, Layouts
 
 
-class Slots(NamedTuple):
+class EpochSlots(NamedTuple):
     """Token positions of one epoch of training batches."""
 
     padded: int
@@ -24,10 +24,10 @@ class Slots(NamedTuple):
         return self.packed / self.padded - 1
 
 
-def count_slots(trainer: Any) -> Slots:
+def count_slots(trainer: Any) -> EpochSlots:
     """Collate one epoch of training batches, and pack each as a Fused trainer would on a GPU."""
     # TRL's DPO collates all chosen answers, then all rejected ones.
     groups = 2 if isinstance(trainer, trl.DPOTrainer) else 1
     layouts = Layouts(groups, PACKED, must_pack=True, multiple=GPU_MULTIPLE)
     counts = [(batch["input_ids"].numel(), layouts.of(batch).tokens) for batch in trainer.get_train_dataloader()]
-    return Slots(*map(sum, zip(*counts, strict=True)))
+    return EpochSlots(*map(sum, zip(*counts, strict=True)))

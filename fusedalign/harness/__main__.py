@@ -5,6 +5,8 @@ import sys
 
 from lm_eval.__main__ import cli_evaluate
 
+from fusedalign.commandline import one_line
+
 
 def main() -> int:
     """Run the command; an invalid argument of the model or the task is one line on stderr and status 2."""
@@ -13,7 +15,7 @@ def main() -> int:
     except (ValueError, TypeError, OSError) as error:
         if logging.getLogger("lm_eval").isEnabledFor(logging.DEBUG):
             raise
-        reason = " ".join(f"{error}".split()) or type(error).__name__
+        reason = one_line(error) or type(error).__name__
         print(f"fusedalign: error: {reason} (LMEVAL_LOG_LEVEL=DEBUG shows the traceback)", file=sys.stderr)
         return 2
     return 0

@@ -1,7 +1,7 @@
 """The table of impls, and the choice among them.
 
 Each module has an `IMPL`, an object of the class `base.Impl`. It is imported when it is first considered, so that a
-missing or broken package affects only the impl that needs it.
+missing or broken package affects only the impl that needs it. The table itself needs no torch.
 """
 
 from __future__ import annotations
@@ -9,10 +9,11 @@ from __future__ import annotations
 import functools
 import importlib
 import logging
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from fusedalign.impls.base import Impl
-from fusedalign.problem import Problem
+if TYPE_CHECKING:
+    from fusedalign.impls.base import Impl
+    from fusedalign.problem import Problem
 
 _log = logging.getLogger("fusedalign")
 

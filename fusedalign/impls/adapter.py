@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from fusedalign.commandline import one_line
 from fusedalign.problem import OUTPUTS, Problem, SplitHead, TokenLogps
 
 
@@ -31,8 +32,7 @@ def lazy_library(module: str, install: str, load: Callable[[], Any]) -> Callable
                 return Library(None, f"{module} is not installed: {install}")
             return Library(load(), None)
         except Exception as error:  # a broken installation can raise anything, however deep inside
-            text = " ".join(str(error).split())
-            return Library(None, f"{module} cannot be imported ({type(error).__name__}: {text})")
+            return Library(None, f"{module} cannot be imported ({type(error).__name__}: {one_line(error)})")
 
     return find
 

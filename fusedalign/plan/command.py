@@ -26,7 +26,7 @@ def plan_command(argv: Sequence[str]) -> None:
         return
     if options.model_name_or_path is None:
         raise ValueError(
-            f"{WORD} needs --model_name_or_path: a folder with a config.json, a name of the Hub or embedded"
+            f"{WORD} needs --model_name_or_path: a folder with a config.json, a name of the Hub, or embedded"
         )
     from fusedalign.plan.model import Shapes, read_config  # these import torch
     from fusedalign.plan.plan import plan
@@ -85,8 +85,8 @@ def _parser() -> CommandParser:
     default = Step()
     parser = CommandParser(
         f"fusedalign {WORD}",
-        "Predicts the peak memory of a training step on one GPU from a model's configuration; no weights\n"
-        "are loaded. Each line is a component with its formula: docs/plan.md.",
+        "Predicts the peak memory of a training step on one GPU from a model's configuration; no weights are loaded. "
+        "Each line is a component with its formula: docs/plan.md.",
         epilog="example: fusedalign plan --model_name_or_path Qwen/Qwen3-1.7B --method dpo --batch 8 --length 4096 "
         "--memory 24GiB",
     )
@@ -97,7 +97,7 @@ def _parser() -> CommandParser:
             options["default"] = default
         parser.add_argument(name, help=text, **options)
 
-    add("--model_name_or_path", "a folder with a config.json, a Hub model, or embedded", metavar="M")
+    add("--model_name_or_path", "a folder with a config.json, a name of the Hub, or embedded", metavar="M")
     add("--method", "the training method", default.method, choices=METHODS)
     number: dict[str, Any] = {"type": int, "metavar": "N"}
     add("--batch", "rows, or pairs, per micro-batch", default.batch, **number)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from fusedalign.commandline import one_line
 from fusedalign.embedded import EMBEDDED_NAME, embedded_config
 from fusedalign.plan.shape import Model, Step, Trace
 from fusedalign.plan.trace import trace
@@ -34,7 +35,7 @@ def read_config(name: str) -> Any:
     except Exception as error:  # OSError, ValueError, KeyError, and validation errors of fields
         reason = "it is no folder here, and the Hub has no such model or cannot be reached"
         if path.is_dir():
-            reason = f"its config.json cannot be read: {' '.join(str(error).split())}"
+            reason = f"its config.json cannot be read: {one_line(error)}"
         raise ValueError(f"{option} must name a model, got {name}: {reason}") from error
     check_config(config, name)
     return config

@@ -50,7 +50,7 @@ class ScoreArguments:
         default_factory=list, metadata={"help": "Also write lists with a value per token: logps, entropy, ranks."}
     )
     accelerate_config: str | None = argument(
-        None, "Start through `accelerate launch`, as in training: a file, or multi_gpu, ..."
+        None, "Start through `accelerate launch`, as in training: a file, or a name such as multi_gpu."
     )
     trust_remote_code: bool = argument(False, "Run code that comes with the model or its tokenizer.")
     strict: bool = argument(False, "End with status 3 if a row could not be scored.")

@@ -26,6 +26,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from fusedalign.commandline import one_line
 from fusedalign.score.dataset import column_names, find_kind, read_rows, read_tokens, select_columns, shorten
 from fusedalign.score.records import IGNORED, Answer, Example, RefusedRow, Window
 
@@ -265,12 +266,12 @@ def _reason(error: Exception) -> str:
     """Why a row is refused, in one line."""
     from jinja2 import TemplateError
 
-    text = " ".join(str(error).split())
+    text = one_line(error)
     if isinstance(error, TemplateError):
         text = f"the chat template must render the row, got its error: {text}"
     elif not isinstance(error, ValueError):
         text = f"{type(error).__name__}: {text}"
-    return text if len(text) <= 300 else text[:297] + "..."
+    return one_line(text, 300)
 
 
 def reason_kind(reason: str) -> str:

@@ -7,6 +7,8 @@ from typing import Any
 
 from accelerate.utils import is_peft_model
 
+from fusedalign.commandline import one_line
+
 #: What TRL writes for a base model that is a folder.
 _NO_LINK = "[None](https://huggingface.co/None)"
 
@@ -39,7 +41,7 @@ class Card:
         try:
             self._write(trainer)
         except Exception as error:
-            return f"the model card was left out: {type(error).__name__}: {' '.join(str(error).split())}"
+            return f"the model card was left out: {type(error).__name__}: {one_line(error)}"
         return None
 
     def _write(self, trainer: Any) -> None:

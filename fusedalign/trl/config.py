@@ -82,7 +82,7 @@ def file_value(parser: Any, action: argparse.Action, value: Any, name: str) -> A
             return value
         return getattr(parser.parse_known_args([flag, *map(str, value)])[0], action.dest)
     except ValueError as error:
-        raise ValueError(f"{name}: {str(error).partition(': ')[2] or error}") from None
+        raise ValueError(f"{name}{str(error).removeprefix(flag)}") from None
 
 
 def kinds(parser: Any, name: str) -> set[type]:

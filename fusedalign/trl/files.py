@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from fusedalign.commandline import one_line
 from fusedalign.embedded import data_directory
 
 #: Ending of a data file -> the reader of `datasets` for it.
@@ -69,10 +70,10 @@ def _explanation(name: str, path: Path, error: Exception) -> str:
     cause: BaseException = error
     while cause.__cause__ is not None:
         cause = cause.__cause__
-    reason = " ".join(str(cause).split()) or type(cause).__name__
+    reason = one_line(cause, 200) or type(cause).__name__
     remote = "a file, a folder or a data set of the Hub that can be reached"
     expected = "data that can be read" if path.exists() else remote
-    return f"dataset_name must be {expected}, got {name}: {reason[:200]}"
+    return f"dataset_name must be {expected}, got {name}: {reason}"
 
 
 def _data_files(path: Path) -> list[Path]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 import textwrap
+from typing import Any
 
-from fusedalign.commandline import fit, terminal_width
+from fusedalign.commandline import fit, one_line, terminal_width
 from fusedalign.methods import METHODS
 from fusedalign.sources import Field
 from fusedalign.trl.fields import score_fields, training_fields
@@ -29,19 +30,20 @@ _NARROW = 80
 #: Our own help for fields that take more values than TRL documents.
 _HELP = {"resume_from_checkpoint": "last: go on from the latest checkpoint in output_dir; or a checkpoint's folder"}
 _SCORE = """\
-fusedalign score: log-probabilities of a data set under a model
 usage: fusedalign score --model_name_or_path M --dataset_name D --out scores.parquet
                         [--config FILE] [--field VALUE ...]
+       fusedalign score --ref_cache ref.parquet --method dpo --config dpo [--field VALUE ...]
 
-Pairs (chosen, rejected), prompts with completions, conversations (messages), or plain text (text); \
+Log-probabilities of a data set under a model: pairs (chosen, rejected), \
+prompts with completions, conversations (messages), or plain text (text); \
 tokens and truncation are those of TRL's trainers. An interrupted run continues when the same command is \
 repeated. Rows that cannot be scored are listed in scores.refused.jsonl. Under `torchrun` or `accelerate \
 launch` the processes share the work.
 
-       fusedalign score --ref_cache ref.parquet --method dpo --config dpo [--field VALUE ...]
+With --ref_cache: the reference log-probabilities of a DPO or KTO training, from the arguments of that training, \
+which then needs --ref_logps ref.parquet and no reference model.
 
-The reference log-probabilities of a DPO or KTO training, from the arguments of that training, which then needs \
---ref_logps ref.parquet and no reference model."""
+the usual:"""
 
 
 def help_text(method: str, *, everything: bool = False) -> str:
@@ -49,19 +51,19 @@ def help_text(method: str, *, everything: bool = False) -> str:
     fields, row = training_fields(method), METHODS[method]
     columns = " or ".join("+".join(choice) for choice in row.columns)
     parts = [
-        f"fusedalign {method}: {row.about}",
         f"usage: fusedalign {method} --config {method} [--field VALUE ...]",
-        "--config takes a YAML file, or the name of a recipe that `fusedalign recipes` lists. Flags win over the "
-        f"file; both have the same names. Data with the columns {columns}.",
+        f"{row.about[0].upper()}{row.about[1:]}; data with the columns {columns}. --config takes a YAML file, or the "
+        "name of a recipe that `fusedalign recipes` lists. Flags win over the file; both have the same names.",
     ]
+    current = [name for name in fields.own if not fields.every[name].help.startswith("Deprecated")]
     groups = {
-        "The usual": _USUAL,
-        f"{row.config}'s own": [name for name in fields.own if name not in _USUAL],
+        "the usual": _USUAL,
+        f"{row.config}'s own": [name for name in current if name not in _USUAL],
         "fusedalign's own": [name for name in fields.ours if name not in _USUAL],
     }
     if everything:
         listed = {name for names in groups.values() for name in names}
-        groups["The others of TRL and transformers"] = [name for name in fields.every if name not in listed]
+        groups["the others of TRL and transformers"] = [name for name in fields.every if name not in listed]
     for title, names in groups.items():
         parts.append(
             "\n".join([f"{title}:", *(help_line(fields.every[name]) for name in names if name in fields.every)])
@@ -77,17 +79,26 @@ def help_text(method: str, *, everything: bool = False) -> str:
 def score_help() -> str:
     """The text of `fusedalign score --help`."""
     fields = score_fields()
-    lines = [_SCORE, "", *(help_line(fields.every[name]) for name in _USUAL_OF_SCORE)]
+    lines = [_SCORE, *(help_line(fields.every[name]) for name in _USUAL_OF_SCORE)]
     return fit("\n".join(lines), terminal_width())
 
 
 def help_line(field: Field) -> str:
     """A flag with its meaning and default, in two columns, or below each other on a narrow terminal."""
-    text = re.sub(r"\s+", " ", _HELP.get(field.name, field.help)).replace("%%", "%").replace("`", "")
+    text = one_line(_HELP.get(field.name, field.help)).replace("%%", "%").replace("`", "")
+    text = re.sub(r"\[([^]]+)\]\([^)]+\)", r"\1", text)  # links
     text = re.split(r"(?<=[a-z)\]])\. ", text)[0].rstrip(".")
-    default = "" if field.default in (None, "", [], {}) else f" [{field.default}]"
+    is_off = field.default is False or field.default in (None, "", [], {})
+    default = "" if is_off else f"; default: {_value(field.default)}"
     body = textwrap.shorten(text, 150, placeholder=" ...") + default
     width, flag = terminal_width(), f"  --{field.name:<30} "
     if width < _NARROW:
         return "\n".join([flag.rstrip(), textwrap.fill(body, width, initial_indent=" " * 6, subsequent_indent=" " * 6)])
     return textwrap.fill(body, width, initial_indent=flag, subsequent_indent=" " * len(flag))
+
+
+def _value(default: Any) -> str:
+    """A default as it is written on the command line."""
+    if isinstance(default, bool):
+        return str(default).lower()
+    return " ".join(map(str, default)) if isinstance(default, list) else str(default)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fusedalign.commandline import one_line
 from fusedalign.impls import adapter
 
 _LOSSES = ("cross_entropy", "fused_linear_cross_entropy")
@@ -94,10 +95,9 @@ def add_liger_kernels(model: Any) -> None:
     try:
         functions[kind](model=model, **{loss: False for loss in _LOSSES if loss in accepted})
     except Exception as error:  # of any type, with a version of transformers that Liger does not know
-        text = " ".join(str(error).split())
         raise ValueError(
             f"liger_kernels=True needs a model that Liger Kernel can change, got {type(model).__name__} and "
-            f"{type(error).__name__}: {text}"
+            f"{type(error).__name__}: {one_line(error)}"
         ) from error
     if not liger_parts(model):
         raise ValueError(f"liger_kernels=True needs a model that Liger Kernel changes, got {type(model).__name__}")

@@ -17,18 +17,18 @@ def merge_command(argv: list[str]) -> None:
     """
     parser = CommandParser(
         "fusedalign merge",
-        "Merge an adapter into its base model and write the model and its tokenizer\ninto a folder.",
+        "Merges an adapter into its base model, and writes the model and its tokenizer into a folder.",
     )
     add, dtypes = parser.add_argument, ("auto", "float32", "bfloat16", "float16")
     add("adapter", nargs="?", metavar="ADAPTER", help="folder or Hub name of the adapter")
     add("--out", metavar="DIR", help="folder for the merged model, new or empty")
-    add("--dtype", choices=dtypes, default="auto", help="of the merged model; default: the base model's")
+    add("--dtype", choices=dtypes, default="auto", help="of the merged model; default: auto, the base model's")
     options = parser.parse(argv)
     if options is None:
         return
-    for name in ("adapter", "out"):
-        if not getattr(options, name):
-            raise ValueError(f"merge needs ADAPTER --out DIR, got no {name}")
+    for word, value in {"ADAPTER": options.adapter, "--out": options.out}.items():
+        if not value:
+            raise ValueError(f"merge needs ADAPTER --out DIR, got no {word}")
     from fusedalign.trl.adapters import find_adapter, merge
     from fusedalign.trl.models import ADAPTER_CONFIG, check_folder
 

@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import trl
 
+from fusedalign.commandline import one_line
 from fusedalign.reports import replacement
 from fusedalign.trl.digests import config_digest, template_digest, tokenizer_digest, weights_digest
 from fusedalign.trl.reference import package_versions
@@ -261,7 +262,7 @@ def _checksum(record: Mapping[str, Any], table: pa.Table) -> str:
 
 
 def _unreadable(name: str, problem: str, error: Exception | None = None) -> ValueError:
-    reason = "" if error is None else f" ({' '.join(str(error).split())[:120]})"
+    reason = "" if error is None else f" ({one_line(error, 120)})"
     return ValueError(
         f"ref_logps must be a file that fusedalign score --ref_cache has written, got {name}, which {problem}{reason}: "
         f"{_AGAIN}"

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import json
-import textwrap
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from fusedalign.commandline import LONGEST_ERROR, one_line
 from fusedalign.reports import replace_text, to_json, warn
 from fusedalign.trl.redaction import Redactor
 
 RUNNING, FINISHED, INTERRUPTED, FAILED = "running", "finished", "interrupted", "failed"
-_LONGEST = 400  # characters of an error
 
 
 class RunFile:
@@ -58,8 +57,7 @@ class RunFile:
         if isinstance(error, KeyboardInterrupt):
             self._write(INTERRUPTED)
         elif error is not None:
-            text = " ".join(f"{type(error).__name__}: {error}".split())
-            self._write(FAILED, error=textwrap.shorten(text, _LONGEST, placeholder=" ..."))
+            self._write(FAILED, error=one_line(f"{type(error).__name__}: {error}", LONGEST_ERROR))
 
     def finish(self, **facts: Any) -> None:
         """Record that the run has ended well."""
@@ -84,7 +82,7 @@ class RunFile:
         try:
             return function()
         except Exception as error:  # a record must not stop the training, nor hide why it stopped
-            warn(f"{self.path} is incomplete: {type(error).__name__}: {' '.join(str(error).split())}")
+            warn(f"{self.path} is incomplete: {type(error).__name__}: {one_line(error)}")
             return {}
 
 

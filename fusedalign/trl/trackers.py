@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
 from collections.abc import Sequence
 
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+from fusedalign.commandline import suggestion
 
 #: Tracker -> the modules that it needs one of; the first is also the name of the package.
 _MODULES = {
@@ -28,9 +29,7 @@ def check_trackers(names: Sequence[str]) -> None:
     for name in names:
         if name not in INTEGRATION_TO_CALLBACK:
             known = sorted([*INTEGRATION_TO_CALLBACK, "all", "none"])
-            match = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean {match[0]}?" if match else ""
-            raise ValueError(f"report_to must be among {', '.join(known)}, got {name!r}{hint}")
+            raise ValueError(f"report_to must be among {', '.join(known)}, got {name!r}{suggestion(name, known)}")
         modules = _MODULES.get(name, ())
         if modules and not any(map(_is_installed, modules)):
             raise ValueError(

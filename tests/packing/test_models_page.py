@@ -12,6 +12,7 @@ import transformers
 
 from fusedalign import support
 from fusedalign.reports import package_version
+from fusedalign.supportcommand import support_command
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/models.md").read_text()
@@ -91,11 +92,11 @@ def test_the_command_examines_a_configuration_without_weights(tmp_path, monkeypa
     fields = {**families.SMALL, "num_hidden_layers": 40, "vocab_size": 100_000, "head_dim": 8}
     config = transformers.Gemma2Config(**fields, final_logit_softcapping=20.0)
     config.save_pretrained(tmp_path)
-    support.support_command(["--model_name_or_path", str(tmp_path)])
+    support_command(["--model_name_or_path", str(tmp_path)])
     table = dict(re.split(r"\s{2,}", line, maxsplit=1) for line in capsys.readouterr().out.splitlines())
     assert table["model"] == "Gemma2ForCausalLM"
     assert table["softcap"] == "20"
     assert table["packed batches"].startswith("no: Gemma2Attention has softcap")
     assert table["Liger kernels"] == "LigerRMSNorm"
     with pytest.raises(ValueError, match="must name a model"):
-        support.support_command(["--model_name_or_path", str(tmp_path / "none")])
+        support_command(["--model_name_or_path", str(tmp_path / "none")])

@@ -6,14 +6,12 @@ import argparse
 import dataclasses
 import importlib.util
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import groupby, product
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from fusedalign.bench.runner import machine
+from fusedalign.bench.machine import device_type, gpu_count, machine
 from fusedalign.bench.training import processes
 from fusedalign.bench.training.plot import draw
 from fusedalign.bench.training.settings import ALL_MIXES, ENGINES, EQUAL, MIXES, SIDES, SIZES, STEPS, TRAININGS, Job
@@ -22,7 +20,6 @@ from fusedalign.bench.training.table import (
     LENGTHS,
     NARROW,
     Result,
-    describe_mix,
     failures,
     group_title,
     head,
@@ -30,7 +27,7 @@ from fusedalign.bench.training.table import (
     line,
     notes,
 )
-from fusedalign.commandline import CommandParser
+from fusedalign.commandline import CommandParser, listed_names
 from fusedalign.impls import check_name
 from fusedalign.reports import NO_MATPLOTLIB, check_writable, plot_failure, replace_text, to_json, warn
 
@@ -66,22 +63,22 @@ def jobs(options: argparse.Namespace) -> list[Job]:
     Raises:
         ValueError: an unknown name, or rows that none of the trainings has.
     """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     if options.steps < 1:
         raise ValueError(f"--steps must be at least 1, got {options.steps}")
-    if options.engine not in ENGINES:
-        raise ValueError(f"--engine must be one of {', '.join(ENGINES)}, got {options.engine!r}")
-    gpus = torch.cuda.device_count()
-    if options.ranks < 1 or (options.ranks > 1 and options.ranks > gpus):
-        raise ValueError(f"--ranks must be at least 1 and at most the number of GPUs, {gpus}, got {options.ranks}")
     if options.batch is not None and (options.batch < 2 or options.batch % 2):
         raise ValueError(f"--batch must be an even number of rows, at least 2, got {options.batch}")
     check_name(options.impl)
-    sizes = _names("--sizes", options.sizes or (DEFAULT_CUDA if device == "cuda" else DEFAULT_CPU), SIZES)
     if options.equal and options.mixes is not None:
         raise ValueError(f"--equal takes the place of --mixes, got both (--mixes {options.mixes})")
-    mixes = [EQUAL] if options.equal else _names("--mixes", options.mixes or ",".join(MIXES), MIXES)
-    training_names = _names("a training", ",".join(options.trainings or [DEFAULT_TRAINING]), TRAININGS)
+    mixes = [EQUAL] if options.equal else listed_names("--mixes", options.mixes or ",".join(MIXES), MIXES)
+    training_names = listed_names("a training", ",".join(options.trainings or [DEFAULT_TRAINING]), TRAININGS)
+    rows = listed_names("--rows", options.rows or ",".join(SIDES), SIDES)
+    sizes = None if options.sizes is None else listed_names("--sizes", options.sizes, SIZES)
+    device, gpus = device_type(), gpu_count()  # imports torch, once all names are known to be right
+    if options.ranks < 1 or (options.ranks > 1 and options.ranks > gpus):
+        raise ValueError(f"--ranks must be at least 1 and at most the number of GPUs, {gpus}, got {options.ranks}")
+    sizes = sizes or [DEFAULT_CUDA if device == "cuda" else DEFAULT_CPU]
+    sides = _sides(rows, device, named=options.rows is not None)
     planned = [
         Job(
             training,
@@ -95,7 +92,7 @@ def jobs(options: argparse.Namespace) -> list[Job]:
             options.engine,
             options.ranks,
         )
-        for size, training, mix, side in product(sizes, training_names, mixes, _sides(options.rows, device))
+        for size, training, mix, side in product(sizes, training_names, mixes, sides)
         if SIDES[side].serves(TRAININGS[training])
     ]
     if not planned:
@@ -103,26 +100,16 @@ def jobs(options: argparse.Namespace) -> list[Job]:
     return planned
 
 
-def _sides(words: str | None, device: str) -> list[str]:
-    """The named rows, by default all that can run here; stock TRL, the baseline, comes first."""
+def _sides(names: list[str], device: str, *, named: bool) -> list[str]:
+    """The rows that can run here, stock TRL, the baseline, first. Raises ValueError where a `named` one cannot."""
     has_liger = importlib.util.find_spec("liger_kernel") is not None
     missing = "a GPU" if device != "cuda" else "" if has_liger else "liger-kernel (pip install liger-kernel)"
-    names = _names("--rows", words or ",".join(SIDES), SIDES)
     with_liger = [name for name in names if SIDES[name].liger]
     if missing and with_liger:
-        if words is not None:
+        if named:
             raise ValueError(f"the rows {', '.join(with_liger)} need {missing}")
         warn(f"the rows {', '.join(with_liger)} are left out: they need {missing}")
     return [name for name in SIDES if name in names and not (missing and SIDES[name].liger)]
-
-
-def _names(option: str, words: str, known: Iterable[str]) -> list[str]:
-    """Split a comma-separated list and check that every name is known."""
-    names = list(dict.fromkeys(word.strip() for word in words.split(",")))
-    for name in names:
-        if name not in known:
-            raise ValueError(f"{option} must be one of {', '.join(known)}, got {name!r}")
-    return names
 
 
 def _run(planned: Sequence[Job], out: Path | None, columns: Sequence[str]) -> list[Result]:
@@ -172,39 +159,30 @@ def _text(planned: Sequence[Job], results: Sequence[Result]) -> str:
 
 
 def _parser() -> CommandParser:
-    def listed(entries: dict[str, str]) -> str:
-        width = max(map(len, entries))
-        return "\n".join(f"  {name:<{width}}  {about}" for name, about in entries.items())
-
-    sections = {
-        "trainings": listed({name: training.about for name, training in TRAININGS.items()}),
-        f"mixes, {LENGTHS}": "\n".join(f"  {describe_mix(name)}" for name in MIXES),
-        "rows": listed({name: side.about for name, side in SIDES.items()}),
-        "columns": listed(COLUMNS),
-    }
     parser = CommandParser(
         f"fusedalign bench {WORD}",
-        "Training steps on rows of uneven length, new lengths at every step: stock TRL and the Fused\n"
-        "trainers, each in a new process without compiled kernels.\n\n"
-        + "\n\n".join(f"{title}\n{text}" for title, text in sections.items()),
+        "Training steps on rows of uneven length, new lengths at every step: stock TRL and the Fused trainers, each in "
+        "a new process without compiled kernels.",
+        {
+            "trainings": {name: training.about for name, training in TRAININGS.items()},
+            f"mixes, {LENGTHS}": {name: str(mix) for name, mix in MIXES.items()},
+            "rows": {name: side.about for name, side in SIDES.items()},
+            "columns": COLUMNS,
+        },
     )
     add, all_of = parser.add_argument, "names with commas between; default: all"
     add("trainings", nargs="*", metavar="TRAINING", help=f"default: {DEFAULT_TRAINING}")
-    size_help = f"{', '.join(SIZES)}; with commas between; default: {DEFAULT_CUDA} on a GPU, {DEFAULT_CPU} on a CPU"
+    size_help = f"{', '.join(SIZES)}, with commas between; default: {DEFAULT_CUDA} on a GPU, {DEFAULT_CPU} on a CPU"
     add("--sizes", metavar="NAMES", help=size_help)
     add("--mixes", metavar="NAMES", help=all_of)
     add("--equal", action="store_true", help="rows of 2048 tokens, half of them prompt, 8 a step, instead of the mixes")
     add("--rows", metavar="NAMES", help=f"{all_of} that can run here")
-    add(
-        "--batch",
-        type=int,
-        metavar="ROWS",
-        help="rows per step and GPU, half as many pairs; default: 16, or 8",
-    )
-    add("--steps", type=int, default=STEPS, help=f"measured steps, after the first; default: {STEPS}")
-    add("--ranks", type=int, default=1, metavar="R", help="GPUs, each with the rows of --batch; default: 1")
-    add("--engine", default=ENGINES[0], metavar="NAME", help=f"of several ranks: {' or '.join(ENGINES)}; default: DDP")
-    add("--impl", default="auto", help="of the Fused trainers; default: auto")
+    rows = f"{MIXES['chat'].rows}, or {ALL_MIXES[EQUAL].rows} with --equal"
+    add("--batch", type=int, metavar="N", help=f"rows per step and GPU, half as many pairs; default: {rows}")
+    add("--steps", type=int, default=STEPS, metavar="N", help=f"measured steps, after the first; default: {STEPS}")
+    add("--ranks", type=int, default=1, metavar="N", help="GPUs, each with the rows of --batch; default: 1")
+    add("--engine", choices=ENGINES, default=ENGINES[0], help=f"of several ranks; default: {ENGINES[0]}")
+    add("--impl", default="auto", metavar="NAME", help="of the Fused trainers; default: auto")
     add("--wide", action="store_true", help="print all columns; the files of --out always have them")
     add("--out", type=Path, metavar="DIR", help=f"also write {WORD}.md, {WORD}.json and {WORD}.png there")
     return parser

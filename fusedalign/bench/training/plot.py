@@ -6,9 +6,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from fusedalign.bench.training.settings import SIDES, SIZES, TRAININGS
+from fusedalign.bench.training.settings import SIDES, SIZES, TRAININGS, Measured
 from fusedalign.bench.training.table import Result
-from fusedalign.bench.training.worker import Measured
 
 
 def draw(results: Sequence[Result], path: Path) -> None:

@@ -13,8 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fusedalign.bench.training.settings import Job
-from fusedalign.bench.training.worker import Measured
+from fusedalign.bench.training.settings import Job, Measured
 
 PROGRAM = "fusedalign.bench.training"
 

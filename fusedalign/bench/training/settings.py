@@ -1,8 +1,9 @@
-"""The choices of `fusedalign bench trl`: trainings, models, mixes of lengths, and the rows of a table."""
+"""The choices of `fusedalign bench trl`: trainings, models, mixes of lengths, the rows of a table; jobs and figures."""
 
 from __future__ import annotations
 
 import random
+import statistics
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -110,6 +111,10 @@ class Mix:
     rows: int = 16
     """prompts with an answer per step: half as many pairs"""
 
+    def __str__(self) -> str:
+        parts = ", ".join(f"{part} {getattr(self, part)}" for part in ("prompt", "chosen", "rejected"))
+        return f"{parts} ({self.about})"
+
 
 _CHOSEN, _REJECTED = LogNormal(280, 0.8, 1024), LogNormal(240, 0.8, 1024)
 _HALF = LogNormal(1023, 0.0, 1023)
@@ -186,3 +191,52 @@ class Job:
         """Examples per step of each rank: rows, or pairs."""
         rows = self.step_rows or ALL_MIXES[self.mix].rows
         return rows // 2 if TRAININGS[self.training].pairs else rows
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The figures of one training, or the reason why there are none."""
+
+    ms: tuple[float, ...] = ()
+    """of each step, the first included, from the end of the previous step: data loading counts"""
+    tokens: tuple[int, ...] = ()
+    """of the rows of each step, without padding; a prompt counts once per answer"""
+    slots: tuple[int, ...] = ()
+    """token positions that a model computed in each step, with padding, the reference and KTO's third forward"""
+    losses: tuple[float, ...] = ()
+    """of each step, the profiled one included"""
+    gpu_ms: float | None = None
+    """time that the GPU was busy in one more step; None on a CPU, like the next two"""
+    peak_bytes: int | None = None
+    """of the device in a step after the first, model and optimizer included; of several ranks the largest"""
+    pass_bytes: int | None = None
+    """peak of forward and backward beyond what is held between steps, gradients included"""
+    precompute_seconds: float | None = None
+    """of all reference log-probabilities, before the first step; None if they are not precomputed"""
+    reason: str = ""
+    """why there are no figures"""
+
+    @property
+    def first_ms(self) -> float | None:
+        """Of the first step, which includes compilation."""
+        return self.ms[0] if self.ms else None
+
+    @property
+    def median_ms(self) -> float | None:
+        """Of the later steps."""
+        return statistics.median(self.ms[1:]) if self.ms else None
+
+    @property
+    def slowest_ms(self) -> float | None:
+        """Of the later steps."""
+        return max(self.ms[1:]) if self.ms else None
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Of all later steps together."""
+        return sum(self.tokens[1:]) / sum(self.ms[1:]) * 1e3 if self.ms else None
+
+    @property
+    def slots_per_step(self) -> float | None:
+        """The mean of the later steps."""
+        return statistics.mean(self.slots[1:]) if self.slots else None

@@ -6,9 +6,9 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from fusedalign.bench.runner import OUT_OF_MEMORY, describe_machine, machine
-from fusedalign.bench.training.settings import ALL_MIXES, SIDES, SIZES, STOCK, STOCK_LIGER, TRAININGS, Job
-from fusedalign.bench.training.worker import Measured
+from fusedalign.bench.failures import OUT_OF_MEMORY
+from fusedalign.bench.machine import describe_machine, machine
+from fusedalign.bench.training.settings import ALL_MIXES, SIDES, SIZES, STOCK, STOCK_LIGER, TRAININGS, Job, Measured
 from fusedalign.commandline import fit
 from fusedalign.reports import bullets, markdown_row, markdown_table
 
@@ -81,9 +81,7 @@ def header(jobs: Sequence[Job], columns: Sequence[str] = tuple(COLUMNS)) -> str:
 
 def describe_mix(name: str) -> str:
     """A mix and its parameters in one line."""
-    mix = ALL_MIXES[name]
-    parts = ", ".join(f"{part} {getattr(mix, part)}" for part in ("prompt", "chosen", "rejected"))
-    return f"{name}: {parts} ({mix.about})"
+    return f"{name}: {ALL_MIXES[name]}"
 
 
 def group_title(job: Job) -> str:

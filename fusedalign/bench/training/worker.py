@@ -5,70 +5,19 @@ from __future__ import annotations
 import copy
 import dataclasses
 import os
-import statistics
 import tempfile
 import time
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 
+from fusedalign.bench.failures import in_short
 from fusedalign.bench.measure import covered, spans, synchronize
-from fusedalign.bench.runner import in_short
 from fusedalign.bench.training.data import examples, tokenizer
 from fusedalign.bench.training.quiet import quiet
-from fusedalign.bench.training.settings import MAX_LENGTH, SIDES, SIZES, TRAININGS, Job, Side
-
-
-@dataclass(frozen=True)
-class Measured:
-    """The figures of one training, or the reason why there are none."""
-
-    ms: tuple[float, ...] = ()
-    """of each step, the first included, from the end of the previous step: data loading counts"""
-    tokens: tuple[int, ...] = ()
-    """of the rows of each step, without padding; a prompt counts once per answer"""
-    slots: tuple[int, ...] = ()
-    """token positions that a model computed in each step, with padding, the reference and KTO's third forward"""
-    losses: tuple[float, ...] = ()
-    """of each step, the profiled one included"""
-    gpu_ms: float | None = None
-    """time that the GPU was busy in one more step; None on a CPU, like the next two"""
-    peak_bytes: int | None = None
-    """of the device in a step after the first, model and optimizer included; of several ranks the largest"""
-    pass_bytes: int | None = None
-    """peak of forward and backward beyond what is held between steps, gradients included"""
-    precompute_seconds: float | None = None
-    """of all reference log-probabilities, before the first step; None if they are not precomputed"""
-    reason: str = ""
-    """why there are no figures"""
-
-    @property
-    def first_ms(self) -> float | None:
-        """Of the first step, which includes compilation."""
-        return self.ms[0] if self.ms else None
-
-    @property
-    def median_ms(self) -> float | None:
-        """Of the later steps."""
-        return statistics.median(self.ms[1:]) if self.ms else None
-
-    @property
-    def slowest_ms(self) -> float | None:
-        """Of the later steps."""
-        return max(self.ms[1:]) if self.ms else None
-
-    @property
-    def tokens_per_second(self) -> float | None:
-        """Of all later steps together."""
-        return sum(self.tokens[1:]) / sum(self.ms[1:]) * 1e3 if self.ms else None
-
-    @property
-    def slots_per_step(self) -> float | None:
-        """The mean of the later steps."""
-        return statistics.mean(self.slots[1:]) if self.slots else None
+from fusedalign.bench.training.settings import MAX_LENGTH, SIDES, SIZES, TRAININGS, Job, Measured, Side
 
 
 def measure(job: Job) -> Measured:
