@@ -43,7 +43,7 @@ launch` the processes share the work.
 With --ref_cache: the reference log-probabilities of a DPO or KTO training, from the arguments of that training, \
 which then needs --ref_logps ref.parquet and no reference model.
 
-the usual:"""
+usual flags:"""
 
 
 def help_text(method: str, *, everything: bool = False) -> str:
@@ -57,13 +57,13 @@ def help_text(method: str, *, everything: bool = False) -> str:
     ]
     current = [name for name in fields.own if not fields.every[name].help.startswith("Deprecated")]
     groups = {
-        "the usual": _USUAL,
-        f"{row.config}'s own": [name for name in current if name not in _USUAL],
-        "fusedalign's own": [name for name in fields.ours if name not in _USUAL],
+        "usual fields": _USUAL,
+        f"{row.config}'s other fields": [name for name in current if name not in _USUAL],
+        "fusedalign's other fields": [name for name in fields.ours if name not in _USUAL],
     }
     if everything:
         listed = {name for names in groups.values() for name in names}
-        groups["the others of TRL and transformers"] = [name for name in fields.every if name not in listed]
+        groups["other fields of TRL and transformers"] = [name for name in fields.every if name not in listed]
     for title, names in groups.items():
         parts.append(
             "\n".join([f"{title}:", *(help_line(fields.every[name]) for name in names if name in fields.every)])
