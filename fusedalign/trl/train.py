@@ -203,6 +203,8 @@ def run(trainer: Any, folder: RunFolder, extras: Extras | None = None) -> Writte
     """Train, then save model, metrics and plot into the trainer's output directory, held by `folder.claimed`."""
     metrics = MetricsFile(folder.metrics)
     trainer.add_callback(metrics)
+    if extras:
+        extras.card.attach(trainer)
     folder.begin()
     with extras.record if extras else contextlib.nullcontext():
         trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
@@ -212,7 +214,7 @@ def run(trainer: Any, folder: RunFolder, extras: Extras | None = None) -> Writte
             extras.record.finish()
             written = written._replace(record=folder.record if extras.record.complete else None)
         if trainer.args.push_to_hub:
-            trainer.push_to_hub(**({"dataset_name": extras.card.dataset_name} if extras else {}))
+            trainer.push_to_hub()
     return written
 
 
@@ -251,12 +253,14 @@ def train(method: str, argv: Sequence[str]) -> tuple[Any, Written]:
             changed = changed_fields(method, argv)
             extras = Extras(_record(method, argv, arguments, changed, trainer, folder, redactor), _card(arguments))
             written = run(trainer, folder, extras)
+            suggestions = suggest(method, arguments, changed, trainer) if is_main else ()
             return trainer, written._replace(
-                suggestions=suggest(method, arguments, changed, trainer) if is_main else ()
+                suggestions=tuple(x._replace(words=tuple(redactor.words(x.words))) for x in suggestions)
             )
         except KeyboardInterrupt:
             is_main = arguments.training.process_index == 0
-            raise KeyboardInterrupt(folder.kept(*command_line(method, argv)) if is_main else "") from None
+            command, words = map(redactor.words, command_line(method, argv))
+            raise KeyboardInterrupt(folder.kept(command, words) if is_main else "") from None
 
 
 def _record(
