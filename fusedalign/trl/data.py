@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,10 @@ import trl
 from fusedalign.methods import METHODS
 from fusedalign.trl import shapes
 from fusedalign.trl.arguments import Arguments
+from fusedalign.trl.contents import survey
 from fusedalign.trl.files import load_named
+
+_logger = logging.getLogger(__name__)
 
 
 def load_data(method: str, arguments: Arguments) -> tuple[Any, Any]:
@@ -22,7 +26,7 @@ def load_data(method: str, arguments: Arguments) -> tuple[Any, Any]:
     Raises:
         FileNotFoundError: no such file or folder.
         ValueError: no data named, a file that cannot be read, a missing split or column, a row with a field that is
-            neither text nor messages.
+            neither text nor messages, a column without any text.
     """
     script, training, _, mixture, _ = arguments
     name = "datasets" if mixture.datasets else script.dataset_name
@@ -38,10 +42,18 @@ def load_data(method: str, arguments: Arguments) -> tuple[Any, Any]:
     text_field = getattr(training, "dataset_text_field", "text")
     with training.main_process_first(desc="reading the data"):
         train_dataset, *eval_datasets = [
-            served(splits[split], method, name if Path(name).is_file() else f"{name}, split {split!r}", text_field)
-            for split in names
+            served(splits[split], method, _source(name, split), text_field) for split in names
         ]
+    for split, dataset in zip(names, (train_dataset, *eval_datasets), strict=True):
+        for text in survey(dataset, _source(name, split), text_field):
+            if training.process_index == 0:
+                _logger.warning("%s", text)
     return train_dataset, eval_datasets[0] if eval_datasets else None
+
+
+def _source(name: str, split: str) -> str:
+    """A split's name in messages."""
+    return name if Path(name).is_file() else f"{name}, split {split!r}"
 
 
 def named_splits(script: Any) -> Any:
@@ -79,6 +91,7 @@ def served(dataset: Any, method: str, source: str, text_field: str = "text") -> 
         return dataset
     dataset = dataset.remove_columns([c for c in columns if c in {*shapes.TEXTS, "label"} and c not in needed])
     convert = partial(_converted, shape=shape, names=needed, source=source)
+    convert = partial(convert, kinds=_kinds(convert(next(iter(dataset)), 0)))
     if _length(dataset) is None:
         return dataset.map(convert, with_indices=True, remove_columns=list(needed))
     if shape in _FOR_TEXT and all(_is_sound(dataset, name) for name in needed) and needed[0] != "chosen":
@@ -122,12 +135,29 @@ def _shape(
 
 
 def _converted(
-    row: shapes.Row, index: int, *, shape: Callable[[shapes.Row], shapes.Row], names: Sequence[str], source: str
+    row: shapes.Row,
+    index: int,
+    *,
+    shape: Callable[[shapes.Row], shapes.Row],
+    names: Sequence[str],
+    source: str,
+    kinds: Mapping[str, str] | None = None,
 ) -> shapes.Row:
+    """The row in its shape; `kinds` are those of the first row, which decides what the trainer does with all."""
     try:
-        return shape({name: row[name] for name in names})
+        converted = shape({name: row[name] for name in names})
     except ValueError as error:
         raise ValueError(f"{source}, row {index + 1}: {error}") from None
+    for name, kind in _kinds(converted).items():
+        first = kinds.get(name, kind) if kinds else kind
+        if kind != first:
+            raise ValueError(f"{source}, row {index + 1}: {name} must be {first} as in row 1, got {kind}")
+    return converted
+
+
+def _kinds(row: shapes.Row) -> dict[str, str]:
+    """Text or messages, by the names of a row's fields."""
+    return {name: "text" if isinstance(x, str) else "messages" for name, x in row.items() if isinstance(x, (str, list))}
 
 
 def _length(dataset: Any) -> int | None:

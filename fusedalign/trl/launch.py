@@ -98,7 +98,7 @@ def _launch_options(flags: Sequence[str]) -> tuple[Any, Any]:
 
 
 def _is_alone(options: Any, config: Any) -> bool:
-    """Whether `accelerate launch` starts a single process, whatever number it is given, unless it finds several GPUs."""
+    """Whether `accelerate launch` starts a single process, whatever its number, unless it finds several GPUs."""
     engines = ("multi_gpu", "tpu", "use_deepspeed", "use_fsdp", "use_megatron_lm")
     kind = getattr(config, "distributed_type", "NO")
     return str(getattr(kind, "value", kind)) == "NO" and not any(getattr(options, name) for name in engines)

@@ -1,6 +1,6 @@
-"""`accelerate launch` without its traceback after Ctrl-C or an error: the processes that it has started say what happened.
+"""`accelerate launch` without its traceback after Ctrl-C or an error: its processes say what happened.
 
-The traceback of a single process would also show the command with its access tokens.
+The traceback after an error would also show the command, with its access tokens.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from fusedalign.reports import plot_failure, silence_bars
 from fusedalign.trl.adapters import Adapter, find_adapter, load_adapter, merge
 from fusedalign.trl.arguments import Arguments, is_experimental, parse, trl_class
 from fusedalign.trl.card import Card
+from fusedalign.trl.contents import left_out
 from fusedalign.trl.data import load_data
 from fusedalign.trl.description import changed_fields, describe, progress
 from fusedalign.trl.files import is_local
@@ -34,6 +36,7 @@ from fusedalign.trl.models import (
     load_processing_class,
     model_path,
     refused_row,
+    unanswered_row,
 )
 from fusedalign.trl.record import MetricsFile, Written, plot_metrics
 from fusedalign.trl.redaction import Redactor
@@ -44,6 +47,8 @@ from fusedalign.trl.steps import show_steps, shows_bars
 from fusedalign.trl.suggestions import suggest
 from fusedalign.trl.trackers import check_trackers
 from fusedalign.trl.trainers import Fused
+
+_logger = logging.getLogger(__name__)
 
 
 def build(method: str, arguments: Arguments, *, fused: bool = True) -> Any:
@@ -89,12 +94,18 @@ def assemble(method: str, arguments: Arguments, cls: Any, train_dataset: Any, ev
             **options,
             **(arguments.fused.trainer_options if fused else {}),
         )
-    except TemplateError as error:
+    except (TemplateError, TypeError, AttributeError, RuntimeError) as error:
         splits = {script.dataset_train_split: train_dataset, script.dataset_test_split: eval_dataset}
-        raise ValueError(
-            f"expected conversations that the chat template of {path} accepts, got "
-            f"{script.dataset_name or 'datasets'}, {refused_row(processing_class, splits)}: {error}"
-        ) from error
+        reason = _row_fault(error, splits, processing_class, path)
+        if reason is None:
+            raise
+        raise ValueError(reason.format(script.dataset_name or "datasets")) from error
+    if training.process_index == 0:
+        for role, text in left_out(train_dataset, trainer.processing_class).items():
+            _logger.warning(
+                "the chat template of %s leaves out messages of %r, such as %r: the model does not see them",
+                *(getattr(training, "chat_template_path", None) or path, role, text[:60]),
+            )
     if not fused:  # the Fused trainers check lengths themselves
         for split, dataset in (("train", trainer.train_dataset), ("eval", trainer.eval_dataset)):
             if dataset is not None:
@@ -103,6 +114,16 @@ def assemble(method: str, arguments: Arguments, cls: Any, train_dataset: Any, ev
         buffers = [name for name, buffer in trainer.model.named_buffers() if buffer.dtype == torch.bool]
         trainer.model._ddp_params_and_buffers_to_ignore = buffers
     return trainer
+
+
+def _row_fault(error: Exception, splits: dict[str, Any], processing_class: Any, path: str) -> str | None:
+    """Which row a chat template or TRL cannot use, if that is why a trainer was not built; {} stands for the data."""
+    if isinstance(error, RuntimeError) and not isinstance(error, TemplateError):
+        row = unanswered_row(splits) if "no assistant tokens" in str(error) else None
+        return row and f"assistant_only_loss needs a message of the assistant in each row, got {{}}, {row}"
+    row = refused_row(processing_class, splits)
+    reason = " ".join(str(error).split()).replace("{", "{{").replace("}", "}}")
+    return row and f"expected conversations that the chat template of {path} accepts, got {{}}, {row}: {reason}"
 
 
 class FoundModel(NamedTuple):
