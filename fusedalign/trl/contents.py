@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import difflib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import Dataset
 
 from fusedalign.trl.lengths import STREAM_ROWS
 
@@ -25,6 +24,7 @@ _SYNONYMS = {"human": "user", "gpt": "assistant", "bot": "assistant", "chatbot":
 _LIST = r"""^\s*\[\s*\{\s*['"](role|content|from|value)['"]\s*:"""
 
 
+_LEAVE_OUT = "such rows teach nothing, or to end at once, so leave them out"
 #: Most rows that are rendered.
 RENDERED_ROWS = 16
 
@@ -51,23 +51,37 @@ def survey(dataset: Any, source: str, text_field: str = "text") -> list[str]:
     Raises:
         ValueError: in all rows a column that is trained on has no text, or a column has messages written as text.
     """
-    scope = ""
-    if not hasattr(dataset, "__len__"):
-        dataset, scope = Dataset.from_list(list(itertools.islice(dataset, STREAM_ROWS))), "the first "
-    table, found = dataset.with_format("arrow"), []
-    for name in [x for x in dataset.column_names if x in ("prompt", *_TRAINED, text_field)]:
-        for fault in _faults(table.select_columns(name)[:][name].combine_chunks(), is_trained=name != "prompt"):
+    scope, found = "" if hasattr(dataset, "__len__") else "the first ", []
+    for name, column in _columns(dataset, ("prompt", *_TRAINED, text_field)):
+        count = len(column)
+        for fault in _faults(column, is_trained=name != "prompt"):
             numbers = np.flatnonzero(fault.rows)
             if not len(numbers):
                 continue
-            is_all = len(numbers) == len(dataset)
+            is_all = len(numbers) == count
             share = "all" if is_all else f"{len(numbers):,} of"
             first = "" if is_all else f" (the first is row {numbers[0] + 1:,})"
-            text = f"{source}: {name} {fault.phrase} in {share} {scope}{len(dataset):,} rows{first}: {fault.remedy}"
+            text = f"{source}: {name} {fault.phrase} in {share} {scope}{count:,} rows{first}: {fault.remedy}"
             if is_all and not fault.may_train:
                 raise ValueError(text)
             found.append(text)
     return found
+
+
+def _columns(dataset: Any, names: Sequence[str]) -> Iterator[tuple[str, pa.ChunkedArray]]:
+    """The columns of these names; of a stream their first rows, if these are of one type."""
+    if hasattr(dataset, "__len__"):
+        table = dataset.with_format("arrow")
+        for name in [x for x in dataset.column_names if x in names]:
+            yield name, table.select_columns(name)[:][name]
+        return
+    rows = list(itertools.islice(dataset, STREAM_ROWS))
+    for name in [x for x in (rows[0] if rows else ()) if x in names]:
+        try:
+            column = pa.chunked_array([[row[name] for row in rows]])
+        except (pa.ArrowInvalid, pa.ArrowTypeError):
+            continue
+        yield name, column
 
 
 def left_out(dataset: Any, processing_class: Any) -> dict[str, str]:
@@ -115,32 +129,32 @@ def render(processing_class: Any, messages: list[dict[str, Any]], row: dict[str,
     return text
 
 
-def _faults(column: pa.Array, is_trained: bool) -> Iterator[_Fault]:
+def _faults(column: pa.ChunkedArray, is_trained: bool) -> Iterator[_Fault]:
     if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
         remedy = "write the list itself, which .jsonl and .parquet files can hold"
         yield _Fault("has messages written as text", remedy, _filled(pc.match_substring_regex(column, _LIST)))
         if is_trained:
             yield _Fault("is empty", _LEAVE_OUT, ~_has_text(column))
-    elif _is_list(column.type) and pa.types.is_struct(column.type.value_type):
-        messages, rows = pc.list_flatten(column), pc.list_parent_indices(column).to_numpy()
-        names = [field.name for field in column.type.value_type]
-        count = len(column)
-        roles = pc.struct_field(messages, "role") if "role" in names else pa.nulls(len(messages), pa.string())
+    elif _is_list(column.type) and {"role", "content"} <= {*_field_names(column.type.value_type)}:
+        messages, rows, count = pc.list_flatten(column), pc.list_parent_indices(column).to_numpy(), len(column)
+        roles = pc.struct_field(messages, "role")
         yield from _role_faults(roles, rows, count)
-        if is_trained and "content" in names:
-            content = pc.struct_field(messages, "content")
-            is_filled = _has_text(content) if pa.types.is_string(content.type) else np.ones(len(content), bool)
-            if "tool_calls" in names:
-                is_filled |= pc.is_valid(pc.struct_field(messages, "tool_calls")).to_numpy(zero_copy_only=False)
-            answers = _filled(pc.equal(roles, "assistant"))
-            is_silent = _rows_with(rows[answers], count) & ~_rows_with(rows[answers & is_filled], count)
-            yield _Fault("has an empty answer", _LEAVE_OUT, is_silent | ~_rows_with(rows[is_filled], count))
+        if is_trained:
+            answers, filled = _filled(pc.equal(roles, "assistant")), _says_something(messages)
+            is_silent = _rows_with(rows[answers], count) & ~_rows_with(rows[answers & filled], count)
+            yield _Fault("has an empty answer", _LEAVE_OUT, is_silent | ~_rows_with(rows[filled], count))
 
 
-_LEAVE_OUT = "such rows teach nothing, or to end at once, so leave them out"
+def _says_something(messages: pa.ChunkedArray) -> np.ndarray:
+    """[N] bool: messages with text, or with calls of tools; parts are taken for text."""
+    content = pc.struct_field(messages, "content")
+    filled = _has_text(content) if pa.types.is_string(content.type) else np.ones(len(content), bool)
+    if "tool_calls" in _field_names(messages.type):
+        filled |= pc.is_valid(pc.struct_field(messages, "tool_calls")).to_numpy(zero_copy_only=False)
+    return filled
 
 
-def _role_faults(roles: pa.Array, rows: np.ndarray, count: int) -> Iterator[_Fault]:
+def _role_faults(roles: pa.ChunkedArray, rows: np.ndarray, count: int) -> Iterator[_Fault]:
     """Roles that are nearly one of the usual ones. Others may be a chat template's own."""
     if not pa.types.is_string(roles.type):
         return
@@ -160,11 +174,11 @@ def _usual(role: str) -> str | None:
     return close[0] if close and close[0] != role else None
 
 
-def _has_text(column: pa.Array) -> np.ndarray:
-    return _filled(pc.greater(pc.utf8_length(pc.utf8_trim_whitespace(column)), 0))
+def _has_text(column: pa.ChunkedArray) -> np.ndarray:
+    return _filled(pc.match_substring_regex(column, r"\S"))
 
 
-def _filled(condition: pa.Array) -> np.ndarray:
+def _filled(condition: pa.ChunkedArray) -> np.ndarray:
     return pc.fill_null(condition, False).to_numpy(zero_copy_only=False)
 
 
@@ -172,6 +186,10 @@ def _rows_with(rows: np.ndarray, count: int) -> np.ndarray:
     found = np.zeros(count, bool)
     found[rows] = True
     return found
+
+
+def _field_names(kind: pa.DataType) -> list[str]:
+    return [field.name for field in kind] if pa.types.is_struct(kind) else []
 
 
 def _is_list(kind: pa.DataType) -> bool:
