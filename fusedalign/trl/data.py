@@ -45,7 +45,8 @@ def load_data(method: str, arguments: Arguments) -> tuple[Any, Any]:
             served(splits[split], method, _source(name, split), text_field) for split in names
         ]
     for split, dataset in zip(names, (train_dataset, *eval_datasets), strict=True):
-        for text in survey(dataset, _source(name, split), text_field):
+        source = _source(name, split)
+        for text in (*_unread_prompts(splits[split], source), *survey(dataset, source, text_field)):
             if training.process_index == 0:
                 _logger.warning("%s", text)
     return train_dataset, eval_datasets[0] if eval_datasets else None
@@ -68,7 +69,9 @@ def named_splits(script: Any) -> Any:
 def check_split(option: str, split: str, name: str, splits: Iterable[str]) -> None:
     """Raise ValueError unless `split`, which `option` names, is one of the splits of the data set `name`."""
     if split not in splits:
-        raise ValueError(f"{option} must be a split of {name} ({', '.join(splits)}), got {split!r}")
+        names = list(splits)
+        hint = f": add --{option} {names[0]}" if len(names) == 1 else ""
+        raise ValueError(f"{option} must be a split of {name} ({', '.join(names)}), got {split!r}{hint}")
 
 
 def served(dataset: Any, method: str, source: str, text_field: str = "text") -> Any:
@@ -88,6 +91,7 @@ def served(dataset: Any, method: str, source: str, text_field: str = "text") -> 
         raise ValueError(f"{source} must have at least one row, got none")
     shape, needed = _shape(method, source, columns, text_field)
     if shape is None:
+        _check_tokens(dataset, source)
         return dataset
     dataset = dataset.remove_columns([c for c in columns if c in {*shapes.TEXTS, "label"} and c not in needed])
     convert = partial(_converted, shape=shape, names=needed, source=source)
@@ -118,9 +122,8 @@ def _shape(
     present = next((choice for choice in choices if set(choice) <= set(columns)), None)
     if present is None:
         expected = " or ".join("+".join(choice) for choice in choices)
-        raise ValueError(
-            f"data set for {method} must have the columns {expected}, got {source} with {', '.join(columns)}"
-        )
+        names = ", ".join(repr(name) if name != name.strip() else name for name in columns) + _hint(choices, columns)
+        raise ValueError(f"data set for {method} must have the columns {expected}, got {source} with {names}")
     pair = ("prompt", "chosen", "rejected") if "prompt" in columns else ("chosen", "rejected")
     return {
         ("input_ids",): (None, present),
@@ -132,6 +135,53 @@ def _shape(
         ("chosen",): (shapes.chosen_side, tuple(name for name in pair if name != "rejected")),
         ("chosen", "rejected"): (shapes.preference, pair),
     }[present]
+
+
+#: Other names of columns -> the names that are read.
+_SYNONYMS = {
+    **dict.fromkeys(("question", "instruction", "query"), "prompt"),
+    **dict.fromkeys(("answer", "response", "output"), "completion"),
+    **dict.fromkeys(("good", "accepted", "preferred", "win"), "chosen"),
+    **dict.fromkeys(("bad", "dispreferred", "lose"), "rejected"),
+    **dict.fromkeys(("message", "conversation", "dialogue"), "messages"),
+    "content": "text",
+}
+
+
+def _hint(choices: Iterable[tuple[str, ...]], columns: Sequence[str]) -> str:
+    """What makes columns with other names readable, as the end of an error; empty if nothing obvious does."""
+    if len(columns) == 1 and any(mark in columns[0] for mark in ";\t|"):
+        return ": a .csv file must have commas between its fields"
+    names = {name.strip().lower(): name for name in columns}
+    renamed = {_SYNONYMS.get(word, word): name for word, name in names.items()} | names
+    for choice in choices:
+        if set(choice) <= renamed.keys():
+            optional = ("prompt",) if choice[0] == "chosen" and "prompt" in renamed else ()
+            pairs = [f"{renamed[name]!r} to {name!r}" for name in (*optional, *choice) if renamed[name] != name]
+            return f": rename {', '.join(pairs)}"
+    able = [name for name, method in METHODS.items() if any({*choice} <= {*columns} for choice in method.columns)]
+    return f"; these columns are for {', '.join(able)}" if able else ""
+
+
+def _unread_prompts(dataset: Any, source: str) -> list[str]:
+    """A warning of pairs whose question is in a column of another name, which would be left out."""
+    row: dict[str, Any] = next(iter(dataset), {})
+    if "prompt" in row or "chosen" not in row:
+        return []
+    names = [name for name in row if _SYNONYMS.get(name.strip().lower(), name.strip().lower()) == "prompt"]
+    unread = [name for name in names if row[name] and str(row[name]) not in str(row["chosen"])]
+    return [
+        f"{source}: {name!r} is not read, so answers train without it: rename it to 'prompt'" for name in unread[:1]
+    ]
+
+
+def _check_tokens(dataset: Any, source: str) -> None:
+    """Raise ValueError unless `input_ids` are lists of integers; the type of a stream is not known."""
+    feature = (dataset.features or {}).get("input_ids")
+    dtype = getattr(getattr(feature, "feature", None), "dtype", None)
+    if feature is not None and not str(dtype).startswith(("int", "uint")):
+        kind = getattr(feature, "dtype", None) or f"lists of {dtype}"
+        raise ValueError(f"{source}: input_ids must be lists of integers, got {kind}")
 
 
 def _converted(

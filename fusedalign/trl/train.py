@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pyarrow.compute as pc
 import torch
 import transformers
 import trl
@@ -42,6 +43,7 @@ from fusedalign.trl.record import MetricsFile, Written, plot_metrics
 from fusedalign.trl.redaction import Redactor
 from fusedalign.trl.ref_cache import read_cache
 from fusedalign.trl.reference import keyed
+from fusedalign.trl.refusals import unwrapped
 from fusedalign.trl.run_file import RunFile, read_previous
 from fusedalign.trl.steps import show_steps, shows_bars
 from fusedalign.trl.suggestions import suggest
@@ -62,7 +64,19 @@ def build(method: str, arguments: Arguments, *, fused: bool = True) -> Any:
         read_cache(arguments.fused.ref_logps)  # fails before data and model are loaded
     name = METHODS[method].trainer
     cls = getattr(fusedalign.trl, f"Fused{name}") if fused else keyed(trl_class(name))
-    return assemble(method, arguments, cls, *load_data(method, arguments))
+    trainer = assemble(method, arguments, cls, *load_data(method, arguments))
+    _check_vocabulary(trainer)
+    return trainer
+
+
+def _check_vocabulary(trainer: Any) -> None:
+    """Raise ValueError for tokens in the data that the model does not have; on a GPU they would end the process."""
+    dataset, size = trainer.train_dataset, unwrapped(trainer, trainer.model).config.get_text_config().vocab_size
+    if "input_ids" not in (dataset.column_names or ()) or not hasattr(dataset, "__len__") or not len(dataset):
+        return
+    largest = pc.max(pc.list_flatten(dataset.with_format("arrow").select_columns("input_ids")[:]["input_ids"])).as_py()
+    if largest is not None and largest >= size:
+        raise ValueError(f"input_ids must be below {size}, the model's vocabulary, got {largest}")
 
 
 def assemble(method: str, arguments: Arguments, cls: Any, train_dataset: Any, eval_dataset: Any) -> Any:

@@ -472,6 +472,69 @@ def test_a_bad_file_is_named_with_its_line(name, stream, tmp_path, embedded_fold
     assert len(errors[0]) < 450
 
 
+PAIR = {"chosen": "b", "rejected": "c"}
+#: name -> (method, row, the end of the error)
+RENAMED = {
+    "other words": ("dpo", {"question": "a", "good": "b", "bad": "c"}, ": rename 'question' to 'prompt', 'good' to"),
+    "capitals": ("cpo", {"Prompt": "a", "Chosen": "b", "Rejected": "c"}, ": rename 'Prompt' to 'prompt', 'Chosen' to"),
+    "spaces": ("kto", {"prompt": "a", " chosen": "b", " rejected": "c"}, "prompt, ' chosen', ' rejected': rename"),
+    "Alpaca": ("sft", {"instruction": "a", "input": "", "output": "b"}, ": rename 'instruction' to 'prompt', 'output'"),
+    "another method": ("dpo", {"messages": [USER, GOOD]}, " with messages; these columns are for sft"),
+    "tokens as text": ("sft", {"input_ids": "1 2 3"}, ": input_ids must be lists of integers, got string"),
+    "tokens as floats": (
+        "sft",
+        {"input_ids": [1.5, 2.0]},
+        ": input_ids must be lists of integers, got lists of float64",
+    ),
+    "large token": ("sft", {"input_ids": [1, 2, 99999]}, "the model's vocabulary, got 99999"),
+}
+
+
+@pytest.mark.parametrize("name", RENAMED)
+def test_columns_that_cannot_be_used_are_named_with_a_remedy(name, tmp_path, embedded_folder, capsys):
+    method, row, message = RENAMED[name]
+    file = write(tmp_path / "mine.jsonl", [row] * 2)
+    assert main([method, *flags(tmp_path, embedded_folder, dataset_name=file)]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_csv_file_without_commas_is_named(tmp_path, embedded_folder, capsys):
+    (tmp_path / "mine.csv").write_text("prompt;chosen;rejected\na;b;c\n")
+    assert main(["dpo", *flags(tmp_path, embedded_folder, dataset_name=tmp_path / "mine.csv")]) == 2
+    assert "with prompt;chosen;rejected: a .csv file must have commas between its fields" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("row", "warns"),
+    [
+        ({"question": "Hi?", **PAIR}, True),  # the columns of orca_dpo_pairs
+        ({"question": "Hi?", "chosen": "Hi? b", "rejected": "Hi? c"}, False),
+        ({"question": "Hi?", **TEXT}, False),
+        (PAIR, False),
+    ],
+)
+def test_pairs_with_a_question_that_is_not_read_are_warned_of(row, warns, tmp_path, embedded_folder, caplog):
+    file = write(tmp_path / "mine.jsonl", [row] * 2)
+    build("dpo", parse("dpo", flags(tmp_path, embedded_folder, dataset_name=file)))
+    assert ("'question' is not read, so answers train without it: rename it to 'prompt'" in caplog.text) == warns
+
+
+@pytest.mark.parametrize("stream", ["false", "true"])
+def test_a_saved_data_set_is_read(stream, tmp_path, embedded_folder):
+    Dataset.from_list([TEXT] * 3).save_to_disk(str(tmp_path / "saved"))
+    options = flags(tmp_path, embedded_folder, dataset_name=tmp_path / "saved", dataset_streaming=stream)
+    assert len(list(build("dpo", parse("dpo", options)).train_dataset)) == 3
+
+
+def test_urls_and_missing_splits_are_errors_that_say_what_to_do(tmp_path, embedded_folder, capsys):
+    assert main(["dpo", *flags(tmp_path, embedded_folder, dataset_name="https://host/d.jsonl")]) == 2
+    assert "got the URL https://host/d.jsonl: download it" in capsys.readouterr().err
+    (tmp_path / "data").mkdir()
+    write(tmp_path / "data" / "test.jsonl", [TEXT])
+    assert main(["dpo", *flags(tmp_path, embedded_folder, dataset_name=tmp_path / "data")]) == 2
+    assert "(test), got 'train': add --dataset_train_split test" in capsys.readouterr().err
+
+
 SERVED = {
     "bom.jsonl": b"\xef\xbb\xbf" + raw(TEXT, TEXT),
     "array.json": json.dumps([TEXT, TEXT], indent=1).encode(),
