@@ -96,7 +96,7 @@ def _run(words: list[str]) -> int:
         if debug:
             traceback.print_exc()
         hint = "" if debug else " (--debug shows the traceback)"
-        print_error(f"fusedalign: error: {_one_line(error)}{hint}")
+        print_error(f"fusedalign: error: {_without_secrets(_one_line(error), words)}{hint}")
         return 2
 
 
@@ -186,6 +186,13 @@ def _one_line(error: Exception) -> str:
     if text and isinstance(error, (ValueError, TypeError, OSError)):
         return text
     return f"{type(error).__name__}: {text}" if text else f"{type(error).__name__}, without a message"
+
+
+def _without_secrets(text: str, words: Sequence[str]) -> str:
+    """A message without the access tokens of a command: a log may keep it."""
+    from fusedalign.trl.redaction import Redactor, flag_values
+
+    return Redactor(flag_values(words)).text(text)
 
 
 def _train(method: str, argv: list[str]) -> None:

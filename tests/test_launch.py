@@ -77,9 +77,46 @@ def test_launcher_flags_are_passed_on(launched, tmp_path):
     file.write_text("num_processes: 8\nmulti_gpu: true\nuse_fsdp: false\nseed: 3\n")
     assert main(["sft", "--config", str(file)]) == 0
     first, second, third = launched
-    assert first == ["--num_processes", "2", "--main_process_port=29511", "-m", "fusedalign", "sft", "--seed", "3"]
+    flags = ["--num_processes", "2", "--main_process_port=29511", "--multi_gpu"]
+    assert first == [*flags, "-m", "fusedalign", "sft", "--seed", "3"]
     assert second[2:] == ["--num-processes=4", "-m", "fusedalign", "sft", "--accelerate_config", "fsdp2"]
     assert third == ["--num_processes", "8", "--multi_gpu", "-m", "fusedalign", "sft", "--config", str(file)]
+
+
+@pytest.mark.parametrize(
+    ("words", "adds"),
+    [
+        (["--num_processes", "2"], True),
+        (["--num-processes=2", "--use_cpu", "true"], True),
+        (["--accelerate_config", "single_gpu", "--num_processes", "2"], True),
+        (["--accelerate_config", "single_gpu"], False),  # its file has num_processes: 8
+        (["--num_processes", "1"], False),
+        (["--num_processes", "2", "--multi_gpu"], False),
+        (["--accelerate_config", "multi_gpu", "--num_processes", "2"], False),
+        (["--accelerate_config", "fsdp2", "--num_processes", "2"], False),
+        (["--num_processes", "2", "--use_fsdp"], False),
+    ],
+    ids=lambda x: " ".join(x) if isinstance(x, list) else None,
+)
+def test_several_processes_are_not_dropped(launched, words, adds):
+    """Without --multi_gpu accelerate would start one, unless it finds several GPUs."""
+    assert main(["dpo", *words]) == 0
+    launcher_flags = launched[0][: launched[0].index("-m")]
+    assert launcher_flags.count("--multi_gpu") == (adds or "--multi_gpu" in words)
+
+
+def test_several_processes_by_the_launchers_cpu_flag_are_refused(launched, capsys):
+    assert main(["dpo", "--num_processes", "2", "--cpu"]) == 2
+    assert "num_processes must be 1 with --cpu, which starts one process, got 2" in capsys.readouterr().err
+    assert not launched
+
+
+def test_a_configuration_for_one_gpu_launches_on_one(launched, monkeypatch):
+    from fusedalign.trl import launch
+
+    monkeypatch.setattr(launch.torch.accelerator, "device_count", lambda: 1)
+    assert main(["dpo", "--accelerate_config", "single_gpu"]) == 0
+    assert launched
 
 
 def test_flags_known_to_both_stay_training_fields(launched, tmp_path):
@@ -220,8 +257,12 @@ COMMANDS = {
         *("--multi_gpu", "--num_processes=2", "--main_process_port=0", "-m", "fusedalign"),
     ],
     "accelerate_config": [sys.executable, "-m", "fusedalign"],
+    "num_processes": [sys.executable, "-m", "fusedalign"],
 }
-LAUNCHER = {"accelerate_config": ["--accelerate_config=multi_gpu", "--num_processes=2", "--main_process_port=0"]}
+LAUNCHER = {
+    "accelerate_config": ["--accelerate_config=multi_gpu", "--num_processes=2", "--main_process_port=0"],
+    "num_processes": ["--num_processes=2", "--use_cpu=true", "--main_process_port=0"],
+}
 TRAIN = [
     "--max_steps=2",
     "--logging_steps=1",
@@ -234,7 +275,12 @@ TRAIN = [
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("launcher", "method", "packed"),
-    [("torchrun", "dpo", "false"), ("accelerate launch", "sft", "false"), ("accelerate_config", "orpo", "true")],
+    [
+        ("torchrun", "dpo", "false"),
+        ("accelerate launch", "sft", "false"),
+        ("accelerate_config", "orpo", "true"),
+        ("num_processes", "kto", "false"),
+    ],
 )
 def test_two_ranks_train_into_one_folder_and_print_once(monkeypatch, tmp_path, launcher, method, packed):
     monkeypatch.chdir(ROOT)  # recipes name their data from there
@@ -247,11 +293,12 @@ def test_two_ranks_train_into_one_folder_and_print_once(monkeypatch, tmp_path, l
     steps = [json.loads(line)["step"] for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 2]  # the last one is the summary
     assert (tmp_path / "run/model.safetensors").is_file()
+    assert json.loads((tmp_path / "run/run.json").read_text())["machine"]["processes"] == 2
     assert not (tmp_path / "run/run.lock").exists()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", COMMANDS)
+@pytest.mark.parametrize("launcher", [name for name in COMMANDS if name != "num_processes"])
 def test_two_ranks_score_into_the_file_of_one_process(monkeypatch, tmp_path, launcher):
     monkeypatch.chdir(ROOT)
     words = ["score", "--model_name_or_path=embedded", f"--dataset_name={PREFERENCES}", "--max_length=64"]

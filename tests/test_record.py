@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -742,6 +743,24 @@ def test_secrets_are_hidden_where_only_their_name_tells():
     assert redactor.data(keys) == {"aws_secret_access_key": HIDDEN, "account_key": HIDDEN, "sort_key": "abc"}
 
 
+def test_the_lines_that_a_run_prints_have_no_secrets(model, tmp_path, monkeypatch, capsys):
+    """The command that goes on, the next commands, and errors: a terminal's text is pasted into bug reports."""
+    out, secret = tmp_path / "out", {"hub_token": "sword-fish"}
+    with monkeypatch.context() as patch:
+        stop_at(patch, 3)
+        assert main(["sft", *words(model, out, **secret)]) == 130
+    assert "--hub_token '<redacted>'" in capsys.readouterr().err
+    assert main(["sft", *words(model, out, resume_from_checkpoint="last", **secret)]) == 0
+    printed = capsys.readouterr()
+    assert "sword-fish" not in printed.out + printed.err
+    for more in (["--model_init_kwargs", '{"token": "hunter-two"'], ["--run_name", "a", "hf_abcdefgh01"]):
+        assert main(["sft", *words(model, tmp_path / "other", **secret), *more]) == 2
+    assert main(["sft", *words(model, out, dataset_name="sword-fish.jsonl", **secret)]) == 2
+    printed = capsys.readouterr().err
+    assert printed.count("fusedalign: error: ") == 3
+    assert not [x for x in ("sword-fish", "hunter-two", "hf_abc") if x in printed], printed
+
+
 def test_commits_are_those_of_the_repositories_that_hold_the_files(tmp_path, monkeypatch):
     from fusedalign import provenance
 
@@ -895,6 +914,30 @@ def test_a_card_that_fails_or_would_replace_another_text_costs_a_warning(model, 
     assert main(["sft", *argv]) == 0
     assert f"the model card was left out: {out / 'README.md'} is another text" in capsys.readouterr().err
     assert (out / "README.md").read_text() == "# My notes\n"
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_checkpoints_adapters_and_a_push_leave_another_text_alone(model, tmp_path, monkeypatch, adapter, capsys):
+    """TRL writes its card at each checkpoint and before a push, PEFT adds to the file with each adapter."""
+    out, pushed = tmp_path / "out", []
+
+    class Hub:
+        def upload_folder(self, folder_path, **_):
+            pushed.append((Path(folder_path) / "README.md").read_text())
+
+    monkeypatch.setattr("transformers.trainer.hf_api", Hub)
+    monkeypatch.setattr(transformers.Trainer, "init_hf_repo", lambda self, **_: setattr(self, "hub_model_id", "me/x"))
+    options = {"max_steps": 2, "save_steps": 1, "push_to_hub": "true", "hub_strategy": "end"}
+    lora = ["--use_peft", "--lora_r", "2", "--lora_target_modules", "all-linear"] if adapter else []
+    assert main(["sft", *words(model, out, **options), *lora]) == 0, capsys.readouterr().err
+    assert {*pushed} == {(out / "README.md").read_text()}
+    assert f"`{model}`" in pushed[0] or adapter
+    pushed.clear()
+    (out / "README.md").write_text("# My notes\n")
+    assert main(["sft", *words(model, out, overwrite_output_dir="true", **options), *lora]) == 0
+    assert {*pushed} == {"# My notes\n"}
+    assert (out / "README.md").read_text() == "# My notes\n"
+    assert "is another text" in capsys.readouterr().err
 
 
 # Trackers

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,10 @@ import trl
 from fusedalign.methods import METHODS
 from fusedalign.trl import shapes
 from fusedalign.trl.arguments import Arguments
+from fusedalign.trl.contents import survey
 from fusedalign.trl.files import load_named
+
+_logger = logging.getLogger(__name__)
 
 
 def load_data(method: str, arguments: Arguments) -> tuple[Any, Any]:
@@ -22,7 +26,7 @@ def load_data(method: str, arguments: Arguments) -> tuple[Any, Any]:
     Raises:
         FileNotFoundError: no such file or folder.
         ValueError: no data named, a file that cannot be read, a missing split or column, a row with a field that is
-            neither text nor messages.
+            neither text nor messages, a column without any text.
     """
     script, training, _, mixture, _ = arguments
     name = "datasets" if mixture.datasets else script.dataset_name
@@ -38,10 +42,19 @@ def load_data(method: str, arguments: Arguments) -> tuple[Any, Any]:
     text_field = getattr(training, "dataset_text_field", "text")
     with training.main_process_first(desc="reading the data"):
         train_dataset, *eval_datasets = [
-            served(splits[split], method, name if Path(name).is_file() else f"{name}, split {split!r}", text_field)
-            for split in names
+            served(splits[split], method, _source(name, split), text_field) for split in names
         ]
+    for split, dataset in zip(names, (train_dataset, *eval_datasets), strict=True):
+        source = _source(name, split)
+        for text in (*_unread_prompts(splits[split], source), *survey(dataset, source, text_field)):
+            if training.process_index == 0:
+                _logger.warning("%s", text)
     return train_dataset, eval_datasets[0] if eval_datasets else None
+
+
+def _source(name: str, split: str) -> str:
+    """A split's name in messages."""
+    return name if Path(name).is_file() else f"{name}, split {split!r}"
 
 
 def named_splits(script: Any) -> Any:
@@ -56,7 +69,9 @@ def named_splits(script: Any) -> Any:
 def check_split(option: str, split: str, name: str, splits: Iterable[str]) -> None:
     """Raise ValueError unless `split`, which `option` names, is one of the splits of the data set `name`."""
     if split not in splits:
-        raise ValueError(f"{option} must be a split of {name} ({', '.join(splits)}), got {split!r}")
+        names = list(splits)
+        hint = f": add --{option} {names[0]}" if len(names) == 1 else ""
+        raise ValueError(f"{option} must be a split of {name} ({', '.join(names)}), got {split!r}{hint}")
 
 
 def served(dataset: Any, method: str, source: str, text_field: str = "text") -> Any:
@@ -76,9 +91,11 @@ def served(dataset: Any, method: str, source: str, text_field: str = "text") -> 
         raise ValueError(f"{source} must have at least one row, got none")
     shape, needed = _shape(method, source, columns, text_field)
     if shape is None:
+        _check_tokens(dataset, source)
         return dataset
     dataset = dataset.remove_columns([c for c in columns if c in {*shapes.TEXTS, "label"} and c not in needed])
     convert = partial(_converted, shape=shape, names=needed, source=source)
+    convert = partial(convert, kinds=_kinds(convert(next(iter(dataset)), 0)))
     if _length(dataset) is None:
         return dataset.map(convert, with_indices=True, remove_columns=list(needed))
     if shape in _FOR_TEXT and all(_is_sound(dataset, name) for name in needed) and needed[0] != "chosen":
@@ -105,9 +122,8 @@ def _shape(
     present = next((choice for choice in choices if set(choice) <= set(columns)), None)
     if present is None:
         expected = " or ".join("+".join(choice) for choice in choices)
-        raise ValueError(
-            f"data set for {method} must have the columns {expected}, got {source} with {', '.join(columns)}"
-        )
+        names = ", ".join(repr(name) if name != name.strip() else name for name in columns) + _hint(choices, columns)
+        raise ValueError(f"data set for {method} must have the columns {expected}, got {source} with {names}")
     pair = ("prompt", "chosen", "rejected") if "prompt" in columns else ("chosen", "rejected")
     return {
         ("input_ids",): (None, present),
@@ -121,13 +137,77 @@ def _shape(
     }[present]
 
 
+#: Other names of columns -> the names that are read.
+_SYNONYMS = {
+    **dict.fromkeys(("question", "instruction", "query"), "prompt"),
+    **dict.fromkeys(("answer", "response", "output"), "completion"),
+    **dict.fromkeys(("good", "accepted", "preferred", "win"), "chosen"),
+    **dict.fromkeys(("bad", "dispreferred", "lose"), "rejected"),
+    **dict.fromkeys(("message", "conversation", "dialogue"), "messages"),
+    "content": "text",
+}
+
+
+def _hint(choices: Iterable[tuple[str, ...]], columns: Sequence[str]) -> str:
+    """What makes columns with other names readable, as the end of an error; empty if nothing obvious does."""
+    if len(columns) == 1 and any(mark in columns[0] for mark in ";\t|"):
+        return ": a .csv file must have commas between its fields"
+    names = {name.strip().lower(): name for name in columns}
+    renamed = {_SYNONYMS.get(word, word): name for word, name in names.items()} | names
+    for choice in choices:
+        if set(choice) <= renamed.keys():
+            optional = ("prompt",) if choice[0] == "chosen" and "prompt" in renamed else ()
+            pairs = [f"{renamed[name]!r} to {name!r}" for name in (*optional, *choice) if renamed[name] != name]
+            return f": rename {', '.join(pairs)}"
+    able = [name for name, method in METHODS.items() if any({*choice} <= {*columns} for choice in method.columns)]
+    return f"; these columns are for {', '.join(able)}" if able else ""
+
+
+def _unread_prompts(dataset: Any, source: str) -> list[str]:
+    """A warning of pairs whose question is in a column of another name, which would be left out."""
+    row: dict[str, Any] = next(iter(dataset), {})
+    if "prompt" in row or "chosen" not in row:
+        return []
+    names = [name for name in row if _SYNONYMS.get(name.strip().lower(), name.strip().lower()) == "prompt"]
+    unread = [name for name in names if row[name] and str(row[name]) not in str(row["chosen"])]
+    return [
+        f"{source}: {name!r} is not read, so answers train without it: rename it to 'prompt'" for name in unread[:1]
+    ]
+
+
+def _check_tokens(dataset: Any, source: str) -> None:
+    """Raise ValueError unless `input_ids` are lists of integers; the type of a stream is not known."""
+    feature = (dataset.features or {}).get("input_ids")
+    dtype = getattr(getattr(feature, "feature", None), "dtype", None)
+    if feature is not None and not str(dtype).startswith(("int", "uint")):
+        kind = getattr(feature, "dtype", None) or f"lists of {dtype}"
+        raise ValueError(f"{source}: input_ids must be lists of integers, got {kind}")
+
+
 def _converted(
-    row: shapes.Row, index: int, *, shape: Callable[[shapes.Row], shapes.Row], names: Sequence[str], source: str
+    row: shapes.Row,
+    index: int,
+    *,
+    shape: Callable[[shapes.Row], shapes.Row],
+    names: Sequence[str],
+    source: str,
+    kinds: Mapping[str, str] | None = None,
 ) -> shapes.Row:
+    """The row in its shape; `kinds` are those of the first row, which decides what the trainer does with all."""
     try:
-        return shape({name: row[name] for name in names})
+        converted = shape({name: row[name] for name in names})
     except ValueError as error:
         raise ValueError(f"{source}, row {index + 1}: {error}") from None
+    for name, kind in _kinds(converted).items():
+        first = kinds.get(name, kind) if kinds else kind
+        if kind != first:
+            raise ValueError(f"{source}, row {index + 1}: {name} must be {first} as in row 1, got {kind}")
+    return converted
+
+
+def _kinds(row: shapes.Row) -> dict[str, str]:
+    """Text or messages, by the names of a row's fields."""
+    return {name: "text" if isinstance(x, str) else "messages" for name, x in row.items() if isinstance(x, (str, list))}
 
 
 def _length(dataset: Any) -> int | None:

@@ -48,13 +48,7 @@ class _LateHead(Fused):
 
     def _add_late_head(self) -> None:
         trainer: Any = self
-        model = base_of(trainer.model)
-        if model.config.is_encoder_decoder:
-            if self.liger_kernels:
-                add_liger_kernels(model)
-            _logger.warning("%s is an encoder-decoder: it keeps TRL's own path, with logits", type(model).__name__)
-            return
-        self._add_head(model, self._outputs, self._mean_positions)
+        self._add_head(base_of(trainer.model), self._outputs, self._mean_positions)
         if trainer.args.use_liger_kernel:  # Liger would replace the forward when training starts
             kernels = trainer.args.liger_kernel_config or {}
             trainer.args.liger_kernel_config = {**kernels, "fused_linear_cross_entropy": False}
@@ -74,6 +68,17 @@ class _FusedPairs(_LateHead):
             if hasattr(arguments.get(name), "map"):
                 split = name.partition("_")[0]
                 arguments[name] = PairSource(arguments[name], self, arguments.get("args"), split)
+
+    def _add_late_head(self) -> None:
+        """Add the head, but to an encoder-decoder, for which TRL's own path is kept; TPO refuses it."""
+        trainer: Any = self
+        if not trainer.is_encoder_decoder:
+            super()._add_late_head()
+            return
+        model = base_of(trainer.model)
+        if self.liger_kernels:
+            add_liger_kernels(model)
+        _logger.warning("%s is an encoder-decoder: it keeps TRL's own path, with logits", type(model).__name__)
 
     def tokenize_row(self, feature: Any, model: Any = None) -> dict[str, Any]:
         """The tokens of a row as DPO has them, the answers cut to max_length as in TRL's CPO and ORPO."""
@@ -192,7 +197,11 @@ class FusedORPOTrainer(_FusedPairs, ORPOTrainer):
 
 
 class FusedTPOTrainer(_LateHead, TPOTrainer):
-    """`trl.experimental.tpo.TPOTrainer` without logits; see `FusedSFTTrainer`."""
+    """`trl.experimental.tpo.TPOTrainer` without logits; see `FusedSFTTrainer`.
+
+    Raises:
+        TypeError: also an encoder-decoder, with which TRL's fails at the first step.
+    """
 
     _outputs = ("log_probs", "entropy", "mean_logits", "is_top1")
 

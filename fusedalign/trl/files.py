@@ -14,6 +14,8 @@ from fusedalign.embedded import data_directory
 #: Ending of a data file -> the reader of `datasets` for it.
 _READERS = {f".{name}": name for name in ("json", "parquet", "csv", "arrow")} | {".jsonl": "json", ".ndjson": "json"}
 _ENDINGS = ".jsonl, .json, .parquet, .csv or .arrow"
+#: In a folder of `Dataset.save_to_disk`, which holds one split.
+_SAVED = "state.json"
 _NO_ROWS = " must have at least one row, got none"
 
 
@@ -39,6 +41,10 @@ def load_named(name: str, /, **options: Any) -> Any:
     path = Path(name).expanduser()
     if not path.exists() and path.parts[:2] == ("recipes", "data"):
         path = data_directory().joinpath(*path.parts[2:])
+    if "://" in name and not name.startswith("hf://"):
+        raise ValueError(
+            f"dataset_name must name a file, a folder or a data set of the Hub, got the URL {name}: download it"
+        )
     if not path.exists() and (name.startswith((".", "/", "~")) or path.suffix.lower() in _READERS):
         raise FileNotFoundError(f"dataset_name must name a file or folder that exists, got {name}")
     if path.is_file() and path.suffix.lower() not in _READERS:
@@ -49,6 +55,9 @@ def load_named(name: str, /, **options: Any) -> Any:
     try:
         if path.is_file():
             splits = datasets.load_dataset(_READERS[path.suffix.lower()], data_files=str(path), **options)
+        elif (path / _SAVED).is_file():
+            saved = datasets.load_from_disk(str(path))
+            splits = {"train": saved.to_iterable_dataset() if options.get("streaming") else saved}
         else:
             splits = datasets.load_dataset(str(path) if path.exists() else name, **options)
         for split in splits.values():

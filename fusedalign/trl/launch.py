@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -44,8 +45,9 @@ def launched_elsewhere(command: str, parser: Parser, argv: Sequence[str]) -> boo
         word = words.launch[0] if name is None else "accelerate_config"
         raise ValueError(f"{word} must be left out under torchrun, which has started the processes already, got it")
     config = [] if name is None else ["--config_file", config_file(str(name))]
-    check_machine([*config, *words.launch])
-    launcher = [sys.executable, "-m", "fusedalign.trl.launcher", *config, *words.launch]
+    flags = [*config, *words.launch]
+    check_machine(flags)
+    launcher = [sys.executable, "-m", "fusedalign.trl.launcher", *flags, *_for_several(flags)]
     os.environ.update(words.env)
     status = _run([*launcher, "-m", "fusedalign", command, *words.fields], {_WORDS: shlex.join(argv)})
     if status:
@@ -85,19 +87,50 @@ def command_line(method: str, argv: Sequence[str]) -> tuple[list[str], list[str]
     return [*started_by(method, argv), method], list(argv)
 
 
-def check_machine(flags: Sequence[str]) -> None:
-    """Raise ValueError if `accelerate launch` with these flags needs DeepSpeed, or GPUs, that this machine lacks."""
-    from accelerate.commands.config import load_config_from_file
+def _launch_options(flags: Sequence[str]) -> tuple[Any, Any]:
+    """The options of `accelerate launch` with these flags, and the configuration of its file; None: it reads none."""
+    from accelerate.commands.config import default_config_file, load_config_from_file
     from accelerate.commands.launch import launch_command_parser
 
     options = launch_command_parser().parse_args([*flags, "-m", "fusedalign"])
-    config = load_config_from_file(options.config_file) if options.config_file else None
+    has_file = options.config_file or (Path(default_config_file).is_file() and not options.cpu)
+    return options, load_config_from_file(options.config_file) if has_file else None
+
+
+def _is_alone(options: Any, config: Any) -> bool:
+    """Whether `accelerate launch` starts a single process, whatever its number, unless it finds several GPUs."""
+    engines = ("multi_gpu", "tpu", "use_deepspeed", "use_fsdp", "use_megatron_lm")
+    kind = getattr(config, "distributed_type", "NO")
+    return str(getattr(kind, "value", kind)) == "NO" and not any(getattr(options, name) for name in engines)
+
+
+def _for_several(flags: Sequence[str]) -> list[str]:
+    """`--multi_gpu` where `--num_processes` asks for several, but one would be started; they may run on the CPU.
+
+    Raises:
+        ValueError: several processes with `--cpu`, which accelerate starts with MPI only.
+    """
+    options, config = _launch_options(flags)
+    if (options.num_processes or 1) <= 1 or not _is_alone(options, config) or options.mpirun_hostfile:
+        return []
+    if options.cpu:
+        raise ValueError(
+            f"num_processes must be 1 with --cpu, which starts one process, got {options.num_processes}: "
+            "pass --use_cpu true instead of --cpu"
+        )
+    return ["--multi_gpu"]
+
+
+def check_machine(flags: Sequence[str]) -> None:
+    """Raise ValueError if `accelerate launch` with these flags needs DeepSpeed, or GPUs, that this machine lacks."""
+    options, config = _launch_options(flags)
     by_deepspeed = options.use_deepspeed or getattr(config, "distributed_type", None) == "DEEPSPEED"
     if by_deepspeed and not is_deepspeed_available():
         raise ValueError("ZeRO needs DeepSpeed, which is not installed: pip install deepspeed, or use fsdp2")
-    processes, machines = (
-        getattr(options, name) or getattr(config, name, None) or 1 for name in ("num_processes", "num_machines")
-    )
+    machines = options.num_machines or getattr(config, "num_machines", None) or 1
+    # TRL's single_gpu has num_processes 8, which accelerate ignores.
+    named = 1 if _is_alone(options, config) else getattr(config, "num_processes", None) or 1
+    processes = options.num_processes or named
     gpus = torch.accelerator.device_count()  # without any the ranks run on the CPU
     if 0 < gpus < processes // machines and not (options.cpu or getattr(config, "use_cpu", False)):
         raise ValueError(

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import transformers
 from huggingface_hub.errors import GatedRepoError
-from jinja2 import TemplateError
 from transformers.utils import cached_file
 
 from fusedalign.embedded import EMBEDDED_NAME, build_embedded_model
+from fusedalign.trl.contents import conversations, render
 
 ADAPTER_CONFIG = "adapter_config.json"
 
@@ -130,17 +130,32 @@ def check_has_template(processing_class: Any, path: str) -> None:
         )
 
 
-def refused_row(processing_class: Any, splits: Mapping[str, Any]) -> str:
+def refused_row(processing_class: Any, splits: Mapping[str, Any]) -> str | None:
     """Split and number, from 1, of the first row with a conversation that the chat template refuses, as words."""
     for split, dataset in splits.items():
         for number, row in enumerate(dataset or (), 1):
-            options = {"tools": row.get("tools"), **(row.get("chat_template_kwargs") or {})}
-            for answer in filter(None, map(row.get, ("messages", "completion", "chosen", "rejected"))):
+            for messages in conversations(row):
                 try:
-                    processing_class.apply_chat_template([*row.get("prompt", ()), *answer], tokenize=False, **options)
-                except TemplateError:
-                    return f"split {split!r}, row {number}"
-    return "a row"
+                    render(processing_class, messages, row)
+                except Exception:  # TemplateError, or what an operation in the template raises
+                    return f"split {split!r}, row {number}{_with_parts(messages)}"
+    return None
+
+
+def _with_parts(messages: Iterable[Mapping[str, Any]]) -> str:
+    has_parts = any(isinstance(message.get("content"), list) for message in messages)
+    return ", with a list of parts as content, where this template may take text only" if has_parts else ""
+
+
+def unanswered_row(splits: Mapping[str, Any]) -> str | None:
+    """Split and number, from 1, of the first row with a conversation without a message of the assistant, as words."""
+    for split, dataset in splits.items():
+        for number, row in enumerate(dataset or (), 1):
+            for messages in conversations(row):
+                roles = [str(message.get("role")) for message in messages]
+                if "assistant" not in roles:
+                    return f"split {split!r}, row {number} with {', '.join(dict.fromkeys(roles))}"
+    return None
 
 
 def check_template(path: str | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -24,7 +25,15 @@ def prepared(
     rows = len(dataset) if hasattr(dataset, "__len__") else None
     if rows is not None and {"chosen", "completion_ids"} <= {*dataset.column_names, *tokenised.column_names}:
         rows = 2 * rows  # KTO splits pairs
-    return check_lengths(tokenised, args, options.get("dataset_name", rest[-1] if rest else "train"), rows)
+
+    def whole() -> Any:
+        uncut = copy.copy(args)
+        uncut.max_length = None
+        unpacked = options | {"packing": False} if "packing" in options else options
+        return prepare(dataset, one_end(processing_class), uncut, *(x is not True and x for x in rest), **unpacked)
+
+    name = options.get("dataset_name", rest[-1] if rest else "train")
+    return check_lengths(tokenised, args, name, rows, whole=whole)
 
 
 def reshaped(dataset: Any) -> Any:

@@ -72,6 +72,18 @@ class Redactor:
         return _NAMED.sub(_without_value, _IN_TEXT.sub(HIDDEN, text))
 
 
+def flag_values(words: Sequence[str]) -> list[dict[str, str]]:
+    """The values of a command's flags, as a source for `Redactor`."""
+    found, flag = [], ""
+    for word in words:
+        if word.startswith("--"):
+            flag, _, value = word.partition("=")
+            found.append({flag: value})
+        else:
+            found.append({flag: word})
+    return found
+
+
 def _without_value(match: re.Match[str]) -> str:
     """A match of `_NAMED`, its value hidden if that is a secret by its name."""
     return match["start"] + (HIDDEN if _is_secret(match["key"] or match["field"]) else match["value"])

@@ -108,11 +108,18 @@ def _message(message: Any, name: str) -> dict[str, Any]:
         role = message["from"]
         message = {"role": _ROLES.get(role, role), "content": message.get("value"), **others}
     if not isinstance(message.get("role"), str):
-        raise ValueError(f"{name}.role must be text, got {_short(message.get('role'))}")
+        raise ValueError(f"{name}.role must be text, got {_found(message, 'role')}")
     content = message.get("content")
     if not isinstance(content, (str, list)) and not (content is None and message.get("tool_calls")):
-        raise ValueError(f"{name}.content must be text, got {_short(content)}")
+        raise ValueError(f"{name}.content must be text, got {_found(message, 'content')}")
     return message
+
+
+def _found(message: dict[str, Any], key: str) -> str:
+    """The value of a key or, without one, the keys that the message has beside role and content."""
+    others = [name for name, x in message.items() if x is not None and name not in ("role", "content")]
+    is_missing = message.get(key) is None and others
+    return f"None, with the key {', '.join(others)}" if is_missing else _short(message.get(key))
 
 
 def _explicit(prompt: Any, answers: list[Any], n: int) -> tuple[Any, list[Any]]:

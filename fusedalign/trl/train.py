@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pyarrow.compute as pc
 import torch
 import transformers
 import trl
@@ -20,6 +22,7 @@ from fusedalign.reports import plot_failure, silence_bars
 from fusedalign.trl.adapters import Adapter, find_adapter, load_adapter, merge
 from fusedalign.trl.arguments import Arguments, is_experimental, parse, trl_class
 from fusedalign.trl.card import Card
+from fusedalign.trl.contents import left_out
 from fusedalign.trl.data import load_data
 from fusedalign.trl.description import changed_fields, describe, progress
 from fusedalign.trl.files import is_local
@@ -34,16 +37,20 @@ from fusedalign.trl.models import (
     load_processing_class,
     model_path,
     refused_row,
+    unanswered_row,
 )
 from fusedalign.trl.record import MetricsFile, Written, plot_metrics
 from fusedalign.trl.redaction import Redactor
 from fusedalign.trl.ref_cache import read_cache
 from fusedalign.trl.reference import keyed
+from fusedalign.trl.refusals import unwrapped
 from fusedalign.trl.run_file import RunFile, read_previous
 from fusedalign.trl.steps import show_steps, shows_bars
 from fusedalign.trl.suggestions import suggest
 from fusedalign.trl.trackers import check_trackers
 from fusedalign.trl.trainers import Fused
+
+_logger = logging.getLogger(__name__)
 
 
 def build(method: str, arguments: Arguments, *, fused: bool = True) -> Any:
@@ -57,7 +64,19 @@ def build(method: str, arguments: Arguments, *, fused: bool = True) -> Any:
         read_cache(arguments.fused.ref_logps)  # fails before data and model are loaded
     name = METHODS[method].trainer
     cls = getattr(fusedalign.trl, f"Fused{name}") if fused else keyed(trl_class(name))
-    return assemble(method, arguments, cls, *load_data(method, arguments))
+    trainer = assemble(method, arguments, cls, *load_data(method, arguments))
+    _check_vocabulary(trainer)
+    return trainer
+
+
+def _check_vocabulary(trainer: Any) -> None:
+    """Raise ValueError for tokens in the data that the model does not have; on a GPU they would end the process."""
+    dataset, size = trainer.train_dataset, unwrapped(trainer, trainer.model).config.get_text_config().vocab_size
+    if "input_ids" not in (dataset.column_names or ()) or not hasattr(dataset, "__len__") or not len(dataset):
+        return
+    largest = pc.max(pc.list_flatten(dataset.with_format("arrow").select_columns("input_ids")[:]["input_ids"])).as_py()
+    if largest is not None and largest >= size:
+        raise ValueError(f"input_ids must be below {size}, the model's vocabulary, got {largest}")
 
 
 def assemble(method: str, arguments: Arguments, cls: Any, train_dataset: Any, eval_dataset: Any) -> Any:
@@ -89,12 +108,18 @@ def assemble(method: str, arguments: Arguments, cls: Any, train_dataset: Any, ev
             **options,
             **(arguments.fused.trainer_options if fused else {}),
         )
-    except TemplateError as error:
+    except (TemplateError, TypeError, AttributeError, RuntimeError) as error:
         splits = {script.dataset_train_split: train_dataset, script.dataset_test_split: eval_dataset}
-        raise ValueError(
-            f"expected conversations that the chat template of {path} accepts, got "
-            f"{script.dataset_name or 'datasets'}, {refused_row(processing_class, splits)}: {error}"
-        ) from error
+        reason = _row_fault(error, splits, processing_class, path)
+        if reason is None:
+            raise
+        raise ValueError(reason.format(script.dataset_name or "datasets")) from error
+    if training.process_index == 0:
+        for role, text in left_out(train_dataset, trainer.processing_class).items():
+            _logger.warning(
+                "the chat template of %s leaves out messages of %r, such as %r: the model does not see them",
+                *(getattr(training, "chat_template_path", None) or path, role, text[:60]),
+            )
     if not fused:  # the Fused trainers check lengths themselves
         for split, dataset in (("train", trainer.train_dataset), ("eval", trainer.eval_dataset)):
             if dataset is not None:
@@ -103,6 +128,16 @@ def assemble(method: str, arguments: Arguments, cls: Any, train_dataset: Any, ev
         buffers = [name for name, buffer in trainer.model.named_buffers() if buffer.dtype == torch.bool]
         trainer.model._ddp_params_and_buffers_to_ignore = buffers
     return trainer
+
+
+def _row_fault(error: Exception, splits: dict[str, Any], processing_class: Any, path: str) -> str | None:
+    """Which row a chat template or TRL cannot use, if that is why a trainer was not built; {} stands for the data."""
+    if isinstance(error, RuntimeError) and not isinstance(error, TemplateError):
+        row = unanswered_row(splits) if "no assistant tokens" in str(error) else None
+        return row and f"assistant_only_loss needs a message of the assistant in each row, got {{}}, {row}"
+    row = refused_row(processing_class, splits)
+    reason = " ".join(str(error).split()).replace("{", "{{").replace("}", "}}")
+    return row and f"expected conversations that the chat template of {path} accepts, got {{}}, {row}: {reason}"
 
 
 class FoundModel(NamedTuple):
@@ -203,6 +238,8 @@ def run(trainer: Any, folder: RunFolder, extras: Extras | None = None) -> Writte
     """Train, then save model, metrics and plot into the trainer's output directory, held by `folder.claimed`."""
     metrics = MetricsFile(folder.metrics)
     trainer.add_callback(metrics)
+    if extras:
+        extras.card.attach(trainer)
     folder.begin()
     with extras.record if extras else contextlib.nullcontext():
         trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
@@ -212,7 +249,7 @@ def run(trainer: Any, folder: RunFolder, extras: Extras | None = None) -> Writte
             extras.record.finish()
             written = written._replace(record=folder.record if extras.record.complete else None)
         if trainer.args.push_to_hub:
-            trainer.push_to_hub(**({"dataset_name": extras.card.dataset_name} if extras else {}))
+            trainer.push_to_hub()
     return written
 
 
@@ -251,12 +288,14 @@ def train(method: str, argv: Sequence[str]) -> tuple[Any, Written]:
             changed = changed_fields(method, argv)
             extras = Extras(_record(method, argv, arguments, changed, trainer, folder, redactor), _card(arguments))
             written = run(trainer, folder, extras)
+            suggestions = suggest(method, arguments, changed, trainer) if is_main else ()
             return trainer, written._replace(
-                suggestions=suggest(method, arguments, changed, trainer) if is_main else ()
+                suggestions=tuple(x._replace(words=tuple(redactor.words(x.words))) for x in suggestions)
             )
         except KeyboardInterrupt:
             is_main = arguments.training.process_index == 0
-            raise KeyboardInterrupt(folder.kept(*command_line(method, argv)) if is_main else "") from None
+            command, words = map(redactor.words, command_line(method, argv))
+            raise KeyboardInterrupt(folder.kept(command, words) if is_main else "") from None
 
 
 def _record(

@@ -1,6 +1,7 @@
 """Data formats in use: those in TRL's documentation, ShareGPT, UltraFeedback; and faulty data."""
 
 import json
+import re
 
 import datasets
 import pytest
@@ -8,6 +9,7 @@ from datasets import Dataset
 
 from fusedalign.cli import main
 from fusedalign.trl.arguments import parse
+from fusedalign.trl.contents import survey
 from fusedalign.trl.data import served
 from fusedalign.trl.train import build
 
@@ -264,6 +266,20 @@ WRONG = {
         "conversations[0].content must be text",
     ),
     "chosen side": ("sft", TEXT, {"chosen": None}, f"completion {NEITHER} None"),
+    "misspelt content": (
+        "dpo",
+        CHAT,
+        {"prompt": [{"role": "user", "contnet": "Hi?"}]},
+        "prompt[0].content must be text, got None, with the key contnet",
+    ),
+    "misspelt role": (
+        "sft",
+        {"messages": [USER, GOOD]},
+        {"messages": [USER, {"rol": "assistant", "content": "a"}]},
+        "messages[1].role must be text, got None, with the key rol",
+    ),
+    "text then messages": ("dpo", TEXT, CHAT, "prompt must be text as in row 1, got messages"),
+    "messages then text": ("kto", CHAT, TEXT, "prompt must be messages as in row 1, got text"),
     "label": ("kto", LABEL, {"label": "maybe"}, "label must be true or false (1 or 0), got 'maybe'"),
     "label 2": ("kto", LABEL, {"label": 2}, "label must be true or false (1 or 0), got 2"),
     "label 0.7": ("kto", LABEL | {"label": 1.0}, {"label": 0.7}, "label must be true or false (1 or 0), got 0.7"),
@@ -282,6 +298,113 @@ def test_a_bad_row_is_named(name, stream, tmp_path, embedded_folder, capsys):
     assert len(errors) == 1
     assert f"{file}, row 3: {message}" in errors[0]
     assert len(errors[0]) < 400
+
+
+TYPO = {"role": "asistant", "content": "Hello."}
+EMPTY = {"role": "assistant", "content": " "}
+ANSWERED = {"messages": [USER, GOOD]}
+WRITTEN = "[{'role': 'user', 'content': 'Hi?'}, {'role': 'assistant', 'content': 'Hello.'}]"
+#: name -> (method, valid row, changes that make a row doubtful, the finding in all rows of a column, may it train)
+DOUBTFUL = {
+    "misspelt role": ("sft", ANSWERED, {"messages": [USER, TYPO]}, "messages has the role 'asistant' in", True),
+    "capital": ("kto", CHAT, {"prompt": [{**USER, "role": "User"}]}, "prompt has the role 'User' in", True),
+    "another word": ("dpo", CHAT, {"rejected": [{**BAD, "role": "gpt"}]}, "rejected has the role 'gpt' in", True),
+    "empty text": ("sft", {"text": "a"}, {"text": ""}, "text is empty in", False),
+    "spaces": ("sft", {"prompt": "a", "completion": "b"}, {"completion": " \n"}, "completion is empty in", False),
+    "empty chosen": ("simpo", TEXT, {"chosen": ""}, "chosen is empty in", False),
+    "empty label": ("kto", LABEL, {"completion": ""}, "completion is empty in", False),
+    "empty answer": ("dpo", CHAT, {"rejected": [EMPTY]}, "rejected has an empty answer in", False),
+    "empty turn": ("sft", ANSWERED, {"messages": [USER, EMPTY]}, "messages has an empty answer in", False),
+    "JSON": ("orpo", TEXT, {"chosen": json.dumps([GOOD])}, "chosen has messages written as text in", False),
+    "Python": ("dpo", TEXT, {"rejected": WRITTEN}, "rejected has messages written as text in", False),
+}
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["", "stream"])
+@pytest.mark.parametrize("name", DOUBTFUL)
+def test_doubtful_text_is_a_warning_or_in_all_rows_an_error(name, stream):
+    method, good, change, finding, may_train = DOUBTFUL[name]
+
+    def found(rows):
+        dataset = Dataset.from_list(rows)
+        dataset = served(dataset.to_iterable_dataset() if stream else dataset, method, "mine.jsonl")
+        return survey(dataset, "mine.jsonl")
+
+    bad, scope = good | change, "the first " if stream else ""
+    assert found([good] * 3) == []
+    (text,) = found([good, bad, good, bad])
+    assert text.startswith(f"mine.jsonl: {finding} 2 of {scope}4 rows (the first is row 2): ")
+    if may_train:
+        (text,) = found([bad] * 3)
+        assert text.startswith(f"mine.jsonl: {finding} all {scope}3 rows: did you mean ")
+    else:
+        with pytest.raises(ValueError, match=re.escape(f"mine.jsonl: {finding} all {scope}3 rows: ")):
+            found([bad] * 3)
+
+
+def test_custom_roles_calls_of_tools_and_parts_are_not_doubtful():
+    call = {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": {"name": "f"}}]}
+    tool = {"role": "tool", "content": "3", "name": "f"}
+    for messages in (
+        [{"role": "critic", "content": "a"}, GOOD],
+        [USER, call, tool],
+        [{"role": role, "content": [{"type": "text", "text": "a"}]} for role in ("user", "assistant")],
+        [SYSTEM, {"role": "developer", "content": "Be brief."}, USER, GOOD],
+    ):
+        assert survey(served(Dataset.from_list([{"messages": messages}]), "sft", "x"), "x") == []
+    mixed = [{"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}, GOOD]}] * 2
+    stream = datasets.IterableDataset.from_generator(lambda: iter(mixed))
+    assert survey(served(stream, "sft", "x"), "x") == []
+
+
+def test_findings_of_the_text_are_printed_by_the_training_and_its_check(tmp_path, embedded_folder, capsys, caplog):
+    file = write(tmp_path / "mine.jsonl", [ANSWERED, {"messages": [USER, TYPO]}])
+    finding = (
+        "mine.jsonl: messages has the role 'asistant' in 1 of 2 rows (the first is row 2): did you mean assistant?"
+    )
+    options = flags(tmp_path, embedded_folder, dataset_name=file)
+    assert main(["sft", *options, "--dry_run"]) == 0
+    assert finding in " ".join(capsys.readouterr().out.split())
+    build("sft", parse("sft", options))
+    assert finding in caplog.text
+
+
+def test_messages_that_a_chat_template_leaves_out_are_named(tmp_path, embedded_folder, caplog):
+    template = "{% for m in messages if m.role != 'system' %}{{ m.role }}: {{ m.content }}<|im_end|>\n{% endfor %}"
+    (tmp_path / "own.jinja").write_text(template)
+    call = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": {"name": "weather"}}]}
+    options = {"dataset_name": write(tmp_path / "mine.jsonl", [{"messages": [SYSTEM, USER, call, GOOD]}] * 2)}
+    build("sft", parse("sft", flags(tmp_path, embedded_folder, **options)))
+    texts = [x.getMessage() for x in caplog.records if "leaves out" in x.getMessage()]
+    assert texts == [
+        f"the chat template of {embedded_folder} leaves out messages of 'assistant', such as 'weather': the model does "
+        "not see them"
+    ]
+    caplog.clear()
+    build("sft", parse("sft", flags(tmp_path, embedded_folder, chat_template_path=tmp_path / "own.jinja", **options)))
+    texts = [x.getMessage() for x in caplog.records if "leaves out" in x.getMessage()]
+    assert [text.partition(" leaves out ")[2].partition(",")[0] for text in texts] == [
+        "messages of 'system'",
+        "messages of 'assistant'",
+    ]
+
+
+PARTS = {"role": "assistant", "content": [{"type": "text", "text": "a"}]}
+REFUSED = {
+    "parts": ("sft", {"messages": [USER, PARTS]}, "row 2, with a list of parts as content, where this template may"),
+    "parts in pairs": ("dpo", {**CHAT, "chosen": [PARTS]}, "row 2, with a list of parts as content"),
+    "no answer": ("sft", {"messages": [USER, TYPO]}, "row 2 with user, asistant"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_row_that_the_chat_template_cannot_use_is_named(name, tmp_path, embedded_folder, capsys):
+    method, row, message = REFUSED[name]
+    good = ANSWERED if method == "sft" else CHAT
+    file = write(tmp_path / "mine.jsonl", [good, row])
+    options = {"assistant_only_loss": "true"} if name == "no answer" else {}
+    assert main([method, *flags(tmp_path, embedded_folder, dataset_name=file, **options)]) == 2
+    assert f"got {file}, split 'train', {message}" in capsys.readouterr().err
 
 
 def test_messages_with_tool_calls_and_parts_are_accepted():
@@ -347,6 +470,69 @@ def test_a_bad_file_is_named_with_its_line(name, stream, tmp_path, embedded_fold
     assert message in errors[0]
     assert name in errors[0]
     assert len(errors[0]) < 450
+
+
+PAIR = {"chosen": "b", "rejected": "c"}
+#: name -> (method, row, the end of the error)
+RENAMED = {
+    "other words": ("dpo", {"question": "a", "good": "b", "bad": "c"}, ": rename 'question' to 'prompt', 'good' to"),
+    "capitals": ("cpo", {"Prompt": "a", "Chosen": "b", "Rejected": "c"}, ": rename 'Prompt' to 'prompt', 'Chosen' to"),
+    "spaces": ("kto", {"prompt": "a", " chosen": "b", " rejected": "c"}, "prompt, ' chosen', ' rejected': rename"),
+    "Alpaca": ("sft", {"instruction": "a", "input": "", "output": "b"}, ": rename 'instruction' to 'prompt', 'output'"),
+    "another method": ("dpo", {"messages": [USER, GOOD]}, " with messages; these columns are for sft"),
+    "tokens as text": ("sft", {"input_ids": "1 2 3"}, ": input_ids must be lists of integers, got string"),
+    "tokens as floats": (
+        "sft",
+        {"input_ids": [1.5, 2.0]},
+        ": input_ids must be lists of integers, got lists of float64",
+    ),
+    "large token": ("sft", {"input_ids": [1, 2, 99999]}, "the model's vocabulary, got 99999"),
+}
+
+
+@pytest.mark.parametrize("name", RENAMED)
+def test_columns_that_cannot_be_used_are_named_with_a_remedy(name, tmp_path, embedded_folder, capsys):
+    method, row, message = RENAMED[name]
+    file = write(tmp_path / "mine.jsonl", [row] * 2)
+    assert main([method, *flags(tmp_path, embedded_folder, dataset_name=file)]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_csv_file_without_commas_is_named(tmp_path, embedded_folder, capsys):
+    (tmp_path / "mine.csv").write_text("prompt;chosen;rejected\na;b;c\n")
+    assert main(["dpo", *flags(tmp_path, embedded_folder, dataset_name=tmp_path / "mine.csv")]) == 2
+    assert "with prompt;chosen;rejected: a .csv file must have commas between its fields" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("row", "warns"),
+    [
+        ({"question": "Hi?", **PAIR}, True),  # the columns of orca_dpo_pairs
+        ({"question": "Hi?", "chosen": "Hi? b", "rejected": "Hi? c"}, False),
+        ({"question": "Hi?", **TEXT}, False),
+        (PAIR, False),
+    ],
+)
+def test_pairs_with_a_question_that_is_not_read_are_warned_of(row, warns, tmp_path, embedded_folder, caplog):
+    file = write(tmp_path / "mine.jsonl", [row] * 2)
+    build("dpo", parse("dpo", flags(tmp_path, embedded_folder, dataset_name=file)))
+    assert ("'question' is not read, so answers train without it: rename it to 'prompt'" in caplog.text) == warns
+
+
+@pytest.mark.parametrize("stream", ["false", "true"])
+def test_a_saved_data_set_is_read(stream, tmp_path, embedded_folder):
+    Dataset.from_list([TEXT] * 3).save_to_disk(str(tmp_path / "saved"))
+    options = flags(tmp_path, embedded_folder, dataset_name=tmp_path / "saved", dataset_streaming=stream)
+    assert len(list(build("dpo", parse("dpo", options)).train_dataset)) == 3
+
+
+def test_urls_and_missing_splits_are_errors_that_say_what_to_do(tmp_path, embedded_folder, capsys):
+    assert main(["dpo", *flags(tmp_path, embedded_folder, dataset_name="https://host/d.jsonl")]) == 2
+    assert "got the URL https://host/d.jsonl: download it" in capsys.readouterr().err
+    (tmp_path / "data").mkdir()
+    write(tmp_path / "data" / "test.jsonl", [TEXT])
+    assert main(["dpo", *flags(tmp_path, embedded_folder, dataset_name=tmp_path / "data")]) == 2
+    assert "(test), got 'train': add --dataset_train_split test" in capsys.readouterr().err
 
 
 SERVED = {

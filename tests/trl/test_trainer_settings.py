@@ -121,6 +121,11 @@ def test_encoder_decoders_keep_the_path_of_trl(build, stock_history, kind, caplo
     tiny.assert_same(tiny.history(trainer), stock_history(kind, **options))
 
 
+def test_tpo_refuses_an_encoder_decoder(build):
+    with pytest.raises(TypeError, match="expected a decoder-only causal LM, got the encoder-decoder T5For"):
+        build("tpo", "fused", model="t5")
+
+
 def test_orpo_uses_padding_value(build, stock_history):
     got = tiny.history(build("orpo", "fused", padding_value=7))
     tiny.assert_same(got, stock_history("orpo", padding_value=7))

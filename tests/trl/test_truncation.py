@@ -178,3 +178,38 @@ def test_a_data_set_without_rows_is_an_error(method, trainer):
     if method != "orpo":
         with pytest.raises(ValueError, match="eval_dataset must have at least one row, got none"):
             trainer(method, rows_of([2]), Dataset.from_list([]))
+
+
+SILENT = {"prompt": "", "chosen": "", "rejected": ""}  # its only token, the EOS, is the first one
+
+
+@pytest.mark.parametrize("max_length", [16, None])
+@pytest.mark.parametrize("method", FUSED)
+def test_rows_without_a_token_before_truncation_are_no_fault_of_max_length(method, max_length, trainer, caplog):
+    options = {} if max_length is None and method in ("cpo", "orpo") else {"max_length": max_length}
+    reason = r"no completion token to train on in any of the (2|4) training rows, also before truncation: leave out"
+    with pytest.raises(ValueError, match=reason) as raised:
+        trainer(method, [SILENT] * 2, **options)
+    assert "max_length" not in str(raised.value)
+    trainer(method, [SILENT, *rows_of([2, 3])], **{"max_length": 16, **{k: v for k, v in options.items() if v}})
+    texts = [r.getMessage() for r in caplog.records if "completion token" in r.getMessage()]
+    assert len(texts) == 1
+    assert "also before truncation: leave out" in texts[0]
+    assert "1 of the 3" in texts[0] or "2 of the 6" in texts[0]
+
+
+@pytest.mark.parametrize("method", FUSED)
+def test_empty_rows_are_counted_apart_from_cut_ones(method, trainer, caplog):
+    trainer(method, [SILENT, *rows_of([2, 9, 3, 12])], max_length=7)
+    lost, rows, empty = (6, 10, 2) if method == "kto" else (3, 5, 1)
+    (text,) = [r.getMessage() for r in caplog.records if "completion token" in r.getMessage()]
+    assert f"max_length=7 leaves no completion token to train on in {lost} of the {rows} training rows" in text
+    assert text.endswith(f"; {empty} of them have none before truncation either")
+
+
+def test_a_stream_without_labels_is_no_fault_of_max_length(tmp_path, embedded_folder, capsys):
+    data = tmp_path / "mine.jsonl"
+    data.write_text(json.dumps({"input_ids": [5, 6, 7], "labels": [-100, -100, -100]}) + "\n")
+    options = {"dataset_name": data, "dataset_streaming": "true"}
+    assert main(argv("sft", tmp_path, embedded_folder, **options)) == 2
+    assert "also before truncation: leave out rows with an empty completion, or with labels" in error(capsys)
