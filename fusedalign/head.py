@@ -78,7 +78,9 @@ class LMHead(NamedTuple):
     bias: Tensor | None = None
     """[V]; the model's own parameter, or the sum of it and those of adapters"""
     scale: float = 1.0
+    """factor of the raw logits"""
     softcap: float | None = None
+    """> 0, or None"""
     adapters: tuple[Adapter, ...] = ()
     """of each further part of `weight`, its columns of hidden"""
 
