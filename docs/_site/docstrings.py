@@ -23,7 +23,7 @@ _NAME = r"`(?:fusedalign\.(?:\w+\.)?)?(\w+)`"
 
 
 class Docstrings(griffe.Extension):
-    """Docstrings in Markdown with links to public objects, attributes as lists, signatures with the values of constants."""
+    """Docstrings in Markdown with links and lists of attributes; signatures with the values of constants."""
 
     def __init__(self) -> None:
         text = "\n".join(page.read_text() for page in Path("docs/api").glob("*.md"))
