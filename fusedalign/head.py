@@ -65,11 +65,12 @@ _CANNOT = "expected logits that weight, bias, scale and softcap describe"
 
 
 class LMHead(NamedTuple):
-    """logits = softcap * tanh(scale * (expand(hidden) @ weight.T + bias) / softcap); no tanh where softcap is None.
+    """The head of a model, as arguments of `linear_logps` and `linear_cross_entropy`.
 
-    `hidden` is the last hidden state that the backbone returns. Every head is served by `linear_logps(
-    head.expand(hidden), head.weight, targets, bias=head.bias, scale=head.scale, softcap=head.softcap)`; the same
-    arguments fit `linear_cross_entropy`.
+    logits = softcap * tanh(scale * (expand(hidden) @ weight.T + bias) / softcap); no tanh where softcap is None.
+    `hidden` is the last hidden state that the backbone returns. These arguments fit every head::
+
+        head.expand(hidden), head.weight, targets, bias=head.bias, scale=head.scale, softcap=head.softcap
     """
 
     weight: Tensor | tuple[Tensor, ...]
@@ -78,7 +79,9 @@ class LMHead(NamedTuple):
     bias: Tensor | None = None
     """[V]; the model's own parameter, or the sum of it and those of adapters"""
     scale: float = 1.0
+    """factor of the raw logits"""
     softcap: float | None = None
+    """> 0, or None"""
     adapters: tuple[Adapter, ...] = ()
     """of each further part of `weight`, its columns of hidden"""
 

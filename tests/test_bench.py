@@ -257,6 +257,16 @@ def test_a_missing_peer_says_what_to_install(monkeypatch, impl, module, command)
     assert rows["sft", "eager"].speedup == 1.0
 
 
+def test_pytorchs_own_function_is_a_peer_where_it_exists(monkeypatch):
+    if hasattr(torch.nn, "LinearCrossEntropyOptions"):
+        _, rows = report_of("torch-fused,eager")
+        for task in TASKS:
+            assert rows[task, "torch-fused"].over_budget == ()  # in fp32
+        monkeypatch.delattr(torch.nn, "LinearCrossEntropyOptions")
+    _, rows = report_of("torch-fused,eager", tasks=["sft"])
+    assert rows["sft", "torch-fused"].reason.startswith("needs PyTorch 2.13's linear_cross_entropy, this is ")
+
+
 def test_a_peer_without_softcap_reports_it_for_its_tasks(monkeypatch):
     eager = peers.Implementation("plain", peers._eager, tasks=("sft",), softcap=False)
     monkeypatch.setattr(peers, "PEERS", (eager,))

@@ -135,6 +135,15 @@ def test_docstrings_become_markdown(docstring, want):
     assert load("docstrings").markdown(docstring) == want
 
 
+def test_attributes_become_a_section_of_their_class():
+    pytest.importorskip("griffe")
+    listed = load("docstrings").listed
+    assert listed("A pair.\n", {"a": "[B] first\n    one", "b": "0: none"}) == (
+        "A pair.\n\nAttributes:\n    a: [B] first one\n    b: 0: none"
+    )
+    assert listed("A pair.", {}) == "A pair."
+
+
 def test_names_of_public_objects_become_links():
     pytest.importorskip("griffe")
     text = load("docstrings").linked("`fusedalign.f`, `x`", {"f": "fusedalign.ops.f"})

@@ -23,15 +23,22 @@ _NAME = r"`(?:fusedalign\.(?:\w+\.)?)?(\w+)`"
 
 
 class Docstrings(griffe.Extension):
-    """Docstrings in Markdown with links to public objects; signatures with the values of constants."""
+    """Docstrings in Markdown with links and lists of attributes; signatures with the values of constants."""
 
     def __init__(self) -> None:
         text = "\n".join(page.read_text() for page in Path("docs/api").glob("*.md"))
         self.addresses = {path.rpartition(".")[2]: path for path in re.findall(r"^::: (\S+)$", text, flags=re.M)}
 
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
-        """Called by Griffe for each module, class, function and attribute."""
+        """Called by Griffe for each module, class, function and attribute, for a class before its attributes."""
         if obj.docstring is not None:
+            if obj.is_class:
+                fields = {name: x for name, x in obj.attributes.items() if x.docstring and not name.startswith("_")}
+                obj.docstring.value = listed(
+                    obj.docstring.value, {name: x.docstring.value for name, x in fields.items()}
+                )
+                for x in fields.values():
+                    x.docstring = None  # an object without a docstring is not shown
             own = {obj.name, *(parameter.name for parameter in getattr(obj, "parameters", ()))}
             others = {name: path for name, path in self.addresses.items() if name not in own}
             obj.docstring.value = linked(markdown(obj.docstring.value), others)
@@ -46,6 +53,12 @@ class Docstrings(griffe.Extension):
                     constant = module.members.get(str(parameter.default))
                     if constant is not None and constant.is_attribute:
                         parameter.default = constant.value
+
+
+def listed(docstring: str, fields: dict[str, str]) -> str:
+    """The docstring of a class, with those of its attributes as a section."""
+    lines = [f"    {name}: {' '.join(text.split())}" for name, text in fields.items()]
+    return "\n".join([docstring.rstrip(), "", "Attributes:", *lines]) if lines else docstring
 
 
 def markdown(docstring: str) -> str:

@@ -5,6 +5,7 @@ A library, torch too, is imported when its row is measured, so a missing or brok
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -112,6 +113,18 @@ def _compile() -> Functions:
     return Functions(*(torch.compile(function, dynamic=False) for function in functions))
 
 
+def _torch_fused() -> Functions:
+    options_class = getattr(torch.nn, "LinearCrossEntropyOptions", None)
+    if options_class is None:
+        raise UnavailableError(f"needs PyTorch 2.13's linear_cross_entropy, this is {torch.__version__}")
+    # Without options it builds the logits.
+    losses = functools.partial(F.linear_cross_entropy, options=options_class())
+    return Functions(
+        lambda d: -losses(d.hidden, d.weight, d.targets, reduction="none"),
+        lambda d: losses(d.hidden, d.weight, d.targets),
+    )
+
+
 def _trl() -> Functions:
     from fusedalign.trl import stock
 
@@ -169,6 +182,7 @@ _CCE = "pip install 'cut-cross-entropy @ git+https://github.com/apple/ml-cross-e
 PEERS = (
     Implementation("eager", _eager),
     Implementation("compile", _compile),
+    Implementation("torch-fused", _torch_fused, softcap=False),
     Implementation("trl", _trl, "pip install 'trl>=1.16'"),
     Implementation("liger-fused", _liger_fused, _LIGER, tasks=("sft",)),
     Implementation("liger-token", _liger_token, "pip install 'liger-kernel[cutedsl]>=0.8.5'", softcap=False),

@@ -29,7 +29,7 @@ def packed_hidden(model: Any, batch: PackedBatch) -> Tensor:
         [S, D], the input of the LM head. `batch.spread` pads them.
 
     Raises:
-        LayoutError (a ValueError): this model would give wrong results on packed batches, with the reason.
+        LayoutError: a ValueError; this model would give wrong results on packed batches, with the reason.
 
     Example::
 

@@ -81,7 +81,7 @@ def sequence_logps(
         options: further options of `fusedalign.linear_logps`, such as `impl` or `temperature`.
 
     Raises:
-        LayoutError (a ValueError): packed=True, and the model cannot run packed batches correctly.
+        LayoutError: a ValueError; packed=True, and the model cannot run packed batches correctly.
         ValueError: shapes that differ, labels on padding, padding within a row.
 
     Example::

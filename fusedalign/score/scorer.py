@@ -46,7 +46,7 @@ class Scorer:
         options: of `fusedalign.linear_logps`, such as `impl`.
 
     Raises:
-        LayoutError (a ValueError): packed=True, and the model cannot run packed batches correctly.
+        LayoutError: a ValueError; packed=True, and the model cannot run packed batches correctly.
         ValueError: an invalid option; prompt learning.
     """
 

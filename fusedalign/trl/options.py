@@ -16,8 +16,11 @@ class HeadOptions(NamedTuple):
     """Options of `fusedalign.linear_logps`."""
 
     impl: str = "auto"
+    """ "auto", or the name of an impl"""
     filter_eps: float | None = None
+    """None: exact gradients"""
     workspace: int | Literal["auto"] = "auto"
+    """bytes of the tiles"""
 
     @classmethod
     def of(cls, options: dict[str, Any]) -> HeadOptions:
