@@ -114,6 +114,9 @@ def _compile() -> Functions:
 
 
 def _torch_fused() -> Functions:
+    import torch
+    import torch.nn.functional as F
+
     options_class = getattr(torch.nn, "LinearCrossEntropyOptions", None)
     if options_class is None:
         raise UnavailableError(f"needs PyTorch 2.13's linear_cross_entropy, this is {torch.__version__}")

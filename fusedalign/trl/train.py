@@ -17,6 +17,7 @@ import trl
 from jinja2 import TemplateError
 
 import fusedalign.trl
+from fusedalign.commandline import one_line
 from fusedalign.methods import METHODS
 from fusedalign.reports import plot_failure, silence_bars
 from fusedalign.trl.adapters import Adapter, find_adapter, load_adapter, merge
@@ -136,7 +137,7 @@ def _row_fault(error: Exception, splits: dict[str, Any], processing_class: Any, 
         row = unanswered_row(splits) if "no assistant tokens" in str(error) else None
         return row and f"assistant_only_loss needs a message of the assistant in each row, got {{}}, {row}"
     row = refused_row(processing_class, splits)
-    reason = " ".join(str(error).split()).replace("{", "{{").replace("}", "}}")
+    reason = one_line(error).replace("{", "{{").replace("}", "}}")
     return row and f"expected conversations that the chat template of {path} accepts, got {{}}, {row}: {reason}"
 
 
