@@ -145,6 +145,13 @@ class OneLineParser(argparse.ArgumentParser):
         raise ValueError(argument_error(message))
 
 
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Wraps the help of flags not at hyphens, so that names stay whole."""
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return fold(text, width=width)
+
+
 class CommandParser(OneLineParser):
     """The parser of a command: its description keeps line breaks, `--help` does not exit.
 
@@ -164,7 +171,7 @@ class CommandParser(OneLineParser):
             parts.append("\n".join([fit(f"{title}:", width), *wrapped_table(rows.items(), 2, width)]))
         about = "\n\n".join(parts)
         super().__init__(prog, None, about, epilog and fit(epilog, width), add_help=False, allow_abbrev=False)
-        self.formatter_class = functools.partial(argparse.RawDescriptionHelpFormatter, width=width)
+        self.formatter_class = functools.partial(_HelpFormatter, width=width)
         self.add_argument("-h", "--help", action="store_true", help="show this text")
 
     def parse(self, argv: Sequence[str]) -> argparse.Namespace | None:
