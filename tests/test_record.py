@@ -696,6 +696,16 @@ def test_a_run_that_ends_early_is_recorded_without_secrets(model, tmp_path, monk
     assert " step " not in capsys.readouterr().out
 
 
+def test_no_file_of_a_run_holds_the_token_of_the_hub(model, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "of-the-environment")
+    out = tmp_path / "out"
+    assert main(["sft", *words(model, out, hub_token="the-given-token", max_steps=1, save_strategy="steps")]) == 0
+    files = [path for path in out.rglob("*") if path.is_file()]
+    assert [path.name for path in files].count("training_args.bin") == 2
+    assert not [path for path in files if b"the-given-token" in path.read_bytes()]
+    assert os.environ["HF_TOKEN"] == "the-given-token"  # for the push
+
+
 def test_a_record_that_cannot_be_written_or_described_costs_a_warning(model, tmp_path, monkeypatch, capsys):
     from fusedalign.trl import run_file, train
 

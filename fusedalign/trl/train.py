@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import os
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -243,6 +244,7 @@ def run(trainer: Any, folder: RunFolder, extras: Extras | None = None) -> Writte
         extras.card.attach(trainer)
     folder.begin()
     with extras.record if extras else contextlib.nullcontext():
+        _keep_token_out_of_files(trainer.args)
         trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
         trainer.save_model(str(folder.path))
         written = _written(trainer, folder, metrics, extras)
@@ -252,6 +254,12 @@ def run(trainer: Any, folder: RunFolder, extras: Extras | None = None) -> Writte
         if trainer.args.push_to_hub:
             trainer.push_to_hub()
     return written
+
+
+def _keep_token_out_of_files(args: Any) -> None:
+    """Move the Hub's token to HF_TOKEN: transformers saves all arguments in training_args.bin, which a push uploads."""
+    if args.hub_token:
+        os.environ["HF_TOKEN"], args.hub_token = args.hub_token, None
 
 
 def _written(trainer: Any, folder: RunFolder, metrics: MetricsFile, extras: Extras | None) -> Written:
