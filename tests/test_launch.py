@@ -1,6 +1,7 @@
 """Commands on several processes: through `accelerate launch` and torchrun."""
 
 import json
+import os
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -48,6 +49,25 @@ def test_every_form_of_accelerate_config_launches(launched, method, words):
     ((option, file, *command),) = launched
     assert (option, file.rpartition("/")[2]) == ("--config_file", "fsdp2.yaml")
     assert command == ["-m", "fusedalign", method, *words, "--seed", "3"]
+
+
+@pytest.mark.parametrize(
+    ("processes", "given", "threads"), [(4, None, "4"), (32, None, "1"), (4, "7", "7"), (1, None, None)]
+)
+def test_processes_share_the_cores(monkeypatch, processes, given, threads):
+    """As torchrun does not: it warns, and takes one thread."""
+    from fusedalign.trl import launch
+
+    environment = []
+    for name in ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID", "OMP_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    if given is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", given)
+    monkeypatch.setattr(launch, "_run", lambda command, variables: environment.append(os.environ | variables) or 0)
+    monkeypatch.setattr(launch.torch.accelerator, "device_count", lambda: 32)
+    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+    assert main(["dpo", "--num_processes", str(processes), "--seed", "3"]) == 0
+    assert environment[0].get("OMP_NUM_THREADS") == threads
 
 
 @pytest.mark.parametrize("form", ["--config FILE", "--config=FILE"])

@@ -46,10 +46,13 @@ def launched_elsewhere(command: str, parser: Parser, argv: Sequence[str]) -> boo
         raise ValueError(f"{word} must be left out under torchrun, which has started the processes already, got it")
     config = [] if name is None else ["--config_file", config_file(str(name))]
     flags = [*config, *words.launch]
-    check_machine(flags)
+    processes = processes_here(flags)
     launcher = [sys.executable, "-m", "fusedalign.trl.launcher", *flags, *_for_several(flags)]
     os.environ.update(words.env)
-    status = _run([*launcher, "-m", "fusedalign", command, *words.fields], {_WORDS: shlex.join(argv)})
+    variables = {_WORDS: shlex.join(argv)}
+    if processes > 1 and "OMP_NUM_THREADS" not in os.environ:  # torchrun would take 1, with a warning of six lines
+        variables["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // processes))
+    status = _run([*launcher, "-m", "fusedalign", command, *words.fields], variables)
     if status:
         raise RuntimeError(f"accelerate launch ended with status {status}")
     return True
@@ -121,8 +124,12 @@ def _for_several(flags: Sequence[str]) -> list[str]:
     return ["--multi_gpu"]
 
 
-def check_machine(flags: Sequence[str]) -> None:
-    """Raise ValueError if `accelerate launch` with these flags needs DeepSpeed, or GPUs, that this machine lacks."""
+def processes_here(flags: Sequence[str]) -> int:
+    """The number of processes that `accelerate launch` with these flags is to start on this machine.
+
+    Raises:
+        ValueError: they need DeepSpeed, or GPUs, that this machine lacks.
+    """
     options, config = _launch_options(flags)
     by_deepspeed = options.use_deepspeed or getattr(config, "distributed_type", None) == "DEEPSPEED"
     if by_deepspeed and not is_deepspeed_available():
@@ -130,13 +137,14 @@ def check_machine(flags: Sequence[str]) -> None:
     machines = options.num_machines or getattr(config, "num_machines", None) or 1
     # TRL's single_gpu has num_processes 8, which accelerate ignores.
     named = 1 if _is_alone(options, config) else getattr(config, "num_processes", None) or 1
-    processes = options.num_processes or named
+    processes = (options.num_processes or named) // machines
     gpus = torch.accelerator.device_count()  # without any the ranks run on the CPU
-    if 0 < gpus < processes // machines and not (options.cpu or getattr(config, "use_cpu", False)):
+    if 0 < gpus < processes and not (options.cpu or getattr(config, "use_cpu", False)):
         raise ValueError(
-            f"num_processes must be at most {gpus}, the GPUs of this machine, got {processes // machines}: "
+            f"num_processes must be at most {gpus}, the GPUs of this machine, got {processes}: "
             f"add --num_processes {gpus * machines}"
         )
+    return processes
 
 
 def started_by(method: str, argv: Sequence[str]) -> list[str]:
