@@ -29,6 +29,7 @@ def execute(path: Path, folder: str | Path) -> nbformat.NotebookNode:
     notebook = nbformat.read(path, as_version=4)
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
+    environment["PYTHONWARNINGS"] = "ignore:IProgress not found"  # tqdm in a notebook without ipywidgets
     resources = {"metadata": {"path": str(folder)}}
     client = NotebookClient(
         notebook, timeout=600, kernel_name="python3", resources=resources, record_timing=False, coalesce_streams=True
