@@ -34,6 +34,7 @@ _EXTRA = ("trl", "transformers", "datasets", "accelerate", "peft", "matplotlib",
 #: Warnings of other libraries about their own defaults, which a user has not chosen and need not change.
 _NOISE = (
     (r".*gradient_checkpointing\w*` is deprecated", FutureWarning),
+    (r"Input and output embeddings are no longer tied after merging", UserWarning),  # the merged model is saved so
     (r"'pin_memory' argument is set as true but no accelerator is found", UserWarning),
 )
 _HELP, _VERSION = ("-h", "--help"), ("-V", "--version")

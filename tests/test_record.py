@@ -242,6 +242,15 @@ def test_overwrite_keeps_all_files_until_training_begins(model, finished_run, ca
     assert (finished_run / "checkpoint-4").is_dir()
 
 
+@pytest.mark.parametrize("method", ["dpo", "kto", "cpo", "simpo"])
+def test_overwrite_keeps_all_files_where_the_loss_is_misspelt(model, finished_run, capsys, method):
+    argv = words(model, finished_run, loss_type="sigmod", dataset_name="recipes/data/preferences")
+    assert main([method, *argv, "--overwrite_output_dir"]) == 2
+    assert "loss_type must be one of" in error(capsys)
+    assert (finished_run / "model.safetensors").is_file()
+    assert (finished_run / "checkpoint-4").is_dir()
+
+
 @pytest.mark.parametrize("name", [".", "checkpoint-2"])
 def test_overwrite_does_not_remove_the_model_it_starts_from(finished_run, model, capsys, name):
     argv = words(model, finished_run, model_name_or_path=finished_run / name)

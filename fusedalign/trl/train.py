@@ -19,6 +19,8 @@ from jinja2 import TemplateError
 
 import fusedalign.trl
 from fusedalign.commandline import one_line
+from fusedalign.losses import cpo, dpo, kto
+from fusedalign.losses.common import check_loss_type
 from fusedalign.methods import METHODS
 from fusedalign.reports import plot_failure, silence_bars
 from fusedalign.trl.adapters import Adapter, find_adapter, load_adapter, merge
@@ -85,6 +87,7 @@ def assemble(method: str, arguments: Arguments, cls: Any, train_dataset: Any, ev
     """The trainer of the class `cls` on the model that `arguments` name and on data of `load_data`; see `build`."""
     script, training, model, *_ = arguments
     fused = issubclass(cls, Fused)
+    _check_loss_types(method, training)
     _check_evaluated(script, training, eval_dataset)
     path, adapter, training.model_init_kwargs, processing_class = find_model(method, arguments)
     options: dict[str, Any] = {"quantization_config": trl.get_quantization_config(model)}
@@ -212,6 +215,17 @@ def _check_tokens(method: str, training: Any, processing_class: Any, path: str, 
     is_plain = not (trl.is_conversational(example) or "input_ids" in example)
     pads = getattr(training, "pad_token", None) is None
     check_ends(processing_class, path, pads=pads, ends=is_plain or is_experimental(method))
+
+
+def _check_loss_types(method: str, training: Any) -> None:
+    """Raise ValueError for an unknown loss; TRL raises in the first step, after an earlier run was removed."""
+    known = {"dpo": dpo.LOSS_TYPES, "kto": kto.LOSS_TYPES}
+    if method in known:
+        names = training.loss_type
+        for name in [names] if isinstance(names, str) else names:
+            check_loss_type(name, known[method])
+    elif method in ("cpo", "simpo"):
+        check_loss_type(training.loss_type, (*cpo.LOSS_TYPES, "simpo"))
 
 
 def _check_evaluated(script: Any, training: Any, eval_dataset: Any) -> None:
