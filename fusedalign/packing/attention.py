@@ -67,8 +67,13 @@ def install(model: Any) -> str:
     if model.config.get_text_config()._attn_implementation != name:
         model.set_attn_implementation(original)
         raise LayoutError(f"{type(model).__name__} takes no attention function")
-    model.config._attn_implementation = _Name(name)
+    if _COMPILES_NAMES:
+        model.config._attn_implementation = _Name(name)
     return original
+
+
+#: Whether torch.compile traces a subclass of str; without it a pickled model keeps the name of our function.
+_COMPILES_NAMES = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
 
 
 class _Name(str):
