@@ -13,6 +13,9 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 import pytest
 import torch
 
+with contextlib.suppress(ImportError):  # after a test has looked for pip, torch.compile could not import it any more
+    import setuptools  # noqa: F401
+
 if not torch.cuda.is_available():  # triton reads it when imported; torch and fusedalign import triton lazily
     os.environ.setdefault("TRITON_INTERPRET", "1")
 

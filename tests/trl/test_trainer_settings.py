@@ -1,7 +1,6 @@
 """Settings outside the matrix: adapters, low precision, encoder-decoders, vision, compilation, refusals."""
 
 import collections
-import contextlib
 import copy
 
 import peft
@@ -17,9 +16,6 @@ from trl.trainer import dpo_trainer
 from fusedalign.impls import pytorch
 from fusedalign.trl import FusedCPOTrainer, FusedDPOTrainer, FusedSFTTrainer, HeadOptions, attach
 from fusedalign.trl.forward import add_lm_head, fused_by
-
-with contextlib.suppress(ImportError):  # once a test has imported pip, torch.compile could not import it any more
-    import setuptools  # noqa: F401
 
 KINDS = ("sft", "dpo", "kto", "cpo", "orpo", "tpo")
 LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False, "task_type": "CAUSAL_LM"}
