@@ -270,7 +270,7 @@ def _parser() -> CommandParser:
         "Memory, compute and communication of a head on many GPUs, for each way to hold it; calculated, without a GPU.",
     )
     add, default = parser.add_argument, Cluster()
-    add("--head", choices=HEADS, help="of which model; default: all")
+    add("--head", choices=HEADS, help="model that has the head; default: all")
     add("--vocab_size", type=int, metavar="N", help="V, with --hidden_size, instead of --head")
     add("--hidden_size", type=int, metavar="N", help="D")
     add("--tokens", type=int, default=TOKENS, metavar="N", help=f"of each GPU in a step; default: {TOKENS}")

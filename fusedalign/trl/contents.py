@@ -15,15 +15,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from fusedalign.trl.lengths import STREAM_ROWS
+from fusedalign.trl.shapes import SHAREGPT_ROLES
 
 #: Columns of text that is trained on.
 _TRAINED = ("completion", "chosen", "rejected", "messages", "text")
 _ROLES = ("system", "user", "assistant", "tool", "developer")
-_SYNONYMS = {"human": "user", "gpt": "assistant", "bot": "assistant", "chatbot": "assistant", "ai": "assistant"}
+_SYNONYMS = {**SHAREGPT_ROLES, **dict.fromkeys(("bot", "chatbot", "ai"), "assistant")}
 #: The beginning of messages that were written as text: JSON, or a Python list in a CSV file.
 _LIST = r"""^\s*\[\s*\{\s*['"](role|content|from|value)['"]\s*:"""
-
-
 _LEAVE_OUT = "such rows teach nothing, or to end at once, so leave them out"
 #: Most rows that are rendered.
 RENDERED_ROWS = 16

@@ -164,7 +164,7 @@ def _hint(choices: Iterable[tuple[str, ...]], columns: Sequence[str]) -> str:
 
 
 def _unread_prompts(dataset: Any, source: str) -> list[str]:
-    """A warning of pairs whose question is in a column of another name, which would be left out."""
+    """At most one warning: pairs have their prompt in a column that is not called `prompt`."""
     row: dict[str, Any] = next(iter(dataset), {})
     if "prompt" in row or "chosen" not in row:
         return []

@@ -18,7 +18,7 @@ Messages = list[dict[str, Any]]
 TEXTS = ("prompt", "completion", "chosen", "rejected", "messages", "conversations", "text")
 
 #: ShareGPT's names of the speakers.
-_ROLES = {"human": "user", "gpt": "assistant"}
+SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 _LABELS = {"true": True, "false": False, "yes": True, "no": False, "1": True, "0": False}
 
 
@@ -106,7 +106,7 @@ def _message(message: Any, name: str) -> dict[str, Any]:
     if message.get("role") is None and message.get("from") is not None:
         others = {key: x for key, x in message.items() if key not in ("from", "value", "role", "content")}
         role = message["from"]
-        message = {"role": _ROLES.get(role, role), "content": message.get("value"), **others}
+        message = {"role": SHAREGPT_ROLES.get(role, role), "content": message.get("value"), **others}
     if not isinstance(message.get("role"), str):
         raise ValueError(f"{name}.role must be text, got {_found(message, 'role')}")
     content = message.get("content")
@@ -116,7 +116,7 @@ def _message(message: Any, name: str) -> dict[str, Any]:
 
 
 def _found(message: dict[str, Any], key: str) -> str:
-    """The value of a key or, without one, the keys that the message has beside role and content."""
+    """The value of a key for an error; where the message lacks it, the message's other keys."""
     others = [name for name, x in message.items() if x is not None and name not in ("role", "content")]
     is_missing = message.get(key) is None and others
     return f"None, with the key {', '.join(others)}" if is_missing else _short(message.get(key))
