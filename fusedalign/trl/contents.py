@@ -23,7 +23,7 @@ _ROLES = ("system", "user", "assistant", "tool", "developer")
 _SYNONYMS = {**SHAREGPT_ROLES, **dict.fromkeys(("bot", "chatbot", "ai"), "assistant")}
 #: The beginning of messages that were written as text: JSON, or a Python list in a CSV file.
 _LIST = r"""^\s*\[\s*\{\s*['"](role|content|from|value)['"]\s*:"""
-_LEAVE_OUT = "such rows teach nothing, or to end at once, so leave them out"
+_LEAVE_OUT = "remove such rows, from which a model learns nothing, or to stop at once"
 #: Most rows that are rendered.
 RENDERED_ROWS = 16
 
